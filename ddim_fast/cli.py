@@ -1,0 +1,74 @@
+"""What the commands share: one-line errors, exit codes, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+__all__ = ["CommandParser", "parse_integers", "run_command"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors are one line on stderr and exit code 2."""
+
+    def __init__(self, command: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"python -m ddim_fast.{command}",
+            description=description,
+            epilog="examples:\n" + examples,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+
+    @contextlib.contextmanager
+    def usage_errors(self) -> Iterator[None]:
+        """Inside, a ValueError or a missing file is the fault of an option."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            self.error(str(error))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Defaults that are None, or absent, say nothing; the help text does where it matters."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("DDIM_FAST_TRACEBACK"):
+            raise
+        text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def parse_integers(text: str) -> list[int]:
+    """``"0-3,8"`` -> [0, 1, 2, 3, 8].
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such list.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9")
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

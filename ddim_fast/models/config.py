@@ -1,0 +1,169 @@
+"""The description of a network and of the diffusion process it was trained on: everything config.json holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["PREDICTION_TYPES", "UNetConfig", "preset_names"]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
+    DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
+
+    Network:
+        sample_size: height and width of the images, in pixels; a multiple of 2**(levels - 1).
+        in_channels: image channels. The output has as many.
+        base_channels: width C of the first level.
+        channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
+        layers_per_block: residual blocks a level on the way down (one more on the way up).
+        attention_resolutions: the heights at which each residual block is followed by self-attention.
+        attention_head_dim: channels a head, or None for a single head.
+        dropout: probability, inside the residual blocks, in training only.
+        norm_num_groups, norm_eps: of every GroupNorm.
+        flip_sin_to_cos, freq_shift: the layout of the sinusoidal time embedding.
+        downsample_padding: 1 pads symmetrically before the stride-2 convolution; 0 pads right and bottom only, as DDPM does.
+        num_classes: number of class labels, or None for an unconditional network. One more row of the class embedding is the
+            null class, which stands for "no label" in classifier-free guidance (Ho and Salimans 2022).
+
+    Process:
+        prediction_type: what the network returns: ``epsilon``, ``v_prediction`` or ``sample``.
+        beta_schedule, beta_start, beta_end, num_train_timesteps, rescale_betas_zero_snr: see
+            :class:`ddim_fast.NoiseSchedule`.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field.
+    """
+
+    sample_size: int
+    in_channels: int = 3
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    layers_per_block: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    attention_head_dim: int | None = None
+    dropout: float = 0.1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    flip_sin_to_cos: bool = False
+    freq_shift: float = 1.0
+    downsample_padding: int = 0
+    num_classes: int | None = None
+    prediction_type: str = "epsilon"
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_train_timesteps: int = 1000
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, _FIELD_TYPES[field.name], getattr(self, field.name)))
+        for name in ("sample_size", "in_channels", "base_channels", "layers_per_block", "norm_num_groups", "num_train_timesteps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(
+            len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
+            "channel_multipliers", self.channel_multipliers, "one positive integer a level",
+        )
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        _require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
+        _require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
+        _require(self.prediction_type in PREDICTION_TYPES, "prediction_type", self.prediction_type, f"one of {', '.join(PREDICTION_TYPES)}")
+        halvings = 2 ** (len(self.channel_multipliers) - 1)
+        _require(self.sample_size % halvings == 0, "sample_size", self.sample_size, f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels")
+        for width in self.level_channels:
+            _require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, f"a divisor of every level's width, {width} among them")
+            if self.attention_head_dim is not None:
+                _require(
+                    self.attention_head_dim >= 1 and width % self.attention_head_dim == 0,
+                    "attention_head_dim", self.attention_head_dim, f"a divisor of every level's width, {width} among them",
+                )
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Width of each level, from the full resolution down."""
+        return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return (self.in_channels, self.sample_size, self.sample_size)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> UNetConfig:
+        """A named configuration, with any field replaced by ``overrides``.
+
+        Raises:
+            ValueError: no preset has that name, or no field has an override's name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
+        return cls.from_dict({**_PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing."""
+        unknown = sorted(set(values) - set(_FIELD_TYPES))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], _FIELD_TYPES, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
+        if "sample_size" not in values:
+            raise ValueError("the configuration lacks 'sample_size'")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+_FIELD_TYPES = typing.get_type_hints(UNetConfig)
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10-64": {"sample_size": 32, "base_channels": 64},
+    "cifar10-128": {"sample_size": 32},
+    "celeba-64": {"sample_size": 64, "channel_multipliers": (1, 2, 2, 2, 4)},
+    "celebahq-256": {"sample_size": 256, "channel_multipliers": (1, 1, 2, 2, 4, 4), "dropout": 0.0},
+    "grey-32": {
+        "sample_size": 32, "in_channels": 1, "base_channels": 32, "channel_multipliers": (1, 2, 4), "attention_resolutions": (8,),
+        "norm_num_groups": 8, "dropout": 0.0,
+    },
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names :meth:`UNetConfig.preset` knows."""
+    return tuple(_PRESETS)
+
+
+def _checked(name: str, expected: Any, value: Any) -> Any:
+    """``value`` as the field's type, or a ValueError: config.json is a user's input like any other."""
+    options = typing.get_args(expected) if type(None) in typing.get_args(expected) else (expected,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if kind == tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+            return tuple(value)
+        raise ValueError(f"{name} must be a list of integers; got {value!r}")
+    if kind is float and type(value) in (int, float) and value == value and abs(value) != float("inf"):
+        return float(value)
+    if type(value) is kind and kind is not float:
+        return value
+    raise ValueError(f"{name} must be {_KIND_NAMES[kind]}; got {value!r}")
+
+
+_KIND_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+
+
+def _require(holds: bool, name: str, value: Any, right: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {right}; got {value!r}")

@@ -1,0 +1,161 @@
+"""Train a diffusion U-Net: ``python -m ddim_fast.train --data DATA --preset NAME --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cli import CommandParser, run_command
+from .devices import bf16_is_fast, pick_device
+from .files import atomic_write
+from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
+from .models.unet import UNet
+from .training.data import load_images
+from .training.loop import Trainer, TrainingOptions
+
+_EXAMPLES = """\
+  python -m ddim_fast.train --data photos/ --preset cifar10-64 --out runs/photos
+  python -m ddim_fast.train --data 'cifar10/train-*.parquet' --preset cifar10-64 --out runs/cifar10 --compile
+  python -m ddim_fast.train --data fashion-mnist/ --preset grey-32 --class-conditional --no-flip --out runs/fashion
+  python -m ddim_fast.train --out runs/photos --resume
+  python -m ddim_fast.sample --model runs/photos
+"""
+
+# What describes how a run goes on rather than what it is: not remembered from one call to the next.
+_PER_CALL = ("out", "resume", "device", "quiet")
+
+
+def _parser() -> CommandParser:
+    default = TrainingOptions()
+    p = CommandParser("train", "Train a diffusion U-Net on images.", _EXAMPLES)
+    p.add_argument("--data", metavar="SPEC", help="a folder of images, Parquet files, IDX files, or a hub data set (owner/name)")
+    p.add_argument("--preset", metavar="NAME", choices=preset_names(), default="cifar10-64", help=f"the network: {', '.join(preset_names())}")
+    p.add_argument("--set", metavar="KEY=VALUE", nargs="+", default=[], help="change fields of the preset, such as layers_per_block=1")
+    p.add_argument("--class-conditional", action="store_true", help="condition the network on the data's labels")
+    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, which is also the checkpoint")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; options not given are the run's own")
+    p.add_argument("--steps", metavar="N", type=_positive, default=default.steps, help="optimiser steps in all")
+    p.add_argument("--batch-size", metavar="N", type=_positive, default=default.batch_size, help="images a step")
+    p.add_argument("--lr", metavar="X", type=float, default=default.lr, help="peak learning rate of Adam")
+    p.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine"), default=default.lr_schedule, help="after the warm-up")
+    p.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
+    p.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
+    p.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
+    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
+    p.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; 5 is usual (default: unweighted)")
+    p.add_argument("--label-dropout", metavar="X", type=float, default=default.label_dropout, help="share of labels dropped, for guidance")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=default.flip, help="mirror half of the images")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 is autocast; auto: where the device has it")
+    p.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
+    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of weights, order, noise and dropout")
+    p.add_argument("--log-every", metavar="N", type=_positive, default=50, help="steps between lines of stats.jsonl")
+    p.add_argument("--save-every", metavar="N", type=_positive, default=1000, help="steps between checkpoints")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    record = arguments.out / "train.json"
+    if arguments.resume:
+        if not record.is_file():
+            parser.error(f"--resume: there is no run in {arguments.out}")
+        parser.set_defaults(**json.loads(record.read_text(encoding="utf-8")))
+        arguments = parser.parse_args()
+    elif record.exists():
+        parser.error(f"--out {arguments.out} holds a run already; go on with --resume or choose another folder")
+    if arguments.data is None:
+        parser.error("--data is required")
+
+    with parser.usage_errors():
+        device = pick_device(arguments.device)
+        config = UNetConfig.preset(arguments.preset, **_overrides(arguments))
+        options = _options(arguments, device)
+    data = load_images(arguments.data, config.in_channels, config.sample_size)
+    if arguments.class_conditional:
+        if data.labels is None:
+            parser.error(f"--class-conditional: {arguments.data} has no labels")
+        config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
+
+    torch.manual_seed(options.seed)
+    trainer = Trainer(UNet(config).to(device), data, options)
+    if arguments.resume:
+        trainer.load(arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
+    atomic_write(record, (json.dumps(remembered, indent=2) + "\n").encode())
+    _train(trainer, arguments)
+
+
+def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
+    """Run the loop: progress bar, stats.jsonl, checkpoints."""
+    out, options = arguments.out, trainer.options
+    total = torch.zeros((), device=trainer.model.device)
+    logged, since = trainer.step, time.perf_counter()
+    with (
+        open(out / "stats.jsonl", "a", encoding="utf-8") as stats,
+        tqdm(total=options.steps, initial=trainer.step, unit="step", disable=arguments.quiet, file=sys.stderr) as bar,
+    ):
+        for step in trainer.run():
+            total += step.loss
+            bar.update()
+            last = step.step == options.steps
+            if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
+                loss = total.item() / (step.step - logged)
+                if loss != loss or loss in (float("inf"), float("-inf")):
+                    raise ValueError(f"the loss became {loss} before step {step.step}; lower --lr, or use --precision fp32 ({out} keeps the last checkpoint)")
+                now = time.perf_counter()
+                rate = (step.step - logged) * options.batch_size / (now - since)
+                line = {"step": step.step, "loss": loss, "grad_norm": step.grad_norm.item(), "lr": step.lr, "images_per_s": rate, "time": time.time()}
+                stats.write(json.dumps(line) + "\n")
+                stats.flush()
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
+                total.zero_()
+                logged, since = step.step, now
+            if last or step.step % arguments.save_every == 0:
+                trainer.save(out)
+    print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+
+
+def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
+    fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
+    bf16 = bf16_is_fast(device) if arguments.precision == "auto" else arguments.precision == "bf16"
+    return TrainingOptions(bf16=bf16, **{name: getattr(arguments, name) for name in fields})
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the configuration that options change."""
+    overrides: dict[str, Any] = {}
+    for item in arguments.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE; got {item!r}")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    for name in ("dropout", "prediction_type"):
+        if getattr(arguments, name) is not None:
+            overrides[name] = getattr(arguments, name)
+    return overrides
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,206 @@
+"""Training images, from a folder, Parquet, IDX or a hub data set, as one uint8 tensor."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = ["ImageSet", "load_images", "to_unit_range"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass
+class ImageSet:
+    """Images in memory.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 class labels, or None where the data has none.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """Moved to ``device`` where they fit into half of its free memory; left where they are otherwise."""
+        if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], channels_last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+
+
+def load_images(spec: str, channels: int, size: int) -> ImageSet:
+    """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
+    smaller ones are padded with black to the middle of the frame (28x28 -> 32x32).
+
+    Args:
+        spec: one of
+
+            - a folder of image files; where it holds folders, each is a class, labelled in the order of their names;
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), in the layout of the
+              Hugging Face Hub: a column ``image`` (or ``img``) of encoded images, optionally ``label`` (or ``fine_label``);
+            - a folder with ``train-images-idx3-ubyte`` and its labels, gzipped or not, or one such image file (IDX, as
+              MNIST and Fashion-MNIST are distributed);
+            - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``spec``.
+        ValueError: it holds no images, damaged ones, or images of different sizes.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
+        train = [p for p in parquet if p.name.startswith("train")]
+        rows = _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path)
+    elif path.is_file() and path.suffix == ".parquet":
+        rows = _read_parquet([path])
+    elif path.is_file() and "idx3" in path.name:
+        rows = _read_idx(path)
+    elif matches := sorted(glob.glob(spec)):
+        rows = _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
+        rows = _read_hub(spec)
+    else:
+        raise FileNotFoundError(f"no training data at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)")
+    return _collect(rows, spec, channels, size)
+
+
+_Row = tuple[str, Image.Image, int | None]
+
+
+def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> ImageSet:
+    images, labels = [], []
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, image, label in rows:
+        if first is None:
+            first = (name, image.size)
+        if image.size != first[1]:
+            raise ValueError(
+                "training images must all have one size; "
+                f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
+            )
+        images.append(_fit(image, channels, size))
+        labels.append(label)
+    if not images:
+        raise ValueError(f"no images in {spec!r}")
+    has_labels = all(label is not None for label in labels)
+    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None)
+
+
+def _fit(image: Image.Image, channels: int, size: int) -> np.ndarray:
+    """(channels, size, size) uint8."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    width, height = image.size
+    side = min(width, height)
+    if side > size:
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    elif (width, height) != (size, size):
+        frame = Image.new(image.mode, (size, size))
+        frame.paste(image, ((size - width) // 2, (size - height) // 2))
+        image = frame
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def _decode(name: str, data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{name}: not a readable image ({error})") from None
+
+
+def _read_folder(folder: Path) -> Iterator[_Row]:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES):
+        parts = path.relative_to(folder).parts
+        yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None
+
+
+def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
+    for path in paths:
+        try:
+            file = pq.ParquetFile(path)
+            columns = {"image": _pick(file, ("image", "img")), "label": _pick(file, ("label", "fine_label"))}
+            if columns["image"] is None:
+                raise ValueError(f"{path}: no column 'image' (there are {', '.join(file.schema_arrow.names)})")
+            row = 0
+            for batch in file.iter_batches(512, columns=[c for c in columns.values() if c]):
+                for record in batch.to_pylist():
+                    name = f"{path}, row {row}"
+                    label = record[columns["label"]] if columns["label"] else None
+                    yield name, _decode(name, record[columns["image"]]["bytes"]), label
+                    row += 1
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
+
+
+def _pick(file: Any, names: tuple[str, ...]) -> str | None:
+    return next((n for n in names if n in file.schema_arrow.names), None)
+
+
+def _read_idx(path: Path) -> Iterator[_Row]:
+    images = _idx_array(path)
+    label_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    labels = _idx_array(label_path) if label_path.is_file() and label_path != path else None
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
+    for i, image in enumerate(images):
+        yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
+
+
+def _idx_array(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0, 0, 8, rank, the big-endian sizes, the data."""
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        zeros, kind, rank = struct.unpack_from(">HBB", data)
+        shape = struct.unpack_from(f">{rank}I", data, 4)
+        if (zeros, kind) != (0, 8):
+            raise ValueError("no IDX header for unsigned bytes")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (ValueError, struct.error, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a whole IDX file ({error})") from None
+
+
+def _read_hub(name: str) -> Iterator[_Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"no folder {name!r} here, and loading it from the hub needs: pip install 'ddim_fast[train]'") from None
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the library raises its dependencies' exceptions too; each means the same to the user
+        raise ValueError(f"cannot load {name!r} from the hub: {error}") from None
+    image = next((c for c in ("image", "img") if c in rows.column_names), None)
+    label = next((c for c in ("label", "fine_label") if c in rows.column_names), None)
+    if image is None:
+        raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
+    for i, row in enumerate(rows):
+        yield f"{name}, row {i}", row[image], row[label] if label else None

@@ -1,0 +1,199 @@
+"""The training loop, as a generator: logging, checkpoints and stopping are the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.schedule import NoiseSchedule
+from ..files import atomic_write
+from ..models.checkpoint import save_checkpoint
+from ..models.unet import UNet
+from .data import ImageSet, to_unit_range
+from .ema import EMA
+from .loss import DenoisingLoss
+
+__all__ = ["Trainer", "TrainingOptions", "TrainingStep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train; the defaults are those of the DDPM and DDIM papers.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: images a step.
+        lr: peak learning rate of Adam.
+        warmup: steps of linear warm-up.
+        lr_schedule: after the warm-up, ``constant`` or ``cosine`` (to zero at the last step).
+        ema: decay of the averaged weights, which are the ones that are sampled.
+        grad_clip: largest norm of the gradient.
+        min_snr_gamma: see :class:`DenoisingLoss`; None for the plain loss.
+        label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
+        flip: mirror half of the images, left to right.
+        bf16: run the network under bf16 autocast.
+        compile: run the loss through torch.compile.
+        seed: of the order of the images, the noise, the dropout and the initial weights.
+    """
+
+    steps: int = 800_000
+    batch_size: int = 128
+    lr: float = 2e-4
+    warmup: int = 5000
+    lr_schedule: str = "constant"
+    ema: float = 0.9999
+    grad_clip: float = 1.0
+    min_snr_gamma: float | None = None
+    label_dropout: float = 0.1
+    flip: bool = True
+    bf16: bool = False
+    compile: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one step reports. ``loss`` and ``grad_norm`` are 0-dim tensors on the device: reading them waits for it."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+class Trainer:
+    """Trains ``model`` on ``data``; iterate :meth:`run`.
+
+    Every random number of step n comes from a generator seeded by (seed, n), so a run that stops and resumes equals one
+    that never stopped.
+
+    Raises:
+        ValueError: the labels do not fit the network, or the data is not the network's size.
+    """
+
+    def __init__(self, model: UNet, data: ImageSet, options: TrainingOptions) -> None:
+        config = model.config
+        if tuple(data.images.shape[1:]) != config.image_shape:
+            raise ValueError(f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}")
+        if config.num_classes is not None:
+            if data.labels is None:
+                raise ValueError("the network is class-conditional, but the data has no labels")
+            if int(data.labels.min()) < 0 or int(data.labels.max()) >= config.num_classes:
+                raise ValueError(f"labels must be in 0..{config.num_classes - 1}; the data has {int(data.labels.min())}..{int(data.labels.max())}")
+        self.model = model.to(memory_format=torch.channels_last)
+        self.data = data.to(model.device)
+        self.options = options
+        self.step = 0
+        self.ema = EMA(model, options.ema)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+        self._loss = DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, options.min_snr_gamma).to(model.device)
+        self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True) if options.compile else self._loss_of
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def run(self) -> Iterator[TrainingStep]:
+        """Train until ``options.steps``, yielding after each step."""
+        self.model.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        while self.step < self.options.steps:
+            images, labels = self._batch(self.step)
+            torch.manual_seed(_mix(self.options.seed, self.step))
+            loss = self._loss_of_batch(*self._augment(images, labels))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(parameters, self.options.grad_clip)
+            lr = self._learning_rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.ema.update(self.step)
+            self.step += 1
+            yield TrainingStep(self.step, loss.detach(), grad_norm, lr)
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
+        save_checkpoint(folder, self.model.config, self.ema.state_dict())
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "step": self.step,
+                "options": asdict(self.options),
+                "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+            buffer,
+        )
+        atomic_write(folder / "training_state.pt", buffer.getvalue())
+
+    def load(self, folder: Path) -> None:
+        """Go on from :meth:`save`.
+
+        Raises:
+            ValueError: training_state.pt is damaged or belongs to another network.
+        """
+        path = folder / "training_state.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: cannot resume from it ({str(error).splitlines()[0]})") from None
+
+    def _loss_of(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        autocast = torch.autocast(images.device.type, torch.bfloat16) if self.options.bf16 else contextlib.nullcontext()
+        with autocast:
+            return self._loss(self.model, images, labels)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """The images of step ``step``: the data in a new order each epoch, batches running on across its end."""
+        first, size = step * self.options.batch_size, self.options.batch_size
+        parts = []
+        while size:
+            epoch, start = divmod(first, len(self.data))
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(_mix(self.options.seed, -1 - epoch))
+                self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator)
+            parts.append(self._order[start : start + size])
+            first, size = first + len(parts[-1]), size - len(parts[-1])
+        index = torch.cat(parts).to(self.data.images.device)
+        device = self.model.device
+        labels = None if self.model.config.num_classes is None else self.data.labels[index].to(device)
+        return self.data.images[index].to(device), labels
+
+    def _augment(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        images = to_unit_range(images)
+        if self.options.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        if labels is not None and self.options.label_dropout:
+            dropped = torch.rand(len(labels), device=labels.device) < self.options.label_dropout
+            labels = torch.where(dropped, self.model.config.num_classes, labels)
+        return images, labels
+
+    def _learning_rate(self, step: int) -> float:
+        warmup, steps = self.options.warmup, self.options.steps
+        if step < warmup:
+            return self.options.lr * (step + 1) / warmup
+        if self.options.lr_schedule == "constant":
+            return self.options.lr
+        return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _mix(seed: int, number: int) -> int:
+    """A 63-bit seed from two numbers, different for all that occur (splitmix64's finaliser)."""
+    x = (seed * 0x9E3779B97F4A7C15 + number + 1) & 0xFFFFFFFFFFFFFFFF
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) >> 1

@@ -1,0 +1,60 @@
+"""The denoising loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.schedule import NoiseSchedule
+
+__all__ = ["DenoisingLoss"]
+
+
+class DenoisingLoss(nn.Module):
+    """Mean squared error of the network's prediction at random timesteps (Ho et al. 2020, eq. 14), optionally with the
+    min-SNR weighting of Hang et al. 2023.
+
+    Args:
+        schedule: the noise schedule.
+        prediction_type: what the network predicts: ``epsilon``, ``v_prediction`` (Salimans and Ho 2022) or ``sample``.
+        min_snr_gamma: the bound gamma on the signal-to-noise ratio, or None for the unweighted loss. The weight of the
+            squared error in x_0 is min(SNR, gamma), expressed in terms of what is predicted.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str, min_snr_gamma: float | None = None) -> None:
+        super().__init__()
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive; got {min_snr_gamma}")
+        self.prediction_type = prediction_type
+        bar = schedule.alphas_cumprod
+        self.register_buffer("signal", _fp32(np.sqrt(bar)))
+        self.register_buffer("noise", _fp32(np.sqrt(1 - bar)))
+        # Squared error in x_0 is that in eps divided by SNR, in v divided by SNR + 1; at zero SNR eps carries nothing.
+        snr = bar / (1 - bar)
+        capped = np.minimum(snr, np.inf if min_snr_gamma is None else min_snr_gamma)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = {"epsilon": np.where(snr > 0, capped / snr, 0), "v_prediction": capped / (snr + 1), "sample": capped}[prediction_type]
+        self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of one batch, a 0-dim fp32 tensor. Timesteps and noise come from torch's default generator.
+
+        Args:
+            images: (N, C, H, W) float32 in [-1, 1].
+            labels: (N,) int64, or None.
+        """
+        timesteps = torch.randint(len(self.signal), (images.shape[0],), device=images.device)
+        noise = torch.randn_like(images)
+        signal, sigma = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
+        prediction = model(signal * images + sigma * noise, timesteps, labels).float()
+        target = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: signal * noise - sigma * images,
+            "sample": lambda: images,
+        }[self.prediction_type]()
+        return (self.weight[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+def _fp32(table: np.ndarray) -> Tensor:
+    return torch.from_numpy(table).float()
