@@ -1,0 +1,45 @@
+"""ddim_fast: fast, checkable DDIM sampling.
+
+Names are loaded when they are first used, so importing the package needs neither torch nor Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .diffusion.noise import seeded_noise
+    from .diffusion.sampler import Sampler, SamplerState
+    from .diffusion.schedule import NoiseSchedule
+    from .diffusion.timesteps import select_timesteps
+    from .models.config import UNetConfig
+    from .models.unet import UNet
+    from .ops.ddim_step import fast_ddim_step
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "NoiseSchedule": "diffusion.schedule",
+    "Sampler": "diffusion.sampler",
+    "SamplerState": "diffusion.sampler",
+    "UNet": "models.unet",
+    "UNetConfig": "models.config",
+    "fast_ddim_step": "ops.ddim_step",
+    "seeded_noise": "diffusion.noise",
+    "select_timesteps": "diffusion.timesteps",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ddim_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -21,7 +21,8 @@ class NoiseSchedule:
 
     The betas are float32 numbers, made in the order of operations of the published code, because published networks were
     trained on exactly these; everything derived from them is float64. ``alphas_cumprod.astype(np.float32)`` equals the
-    schedule of diffusers bit for bit.
+    linear, scaled_linear and cosine schedules of diffusers bit for bit. The sigmoid and the zero-SNR rescaling equal theirs to
+    the last digit but one: torch's own sigmoid and square root are not correctly rounded, and vary between machines.
 
     Attributes:
         betas: (T,) float64 array of float32 values in [0, 1].
@@ -86,7 +87,7 @@ class NoiseSchedule:
         """Betas on a sigmoid over [-6, 6] (the schedule of GeoDiff, Xu et al. 2022)."""
         _check_range(beta_start, beta_end)
         ramp = _linspace(-6.0, 6.0, _check_length(num_train_timesteps)).astype(np.float64)
-        unit = (1 / (1 + np.exp(-ramp))).astype(np.float32)
+        unit = 1 / (1 + np.exp(-ramp).astype(np.float32))
         return cls(unit * np.float32(beta_end - beta_start) + np.float32(beta_start))
 
     @classmethod

@@ -1,0 +1,48 @@
+"""How a sampling run is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ENGINES", "Denoiser", "make_denoiser", "select_engine"]
+
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+ENGINES = ("auto", "eager", "compiled")
+
+
+def select_engine(name: str) -> str:
+    """The engine that ``name`` means; ``auto`` is eager, which needs no warm-up.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}; there are {', '.join(ENGINES)}")
+    return "eager" if name == "auto" else name
+
+
+def make_denoiser(model: nn.Module, engine: str, dtype: torch.dtype) -> Denoiser:
+    """``model`` as a function (x, timesteps, labels) -> float32 prediction, executed by ``engine``.
+
+    Args:
+        model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None.
+        engine: ``eager`` or ``compiled``: torch.compile without graph breaks, one compilation a batch size.
+        dtype: what the network computes in; its weights stay as they are, autocast converts.
+    """
+
+    def denoise(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            return model(x, timesteps, labels).float()
+
+    def denoise_at_least_two(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is
+        # slower by more than the second image costs: a batch of one is evaluated as two, so that every batch has the same bits.
+        if x.device.type == "cpu" and len(x) == 1:
+            return denoise(x.expand(2, -1, -1, -1), timesteps, None if labels is None else labels.expand(2))[:1]
+        return denoise(x, timesteps, labels)
+
+    return torch.compile(denoise, fullgraph=True, dynamic=False) if engine == "compiled" else denoise_at_least_two

@@ -1,0 +1,203 @@
+"""Solvers: how a sampler gets from one timestep to the next. Each supplies one method, :meth:`Solver.step`.
+
+All coefficients are computed in float64 when the solver is made, so a step is a few multiply-adds over the images.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.ddim_step import ddim_step
+from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
+
+__all__ = ["SOLVERS", "Solver", "make_solver"]
+
+Memory = Any
+
+
+class Solver(Protocol):
+    """What the sampler needs of a solver.
+
+    Attributes:
+        stochastic: whether :meth:`step` needs noise.
+    """
+
+    stochastic: bool
+
+    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+        """Step number ``i``, counted from 0.
+
+        Args:
+            x: (N, C, H, W) float32, x at timestep i of the run.
+            output: the network's output there, like x.
+            noise: standard normal, like x, where ``stochastic``; None otherwise.
+            memory: what the step before returned; None at the first.
+
+        Returns:
+            x at the next timestep, and the memory to pass on.
+        """
+        ...
+
+    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
+        """x_0 as the network predicts it at timestep i of the run, clipped as the solver clips it."""
+        ...
+
+
+def make_solver(
+    name: str, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip_sample_range: float | None
+) -> Solver:
+    """The solver called ``name`` for a run.
+
+    Args:
+        name: one of :data:`SOLVERS`.
+        alphas_cumprod: (S + 1,) float64, the noise level at each step and after the last.
+        eta: see :func:`step_coefficients`; for ``ddim`` only, 0 with the others.
+        prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
+        clip_sample_range: clip x_0 to [-r, r] at each step; None does not clip.
+
+    Raises:
+        ValueError: there is no such solver, or an option does not fit it.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}; there are {', '.join(SOLVERS)}")
+    if clip_sample_range is not None and not clip_sample_range > 0:
+        raise ValueError(f"clip_sample_range must be positive; got {clip_sample_range}")
+    if check_eta(eta) != 0 and name != "ddim":
+        raise ValueError(f"eta is an option of the ddim solver; {name} takes eta = 0 only (got {eta!r})")
+    if name in ("dpm-solver++", "unipc") and not np.all(np.diff(alphas_cumprod) > 0):
+        raise ValueError(f"the {name} solver needs timesteps without repeats; choose another spacing")
+    return SOLVERS[name](alphas_cumprod, eta, prediction_type, clip_sample_range)
+
+
+class _OneStep:
+    """A solver without memory: each step is the DDIM operator with coefficients of its own."""
+
+    def __init__(self, coefficients: list[StepCoefficients], clip: float | None) -> None:
+        self.coefficients = coefficients
+        self.clip = clip
+        self.stochastic = any(c.sigma for c in coefficients)
+
+    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+        return ddim_step(x, output, self.coefficients[i], self.clip, noise), None
+
+    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
+        return _predict_x0(self.coefficients[i], x, output, self.clip)
+
+
+class DDIM(_OneStep):
+    """Song et al. 2021, eq. 12; eta as in eq. 16."""
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__([step_coefficients(a, b, eta, prediction_type) for a, b in _pairs(alphas_cumprod)], clip)
+
+
+class DDPM(_OneStep):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the smaller variance, on any timesteps."""
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__([posterior_coefficients(a, b, prediction_type) for a, b in _pairs(alphas_cumprod)], clip)
+
+
+class _MultiStep:
+    """Solvers in the log signal-to-noise ratio that predict x_0 and remember predictions of earlier steps."""
+
+    stochastic = False
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        self._reading = [step_coefficients(a, b, 0.0, prediction_type) for a, b in _pairs(alphas_cumprod)]
+        self.clip = clip
+        self.steps = len(alphas_cumprod) - 1
+        self._alpha, self._sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+        with np.errstate(divide="ignore"):
+            self._lambda = np.log(self._alpha) - np.log(self._sigma)
+
+    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
+        return _predict_x0(self._reading[i], x, output, self.clip)
+
+    def _first_order(self, i: int) -> tuple[float, float]:
+        """(a, b) such that a x + b x_0 is the first-order step from i to i + 1: DDIM's. b is alpha (1 - e^-h)."""
+        alpha, sigma = self._alpha, self._sigma
+        shrink = sigma[i + 1] / sigma[i]
+        return float(shrink), float(alpha[i + 1] - alpha[i] * shrink)
+
+    def _ratio(self, i: int) -> float:
+        """The log-SNR distance of the step before i over that of step i."""
+        return float((self._lambda[i] - self._lambda[i - 1]) / (self._lambda[i + 1] - self._lambda[i]))
+
+
+class DPMSolverPlusPlus2M(_MultiStep):
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), its first and last steps of first order."""
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__(alphas_cumprod, eta, prediction_type, clip)
+        self._table = []
+        for i in range(self.steps):
+            a, b = self._first_order(i)
+            second = 0.0 if i in (0, self.steps - 1) else 0.5 * b / self._ratio(i)
+            self._table.append((a, b + second, -second))
+
+    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+        x0 = self.predict_x0(i, x, output)
+        from_x, from_x0, from_previous = self._table[i]
+        result = from_x * x + from_x0 * x0
+        return result if memory is None or not from_previous else result + from_previous * memory, x0
+
+
+class UniPC(_MultiStep):
+    """UniPC of second order with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 8): each network evaluation also corrects
+    the step that led to it. First and last predictions are of first order."""
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__(alphas_cumprod, eta, prediction_type, clip)
+        self._predictor, self._corrector = [], []
+        for i in range(self.steps):
+            a, b = self._first_order(i)
+            second_order = 0 < i < self.steps - 1
+            ratio = self._ratio(i) if second_order else 1.0
+            second = 0.5 * b / ratio if second_order else 0.0
+            self._predictor.append((a, b + second, -second))
+            now, older = self._corrector_weights(i, ratio) if second_order else (0.5, 0.0)
+            self._corrector.append((a, b * (1 - now + older), -b * older, b * now))
+
+    def _corrector_weights(self, i: int, ratio: float) -> tuple[float, float]:
+        """The weights of (x_0 at i + 1) - (x_0 at i) and of (x_0 at i) - (x_0 at i - 1) in the corrector of step i: the two
+        equations of UniPC's order conditions (eq. 9) solved by hand."""
+        hh = float(self._lambda[i] - self._lambda[i + 1])
+        phi_1 = np.expm1(hh)
+        phi_2 = phi_1 / hh - 1
+        phi_3 = phi_2 / hh - 0.5
+        b_1, b_2 = phi_2 / phi_1, 2 * phi_3 / phi_1
+        rho = (b_1 - b_2) / (1 + ratio)
+        return float(b_1 - rho), float(rho / ratio)
+
+    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+        x0 = self.predict_x0(i, x, output)
+        previous = None
+        if memory is not None:
+            x_before, previous, older = memory
+            from_x, from_previous, from_older, from_x0 = self._corrector[i - 1]
+            x = from_x * x_before + from_previous * previous + from_x0 * x0
+            if from_older:
+                x = x + from_older * older
+        from_x, from_x0, from_previous = self._predictor[i]
+        result = from_x * x + from_x0 * x0
+        if from_previous:
+            result = result + from_previous * previous
+        return result, (x, x0, previous)
+
+
+SOLVERS: dict[str, type] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC}
+
+
+def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:
+    levels = [float(a) for a in alphas_cumprod]
+    return list(zip(levels[:-1], levels[1:], strict=True))
+
+
+def _predict_x0(c: StepCoefficients, x: Tensor, output: Tensor, clip: float | None) -> Tensor:
+    x0 = torch.add(c.x0_from_sample * x, output, alpha=c.x0_from_output)
+    return x0 if clip is None else x0.clamp_(-clip, clip)

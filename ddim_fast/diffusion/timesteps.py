@@ -1,0 +1,137 @@
+"""Which of the training timesteps a sampler visits. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .schedule import NoiseSchedule
+
+__all__ = ["SPACINGS", "select_timesteps"]
+
+
+def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | Sequence[int] = "quadratic") -> np.ndarray:
+    """The timesteps of a sampling run, noisiest first.
+
+    With T training timesteps, S steps and i = 0..S-1 (noise grows with i):
+
+    ============== =======================================================================================
+    linear         floor(i (T - 1) / (S - 1)): tau_i = floor(c i) of Song et al. 2021, appendix D.2
+    quadratic      floor(c i^2) with c = (T - 1) / (S - 1)^2: small steps where little noise is left (ibid.)
+    leading        i floor(T / S); diffusers' default
+    trailing       round((i + 1) T / S) - 1; always starts from t = T - 1 (Lin et al. 2024, table 2)
+    linspace       round(i (T - 1) / (S - 1))
+    log-snr        uniform in the log signal-to-noise ratio (Lu et al. 2022, DPM-Solver)
+    ermongroup-uniform, ermongroup-quad
+                   the lists of the DDIM authors' code: ``range(0, T, T // S)``, which has more than S timesteps when S does
+                   not divide T, and ``int(linspace(0, sqrt(0.8 T), S)^2)``, which starts at t = 0.8 T and can repeat
+                   timesteps near 0 (a repeated one is a step that changes nothing)
+    ============== =======================================================================================
+
+    All but the last two give S distinct timesteps: where rounding would repeat one, it is moved to the next free timestep.
+
+    Args:
+        schedule: the noise schedule.
+        steps: S, from 1 to T; may be None with an explicit list.
+        spacing: a name from above, or the timesteps themselves, in either direction, distinct.
+
+    Returns:
+        (S,) int64, falling.
+
+    Raises:
+        ValueError: there is no such spacing, or S is impossible for it, or the list is not one of distinct timesteps.
+    """
+    total = schedule.num_train_timesteps
+    if not isinstance(spacing, str):
+        return _explicit(spacing, steps, total)
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}")
+    if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+        raise ValueError(f"steps must be a whole number from 1 to {total}, the number of training timesteps; got {steps!r}")
+    if spacing.startswith("ermongroup"):
+        return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)
+    return _distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
+
+
+def _linear(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return np.floor(_fractions(steps) * (schedule.num_train_timesteps - 1) + _ROUNDING)
+
+
+def _quadratic(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return np.floor(_fractions(steps) ** 2 * (schedule.num_train_timesteps - 1) + _ROUNDING)
+
+
+def _leading(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return np.arange(steps) * (schedule.num_train_timesteps // steps)
+
+
+def _trailing(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    total = schedule.num_train_timesteps
+    return np.round(total - np.arange(steps)[::-1] * (total / steps)) - 1
+
+
+def _linspace(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return np.round(np.linspace(0, schedule.num_train_timesteps - 1, steps)) if steps > 1 else _last(schedule)
+
+
+def _log_snr(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    log_snr = schedule.log_snr
+    if np.isneginf(log_snr[-1]):  # zero terminal SNR: keep it as the noisiest timestep, at the distance of the one before
+        log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if len(log_snr) > 2 else log_snr[0] - 1
+    targets = np.linspace(log_snr[0], log_snr[-1], steps) if steps > 1 else log_snr[-1:]
+    return np.abs(targets[:, None] - log_snr[None, :]).argmin(axis=1)
+
+
+def _ermongroup_uniform(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    total = schedule.num_train_timesteps
+    return np.arange(0, total, total // steps)
+
+
+def _ermongroup_quad(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return (np.linspace(0, np.sqrt(schedule.num_train_timesteps * 0.8), steps) ** 2).astype(np.int64)
+
+
+_SPACINGS = {
+    "linear": _linear,
+    "quadratic": _quadratic,
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "log-snr": _log_snr,
+    "ermongroup-uniform": _ermongroup_uniform,
+    "ermongroup-quad": _ermongroup_quad,
+}
+SPACINGS = tuple(_SPACINGS)
+
+# Added before a floor, so that a product meant to be whole does not fall to the integer below.
+_ROUNDING = 1e-9
+
+
+def _fractions(steps: int) -> np.ndarray:
+    """0 to 1 in S points; one step alone starts from the noisiest timestep."""
+    return np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
+
+
+def _last(schedule: NoiseSchedule) -> np.ndarray:
+    return np.array([schedule.num_train_timesteps - 1])
+
+
+def _distinct(rising: np.ndarray, total: int) -> np.ndarray:
+    """The nearest strictly rising sequence in 0..total-1: repeats move up to the next free timestep, and down at the end."""
+    i = np.arange(len(rising))
+    strictly = np.maximum.accumulate(rising - i) + i
+    return np.minimum(strictly, total - len(rising) + i)
+
+
+def _explicit(timesteps: Sequence[int], steps: int | None, total: int) -> np.ndarray:
+    chosen = np.asarray(timesteps)
+    if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
+        raise ValueError(f"timesteps must be a non-empty list of whole numbers; got {timesteps!r}")
+    if chosen.min() < 0 or chosen.max() >= total:
+        raise ValueError(f"timesteps must lie in 0..{total - 1}; got {chosen.min()}..{chosen.max()}")
+    if len(np.unique(chosen)) != len(chosen):
+        raise ValueError("timesteps must be distinct")
+    if steps is not None and steps != len(chosen):
+        raise ValueError(f"steps is {steps}, but {len(chosen)} timesteps are listed; leave steps out")
+    return np.sort(chosen)[::-1].astype(np.int64)

@@ -1,0 +1,236 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
+from ddim_fast.diffusion.noise import INITIAL_NOISE
+
+SHAPE = (3, 8, 8)
+
+
+def _run_diffusers(scheduler, network, x, steps, *, timesteps=None, noises=None, **options):
+    if timesteps is None:
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(timesteps=timesteps)
+    states = []
+    for i, t in enumerate(scheduler.timesteps):
+        extra = {"variance_noise": noises[i]} if noises is not None else {}
+        with torch.no_grad():
+            x = scheduler.step(network(x, t), t, x, **options, **extra).prev_sample
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+def test_ddim_trajectory_equals_diffusers(eta, prediction_type, clip, beta_schedule, fake_network):
+    network = fake_network(prediction_type=prediction_type, beta_schedule=beta_schedule)
+    sampler = Sampler(network, steps=20, eta=eta, spacing="leading", clip_sample_range=clip)
+    scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, clip_sample=clip is not None, beta_start=1e-4, beta_end=0.02)
+    x = seeded_noise([3, 4], INITIAL_NOISE, SHAPE)
+    noises = [seeded_noise([3, 4], i, SHAPE) for i in range(20)] if eta else None
+    theirs = _run_diffusers(scheduler, network, x, 20, eta=eta, noises=noises)
+    for state, expected in zip(sampler.trajectory(seeds=[3, 4]), theirs, strict=True):
+        torch.testing.assert_close(state.x, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_snr_equals_diffusers(prediction_type, fake_network):
+    network = fake_network(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    x = seeded_noise([0], INITIAL_NOISE, SHAPE)
+    theirs = _run_diffusers(scheduler, network, x, 10)[-1]
+    torch.testing.assert_close(Sampler(network, steps=10, spacing="trailing").sample(x_T=x), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_ddpm_equals_diffusers(clip, prediction_type, fake_network, monkeypatch):
+    network = fake_network(prediction_type=prediction_type)
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=clip is not None)
+    noises = iter([seeded_noise([5], i, SHAPE) for i in range(20)])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(noises))
+    x = seeded_noise([5], INITIAL_NOISE, SHAPE)
+    theirs = _run_diffusers(scheduler, network, x, 20)[-1]
+    ours = Sampler(network, steps=20, spacing="leading", solver="ddpm", clip_sample_range=clip).sample(seeds=[5])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_ddpm_without_clipping_is_eta_one(fake_network):
+    network = fake_network()
+    ours = Sampler(network, steps=15, solver="ddpm").sample(seeds=[1])
+    torch.testing.assert_close(ours, Sampler(network, steps=15, eta=1.0).sample(seeds=[1]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 25])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("solver,scheduler_class", [("dpm-solver++", DPMSolverMultistepScheduler), ("unipc", UniPCMultistepScheduler)])
+def test_multistep_solvers_equal_diffusers(solver, scheduler_class, prediction_type, steps, fake_network):
+    network = fake_network(prediction_type=prediction_type)
+    scheduler = scheduler_class(
+        beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type, solver_order=2, final_sigmas_type="zero", timestep_spacing="linspace"
+    )
+    scheduler.set_timesteps(steps)
+    x = seeded_noise([2, 9], INITIAL_NOISE, SHAPE)
+    theirs = _run_diffusers(scheduler, network, x, steps)
+    sampler = Sampler(network, steps=None, spacing=scheduler.timesteps.tolist(), solver=solver)
+    for state, expected in zip(sampler.trajectory(x_T=x), theirs, strict=True):
+        torch.testing.assert_close(state.x, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["dpm-solver++", "unipc"])
+def test_higher_order_solvers_come_closer_to_the_ode(solver, fake_network):
+    network = fake_network()
+    x = seeded_noise([0], INITIAL_NOISE, SHAPE)
+    exact = Sampler(network, steps=1000, spacing="linspace").sample(x_T=x)
+    errors = {s: (Sampler(network, steps=20, spacing="log-snr", solver=s).sample(x_T=x) - exact).abs().mean() for s in ("ddim", solver)}
+    assert errors[solver] < 0.5 * errors["ddim"]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm-solver++", "unipc"])
+def test_every_solver_survives_zero_terminal_snr(solver, fake_network):
+    network = fake_network(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert torch.isfinite(Sampler(network, steps=8, spacing="trailing", solver=solver).sample(seeds=[0])).all()
+
+
+def test_sigma_hat_adds_the_larger_noise(fake_network):
+    network = fake_network()
+    a, b = NoiseSchedule.linear().alphas_cumprod[[999, 500]]
+    states = {eta: next(Sampler(network, steps=None, spacing=[999, 500], eta=eta).trajectory(seeds=[0])).x for eta in (1.0, "sigma-hat")}
+    small = np.sqrt((1 - b) / (1 - a) * (1 - a / b))
+    difference = (np.sqrt(1 - a / b) - small) * seeded_noise([0], 0, SHAPE)
+    torch.testing.assert_close(states["sigma-hat"] - states[1.0], difference.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_reference_list_with_repeats_equals_the_list_without(fake_network):
+    network = fake_network()
+    repeated = Sampler(network, steps=100, spacing="ermongroup-quad")
+    distinct = Sampler(network, steps=None, spacing=sorted(set(repeated.timesteps.tolist())))
+    assert (len(repeated.timesteps), len(distinct.timesteps)) == (100, 96)
+    torch.testing.assert_close(repeated.sample(seeds=[1]), distinct.sample(seeds=[1]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_trajectory_visits_each_timestep_once(fake_network):
+    network = fake_network()
+    sampler = Sampler(network, steps=12)
+    states = list(sampler.trajectory(seeds=[0]))
+    expected = select_timesteps(sampler.schedule, 12, "quadratic").tolist()
+    assert [s.timestep for s in states] == expected == network.calls
+    torch.testing.assert_close(states[-1].x, states[-1].x0, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(states[-1].x, sampler.sample(seeds=[0]))
+
+
+def test_x0_is_the_prediction_at_the_timestep(fake_network):
+    network = fake_network()
+    sampler = Sampler(network, steps=5, clip_sample_range=1.0)
+    first = next(sampler.trajectory(seeds=[0]))
+    x = seeded_noise([0], INITIAL_NOISE, SHAPE)
+    bar = sampler.schedule.alphas_cumprod[999]
+    expected = (x - np.sqrt(1 - bar) * network(x, torch.tensor(999))) / np.sqrt(bar)
+    torch.testing.assert_close(first.x0, expected.clamp(-1, 1).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_encoding_inverts_sampling_better_with_more_steps(prediction_type, fake_network):
+    network = fake_network(prediction_type=prediction_type)
+    images = seeded_noise([1, 2], 7, SHAPE).clamp(-1, 1) * 0.8
+    errors = []
+    for steps in (10, 40, 160):
+        sampler = Sampler(network, steps=steps)
+        errors.append((sampler.sample(x_T=sampler.encode(images)) - images).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.2 * errors[0]
+
+
+def test_guidance_is_the_extrapolation_of_two_evaluations(fake_network):
+    network = fake_network(num_classes=4)
+    x = seeded_noise([0, 1], INITIAL_NOISE, SHAPE)
+    sampler = Sampler(network, steps=None, spacing=[500])
+    t, labels, null = torch.tensor(500), torch.tensor([1, 3]), torch.tensor([4, 4])
+    eps_null, eps_label = network(x, t, null), network(x, t, labels)
+    a = sampler.schedule.alphas_cumprod[500]
+    expected = (x - np.sqrt(1 - a) * (eps_null + 2.5 * (eps_label - eps_null))) / np.sqrt(a)
+    network.calls.clear()
+    ours = sampler.sample(x_T=x, labels=[1, 3], guidance=2.5)
+    assert len(network.calls) == 1
+    torch.testing.assert_close(ours, expected.float().detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"eta": -0.1}, r"eta must lie in \[0, 1\]"),
+        ({"eta": 1.5}, r"eta must lie in \[0, 1\]"),
+        ({"eta": float("nan")}, r"eta must lie in \[0, 1\]"),
+        ({"eta": "big"}, r"eta must lie in \[0, 1\]"),
+        ({"eta": 0.5, "solver": "unipc"}, "option of the ddim solver"),
+        ({"solver": "euler"}, "unknown solver 'euler'"),
+        ({"engine": "warp"}, "unknown engine 'warp'"),
+        ({"spacing": "ermongroup-quad", "steps": 100, "solver": "dpm-solver++"}, "without repeats"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range must be positive"),
+        ({"dtype": torch.int8}, "dtype must be"),
+    ],
+)
+def test_bad_options_are_named(options, message, fake_network):
+    with pytest.raises(ValueError, match=message):
+        Sampler(fake_network(), **options)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({}, "seeds or from x_T"),
+        ({"seeds": [-1]}, "a seed is a whole number"),
+        ({"seeds": [0], "labels": 4}, r"class 4 is out of range: the network has classes 0..3"),
+        ({"seeds": [0], "labels": [1, 2]}, "2 class labels do not fit 1 images"),
+        ({"seeds": [0], "labels": [0.5]}, "whole numbers"),
+        ({"seeds": [0], "guidance": 2.0}, "needs class labels"),
+        ({"seeds": [0], "labels": 1, "guidance": float("inf")}, "finite"),
+        ({"seeds": [0], "x_T": torch.zeros(2, 3, 8, 8)}, "1 seeds do not fit 2"),
+        ({"x_T": torch.zeros(1, 1, 8, 8)}, r"expected images of shape \(N, 3, 8, 8\)"),
+        ({"seeds": [0], "batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, fake_network):
+    with pytest.raises(ValueError, match=message):
+        Sampler(fake_network(num_classes=4), steps=2).sample(**arguments)
+
+
+def test_labels_for_an_unconditional_network_are_refused(fake_network):
+    with pytest.raises(ValueError, match="unconditional"):
+        Sampler(fake_network(), steps=2).sample(seeds=[0], labels=1)
+
+
+def test_stochastic_samplers_need_seeds_and_cannot_encode(fake_network):
+    sampler = Sampler(fake_network(), steps=2, eta=1.0)
+    with pytest.raises(ValueError, match="give seeds"):
+        sampler.sample(x_T=torch.zeros(1, *SHAPE))
+    with pytest.raises(ValueError, match="deterministic"):
+        sampler.encode(torch.zeros(1, *SHAPE))
+
+
+def test_no_images_are_no_error(fake_network):
+    assert Sampler(fake_network(), steps=2).sample(seeds=[]).shape == (0, *SHAPE)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_same_seed_gives_the_same_bytes_in_every_batch(eta, small_unet):
+    sampler = Sampler(small_unet, steps=4, eta=eta)
+    labels = [i % 10 for i in range(7)]
+    alone = torch.cat([sampler.sample(seeds=[s], labels=labels[s]) for s in range(7)])
+    for batch_size in (2, 3, 5, 7):
+        assert torch.equal(sampler.sample(seeds=range(7), labels=labels, batch_size=batch_size), alone)
+    shuffled = sampler.sample(seeds=[5, 0, 3], labels=[5, 0, 3], batch_size=3)
+    assert torch.equal(shuffled, alone[[5, 0, 3]])
+
+
+def test_compiled_equals_eager(small_unet):
+    options = {"seeds": range(5), "labels": 3, "guidance": 2.0, "batch_size": 3}
+    eager = Sampler(small_unet, steps=3, clip_sample_range=1.0).sample(**options)
+    compiled = Sampler(small_unet, steps=3, clip_sample_range=1.0, engine="compiled").sample(**options)
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
