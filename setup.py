@@ -54,9 +54,7 @@ def gencode_flags(architectures: str) -> list[str]:
     for architecture in re.split(r"[;\s]+", architectures.strip("; ")):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
         if match is None:
-            raise SystemExit(
-                f"ddim_fast: TORCH_CUDA_ARCH_LIST is {architectures!r}, but must be a list such as '8.0;9.0+PTX'"
-            )
+            raise SystemExit(f"ddim_fast: TORCH_CUDA_ARCH_LIST is {architectures!r}, but must be a list such as '8.0;9.0+PTX'")
         major, minor, ptx = match.groups()
         for code in ["sm", "compute"] if ptx else ["sm"]:
             flags += ["-gencode", f"arch=compute_{major}{minor},code={code}_{major}{minor}"]

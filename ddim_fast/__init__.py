@@ -17,9 +17,20 @@ if TYPE_CHECKING:
     from .models.unet import UNet
     from .ops.ddim_step import fast_ddim_step
 
+__all__ = [
+    "NoiseSchedule",
+    "Sampler",
+    "SamplerState",
+    "UNet",
+    "UNetConfig",
+    "fast_ddim_step",
+    "seeded_noise",
+    "select_timesteps",
+]
+
 __version__ = "0.1.0"
 
-_HOME = {
+_HOMES = {
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "diffusion.sampler",
     "SamplerState": "diffusion.sampler",
@@ -30,16 +41,14 @@ _HOME = {
     "select_timesteps": "diffusion.timesteps",
 }
 
-__all__ = sorted(_HOME)
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'ddim_fast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-__all__ = ["CommandParser", "parse_integers", "run_command"]
+__all__ = ["CommandParser", "parse_integers", "parse_positive", "run_command"]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -72,3 +72,14 @@ def parse_integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def parse_positive(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

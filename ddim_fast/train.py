@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cli import CommandParser, run_command
+from .cli import CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
 from .files import atomic_write
 from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
@@ -36,14 +36,32 @@ _PER_CALL = ("out", "resume", "device", "quiet")
 def _parser() -> CommandParser:
     default = TrainingOptions()
     p = CommandParser("train", "Train a diffusion U-Net on images.", _EXAMPLES)
-    p.add_argument("--data", metavar="SPEC", help="a folder of images, Parquet files, IDX files, or a hub data set (owner/name)")
-    p.add_argument("--preset", metavar="NAME", choices=preset_names(), default="cifar10-64", help=f"the network: {', '.join(preset_names())}")
-    p.add_argument("--set", metavar="KEY=VALUE", nargs="+", default=[], help="change fields of the preset, such as layers_per_block=1")
+    p.add_argument(
+        "--data", metavar="SPEC", help="a folder of images, Parquet files, IDX files, or a hub data set (owner/name)"
+    )
+    p.add_argument(
+        "--preset",
+        metavar="NAME",
+        choices=preset_names(),
+        default="cifar10-64",
+        help=f"the network: {', '.join(preset_names())}",
+    )
+    p.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="change fields of the preset, such as layers_per_block=1",
+    )
     p.add_argument("--class-conditional", action="store_true", help="condition the network on the data's labels")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, which is also the checkpoint")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; options not given are the run's own")
-    p.add_argument("--steps", metavar="N", type=_positive, default=default.steps, help="optimiser steps in all")
-    p.add_argument("--batch-size", metavar="N", type=_positive, default=default.batch_size, help="images a step")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --out; options not given are the run's own",
+    )
+    p.add_argument("--steps", metavar="N", type=parse_positive, default=default.steps, help="optimiser steps in all")
+    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=default.batch_size, help="images a step")
     p.add_argument("--lr", metavar="X", type=float, default=default.lr, help="peak learning rate of Adam")
     p.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
     p.add_argument("--lr-schedule", choices=("constant", "cosine"), default=default.lr_schedule, help="after the warm-up")
@@ -52,14 +70,25 @@ def _parser() -> CommandParser:
     p.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
     p.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; 5 is usual (default: unweighted)")
-    p.add_argument("--label-dropout", metavar="X", type=float, default=default.label_dropout, help="share of labels dropped, for guidance")
+    p.add_argument(
+        "--label-dropout",
+        metavar="X",
+        type=float,
+        default=default.label_dropout,
+        help="share of labels dropped, for guidance",
+    )
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=default.flip, help="mirror half of the images")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 is autocast; auto: where the device has it")
+    p.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16 is autocast; auto: where the device has it",
+    )
     p.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     p.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of weights, order, noise and dropout")
-    p.add_argument("--log-every", metavar="N", type=_positive, default=50, help="steps between lines of stats.jsonl")
-    p.add_argument("--save-every", metavar="N", type=_positive, default=1000, help="steps between checkpoints")
+    p.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
+    p.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
@@ -114,10 +143,20 @@ def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
             if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
                 loss = total.item() / (step.step - logged)
                 if loss != loss or loss in (float("inf"), float("-inf")):
-                    raise ValueError(f"the loss became {loss} before step {step.step}; lower --lr, or use --precision fp32 ({out} keeps the last checkpoint)")
+                    raise ValueError(
+                        f"the loss became {loss} before step {step.step}; lower --lr, or use --precision fp32 "
+                        f"({out} keeps the last checkpoint)"
+                    )
                 now = time.perf_counter()
                 rate = (step.step - logged) * options.batch_size / (now - since)
-                line = {"step": step.step, "loss": loss, "grad_norm": step.grad_norm.item(), "lr": step.lr, "images_per_s": rate, "time": time.time()}
+                line = {
+                    "step": step.step,
+                    "loss": loss,
+                    "grad_norm": step.grad_norm.item(),
+                    "lr": step.lr,
+                    "images_per_s": rate,
+                    "time": time.time(),
+                }
                 stats.write(json.dumps(line) + "\n")
                 stats.flush()
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
@@ -149,12 +188,6 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) is not None:
             overrides[name] = getattr(arguments, name)
     return overrides
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,15 @@ def fake_network():
 def small_config() -> UNetConfig:
     """A class-conditional network small enough for tests, with every kind of layer."""
     return UNetConfig(
-        sample_size=16, base_channels=16, channel_multipliers=(1, 2), layers_per_block=1, attention_resolutions=(8,),
-        norm_num_groups=8, dropout=0.1, num_classes=10, prediction_type="v_prediction",
+        sample_size=16,
+        base_channels=16,
+        channel_multipliers=(1, 2),
+        layers_per_block=1,
+        attention_resolutions=(8,),
+        norm_num_groups=8,
+        dropout=0.1,
+        num_classes=10,
+        prediction_type="v_prediction",
     )
 
 

@@ -14,7 +14,12 @@ __all__ = ["invert"]
 
 
 def invert(
-    denoise: Denoiser, images: Tensor, labels: Tensor | None, timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type: str
+    denoise: Denoiser,
+    images: Tensor,
+    labels: Tensor | None,
+    timesteps: np.ndarray,
+    alphas_cumprod: np.ndarray,
+    prediction_type: str,
 ) -> Tensor:
     """DDIM inversion: Euler steps of the sampler's ODE towards more noise (Song et al. 2021, eq. 14).
 

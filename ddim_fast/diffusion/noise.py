@@ -40,7 +40,9 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def seeded_noise(seeds: Tensor | Sequence[int], step: int | Tensor, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def seeded_noise(
+    seeds: Tensor | Sequence[int], step: int | Tensor, shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normal noise, image i from ``seeds[i]`` alone.
 
     Philox's key is the seed; its counter is (block, step, 0, 0), block b giving elements 4b..4b+3 of the image.

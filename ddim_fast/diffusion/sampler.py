@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import use_affinity_threads
-from ..engine import Denoiser, make_denoiser, select_engine
+from ..engine import make_denoiser, select_engine
 from .guidance import check_guidance, guided
 from .inversion import invert
 from .noise import INITIAL_NOISE, seeded_noise
@@ -103,17 +103,19 @@ class Sampler:
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
         batch_size: int = 64,
+        on_step: Callable[[SamplerState], None] | None = None,
     ) -> Tensor:
         """Images from seeds, or from given noise.
 
         Args:
-            seeds: N distinct-or-not integers; image i depends on ``seeds[i]`` alone, whatever the batch. They give x_T where it is
-                not given, and the noise of stochastic sampling.
+            seeds: N integers; image i depends on ``seeds[i]`` alone, whatever the batch. They give x_T where it is not given,
+                and the noise of stochastic sampling.
             x_T: (N, C, H, W) noise or latents to start from.
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022);
                 None or 1 for none.
             batch_size: images a network call.
+            on_step: called with the state after each step of each batch, for a progress bar or a film.
 
         Returns:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
@@ -131,7 +133,8 @@ class Sampler:
             # A compiled network is specialised to its batch size: the last, smaller batch is filled up, not compiled anew.
             padded = batch.padded(full) if self.engine == "compiled" else batch
             for state in self._trajectory(padded):
-                pass
+                if on_step is not None:
+                    on_step(state)
             images.append(state.x[: len(batch)])
         return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
 
@@ -147,7 +150,9 @@ class Sampler:
         return self._trajectory(_Run.check(self, seeds, x_T, labels, guidance))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, labels: int | Sequence[int] | Tensor | None = None, guidance: float | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, *, labels: int | Sequence[int] | Tensor | None = None, guidance: float | None = None
+    ) -> Tensor:
         """The noise x_T from which deterministic DDIM makes ``images``: the sampler's ODE followed towards more noise along the
         same timesteps (Song et al. 2021, section 4.3 and eq. 14). Its error falls with the number of steps.
 
@@ -205,7 +210,9 @@ class _Run:
             raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
         if x_T is not None:
             if tuple(x_T.shape[1:]) != config.image_shape:
-                raise ValueError(f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}")
+                raise ValueError(
+                    f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}"
+                )
             x_T = x_T.to(device, torch.float32)
         count = len(x_T if seeds is None else seeds)
         if x_T is not None and len(x_T) != count:

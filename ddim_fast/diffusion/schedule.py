@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..models.config import UNetConfig
+from ..models.config import BETA_SCHEDULES, UNetConfig
 
 __all__ = ["BETA_SCHEDULES", "NoiseSchedule"]
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
-
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -68,14 +65,17 @@ class NoiseSchedule:
         return cls(_linspace(beta_start, beta_end, _check_length(num_train_timesteps)))
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000) -> NoiseSchedule:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000
+    ) -> NoiseSchedule:
         """sqrt(beta) linear in t (Rombach et al. 2022, the schedule of Stable Diffusion)."""
         _check_range(beta_start, beta_end)
         return cls(_linspace(beta_start**0.5, beta_end**0.5, _check_length(num_train_timesteps)) ** 2)
 
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
-        """alphas_cumprod(t) = cos^2((t/T + 0.008) / 1.008 * pi/2), betas capped at ``max_beta`` (Nichol and Dhariwal 2021, eq. 17).
+        """alphas_cumprod(t) = cos^2((t/T + 0.008) / 1.008 * pi/2), betas capped at ``max_beta`` (Nichol and Dhariwal 2021,
+        eq. 17).
 
         diffusers calls it ``squaredcos_cap_v2``."""
         steps = _check_length(num_train_timesteps)
@@ -96,7 +96,9 @@ class NoiseSchedule:
         return cls(np.asarray(betas))
 
     @classmethod
-    def from_name(cls, name: str, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000) -> NoiseSchedule:
+    def from_name(
+        cls, name: str, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000
+    ) -> NoiseSchedule:
         """``linear``, ``scaled_linear``, ``cosine`` or ``sigmoid``; the cosine has no start and end.
 
         Raises:

@@ -5,6 +5,7 @@ All coefficients are computed in float64 when the solver is made, so a step is a
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,8 +195,7 @@ SOLVERS: dict[str, type] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolve
 
 
 def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:
-    levels = [float(a) for a in alphas_cumprod]
-    return list(zip(levels[:-1], levels[1:], strict=True))
+    return list(pairwise(float(a) for a in alphas_cumprod))
 
 
 def _predict_x0(c: StepCoefficients, x: Tensor, output: Tensor, clip: float | None) -> Tensor:

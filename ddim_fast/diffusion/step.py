@@ -29,7 +29,9 @@ class StepCoefficients(NamedTuple):
     sigma: Any
 
 
-def step_coefficients(alphas_cumprod_t: Any, alphas_cumprod_prev: Any, eta: float | str = 0.0, prediction_type: str = "epsilon") -> StepCoefficients:
+def step_coefficients(
+    alphas_cumprod_t: Any, alphas_cumprod_prev: Any, eta: float | str = 0.0, prediction_type: str = "epsilon"
+) -> StepCoefficients:
     """The coefficients of the step from x_t to x_prev (Song et al. 2021, eq. 12 and 16).
 
     Args:
@@ -57,7 +59,9 @@ def step_coefficients(alphas_cumprod_t: Any, alphas_cumprod_prev: Any, eta: floa
     return StepCoefficients(*reading, b**0.5, towards_eps, sigma)
 
 
-def posterior_coefficients(alphas_cumprod_t: float, alphas_cumprod_prev: float, prediction_type: str = "epsilon") -> StepCoefficients:
+def posterior_coefficients(
+    alphas_cumprod_t: float, alphas_cumprod_prev: float, prediction_type: str = "epsilon"
+) -> StepCoefficients:
     """The coefficients of DDPM ancestral sampling from x_t to x_prev: mean and variance of q(x_prev | x_t, x_0) (Ho et al.
     2020, eq. 7). It mixes x_0 with x_t itself, so x_t takes the place of eps. Without clipping it equals eta = 1.
 
@@ -88,7 +92,10 @@ def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:
     signal, noise = a**0.5, (1 - a) ** 0.5
     if prediction_type == "epsilon":
         if isinstance(a, float) and a == 0:
-            raise ValueError("at zero SNR (alphas_cumprod_t = 0) an epsilon prediction does not determine the image; use v_prediction or sample")
+            raise ValueError(
+                "at zero SNR (alphas_cumprod_t = 0) an epsilon prediction does not determine the image; "
+                "use v_prediction or sample"
+            )
         return 1 / signal, -noise / signal, 0.0, 1.0
     if prediction_type == "v_prediction":
         return signal, -noise, noise, signal
@@ -103,5 +110,5 @@ def _check_levels(a: Any, b: Any, eta: float | str) -> None:
     for name, value in (("alphas_cumprod_t", a), ("alphas_cumprod_prev", b)):
         if isinstance(value, float) and not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1]; got {value}")
-    if eta != 0 and isinstance(a, float) and isinstance(b, float) and not (a <= b and a < 1):
+    if eta != 0 and isinstance(a, float) and isinstance(b, float) and not (a <= b and a < 1 and b > 0):
         raise ValueError(f"a stochastic step must lead to less noise; got alphas_cumprod_t = {a}, alphas_cumprod_prev = {b}")

@@ -38,7 +38,9 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
         return text
     if re.fullmatch(r"[\w-]+/[\w.-]+", text) and not Path(text).parent.is_dir():
         return text
-    raise FileNotFoundError(f"unknown model {text!r}: neither a folder nor a packaged model ({', '.join(packaged_models()) or 'there are none'})")
+    raise FileNotFoundError(
+        f"unknown model {text!r}: neither a folder nor a packaged model ({', '.join(packaged_models()) or 'there are none'})"
+    )
 
 
 def load_config(folder: Path) -> UNetConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PREDICTION_TYPES", "UNetConfig", "preset_names"]
+__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "UNetConfig", "preset_names"]
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -66,25 +68,63 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field.name, _FIELD_TYPES[field.name], getattr(self, field.name)))
-        for name in ("sample_size", "in_channels", "base_channels", "layers_per_block", "norm_num_groups", "num_train_timesteps"):
+        for name in (
+            "sample_size",
+            "in_channels",
+            "base_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "num_train_timesteps",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(
             len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
-            "channel_multipliers", self.channel_multipliers, "one positive integer a level",
+            "channel_multipliers",
+            self.channel_multipliers,
+            "one positive integer a level",
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
         _require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
         _require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
-        _require(self.prediction_type in PREDICTION_TYPES, "prediction_type", self.prediction_type, f"one of {', '.join(PREDICTION_TYPES)}")
+        _require(
+            self.prediction_type in PREDICTION_TYPES,
+            "prediction_type",
+            self.prediction_type,
+            f"one of {', '.join(PREDICTION_TYPES)}",
+        )
+        _require(
+            self.beta_schedule in BETA_SCHEDULES, "beta_schedule", self.beta_schedule, f"one of {', '.join(BETA_SCHEDULES)}"
+        )
+        for name in ("beta_start", "beta_end"):
+            _require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
+        # The frequencies of the time embedding are spread over this difference.
+        _require(
+            self.freq_shift != self.base_channels // 2,
+            "freq_shift",
+            self.freq_shift,
+            "other than half of base_channels",
+        )
         halvings = 2 ** (len(self.channel_multipliers) - 1)
-        _require(self.sample_size % halvings == 0, "sample_size", self.sample_size, f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels")
+        _require(
+            self.sample_size % halvings == 0,
+            "sample_size",
+            self.sample_size,
+            f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels",
+        )
         for width in self.level_channels:
-            _require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, f"a divisor of every level's width, {width} among them")
+            _require(
+                width % self.norm_num_groups == 0,
+                "norm_num_groups",
+                self.norm_num_groups,
+                f"a divisor of every level's width, {width} among them",
+            )
             if self.attention_head_dim is not None:
                 _require(
                     self.attention_head_dim >= 1 and width % self.attention_head_dim == 0,
-                    "attention_head_dim", self.attention_head_dim, f"a divisor of every level's width, {width} among them",
+                    "attention_head_dim",
+                    self.attention_head_dim,
+                    f"a divisor of every level's width, {width} among them",
                 )
 
     @property
@@ -133,8 +173,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "celeba-64": {"sample_size": 64, "channel_multipliers": (1, 2, 2, 2, 4)},
     "celebahq-256": {"sample_size": 256, "channel_multipliers": (1, 1, 2, 2, 4, 4), "dropout": 0.0},
     "grey-32": {
-        "sample_size": 32, "in_channels": 1, "base_channels": 32, "channel_multipliers": (1, 2, 4), "attention_resolutions": (8,),
-        "norm_num_groups": 8, "dropout": 0.0,
+        "sample_size": 32,
+        "in_channels": 1,
+        "base_channels": 32,
+        "channel_multipliers": (1, 2, 4),
+        "attention_resolutions": (8,),
+        "norm_num_groups": 8,
+        "dropout": 0.0,
     },
 }
 
@@ -154,7 +199,7 @@ def _checked(name: str, expected: Any, value: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)
         raise ValueError(f"{name} must be a list of integers; got {value!r}")
-    if kind is float and type(value) in (int, float) and value == value and abs(value) != float("inf"):
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is kind and kind is not float:
         return value

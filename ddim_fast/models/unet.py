@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, resolve_model, save_checkpoint
@@ -24,7 +24,8 @@ _MODEL_CARD = """\
 {{ card_data }}
 ---
 
-A diffusion U-Net saved by ddim_fast: `UNet.from_pretrained(FOLDER)` loads it, `python -m ddim_fast.sample --model FOLDER` samples from it.
+A diffusion U-Net saved by ddim_fast. `UNet.from_pretrained(FOLDER)` loads it;
+`python -m ddim_fast.sample --model FOLDER` samples from it.
 """
 
 
@@ -53,14 +54,18 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
             inputs = [channels] + [width] * (config.layers_per_block - 1)
-            self.down_blocks.append(_Level(config, inputs, width, time_dim, self._has_attention(level), None if last else "downsamplers"))
+            self.down_blocks.append(
+                _Level(config, inputs, width, time_dim, self._has_attention(level), None if last else "downsamplers")
+            )
             skips += [width] * (config.layers_per_block + (not last))
             channels = width
         self.mid_block = _MidBlock(config, channels, time_dim)
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (channels if i == 0 else width) for i in range(config.layers_per_block + 1)]
-            self.up_blocks.append(_Level(config, inputs, width, time_dim, self._has_attention(level), "upsamplers" if level else None))
+            self.up_blocks.append(
+                _Level(config, inputs, width, time_dim, self._has_attention(level), "upsamplers" if level else None)
+            )
             channels = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
@@ -117,36 +122,31 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         return self.conv_in.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> UNet:
-        """Load a checkpoint, in eval mode, on the CPU.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> UNet:
+        """Load a checkpoint, in eval mode, on the CPU, in float32.
 
         Args:
             pretrained_model_name_or_path: the name of a packaged model, a folder with config.json and model.safetensors,
                 or a Hugging Face Hub id (``owner/name``; the only form that uses the network).
+            hub_options: for a Hub id: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
         Raises:
             FileNotFoundError: there is no such model.
             ValueError: config.json or model.safetensors is damaged or does not belong to this architecture.
         """
-        return super().from_pretrained(resolve_model(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **hub_options: Any) -> UNet:
-        folder = Path(model_id)
+        folder = Path(resolve_model(pretrained_model_name_or_path))
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            hub_options = {k: v for k, v in hub_options.items() if v is not None}
-            folder = Path(snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **hub_options))
+            folder = _download(str(folder), hub_options)
         config, state = load_checkpoint(folder)
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        path = folder / "model.safetensors"
         for name in sorted(expected.keys() ^ state.keys()):
-            raise ValueError(f"{folder / 'model.safetensors'}: {'missing' if name in expected else 'unexpected'} tensor {name!r}")
+            raise ValueError(f"{path}: {'missing' if name in expected else 'unexpected'} tensor {name!r}")
         for name, tensor in state.items():
             if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"{folder / 'model.safetensors'}: tensor {name!r} has shape {tuple(tensor.shape)}, the configuration needs {expected[name]}")
+                raise ValueError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the network needs {expected[name]}")
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
         return model.eval()
 
@@ -168,6 +168,15 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         nn.init.zeros_(self.conv_out.bias)
         if self.config.num_classes is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
+
+
+def _download(model_id: str, hub_options: dict[str, Any]) -> Path:
+    """A folder with the checkpoint of a Hub repository."""
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **hub_options))
+    except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"cannot get model {model_id!r} from the Hugging Face Hub: {reason}") from error
 
 
 def sinusoidal_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
@@ -237,7 +246,7 @@ class _Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
+        height, width = x.shape[2:]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -267,7 +276,13 @@ class _Level(nn.Module):
     """The blocks of one resolution, on the way down (``resampler='downsamplers'``) or up (``'upsamplers'``)."""
 
     def __init__(
-        self, config: UNetConfig, in_channels: list[int], channels: int, time_dim: int, has_attention: bool, resampler: str | None
+        self,
+        config: UNetConfig,
+        in_channels: list[int],
+        channels: int,
+        time_dim: int,
+        has_attention: bool,
+        resampler: str | None,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(_ResnetBlock(config, c, channels, time_dim) for c in in_channels)

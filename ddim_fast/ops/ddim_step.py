@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ def fast_ddim_step(
     Args:
         sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
         model_output: the network's prediction at x_t, like ``sample``.
-        alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,) tensor
-            with one value an image. A tensor on the GPU is used there, without waiting for it.
+        alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
+            tensor with one value an image. A tensor on the GPU is used there, without waiting for it.
         alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
         eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
         noise: standard normal noise like ``sample``; needed when ``eta`` is not 0, not read when it is.
@@ -103,7 +103,12 @@ def ddim_step_reference(
 
 
 def _run_native(
-    sample: Tensor, model_output: Tensor, coefficients: StepCoefficients, clip: float | None, noise: Tensor | None, out: Tensor | None
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients,
+    clip: float | None,
+    noise: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     out = torch.empty_like(sample) if out is None else out
     native.module.ddim_step(
@@ -120,7 +125,12 @@ def _run_native(
 
 
 def _why_not_native(
-    sample: Tensor, model_output: Tensor, coefficients: StepCoefficients, clip: float | None, noise: Tensor | None, out: Tensor | None
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients,
+    clip: float | None,
+    noise: Tensor | None,
+    out: Tensor | None,
 ) -> str | None:
     if native.module is None:
         return native.why_not
@@ -130,7 +140,12 @@ def _why_not_native(
 
 
 def _run_triton(
-    sample: Tensor, model_output: Tensor, coefficients: StepCoefficients, clip: float | None, noise: Tensor | None, out: Tensor | None
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients,
+    clip: float | None,
+    noise: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     from ..kernels.ddim_step import ddim_step
 
@@ -138,12 +153,19 @@ def _run_triton(
 
 
 def _why_not_triton(
-    sample: Tensor, model_output: Tensor, coefficients: StepCoefficients, clip: float | None, noise: Tensor | None, out: Tensor | None
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients,
+    clip: float | None,
+    noise: Tensor | None,
+    out: Tensor | None,
 ) -> str | None:
     if sample.device.type != "cuda":
         return f"it needs a GPU, and the sample is on {sample.device}"
     if sample.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     return _why_not_one_pass(sample, model_output, coefficients, noise, out)
 
 
@@ -156,11 +178,16 @@ def _why_not_one_pass(
         return "it takes the noise levels as numbers, not as tensors"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it records no gradient; use torch.no_grad()"
-    if not torch.ops.aten.is_non_overlapping_and_dense(sample) or any(t.stride() != sample.stride() for t in tensors):
+    if not torch.ops.aten.is_non_overlapping_and_dense(sample) or any(_order(t) != _order(sample) for t in tensors):
         return "it takes dense tensors of one memory layout"
     if any(t.dtype != sample.dtype for t in tensors):
         return "it takes tensors of one dtype"
     return None
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The strides that matter: those of dimensions with more than one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 IMPLEMENTATIONS = (
@@ -175,9 +202,12 @@ def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return float(value)
     if value.ndim == 0:
-        return float(value) if value.device.type == "cpu" else value.double()
+        return float(value) if value.device.type == "cpu" and not torch.compiler.is_compiling() else value.double()
     if value.ndim != 1 or sample.ndim == 0 or value.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(f"a noise level is one number or one an image; got shape {tuple(value.shape)} for a sample of shape {tuple(sample.shape)}")
+        raise ValueError(
+            f"a noise level is one number or one an image; got shape {tuple(value.shape)} "
+            f"for a sample of shape {tuple(sample.shape)}"
+        )
     return value.to(sample.device, torch.float64).view(-1, *[1] * (sample.ndim - 1))
 
 

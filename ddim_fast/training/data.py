@@ -7,6 +7,7 @@ import gzip
 import io
 import re
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
         rows = _read_hub(spec)
     else:
-        raise FileNotFoundError(f"no training data at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)")
+        raise FileNotFoundError(
+            f"no training data at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)"
+        )
     return _collect(rows, spec, channels, size)
 
 
@@ -99,6 +102,8 @@ def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> Image
                 "training images must all have one size; "
                 f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
             )
+        if label is not None and not isinstance(label, int):
+            raise ValueError(f"{name}: class labels must be whole numbers; got {label!r}")
         images.append(_fit(image, channels, size))
         labels.append(label)
     if not images:
@@ -127,7 +132,7 @@ def _decode(name: str, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return image
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"{name}: not a readable image ({error})") from None
 
 
@@ -155,9 +160,13 @@ def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
                 for record in batch.to_pylist():
                     name = f"{path}, row {row}"
                     label = record[columns["label"]] if columns["label"] else None
-                    yield name, _decode(name, record[columns["image"]]["bytes"]), label
+                    image = record[columns["image"]]
+                    data = image.get("bytes") if isinstance(image, dict) else image
+                    if not isinstance(data, bytes):
+                        raise ValueError(f"{name}: no encoded image in column {columns['image']!r}")
+                    yield name, _decode(name, data), label
                     row += 1
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
 
 
@@ -166,26 +175,26 @@ def _pick(file: Any, names: tuple[str, ...]) -> str | None:
 
 
 def _read_idx(path: Path) -> Iterator[_Row]:
-    images = _idx_array(path)
+    images = _idx_array(path, rank=3)
     label_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _idx_array(label_path) if label_path.is_file() and label_path != path else None
+    labels = _idx_array(label_path, rank=1) if label_path.is_file() and label_path != path else None
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
     for i, image in enumerate(images):
         yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
 
 
-def _idx_array(path: Path) -> np.ndarray:
+def _idx_array(path: Path, rank: int) -> np.ndarray:
     """An IDX file of unsigned bytes: 0, 0, 8, rank, the big-endian sizes, the data."""
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
-        zeros, kind, rank = struct.unpack_from(">HBB", data)
+        header = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{rank}I", data, 4)
-        if (zeros, kind) != (0, 8):
-            raise ValueError("no IDX header for unsigned bytes")
+        if header != (0, 8, rank):
+            raise ValueError(f"no IDX header for {rank}-dimensional unsigned bytes")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (ValueError, struct.error, EOFError, OSError) as error:
+    except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a whole IDX file ({error})") from None
 
 
@@ -193,7 +202,9 @@ def _read_hub(name: str) -> Iterator[_Row]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"no folder {name!r} here, and loading it from the hub needs: pip install 'ddim_fast[train]'") from None
+        raise ValueError(
+            f"no folder {name!r} here, and loading it from the hub needs: pip install 'ddim_fast[train]'"
+        ) from None
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises its dependencies' exceptions too; each means the same to the user

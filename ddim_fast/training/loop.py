@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +41,9 @@ class TrainingOptions:
         bf16: run the network under bf16 autocast.
         compile: run the loss through torch.compile.
         seed: of the order of the images, the noise, the dropout and the initial weights.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
     """
 
     steps: int = 800_000
@@ -58,6 +59,21 @@ class TrainingOptions:
     bf16: bool = False
     compile: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, right in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "positive"),
+            ("warmup", self.warmup >= 0, "at least 0"),
+            ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("grad_clip", self.grad_clip > 0, "positive"),
+            ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "positive"),
+            ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -83,19 +99,24 @@ class Trainer:
     def __init__(self, model: UNet, data: ImageSet, options: TrainingOptions) -> None:
         config = model.config
         if tuple(data.images.shape[1:]) != config.image_shape:
-            raise ValueError(f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}")
+            raise ValueError(
+                f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}"
+            )
         if config.num_classes is not None:
             if data.labels is None:
                 raise ValueError("the network is class-conditional, but the data has no labels")
-            if int(data.labels.min()) < 0 or int(data.labels.max()) >= config.num_classes:
-                raise ValueError(f"labels must be in 0..{config.num_classes - 1}; the data has {int(data.labels.min())}..{int(data.labels.max())}")
+            low, high = int(data.labels.min()), int(data.labels.max())
+            if low < 0 or high >= config.num_classes:
+                raise ValueError(f"labels must be in 0..{config.num_classes - 1}; the data has {low}..{high}")
         self.model = model.to(memory_format=torch.channels_last)
         self.data = data.to(model.device)
         self.options = options
         self.step = 0
         self.ema = EMA(model, options.ema)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-        self._loss = DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, options.min_snr_gamma).to(model.device)
+        self._loss = DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, options.min_snr_gamma).to(
+            model.device
+        )
         self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True) if options.compile else self._loss_of
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -139,17 +160,23 @@ class Trainer:
         """Go on from :meth:`save`.
 
         Raises:
-            ValueError: training_state.pt is damaged or belongs to another network.
+            FileNotFoundError: there is no training_state.pt.
+            ValueError: it is damaged or belongs to another network.
         """
         path = folder / "training_state.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no training_state.pt to go on from")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
+            raise ValueError(f"{path}: not a whole training state") from error
+        try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
-        except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: cannot resume from it ({str(error).splitlines()[0]})") from None
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the training state of another network") from error
 
     def _loss_of(self, images: Tensor, labels: Tensor | None) -> Tensor:
         autocast = torch.autocast(images.device.type, torch.bfloat16) if self.options.bf16 else contextlib.nullcontext()

@@ -34,7 +34,11 @@ class DenoisingLoss(nn.Module):
         snr = bar / (1 - bar)
         capped = np.minimum(snr, np.inf if min_snr_gamma is None else min_snr_gamma)
         with np.errstate(divide="ignore", invalid="ignore"):
-            weight = {"epsilon": np.where(snr > 0, capped / snr, 0), "v_prediction": capped / (snr + 1), "sample": capped}[prediction_type]
+            weight = {
+                "epsilon": np.where(snr > 0, capped / snr, 0),
+                "v_prediction": capped / (snr + 1),
+                "sample": capped,
+            }[prediction_type]
         self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -30,7 +30,13 @@ def _run_diffusers(scheduler, network, x, steps, *, timesteps=None, noises=None,
 def test_ddim_trajectory_equals_diffusers(eta, prediction_type, clip, beta_schedule, fake_network):
     network = fake_network(prediction_type=prediction_type, beta_schedule=beta_schedule)
     sampler = Sampler(network, steps=20, eta=eta, spacing="leading", clip_sample_range=clip)
-    scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, clip_sample=clip is not None, beta_start=1e-4, beta_end=0.02)
+    scheduler = DDIMScheduler(
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
     x = seeded_noise([3, 4], INITIAL_NOISE, SHAPE)
     noises = [seeded_noise([3, 4], i, SHAPE) for i in range(20)] if eta else None
     theirs = _run_diffusers(scheduler, network, x, 20, eta=eta, noises=noises)
@@ -41,7 +47,9 @@ def test_ddim_trajectory_equals_diffusers(eta, prediction_type, clip, beta_sched
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_zero_snr_equals_diffusers(prediction_type, fake_network):
     network = fake_network(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(
+        prediction_type=prediction_type, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
     x = seeded_noise([0], INITIAL_NOISE, SHAPE)
     theirs = _run_diffusers(scheduler, network, x, 10)[-1]
     torch.testing.assert_close(Sampler(network, steps=10, spacing="trailing").sample(x_T=x), theirs, atol=1e-5, rtol=1e-5)
@@ -68,11 +76,18 @@ def test_ddpm_without_clipping_is_eta_one(fake_network):
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 25])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("solver,scheduler_class", [("dpm-solver++", DPMSolverMultistepScheduler), ("unipc", UniPCMultistepScheduler)])
+@pytest.mark.parametrize(
+    "solver,scheduler_class", [("dpm-solver++", DPMSolverMultistepScheduler), ("unipc", UniPCMultistepScheduler)]
+)
 def test_multistep_solvers_equal_diffusers(solver, scheduler_class, prediction_type, steps, fake_network):
     network = fake_network(prediction_type=prediction_type)
     scheduler = scheduler_class(
-        beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type, solver_order=2, final_sigmas_type="zero", timestep_spacing="linspace"
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=prediction_type,
+        solver_order=2,
+        final_sigmas_type="zero",
+        timestep_spacing="linspace",
     )
     scheduler.set_timesteps(steps)
     x = seeded_noise([2, 9], INITIAL_NOISE, SHAPE)
@@ -87,7 +102,10 @@ def test_higher_order_solvers_come_closer_to_the_ode(solver, fake_network):
     network = fake_network()
     x = seeded_noise([0], INITIAL_NOISE, SHAPE)
     exact = Sampler(network, steps=1000, spacing="linspace").sample(x_T=x)
-    errors = {s: (Sampler(network, steps=20, spacing="log-snr", solver=s).sample(x_T=x) - exact).abs().mean() for s in ("ddim", solver)}
+    errors = {
+        s: (Sampler(network, steps=20, spacing="log-snr", solver=s).sample(x_T=x) - exact).abs().mean()
+        for s in ("ddim", solver)
+    }
     assert errors[solver] < 0.5 * errors["ddim"]
 
 
@@ -100,7 +118,10 @@ def test_every_solver_survives_zero_terminal_snr(solver, fake_network):
 def test_sigma_hat_adds_the_larger_noise(fake_network):
     network = fake_network()
     a, b = NoiseSchedule.linear().alphas_cumprod[[999, 500]]
-    states = {eta: next(Sampler(network, steps=None, spacing=[999, 500], eta=eta).trajectory(seeds=[0])).x for eta in (1.0, "sigma-hat")}
+    states = {
+        eta: next(Sampler(network, steps=None, spacing=[999, 500], eta=eta).trajectory(seeds=[0])).x
+        for eta in (1.0, "sigma-hat")
+    }
     small = np.sqrt((1 - b) / (1 - a) * (1 - a / b))
     difference = (np.sqrt(1 - a / b) - small) * seeded_noise([0], 0, SHAPE)
     torch.testing.assert_close(states["sigma-hat"] - states[1.0], difference.float(), atol=1e-5, rtol=1e-4)

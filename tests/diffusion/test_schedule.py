@@ -31,11 +31,18 @@ def test_sigmoid_equals_diffusers_to_rounding():
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name,theirs", [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    "name,theirs", [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+)
 def test_zero_terminal_snr_equals_diffusers(name, theirs):
     ours = NoiseSchedule.from_name(name).rescale_zero_terminal_snr().alphas_cumprod
     assert ours[-1] == 0
-    np.testing.assert_allclose(ours, _theirs(beta_schedule=theirs, beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True), rtol=2e-5, atol=1e-12)
+    np.testing.assert_allclose(
+        ours,
+        _theirs(beta_schedule=theirs, beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True),
+        rtol=2e-5,
+        atol=1e-12,
+    )
 
 
 def test_trained_betas_equal_diffusers():

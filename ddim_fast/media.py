@@ -1,0 +1,72 @@
+"""Pictures from tensors: single images, grids and films."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .files import atomic_write
+
+__all__ = ["image_grid", "save_gif", "save_image", "to_uint8"]
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8 on the host, values outside clipped."""
+    scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).round()
+    return np.moveaxis(scaled.byte().cpu().numpy(), -3, -1)
+
+
+def image_grid(images: Tensor, columns: int = 10, gap: int = 2) -> np.ndarray:
+    """(N, C, H, W) in [-1, 1] -> one (height, width, C) uint8 picture, ``columns`` images a row on white.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(images) == 0:
+        raise ValueError("a grid needs at least one image")
+    pictures = to_uint8(images)
+    count, height, width, channels = pictures.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def save_image(path: Path, picture: np.ndarray, scale: int = 1) -> None:
+    """Write an (H, W, C) uint8 picture, each pixel ``scale`` pixels wide, in the format of the file's suffix.
+
+    Raises:
+        ValueError: the suffix names no image format.
+    """
+    buffer = io.BytesIO()
+    _enlarged(picture, scale).save(buffer, format=_image_format(path))
+    atomic_write(path, buffer.getvalue())
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], scale: int = 1, milliseconds: int = 80, hold: int = 2000) -> None:
+    """Write (H, W, C) uint8 frames as a GIF that loops, its last frame shown for ``hold`` milliseconds."""
+    first, *rest = (_enlarged(frame, scale) for frame in frames)
+    buffer = io.BytesIO()
+    durations = [milliseconds] * len(rest) + [hold]
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    atomic_write(path, buffer.getvalue())
+
+
+def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
+    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
+
+
+def _image_format(path: Path) -> str:
+    formats = Image.registered_extensions()
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"{path}: unknown image format; name a .png file")
+    return formats[path.suffix.lower()]
