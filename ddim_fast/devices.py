@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 __all__ = ["bf16_is_fast", "pick_device"]
@@ -31,9 +29,3 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def use_affinity_threads() -> None:
-    """Let torch use as many threads as this process may run on, which in a container is fewer than the machine's cores."""
-    if hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .files import atomic_write
 
-__all__ = ["image_grid", "save_gif", "save_image", "to_uint8"]
+__all__ = ["image_format", "image_grid", "save_gif", "save_image", "to_uint8"]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -47,7 +47,7 @@ def save_image(path: Path, picture: np.ndarray, scale: int = 1) -> None:
         ValueError: the suffix names no image format.
     """
     buffer = io.BytesIO()
-    _enlarged(picture, scale).save(buffer, format=_image_format(path))
+    _enlarged(picture, scale).save(buffer, format=image_format(path))
     atomic_write(path, buffer.getvalue())
 
 
@@ -65,7 +65,12 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
 
 
-def _image_format(path: Path) -> str:
+def image_format(path: Path) -> str:
+    """Pillow's name of the format that a file's suffix means.
+
+    Raises:
+        ValueError: it means none.
+    """
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats:
         raise ValueError(f"{path}: unknown image format; name a .png file")

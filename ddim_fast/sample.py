@@ -17,7 +17,7 @@ from .diffusion.sampler import Sampler, SamplerState
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import SPACINGS
-from .media import image_grid, save_gif, save_image, to_uint8
+from .media import image_format, image_grid, save_gif, save_image, to_uint8
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.unet import UNet
 
@@ -81,7 +81,8 @@ def main() -> None:
         sampler.trajectory(seeds=arguments.seeds, **request)  # checks the request before anything is written or computed
         if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
             parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
-    grid = arguments.grid or arguments.out / "grid.png"
+        grid = arguments.grid or arguments.out / "grid.png"
+        image_format(grid)
     for folder in {arguments.out, grid.parent, (arguments.trajectory or grid).parent}:
         folder.mkdir(parents=True, exist_ok=True)
     _run(sampler, request, grid, arguments)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..devices import use_affinity_threads
 from ..engine import make_denoiser, select_engine
 from .guidance import check_guidance, guided
 from .inversion import invert
@@ -77,7 +76,6 @@ class Sampler:
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.float32, bfloat16 or float16; got {dtype}")
-        use_affinity_threads()
         self.model = model.eval()
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)

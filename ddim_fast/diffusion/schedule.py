@@ -12,6 +12,7 @@ from ..models.config import BETA_SCHEDULES, UNetConfig
 
 __all__ = ["BETA_SCHEDULES", "NoiseSchedule"]
 
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, 1 - alphas_cumprod[t]) (Ho et al. 2020, eq. 4).
