@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from .cli import CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
+from .diffusion.sampler import Sampler
 from .files import atomic_write
+from .media import image_grid, save_image
 from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
 from .models.unet import UNet
 from .training.data import load_images
@@ -89,6 +91,7 @@ def _parser() -> CommandParser:
     p.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of weights, order, noise and dropout")
     p.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     p.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
+    p.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
@@ -100,7 +103,10 @@ def main() -> None:
     if arguments.resume:
         if not record.is_file():
             parser.error(f"--resume: there is no run in {arguments.out}")
-        parser.set_defaults(**json.loads(record.read_text(encoding="utf-8")))
+        try:
+            parser.set_defaults(**json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{record}: not the record of a run ({error})") from None
         arguments = parser.parse_args()
     elif record.exists():
         parser.error(f"--out {arguments.out} holds a run already; go on with --resume or choose another folder")
@@ -119,7 +125,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     trainer = Trainer(UNet(config).to(device), data, options)
-    if arguments.resume:
+    if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
@@ -128,7 +134,7 @@ def main() -> None:
 
 
 def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
-    """Run the loop: progress bar, stats.jsonl, checkpoints."""
+    """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids."""
     out, options = arguments.out, trainer.options
     total = torch.zeros((), device=trainer.model.device)
     logged, since = trainer.step, time.perf_counter()
@@ -164,7 +170,18 @@ def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
                 logged, since = step.step, now
             if last or step.step % arguments.save_every == 0:
                 trainer.save(out)
+            if last or step.step % arguments.sample_every == 0:
+                _save_grid(trainer, out / "samples" / f"{step.step:07d}.png")
     print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+
+
+def _save_grid(trainer: Trainer, path: Path) -> None:
+    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress."""
+    seeds, num_classes = range(40), trainer.model.config.num_classes
+    labels = None if num_classes is None else [seed % num_classes for seed in seeds]
+    images = Sampler(trainer.averaged_model(), steps=20).sample(seeds=seeds, labels=labels, batch_size=20)
+    path.parent.mkdir(exist_ok=True)
+    save_image(path, image_grid(images))
 
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:

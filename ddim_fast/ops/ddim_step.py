@@ -74,8 +74,8 @@ def ddim_step(
     if torch.compiler.is_compiling():
         result = ddim_step_reference(sample, model_output, coefficients, clip, noise)
         return result if out is None else out.copy_(result)
-    implementation = choose("ddim_step", IMPLEMENTATIONS, sample, model_output, coefficients, clip, noise, out)
-    return implementation.run(sample, model_output, coefficients, clip, noise, out)
+    step = _Step(sample, model_output, coefficients, clip, noise, out)
+    return choose("ddim_step", IMPLEMENTATIONS, step).run(step)
 
 
 def ddim_step_reference(
@@ -102,79 +102,69 @@ def ddim_step_reference(
     return result if out is None else out.copy_(result)
 
 
-def _run_native(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: StepCoefficients,
-    clip: float | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    out = torch.empty_like(sample) if out is None else out
-    native.module.ddim_step(
-        sample.data_ptr(),
-        model_output.data_ptr(),
-        0 if noise is None else noise.data_ptr(),
-        out.data_ptr(),
-        sample.numel(),
-        coefficients,
-        math.inf if clip is None else clip,
-        torch.get_num_threads(),
-    )
+class _Step(NamedTuple):
+    """What an implementation is asked to do: the arguments of :func:`ddim_step`."""
+
+    sample: Tensor
+    model_output: Tensor
+    coefficients: StepCoefficients
+    clip: float | None
+    noise: Tensor | None
+    out: Tensor | None
+
+
+def _run_native(step: _Step) -> Tensor:
+    out = _result(step)
+    native.module.ddim_step(*_addresses(step, out), torch.get_num_threads())
     return out
 
 
-def _why_not_native(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: StepCoefficients,
-    clip: float | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-) -> str | None:
+def _why_not_native(step: _Step) -> str | None:
     if native.module is None:
         return native.why_not
-    if sample.device.type != "cpu" or sample.dtype != torch.float32:
-        return f"it takes float32 on the CPU, not {sample.dtype} on {sample.device}"
-    return _why_not_one_pass(sample, model_output, coefficients, noise, out)
+    if step.sample.device.type != "cpu" or step.sample.dtype != torch.float32:
+        return f"it takes float32 on the CPU, not {step.sample.dtype} on {step.sample.device}"
+    return _why_not_one_pass(step)
 
 
-def _run_triton(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: StepCoefficients,
-    clip: float | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
+def _run_cuda(step: _Step) -> Tensor:
+    out = _result(step)
+    with torch.cuda.device_of(step.sample):
+        native.module.ddim_step_cuda(*_addresses(step, out), torch.cuda.current_stream().cuda_stream)
+    return out
+
+
+def _why_not_cuda(step: _Step) -> str | None:
+    if native.module is None:
+        return native.why_not
+    if not native.has_cuda:
+        return "ddim_fast was built without nvcc"
+    if step.sample.device.type != "cuda" or step.sample.dtype != torch.float32:
+        return f"it takes float32 on a GPU, not {step.sample.dtype} on {step.sample.device}"
+    return _why_not_one_pass(step)
+
+
+def _run_triton(step: _Step) -> Tensor:
     from ..kernels.ddim_step import ddim_step
 
-    return ddim_step(sample, model_output, coefficients, clip, noise, out)
+    return ddim_step(*step)
 
 
-def _why_not_triton(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: StepCoefficients,
-    clip: float | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-) -> str | None:
-    if sample.device.type != "cuda":
-        return f"it needs a GPU, and the sample is on {sample.device}"
-    if sample.dtype == torch.float64:
+def _why_not_triton(step: _Step) -> str | None:
+    if step.sample.device.type != "cuda":
+        return f"it needs a GPU, and the sample is on {step.sample.device}"
+    if step.sample.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return _why_not_one_pass(sample, model_output, coefficients, noise, out)
+    return _why_not_one_pass(step)
 
 
-def _why_not_one_pass(
-    sample: Tensor, model_output: Tensor, coefficients: StepCoefficients, noise: Tensor | None, out: Tensor | None
-) -> str | None:
+def _why_not_one_pass(step: _Step) -> str | None:
     """What every kernel needs: the same dense memory order throughout, plain numbers, and no gradient to record."""
-    tensors = [t for t in (sample, model_output, noise, out) if t is not None]
-    if any(isinstance(value, Tensor) for value in coefficients):
+    sample = step.sample
+    tensors = [t for t in (sample, step.model_output, step.noise, step.out) if t is not None]
+    if any(isinstance(value, Tensor) for value in step.coefficients):
         return "it takes the noise levels as numbers, not as tensors"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it records no gradient; use torch.no_grad()"
@@ -185,6 +175,18 @@ def _why_not_one_pass(
     return None
 
 
+def _result(step: _Step) -> Tensor:
+    return torch.empty_like(step.sample) if step.out is None else step.out
+
+
+def _addresses(step: _Step, out: Tensor) -> tuple[Any, ...]:
+    """The arguments that the native module's functions share."""
+    noise = 0 if step.noise is None else step.noise.data_ptr()
+    clip = math.inf if step.clip is None else step.clip
+    pointers = (step.sample.data_ptr(), step.model_output.data_ptr(), noise, out.data_ptr())
+    return (*pointers, step.sample.numel(), step.coefficients, clip)
+
+
 def _order(tensor: Tensor) -> list[int]:
     """The strides that matter: those of dimensions with more than one element."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
@@ -192,8 +194,9 @@ def _order(tensor: Tensor) -> list[int]:
 
 IMPLEMENTATIONS = (
     Implementation("triton", _run_triton, _why_not_triton),
+    Implementation("cuda", _run_cuda, _why_not_cuda),
     Implementation("native", _run_native, _why_not_native),
-    Implementation("reference", ddim_step_reference, lambda *_: None),
+    Implementation("reference", lambda step: ddim_step_reference(*step), lambda step: None),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 from collections.abc import Iterator
@@ -139,6 +140,12 @@ class Trainer:
             self.ema.update(self.step)
             self.step += 1
             yield TrainingStep(self.step, loss.detach(), grad_norm, lr)
+
+    def averaged_model(self) -> UNet:
+        """A copy of the network with the averaged weights, in eval mode."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.ema.state_dict())
+        return model.eval()
 
     def save(self, folder: Path) -> None:
         """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
