@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
