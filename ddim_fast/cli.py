@@ -38,8 +38,9 @@ class CommandParser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Defaults that are None, or absent, say nothing; the help text does where it matters."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        """Defaults that mean "nothing" are not shown; the help text says so where it matters."""
+        shows_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if shows_nothing else super()._get_help_string(action)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -31,9 +31,9 @@ class DenoisingLoss(nn.Module):
         self.register_buffer("signal", _fp32(np.sqrt(bar)))
         self.register_buffer("noise", _fp32(np.sqrt(1 - bar)))
         # Squared error in x_0 is that in eps divided by SNR, in v divided by SNR + 1; at zero SNR eps carries nothing.
-        snr = bar / (1 - bar)
-        capped = np.minimum(snr, np.inf if min_snr_gamma is None else min_snr_gamma)
         with np.errstate(divide="ignore", invalid="ignore"):
+            snr = bar / (1 - bar)
+            capped = np.minimum(snr, np.inf if min_snr_gamma is None else min_snr_gamma)
             weight = {
                 "epsilon": np.where(snr > 0, capped / snr, 0),
                 "v_prediction": capped / (snr + 1),

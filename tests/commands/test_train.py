@@ -1,0 +1,265 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from ddim_fast import Sampler, UNet, train
+from ddim_fast.cli import run_command
+
+NETWORK = [
+    "--preset=grey-32",
+    "--set",
+    "sample_size=8",
+    "base_channels=8",
+    "channel_multipliers=[1,2]",
+    "layers_per_block=1",
+    "attention_resolutions=[4]",
+    "norm_num_groups=4",
+]
+RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--precision=fp32", "--device=cpu", "--log-every=2", "--quiet"]
+FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "samples"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two folders of four small images."""
+    folder = tmp_path / "photos"
+    for i in range(8):
+        (folder / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 30 * i).save(folder / f"class-{i % 2}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run_train(monkeypatch, capsys):
+    """A function running the command in this process -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run_command(train.main)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def names(folder) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def weights_in(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def assert_one_line(text: str, *parts: str) -> None:
+    assert text.count("\n") == 1 and text.endswith("\n"), text
+    assert all(part in text for part in parts), text
+
+
+def test_the_command_trains_a_checkpoint(photos, tmp_path):
+    out = tmp_path / "new" / "run"
+    command = [sys.executable, "-m", "ddim_fast.train", "--data", photos, *RUN[:-1], "--steps=5", "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"python -m ddim_fast.sample --model {out}" in result.stdout
+    assert "5/5" in result.stderr and "Traceback" not in result.stderr
+    assert names(out) == FILES
+    assert names(out / "samples") == {"0000005.png"}
+
+    stats = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in stats] == [2, 4, 5]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["lr"] == 1e-3 for line in stats)
+    assert all(line["images_per_s"] > 0 for line in stats)
+    record = json.loads((out / "train.json").read_text())
+    assert record["data"] == str(photos) and record["steps"] == 5 and record["preset"] == "grey-32"
+    assert not {"out", "resume", "device", "quiet"} & set(record)
+    model = UNet.from_pretrained(out)
+    assert model.config.level_channels == (8, 16)
+    assert Sampler(model, steps=2).sample(seeds=[0]).isfinite().all()
+
+
+def test_a_usage_error_of_the_command_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "ddim_fast.train", "--preset=cifar", "--out", tmp_path / "run"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_line(result.stderr, "python -m ddim_fast.train: error: ", "--preset", "'cifar'", "cifar10-64", "--help")
+    assert names(tmp_path) == set()
+
+
+def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--steps"]
+    assert run_train(*start, 6, "--out", tmp_path / "whole")[0] == 0
+    assert run_train(*start, 4, "--out", tmp_path / "parts")[0] == 0
+    assert weights_in(tmp_path / "parts") != weights_in(tmp_path / "whole")
+    code, out, err = run_train("--out", tmp_path / "parts", "--resume", "--steps", 6, "--device=cpu", "--quiet")
+    assert (code, err) == (0, "") and "trained to step 6" in out
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+    lines = (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    assert json.loads((tmp_path / "parts" / "train.json").read_text())["steps"] == 6
+    assert names(tmp_path / "parts") == FILES
+
+
+def test_a_class_conditional_run_counts_the_folders(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--class-conditional", "--steps=1", "--out", out)[0] == 0
+    assert UNet.from_pretrained(out).config.num_classes == 2
+
+
+def test_options_change_the_network(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    extra = ["--prediction-type=v_prediction", "--dropout=0.3", "--min-snr-gamma=5", "--no-flip", "--steps=1"]
+    assert run_train("--data", photos, *RUN, *extra, "--out", out)[0] == 0
+    config = UNet.from_pretrained(out).config
+    assert (config.prediction_type, config.dropout) == ("v_prediction", 0.3)
+
+
+@pytest.mark.parametrize(
+    "arguments,parts",
+    [
+        (["--set", "layers_per_block"], ["--set takes KEY=VALUE", "'layers_per_block'"]),
+        (["--set", "layer_per_block=1"], ["'layer_per_block'", "did you mean 'layers_per_block'"]),
+        (["--set", "layers_per_block=many"], ["layers_per_block must be an integer", "'many'"]),
+        (["--set", "beta_schedule=lineer"], ["beta_schedule must be one of linear", "'lineer'"]),
+        (["--steps=0"], ["--steps", "'0' is not a positive whole number"]),
+        (["--batch-size=four"], ["--batch-size", "'four'"]),
+        (["--lr=-1"], ["lr must be positive", "-1.0"]),
+        (["--lr=fast"], ["--lr", "'fast'"]),
+        (["--warmup=-1"], ["warmup must be at least 0"]),
+        (["--ema=1"], ["ema must be in [0, 1)"]),
+        (["--grad-clip=0"], ["grad_clip must be positive"]),
+        (["--label-dropout=2"], ["label_dropout must be in [0, 1]"]),
+        (["--min-snr-gamma=0"], ["min_snr_gamma must be positive"]),
+        (["--dropout=1"], ["dropout must be in [0, 1)"]),
+        (["--prediction-type=eps"], ["--prediction-type", "'eps'"]),
+        (["--device=warp"], ["unknown device 'warp'"]),
+        (["--step=3"], ["--step"]),
+        (["--resume"], ["--resume: there is no run in"]),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_code_2(arguments, parts, photos, tmp_path, run_train):
+    code, out, err = run_train("--data", photos, *arguments, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert_one_line(err, "python -m ddim_fast.train: error: ", *parts)
+    assert names(tmp_path) == {"photos"}
+
+
+@pytest.mark.parametrize("arguments,missing", [(["--out", "run"], "--data"), (["--data", "photos"], "--out")])
+def test_what_is_required_is_named(arguments, missing, tmp_path, monkeypatch, run_train):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_train(*arguments)
+    assert code == 2
+    assert_one_line(err, missing, "required")
+    assert names(tmp_path) == set()
+
+
+def test_class_labels_that_are_not_there_are_a_usage_error(photos, tmp_path, run_train):
+    code, _, err = run_train("--data", photos / "class-0", *RUN, "--class-conditional", "--out", tmp_path / "run")
+    assert code == 2
+    assert_one_line(err, "--class-conditional", "has no labels")
+    assert names(tmp_path) == {"photos"}
+
+
+def test_a_run_is_not_overwritten(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=1", "--out", out)[0] == 0
+    before = weights_in(out)
+    code, _, err = run_train("--data", photos, *RUN, "--steps=2", "--out", out)
+    assert code == 2
+    assert_one_line(err, f"--out {out} holds a run already", "--resume")
+    assert weights_in(out) == before
+
+
+def test_bad_data_is_one_line_and_exit_code_1(photos, tmp_path, run_train):
+    (tmp_path / "empty").mkdir()
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    Image.new("L", (8, 8)).save(mixed / "a.png")
+    Image.new("L", (9, 8)).save(mixed / "b.png")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "c.png").write_bytes(b"no image")
+    before = names(tmp_path)
+    for data, parts in (
+        (tmp_path / "empty", ["no images in", "empty"]),
+        (mixed, ["a.png is 8x8", "b.png is 9x8"]),
+        (damaged, ["c.png: not a readable image"]),
+        (tmp_path / "absent", ["no training data at", "absent"]),
+    ):
+        code, out, err = run_train("--data", data, *RUN, "--steps=1", "--out", tmp_path / "run")
+        assert (code, out) == (1, "")
+        assert_one_line(err, "error: ", *parts)
+        assert names(tmp_path) == before
+
+
+def test_an_output_that_cannot_be_is_one_line_and_exit_code_1(photos, tmp_path, run_train):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file" / "run", tmp_path / "file"):
+        code, stdout, err = run_train("--data", photos, *RUN, "--steps=1", "--out", out)
+        assert (code, stdout) == (1, "")
+        assert_one_line(err, "error: ", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
+    assert names(tmp_path) == {"photos", "file"}
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=2", "--out", out)[0] == 0
+    before = {name: (out / name).read_bytes() for name in ("config.json", "model.safetensors", "training_state.pt")}
+    code, stdout, err = run_train("--out", out, "--resume", "--steps=6", "--lr=1e30", "--device=cpu", "--quiet")
+    assert (code, stdout) == (1, "")
+    assert_one_line(err, "error: the loss became ", "lower --lr", str(out))
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert names(out) == FILES
+    json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_run_that_diverges_at_once_leaves_no_checkpoint(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    code, _, err = run_train("--data", photos, *RUN, "--steps=6", "--lr=1e30", "--out", out)
+    assert code == 1
+    assert_one_line(err, "error: the loss became ")
+    assert names(out) == {"train.json", "stats.jsonl"}
+
+
+def test_damage_found_on_resuming_is_one_line_and_exit_code_1(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=1", "--out", out)[0] == 0
+    resume = ["--out", out, "--resume", "--steps=2", "--device=cpu", "--quiet"]
+    (out / "training_state.pt").write_bytes(b"garbage")
+    code, _, err = run_train(*resume)
+    assert code == 1
+    assert_one_line(err, "error: ", "training_state.pt: not a whole training state")
+    for content in ("{", "[1]"):
+        (out / "train.json").write_text(content)
+        code, _, err = run_train(*resume)
+        assert code == 1
+        assert_one_line(err, "error: ", "train.json: not the record of a run")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=6", "--lr=1e30", "--out", out)[0] == 1
+    code, stdout, err = run_train("--out", out, "--resume", "--steps=2", "--lr=1e-3", "--device=cpu", "--quiet")
+    assert (code, err) == (0, "") and "trained to step 2" in stdout
+    assert run_train("--data", photos, *RUN, "--steps=2", "--out", tmp_path / "fresh")[0] == 0
+    assert weights_in(out) == weights_in(tmp_path / "fresh")
+
+
+def test_drawing_samples_does_not_change_the_training(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--set", *NETWORK[2:], "dropout=0.2", "--steps=4"]
+    assert run_train(*start, "--out", tmp_path / "a")[0] == 0
+    assert run_train(*start, "--sample-every=1", "--save-every=1", "--out", tmp_path / "b")[0] == 0
+    assert names(tmp_path / "b" / "samples") == {f"000000{i}.png" for i in (1, 2, 3, 4)}
+    assert weights_in(tmp_path / "a") == weights_in(tmp_path / "b")
+
+
+def test_the_command_sets_its_own_seed(photos, tmp_path, run_train):
+    for name, seed, torch_seed in (("a", 1, 10), ("b", 1, 20), ("c", 2, 10)):
+        torch.manual_seed(torch_seed)
+        assert run_train("--data", photos, *RUN, "--steps=1", "--seed", seed, "--out", tmp_path / name)[0] == 0
+    assert weights_in(tmp_path / "a") == weights_in(tmp_path / "b") != weights_in(tmp_path / "c")

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from ddim_fast import Sampler, seeded_noise
+
+SHAPE = (3, 8, 8)
+
+
+def test_each_step_evaluates_the_level_it_starts_from(fake_network):
+    network = fake_network()
+    sampler = Sampler(network, steps=None, spacing=[900, 500, 100, 10])
+    sampler.encode(torch.zeros(1, *SHAPE))
+    assert network.calls == [10, 10, 100, 500]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_equals_equation_14(prediction_type, fake_network):
+    network = fake_network(prediction_type=prediction_type).double()
+    sampler = Sampler(network, steps=None, spacing=[900, 500, 100, 10])
+    images = seeded_noise([1, 2], 7, SHAPE) * 0.5
+    bars = sampler.schedule.alphas_cumprod
+    # Without noise a sample prediction does not determine epsilon: the images count as x at the first timestep.
+    start = bars[10] if prediction_type == "sample" else 1.0
+    x = images.double()
+    for t, a, b in zip([10, 10, 100, 500], [start, *bars[[10, 100, 500]]], bars[[10, 100, 500, 900]], strict=True):
+        output = network(x, torch.tensor(t)).detach()
+        if prediction_type == "epsilon":
+            eps = output
+        elif prediction_type == "v_prediction":
+            eps = np.sqrt(a) * output + np.sqrt(1 - a) * x
+        else:
+            eps = (x - np.sqrt(a) * output) / np.sqrt(1 - a)
+        x = np.sqrt(b) * (x - np.sqrt(1 - a) * eps) / np.sqrt(a) + np.sqrt(1 - b) * eps
+    torch.testing.assert_close(sampler.encode(images).double(), x, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_ignores_the_image_is_inverted_exactly(fake_network):
+    network = fake_network()
+    network.weight.data.zero_()
+    network.forward = lambda x, t, labels=None: torch.full_like(x, 0.3)
+    sampler = Sampler(network, steps=10)
+    images = seeded_noise([1, 2], 7, SHAPE) * 0.5
+    torch.testing.assert_close(sampler.sample(x_T=sampler.encode(images)), images, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_and_guidance_reach_the_network(fake_network):
+    sampler = Sampler(fake_network(num_classes=4), steps=5)
+    images = seeded_noise([1, 2], 7, SHAPE) * 0.5
+    codes = [
+        sampler.encode(images, **options) for options in ({}, {"labels": 1}, {"labels": [1, 3]}, {"labels": 1, "guidance": 3.0})
+    ]
+    assert torch.equal(codes[1][0], codes[2][0])
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(codes[i], codes[j], atol=1e-3)

@@ -1,0 +1,201 @@
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ddim_fast import UNet, UNetConfig
+
+SMALL = {
+    "sample_size": 16,
+    "base_channels": 16,
+    "channel_multipliers": (1, 2, 3),
+    "attention_resolutions": (8,),
+    "norm_num_groups": 8,
+    "dropout": 0.0,
+}
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Fill in what starts as zeros and ones: they would hide most mistakes."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+            elif not p.any():
+                p.normal_(std=0.05)
+    return model.eval()
+
+
+def make_unet(**fields) -> UNet:
+    return randomise(UNet(UNetConfig(**{**SMALL, **fields})))
+
+
+def diffusers_twin(model: UNet) -> UNet2DModel:
+    """The same network, with the same weights, in diffusers."""
+    config = model.config
+    attends = [config.sample_size // 2**i in config.attention_resolutions for i in range(len(config.level_channels))]
+    with torch.device("meta"):
+        twin = UNet2DModel(
+            sample_size=config.sample_size,
+            in_channels=config.in_channels,
+            out_channels=config.in_channels,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            block_out_channels=config.level_channels,
+            layers_per_block=config.layers_per_block,
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_num_groups,
+            norm_eps=config.norm_eps,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+            downsample_padding=config.downsample_padding,
+            num_class_embeds=None if config.num_classes is None else config.num_classes + 1,
+        )
+    twin.load_state_dict(model.state_dict(), strict=True, assign=True)
+    model.load_state_dict(twin.state_dict(), strict=True)
+    return twin.eval()
+
+
+@torch.no_grad()
+def assert_equals_diffusers(model: UNet, batch: int = 3) -> None:
+    x = torch.randn(batch, *model.config.image_shape, generator=torch.Generator().manual_seed(2))
+    timesteps = torch.tensor([0, 3, 999])[-batch:]
+    labels = None if model.config.num_classes is None else torch.arange(batch) % (model.config.num_classes + 1)
+    theirs = diffusers_twin(model)(x, timesteps, class_labels=labels).sample
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(model(x, timesteps, labels), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"channel_multipliers": (1,), "attention_resolutions": ()},
+        {"layers_per_block": 1, "attention_resolutions": (16, 4)},
+        {"layers_per_block": 3, "channel_multipliers": (1, 3), "in_channels": 1},
+        {"attention_head_dim": 8},
+        {"attention_head_dim": 16, "attention_resolutions": (16, 8, 4)},
+        {"downsample_padding": 1},
+        {"flip_sin_to_cos": True},
+        {"freq_shift": 0},
+        {"flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
+        {"norm_eps": 1e-2},
+        {"num_classes": 2},
+        {"base_channels": 15, "norm_num_groups": 5},
+    ],
+    ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "every kind of layer",
+)
+def test_equals_diffusers(fields):
+    assert_equals_diffusers(make_unet(**fields))
+
+
+def test_celeba_64_equals_diffusers_at_a_small_width():
+    fields = UNetConfig.preset("celeba-64", base_channels=16, norm_num_groups=8).to_dict()
+    assert fields["channel_multipliers"] == [1, 2, 2, 2, 4]
+    assert_equals_diffusers(make_unet(**fields), batch=1)
+
+
+def test_cifar10_128_is_the_published_network():
+    model = randomise(UNet(UNetConfig.preset("cifar10-128")))
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+    assert_equals_diffusers(model, batch=1)
+
+
+def test_no_labels_are_the_null_class():
+    model = make_unet(num_classes=4)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 20])
+    with torch.no_grad():
+        unlabelled = model(x, t)
+        assert torch.equal(unlabelled, model(x, t, torch.tensor([4, 4])))
+        assert not torch.allclose(unlabelled, model(x, t, torch.tensor([4, 0])), atol=1e-4)
+
+
+def test_labels_for_an_unconditional_network_are_refused():
+    with pytest.raises(ValueError, match="unconditional"):
+        make_unet()(torch.zeros(1, 3, 16, 16), torch.tensor(0), torch.tensor([1]))
+
+
+def test_what_is_no_configuration_is_refused():
+    with pytest.raises(ValueError, match=r"takes a UNetConfig.*got 'cifar10-64'"):
+        UNet("cifar10-64")
+
+
+@pytest.mark.parametrize("name", ["grey-32", "celeba-64"])
+def test_a_fresh_network_returns_zeros(name):
+    model = UNet(UNetConfig.preset(name, base_channels=16, norm_num_groups=8, num_classes=3))
+    x = torch.randn(1, *model.config.image_shape)
+    with torch.no_grad():
+        assert not model(x, torch.tensor(7)).any()
+
+
+def test_a_fresh_networks_residual_branches_are_the_identity():
+    model = UNet(UNetConfig(**SMALL))
+    x, embedding = torch.randn(1, 48, 4, 4), torch.randn(1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.mid_block(x, embedding), x)
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    model = make_unet(num_classes=4, attention_head_dim=8, dropout=0.1).train()
+    model(torch.randn(2, 3, 16, 16), torch.tensor([1, 900]), torch.tensor([0, 4])).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        # A key's bias adds the same to each of a query's scores, and softmax takes it away again.
+        assert p.grad.any() or name.endswith("to_k.bias"), name
+
+
+def test_one_timestep_stands_for_all():
+    model = make_unet()
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x, torch.full((3,), 421))
+        for timesteps in (
+            torch.tensor(421),
+            torch.tensor([421]),
+            torch.tensor(421.0),
+            torch.full((3,), 421, dtype=torch.int32),
+        ):
+            torch.testing.assert_close(model(x, timesteps), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_output_has_the_networks_dtype(dtype):
+    model = make_unet(num_classes=2)
+    x, t, labels = torch.randn(1, 3, 16, 16), torch.tensor([999]), torch.tensor([1])
+    with torch.no_grad():
+        expected = model(x, t, labels)
+        actual = model.to(dtype)(x.to(dtype), t, labels)
+    assert actual.dtype == model.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_memory_format_does_not_change_the_numbers():
+    model = make_unet()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor(5)
+    with torch.no_grad():
+        expected = model(x, t)
+        actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_for_training_only():
+    model = make_unet(dropout=0.5)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor(5)
+    with torch.no_grad():
+        assert torch.equal(model(x, t), model(x, t))
+        model.train()
+        assert not torch.equal(model(x, t), model(x, t))
+
+
+def test_training_compiles_without_graph_breaks():
+    model = make_unet(channel_multipliers=(1, 2), layers_per_block=1, num_classes=4).train()
+    arguments = torch.randn(2, 3, 16, 16), torch.tensor([1, 900]), torch.tensor([0, 4])
+    expected = model(*arguments)
+    expected.square().mean().backward()
+    gradient = model.conv_in.weight.grad.clone()
+    model.zero_grad()
+    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments)
+    actual.square().mean().backward()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.conv_in.weight.grad, gradient, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,284 @@
+import gzip
+import io
+import re
+import struct
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ddim_fast.training.data import ImageSet, load_images, to_unit_range
+
+
+def pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_parquet(path, arrays, **columns) -> None:
+    images = [{"bytes": encoded(a), "path": f"{i}.png"} for i, a in enumerate(arrays)]
+    pq.write_table(pa.table({"image": images, **columns}), path)
+
+
+def as_tensor(arrays) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
+
+
+def test_a_folder_of_images_is_read_in_the_order_of_names(tmp_path):
+    arrays = [pixels(i, 8, 8, 3) for i in range(3)]
+    for name, array in zip(["b.png", "a.PNG", "c.bmp"], arrays, strict=True):
+        (tmp_path / name).write_bytes(encoded(array, name[-3:]))
+    (tmp_path / "notes.txt").write_text("not an image")
+    data = load_images(str(tmp_path), 3, 8)
+    assert data.labels is None and len(data) == 3
+    assert data.images.dtype == torch.uint8
+    assert torch.equal(data.images, as_tensor([arrays[1], arrays[0], arrays[2]]))
+
+
+def test_folders_in_a_folder_are_classes(tmp_path):
+    for name, label in (("dog", 1), ("cat", 0), ("zebra", 2)):
+        (tmp_path / name / "more").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (label, 0, 0)).save(tmp_path / name / "1.png")
+        Image.new("RGB", (8, 8), (label, 9, 9)).save(tmp_path / name / "more" / "2.png")
+    data = load_images(str(tmp_path), 3, 8)
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.labels.dtype == torch.int64
+    assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist()
+
+
+def test_jpegs_are_read(tmp_path):
+    for name in ("a.jpg", "b.JPEG"):
+        Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / name, "jpeg", quality=95)
+    colours = load_images(str(tmp_path), 3, 8).images.float().mean(dim=(0, 2, 3))
+    torch.testing.assert_close(colours, torch.tensor([200.0, 100.0, 50.0]), atol=3, rtol=0)
+
+
+def test_grey_and_colour_are_brought_to_the_networks_channels(tmp_path):
+    grey = pixels(0, 8, 8)
+    (tmp_path / "a.png").write_bytes(encoded(grey))
+    assert torch.equal(load_images(str(tmp_path), 1, 8).images[0, 0], torch.from_numpy(grey))
+    assert torch.equal(load_images(str(tmp_path), 3, 8).images[0], torch.from_numpy(grey).expand(3, -1, -1))
+    colour = Image.fromarray(pixels(1, 8, 8, 3))
+    colour.save(tmp_path / "a.png")
+    assert torch.equal(load_images(str(tmp_path), 1, 8).images[0, 0], torch.from_numpy(np.array(colour.convert("L"))))
+
+
+@pytest.mark.parametrize("side,size,before", [(28, 32, 2), (5, 8, 1), (7, 8, 0)])
+def test_small_images_get_a_black_frame(side, size, before, tmp_path):
+    array = pixels(0, side, side)
+    (tmp_path / "a.png").write_bytes(encoded(array))
+    image = load_images(str(tmp_path), 1, size).images[0, 0]
+    inside = slice(before, before + side)
+    assert torch.equal(image[inside, inside], torch.from_numpy(array))
+    image[inside, inside] = 0
+    assert image.shape == (size, size) and not image.any()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_large_images_are_cropped_to_the_middle_and_resized(wide, tmp_path):
+    array = np.zeros((20, 60, 3), np.uint8)
+    array[:, :20, 0] = array[:, 20:40, 1] = array[:, 40:, 2] = 255
+    array = array if wide else array.transpose(1, 0, 2)
+    (tmp_path / "a.png").write_bytes(encoded(array))
+    expected = torch.tensor([0.0, 255.0, 0.0])[:, None, None].expand(3, 8, 8)
+    # At its edges the filter still sees a little of what was cropped.
+    torch.testing.assert_close(load_images(str(tmp_path), 3, 8).images[0].float(), expected, atol=20, rtol=0)
+
+
+def test_resizing_averages_and_keeps_the_orientation(tmp_path):
+    y, x = np.mgrid[:32, :32]
+    array = (2 * x + 5 * y).astype(np.uint8)
+    (tmp_path / "a.png").write_bytes(encoded(array))
+    means = torch.from_numpy(array.reshape(8, 4, 8, 4).mean(axis=(1, 3)))
+    torch.testing.assert_close(load_images(str(tmp_path), 1, 8).images[0, 0].double(), means, atol=4, rtol=0)
+
+
+@pytest.mark.parametrize("image_column,label_column", [("image", "label"), ("img", "fine_label")])
+def test_parquet_in_the_layout_of_the_hub(image_column, label_column, tmp_path):
+    arrays = [pixels(i, 8, 8, 3) for i in range(5)]
+    write_parquet(tmp_path / "a.parquet", arrays, **{label_column: [4, 0, 2, 2, 1]})
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.rename_columns([image_column, label_column]), tmp_path / "a.parquet", row_group_size=2)
+    data = load_images(str(tmp_path / "a.parquet"), 3, 8)
+    assert torch.equal(data.images, as_tensor(arrays))
+    assert data.labels.tolist() == [4, 0, 2, 2, 1]
+
+
+def test_parquet_without_labels_has_none(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)])
+    assert load_images(str(tmp_path / "a.parquet"), 3, 8).labels is None
+
+
+def test_of_a_folder_of_parquet_files_the_training_part_is_read(tmp_path):
+    for i, name in enumerate(["test-0", "train-1-of-2", "train-0-of-2"]):
+        write_parquet(tmp_path / f"{name}.parquet", [np.full((8, 8, 3), i, np.uint8)], label=[i])
+    assert load_images(str(tmp_path), 3, 8).labels.tolist() == [2, 1]
+    assert load_images(str(tmp_path / "train-*.parquet"), 3, 8).labels.tolist() == [2, 1]
+    assert load_images(str(tmp_path / "*.parquet"), 3, 8).labels.tolist() == [0, 2, 1]
+    assert load_images(str(tmp_path / "test-0.parquet"), 3, 8).labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_idx_as_mnist_is_distributed(zipped, labelled, tmp_path):
+    images, labels = pixels(0, 4, 28, 28), np.array([3, 1, 9, 1], np.uint8)
+    write = (
+        (lambda p, b: p.with_name(p.name + ".gz").write_bytes(gzip.compress(b))) if zipped else lambda p, b: p.write_bytes(b)
+    )
+    write(tmp_path / "train-images-idx3-ubyte", idx(images))
+    write(tmp_path / "t10k-images-idx3-ubyte", idx(images[:1]))
+    if labelled:
+        write(tmp_path / "train-labels-idx1-ubyte", idx(labels))
+    for spec in (tmp_path, tmp_path / ("train-images-idx3-ubyte" + ".gz" * zipped)):
+        data = load_images(str(spec), 1, 28)
+        assert torch.equal(data.images[:, 0], torch.from_numpy(images))
+        assert (data.labels.tolist() == [3, 1, 9, 1]) if labelled else data.labels is None
+
+
+def test_images_of_different_sizes_are_both_named(tmp_path):
+    for name, size in (("a.png", (8, 8)), ("b.png", (8, 8)), ("c.png", (12, 10))):
+        Image.new("L", size).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"must all have one size; .*a\.png is 8x8 and .*c\.png is 12x10"):
+        load_images(str(tmp_path), 1, 8)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"no images in '{tmp_path}'"):
+        load_images(str(tmp_path), 3, 8)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:60], lambda b: b"", lambda b: b"not an image", lambda b: b[:40] + bytes(40)])
+def test_a_damaged_image_is_named(damage, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(0, 8, 8, 3)))
+    (tmp_path / "b.png").write_bytes(damage(encoded(pixels(1, 8, 8, 3))))
+    with pytest.raises(ValueError, match=r"b\.png: not a readable image"):
+        load_images(str(tmp_path), 3, 8)
+
+
+def test_an_image_that_claims_to_be_gigantic_is_named(tmp_path):
+    header = bytearray(encoded(pixels(0, 8, 8, 3), "bmp"))
+    header[18:26] = struct.pack("<II", 100_000, 100_000)
+    (tmp_path / "a.bmp").write_bytes(header)
+    with pytest.raises(ValueError, match=r"a\.bmp: not a readable image"):
+        load_images(str(tmp_path), 3, 8)
+
+
+GOOD_IDX = idx(pixels(0, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD_IDX[:-1],
+        GOOD_IDX + b"\0",
+        GOOD_IDX[:10],
+        GOOD_IDX[:2],
+        b"",
+        b"\0\0\x0d" + GOOD_IDX[3:],
+        idx(pixels(0, 3)),
+        idx(pixels(0, 2, 2, 8, 8)),
+        gzip.compress(GOOD_IDX),
+    ],
+    ids=["cut off", "too long", "half a header", "two bytes", "empty", "floats", "labels", "four dimensions", "zipped"],
+)
+def test_a_damaged_idx_file_is_named(content, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: not a whole IDX file"):
+        load_images(str(tmp_path), 1, 8)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    zipped = gzip.compress(GOOD_IDX)
+    block_type = bytearray(zipped)
+    block_type[10] = 0xFF
+    checksum = bytearray(zipped)
+    checksum[-5] ^= 1
+    for content in (zipped[:-20], block_type, checksum, GOOD_IDX):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a whole IDX file"):
+            load_images(str(tmp_path), 1, 8)
+
+
+def test_labels_that_do_not_fit_the_images_are_named(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(GOOD_IDX)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(pixels(0, 2)))
+    with pytest.raises(ValueError, match=r"images-idx3-ubyte has 3 images but .*labels-idx1-ubyte has 2 labels"):
+        load_images(str(tmp_path), 1, 8)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [pixels(i, 8, 8, 3) for i in range(4)])
+    whole = path.read_bytes()
+    broken_page = bytearray(whole)
+    broken_page[4:24] = b"\xff" * 20
+    for content in (whole[: len(whole) // 2], whole[:-1], b"", b"garbage" * 10, broken_page):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file"):
+            load_images(str(path), 3, 8)
+
+
+@pytest.mark.parametrize(
+    "columns,message",
+    [
+        ({"picture": [1]}, r"no column 'image' \(there are picture\)"),
+        ({"image": [{"bytes": b"no image", "path": None}]}, "row 0: not a readable image"),
+        ({"image": [{"bytes": None, "path": "a.png"}]}, "row 0: no encoded image in column 'image'"),
+        ({"image": [None]}, "row 0: no encoded image in column 'image'"),
+        ({"image": [7]}, "row 0: no encoded image in column 'image'"),
+        (
+            {"image": [{"bytes": encoded(pixels(0, 8, 8))}], "label": ["cat"]},
+            "row 0: class labels must be whole numbers; got 'cat'",
+        ),
+    ],
+)
+def test_parquet_in_another_layout_is_named(columns, message, tmp_path):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet[:,] " + message):
+        load_images(str(tmp_path / "a.parquet"), 1, 8)
+
+
+@pytest.mark.parametrize("spec", ["nothing", "./photos/here", "/no/such/folder", "a/b/c", "*.parquet"])
+def test_a_missing_path_is_named(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no training data at {re.escape(repr(spec))}"):
+        load_images(spec, 3, 8)
+
+
+def test_a_hub_name_without_datasets_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"no folder 'owner/name' here.*pip install 'ddim_fast\[train\]'"):
+        load_images("owner/name", 3, 8)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'ddim_fast\[train\]'"):
+        load_images(str(tmp_path), 3, 8)
+
+
+def test_bytes_become_minus_one_to_one():
+    values = to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1))
+    torch.testing.assert_close(values.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+    images = to_unit_range(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+
+
+def test_a_set_moves_with_its_labels():
+    data = ImageSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])).to(torch.device("meta"))
+    assert data.images.device.type == data.labels.device.type == "meta"
