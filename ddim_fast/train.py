@@ -120,7 +120,7 @@ def main() -> None:
     data = load_images(arguments.data, config.in_channels, config.sample_size)
     if arguments.class_conditional:
         if data.labels is None:
-            parser.error(f"--class-conditional: {arguments.data} has no labels")
+            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
 
     torch.manual_seed(options.seed)
@@ -136,6 +136,7 @@ def main() -> None:
 def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
     """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids."""
     out, options = arguments.out, trainer.options
+    _forget_after(out / "stats.jsonl", trainer.step)
     total = torch.zeros((), device=trainer.model.device)
     logged, since = trainer.step, time.perf_counter()
     with (
@@ -173,6 +174,13 @@ def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
             if last or step.step % arguments.sample_every == 0:
                 _save_grid(trainer, out / "samples" / f"{step.step:07d}.png")
     print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that are about to be made again, because the run stopped after its last checkpoint."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
 
 
 def _save_grid(trainer: Trainer, path: Path) -> None:

@@ -34,7 +34,7 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if text in packaged_models():
         return str(PACKAGED / text)
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return text
     if re.fullmatch(r"[\w-]+/[\w.-]+", text) and not Path(text).parent.is_dir():
         return text

@@ -119,7 +119,7 @@ def _fit(image: Image.Image, channels: int, size: int) -> np.ndarray:
     side = min(width, height)
     if side > size:
         left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     elif (width, height) != (size, size):
         frame = Image.new(image.mode, (size, size))
         frame.paste(image, ((size - width) // 2, (size - height) // 2))

@@ -95,6 +95,8 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert run_train(*start, 6, "--out", tmp_path / "whole")[0] == 0
     assert run_train(*start, 4, "--out", tmp_path / "parts")[0] == 0
     assert weights_in(tmp_path / "parts") != weights_in(tmp_path / "whole")
+    with open(tmp_path / "parts" / "stats.jsonl", "a") as stats:  # a step after the checkpoint, lost when the run was killed
+        stats.write('{"step": 5}\n')
     code, out, err = run_train("--out", tmp_path / "parts", "--resume", "--steps", 6, "--device=cpu", "--quiet")
     assert (code, err) == (0, "") and "trained to step 6" in out
     assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
@@ -160,7 +162,7 @@ def test_what_is_required_is_named(arguments, missing, tmp_path, monkeypatch, ru
 def test_class_labels_that_are_not_there_are_a_usage_error(photos, tmp_path, run_train):
     code, _, err = run_train("--data", photos / "class-0", *RUN, "--class-conditional", "--out", tmp_path / "run")
     assert code == 2
-    assert_one_line(err, "--class-conditional", "has no labels")
+    assert_one_line(err, "--class-conditional", "has no label for every image")
     assert names(tmp_path) == {"photos"}
 
 
