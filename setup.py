@@ -27,6 +27,9 @@ from setuptools.errors import BaseError, CCompilerError
 HOST_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FLAGS)]
 
+# Elsewhere compilers come without OpenMP, and the loops run on one thread.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
+
 # Nothing of the CUDA runtime is exported: torch, in the same process, has a copy of its own.
 CUDA_LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
 
@@ -125,8 +128,8 @@ native = Pybind11Extension(
     sources=sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h") + glob("csrc/*.cu")),
     cxx_std=17,
-    extra_compile_args=[*HOST_FLAGS, "-fopenmp-simd", "-pthread"],
-    extra_link_args=["-pthread"],
+    extra_compile_args=[*HOST_FLAGS, *OPENMP_FLAGS],
+    extra_link_args=OPENMP_FLAGS,
     optional=True,
 )
 

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "ddim_step.h"
+#include "group_norm_silu.h"
+#include "vector.h"
 
 namespace py = pybind11;
 
@@ -56,6 +59,43 @@ void ddim_step_cuda_binding(uintptr_t sample, uintptr_t model_output, uintptr_t 
 }
 #endif
 
+struct GroupNormSizes {
+    int64_t images, x_channels, skip_channels, positions, groups;
+};
+
+void check_sizes(const GroupNormSizes& s) {
+    if (s.images < 0 || s.positions < 0) throw py::value_error("images and positions cannot be negative");
+    if (s.x_channels < 1 || s.skip_channels < 0) throw py::value_error("x_channels must be at least 1, skip_channels at least 0");
+    if (s.groups < 1 || (s.x_channels + s.skip_channels) % s.groups != 0)
+        throw py::value_error("groups is " + std::to_string(s.groups) + ", but must divide the " +
+                              std::to_string(s.x_channels + s.skip_channels) + " channels");
+}
+
+template <typename T>
+void run_group_norm_silu(const std::array<uintptr_t, 9>& p, const GroupNormSizes& s, float eps, bool silu, bool channels_last,
+                         int num_threads) {
+    const auto values = [&p](int i) { return reinterpret_cast<const T*>(p[i]); };
+    const auto numbers = [&p](int i) { return reinterpret_cast<const float*>(p[i]); };
+    group_norm_silu(GroupNormSilu<T>{values(0), values(1), values(2), reinterpret_cast<T*>(p[3]), numbers(4), numbers(5),
+                                     numbers(6), numbers(7), numbers(8), s.images, s.x_channels, s.skip_channels, s.positions,
+                                     s.groups, eps, silu, channels_last},
+                    num_threads);
+}
+
+void group_norm_silu_binding(const std::array<uintptr_t, 9>& pointers, const std::array<int64_t, 5>& sizes, float eps, bool silu,
+                             bool channels_last, bool bf16, int num_threads) {
+    const GroupNormSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    check_sizes(s);
+    if (num_threads < 1) throw py::value_error("num_threads is " + std::to_string(num_threads) + ", but must be at least 1");
+    if (!(eps >= 0)) throw py::value_error("eps cannot be negative");
+    if (s.images * s.positions == 0) return;
+    for (const int required : {0, 3, 4, 5})
+        if (pointers[required] == 0) throw py::value_error("x, out, weight and bias cannot be null pointers");
+    if ((pointers[1] == 0) != (s.skip_channels == 0)) throw py::value_error("skip_channels does not fit skip");
+    const auto run = bf16 ? run_group_norm_silu<bfloat16> : run_group_norm_silu<float>;
+    run(pointers, s, eps, silu, channels_last, num_threads);
+}
+
 }  // namespace
 }  // namespace ddim_fast
 
@@ -82,6 +122,23 @@ num_threads: how many threads may share the work; small arrays use fewer.
 
 Raises ValueError for a null address, a negative numel, a wrong number of coefficients, or a clip or num_threads that
 is not positive.)");
+
+    module.def("group_norm_silu", &ddim_fast::group_norm_silu_binding, "pointers"_a, "sizes"_a, "eps"_a, "silu"_a,
+               "channels_last"_a, "bf16"_a, "num_threads"_a, py::call_guard<py::gil_scoped_release>(),
+               R"(GroupNorm over host memory, with what stands around it in a U-Net.
+
+    v   = concat(x, skip) + pre_shift
+    y   = (v - mean) / sqrt(var + eps) * weight + bias
+    out = silu(y * (1 + scale) + shift) + residual
+
+pointers: addresses of x, skip, residual, out, weight, bias, pre_shift, scale, shift; 0 leaves an optional one out. The
+    first four are fp32, or bf16 if `bf16`; weight and bias are fp32 of one value a channel, the last three fp32 of one
+    value an image and channel.
+sizes: images, channels of x, channels of skip, positions (height * width), groups.
+channels_last: whether x, skip, residual and out are (images, positions, channels) in memory.
+num_threads: how many threads may share the work. Neither it nor the number of images changes a bit of the result.
+
+Raises ValueError for null addresses and sizes that do not fit.)");
 
 #ifdef DDIM_FAST_WITH_CUDA
     module.def("ddim_step_cuda", &ddim_fast::ddim_step_cuda_binding, "sample_ptr"_a, "model_output_ptr"_a,

@@ -1,16 +1,6 @@
 #include "ddim_step.h"
 
-#include <algorithm>
-#include <future>
-#include <vector>
-
-// One binary for every x86 processor: the compiler makes a version of the loop for each instruction set and the loader
-// picks one. It takes GCC and glibc's ifunc; elsewhere the loop is vectorised for the baseline alone.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define DDIM_FAST_FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DDIM_FAST_FOR_EACH_CPU
-#endif
+#include "parallel.h"
 
 namespace ddim_fast {
 namespace {
@@ -41,19 +31,10 @@ void step_range(const DdimArrays& arrays, DdimCoefficients c, float clip, int64_
 }  // namespace
 
 void ddim_step(const DdimArrays& arrays, const DdimCoefficients& coefficients, float clip, int num_threads) {
-    const int64_t parts = std::clamp<int64_t>(arrays.numel / kGrain, 1, num_threads);
-    const int64_t lines = (arrays.numel + kLine - 1) / kLine;
-    const int64_t chunk = (lines + parts - 1) / parts * kLine;
-
-    // A future waits for its thread when it is destroyed, also when starting a later one throws.
-    std::vector<std::future<void>> others;
-    for (int64_t begin = chunk; begin < arrays.numel; begin += chunk) {
-        const int64_t end = std::min(begin + chunk, arrays.numel);
-        others.push_back(std::async(std::launch::async, [&arrays, coefficients, clip, begin, end] {
-            step_range(arrays, coefficients, clip, begin, end);
-        }));
-    }
-    step_range(arrays, coefficients, clip, 0, std::min(chunk, arrays.numel));
+    const int64_t threads = std::clamp<int64_t>(arrays.numel / kGrain, 1, num_threads);
+    parallel_for(arrays.numel, kLine, threads, [&](int64_t begin, int64_t end) {
+        step_range(arrays, coefficients, clip, begin, end);
+    });
 }
 
 }  // namespace ddim_fast

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .ops.ddim_step import fast_ddim_step
+    from .ops.group_norm_silu import group_norm_silu
 
 __all__ = [
     "NoiseSchedule",
@@ -24,6 +25,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "fast_ddim_step",
+    "group_norm_silu",
     "seeded_noise",
     "select_timesteps",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "UNet": "models.unet",
     "UNetConfig": "models.config",
     "fast_ddim_step": "ops.ddim_step",
+    "group_norm_silu": "ops.group_norm_silu",
     "seeded_noise": "diffusion.noise",
     "select_timesteps": "diffusion.timesteps",
 }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
+from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import load_checkpoint, resolve_model, save_checkpoint
 from .config import UNetConfig
 
@@ -98,7 +99,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
                 h = block.attend(i, resnet(torch.cat([h, skips.pop()], dim=1), embedding))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(_norm(self.conv_norm_out, h))
 
     def embed(self, timesteps: Tensor, labels: Tensor | None, batch: int) -> Tensor:
         """The (batch, 4 C) vector every residual block receives: time embedding plus class embedding."""
@@ -189,6 +190,11 @@ def sinusoidal_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
     return F.pad(embedding, (0, config.base_channels % 2))
 
 
+def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
+    """GroupNorm and SiLU with the parameters of ``norm``, by the fastest implementation."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+
+
 class _RowLinear(nn.Linear):
     """A linear layer on (N, features) embeddings whose row i does not depend on N.
 
@@ -227,9 +233,9 @@ class _ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(_norm(self.norm1, x))
+        h = _norm(self.norm2, h, pre_shift=self.time_emb_proj(F.silu(embedding)))
+        h = self.conv2(self.dropout(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -247,7 +253,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))

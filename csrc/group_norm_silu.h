@@ -1,0 +1,42 @@
+// GroupNorm and what stands around it in a U-Net, on the host.
+//
+//   v   = concat(x, skip) + pre_shift             skip along the channels; pre_shift one number a channel and image
+//   y   = (v - mean) / sqrt(var + eps) * weight + bias      mean and variance of each image's groups of channels
+//   y   = y * (1 + scale) + shift                 one number a channel and image
+//   out = silu(y) + residual
+//
+// Every part but the norm is optional. Images and groups are independent and summed in one fixed order, so neither the
+// batch nor the number of threads changes a bit.
+#pragma once
+
+#include <cstdint>
+
+namespace ddim_fast {
+
+struct bfloat16;
+
+template <typename T>
+struct GroupNormSilu {
+    const T* x;               // (images, x_channels, positions), or (images, positions, x_channels) if channels_last
+    const T* skip;            // the same with skip_channels; null where there are none
+    const T* residual;        // like out, or null
+    T* out;                   // x_channels + skip_channels channels; may be x where there is no skip, or residual
+    const float* weight;      // (channels)
+    const float* bias;        // (channels)
+    const float* pre_shift;   // (images, channels) or null
+    const float* scale;       // (images, channels) or null
+    const float* shift;       // (images, channels) or null
+    int64_t images;
+    int64_t x_channels;
+    int64_t skip_channels;
+    int64_t positions;        // height * width
+    int64_t groups;           // a divisor of the channels
+    float eps;
+    bool silu;
+    bool channels_last;
+};
+
+void group_norm_silu(const GroupNormSilu<float>& op, int num_threads);
+void group_norm_silu(const GroupNormSilu<bfloat16>& op, int num_threads);
+
+}  // namespace ddim_fast
