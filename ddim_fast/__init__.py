@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .diffusion.noise import seeded_noise
     from .diffusion.sampler import Sampler, SamplerState
     from .diffusion.schedule import NoiseSchedule
+    from .diffusion.step import fast_ddim_step
     from .diffusion.timesteps import select_timesteps
     from .models.config import UNetConfig
     from .models.unet import UNet
-    from .ops.ddim_step import fast_ddim_step
     from .ops.group_norm_silu import group_norm_silu
 
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "SamplerState": "diffusion.sampler",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
-    "fast_ddim_step": "ops.ddim_step",
+    "fast_ddim_step": "diffusion.step",
     "group_norm_silu": "ops.group_norm_silu",
     "seeded_noise": "diffusion.noise",
     "select_timesteps": "diffusion.timesteps",

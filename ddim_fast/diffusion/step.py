@@ -1,12 +1,66 @@
-"""The coefficients of one DDIM step. Plain arithmetic: floats in float64, or tensors."""
+"""One DDIM step. Its coefficients are plain arithmetic, on floats in float64 or on tensors; only the step needs torch."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["SIGMA_HAT", "StepCoefficients", "check_eta", "posterior_coefficients", "step_coefficients"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "SIGMA_HAT",
+    "StepCoefficients",
+    "check_eta",
+    "fast_ddim_step",
+    "posterior_coefficients",
+    "step_coefficients",
+]
 
 SIGMA_HAT = "sigma-hat"
+
+
+def fast_ddim_step(
+    sample: Tensor,
+    model_output: Tensor,
+    alphas_cumprod_t: float | Tensor,
+    alphas_cumprod_prev: float | Tensor,
+    *,
+    eta: float | str = 0.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_sample_range: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop.
+
+    Args:
+        sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
+        model_output: the network's prediction at x_t, like ``sample``.
+        alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
+            tensor with one value an image. A tensor on the GPU is used there, without waiting for it.
+        alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
+        eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
+        noise: standard normal noise like ``sample``; needed when ``eta`` is not 0, not read when it is.
+        prediction_type: what ``model_output`` is: ``epsilon``, ``v_prediction`` or ``sample``.
+        clip_sample_range: clip the predicted x_0 to [-r, r] (epsilon stays as predicted); None does not clip.
+        out: where the result goes, like ``sample``; may be one of the inputs. A new tensor by default.
+
+    Returns:
+        x_prev, in the dtype of ``sample``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, a value is out of range, or noise is missing.
+    """
+    from ..ops.ddim_step import ddim_step  # here, so that the coefficients are to be had without torch
+
+    stochastic = eta != 0
+    if stochastic and noise is None:
+        raise ValueError(f"eta = {eta} needs noise")
+    if clip_sample_range is not None and not clip_sample_range > 0:
+        raise ValueError(f"clip_sample_range must be positive, or None; got {clip_sample_range}")
+    a, b = (_level(value, sample) for value in (alphas_cumprod_t, alphas_cumprod_prev))
+    coefficients = step_coefficients(a, b, eta, prediction_type)
+    return ddim_step(sample, model_output, coefficients, clip_sample_range, noise if stochastic else None, out)
 
 
 class StepCoefficients(NamedTuple):
@@ -85,6 +139,22 @@ def check_eta(eta: float | str) -> float | str:
     if eta != SIGMA_HAT and (isinstance(eta, (str, bool)) or not 0 <= eta <= 1):
         raise ValueError(f"eta must lie in [0, 1] or be {SIGMA_HAT!r}; got {eta!r}")
     return eta
+
+
+def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
+    """A noise level as a float where that is free, otherwise as a float64 tensor beside ``sample``."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.ndim == 0:
+        return float(value) if value.device.type == "cpu" and not torch.compiler.is_compiling() else value.double()
+    if value.ndim != 1 or sample.ndim == 0 or value.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(
+            f"a noise level is one number or one an image; got shape {tuple(value.shape)} "
+            f"for a sample of shape {tuple(sample.shape)}"
+        )
+    return value.to(sample.device, torch.float64).view(-1, *[1] * (sample.ndim - 1))
 
 
 def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:

@@ -4,69 +4,40 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..diffusion.step import StepCoefficients, step_coefficients
 from . import native
 from .dispatch import Implementation, choose
 
-__all__ = ["ddim_step", "ddim_step_reference", "fast_ddim_step"]
+__all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
 
-
-def fast_ddim_step(
-    sample: Tensor,
-    model_output: Tensor,
-    alphas_cumprod_t: float | Tensor,
-    alphas_cumprod_prev: float | Tensor,
-    *,
-    eta: float | str = 0.0,
-    noise: Tensor | None = None,
-    prediction_type: str = "epsilon",
-    clip_sample_range: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop.
-
-    Args:
-        sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
-        model_output: the network's prediction at x_t, like ``sample``.
-        alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
-            tensor with one value an image. A tensor on the GPU is used there, without waiting for it.
-        alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
-        eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
-        noise: standard normal noise like ``sample``; needed when ``eta`` is not 0, not read when it is.
-        prediction_type: what ``model_output`` is: ``epsilon``, ``v_prediction`` or ``sample``.
-        clip_sample_range: clip the predicted x_0 to [-r, r] (epsilon stays as predicted); None does not clip.
-        out: where the result goes, like ``sample``; may be one of the inputs. A new tensor by default.
-
-    Returns:
-        x_prev, in the dtype of ``sample``.
-
-    Raises:
-        ValueError: shapes, dtypes or devices differ, a value is out of range, or noise is missing.
-    """
-    stochastic = eta != 0
-    if stochastic and noise is None:
-        raise ValueError(f"eta = {eta} needs noise")
-    if clip_sample_range is not None and not clip_sample_range > 0:
-        raise ValueError(f"clip_sample_range must be positive, or None; got {clip_sample_range}")
-    a, b = (_level(value, sample) for value in (alphas_cumprod_t, alphas_cumprod_prev))
-    coefficients = step_coefficients(a, b, eta, prediction_type)
-    return ddim_step(sample, model_output, coefficients, clip_sample_range, noise if stochastic else None, out)
+Coefficients = Sequence[float | Tensor]
 
 
 def ddim_step(
     sample: Tensor,
     model_output: Tensor,
-    coefficients: StepCoefficients,
+    coefficients: Coefficients,
     clip: float | None = None,
     noise: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The step with its coefficients given, by the fastest implementation that can serve: see :class:`StepCoefficients`.
+    """One step with its seven coefficients (p, q, r, s, u, v, sigma), by the fastest implementation that can serve:
+
+        x_0 = clip(p * sample + q * model_output)
+        eps = r * sample + s * model_output
+        out = u * x_0 + v * eps + sigma * noise
+
+    Args:
+        sample, model_output: of one floating-point dtype, any shape.
+        coefficients: see :class:`ddim_fast.diffusion.step.StepCoefficients`; numbers, or tensors that broadcast.
+        clip: bound on |x_0|, or None.
+        noise: like ``sample``, or None to leave its term out.
+        out: where the result goes, like ``sample``; may be one of the inputs.
 
     Raises:
         ValueError: shapes, dtypes or devices differ.
@@ -82,23 +53,22 @@ def ddim_step(
 def ddim_step_reference(
     sample: Tensor,
     model_output: Tensor,
-    coefficients: StepCoefficients,
+    coefficients: Coefficients,
     clip: float | None = None,
     noise: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """What the operator means, in plain PyTorch: differentiable, any device, any layout."""
-    c = coefficients
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    c = StepCoefficients(*(value.to(dtype) if isinstance(value, Tensor) else value for value in c))
+    p, q, r, s, u, v, sigma = (c.to(dtype) if isinstance(c, Tensor) else c for c in coefficients)
     x, output = sample.to(dtype), model_output.to(dtype)
-    x0 = c.x0_from_sample * x + c.x0_from_output * output
+    x0 = p * x + q * output
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
-    eps = c.eps_from_sample * x + c.eps_from_output * output
-    result = c.prev_from_x0 * x0 + c.prev_from_eps * eps
+    eps = r * x + s * output
+    result = u * x0 + v * eps
     if noise is not None:
-        result = result + c.sigma * noise.to(dtype)
+        result = result + sigma * noise.to(dtype)
     result = result.to(sample.dtype)
     return result if out is None else out.copy_(result)
 
@@ -108,7 +78,7 @@ class _Step(NamedTuple):
 
     sample: Tensor
     model_output: Tensor
-    coefficients: StepCoefficients
+    coefficients: Coefficients
     clip: float | None
     noise: Tensor | None
     out: Tensor | None
@@ -199,20 +169,6 @@ IMPLEMENTATIONS = (
     Implementation("native", _run_native, _why_not_native),
     Implementation("reference", lambda step: ddim_step_reference(*step), lambda step: None),
 )
-
-
-def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
-    """A noise level as a float where that is free, otherwise as a float64 tensor beside ``sample``."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.ndim == 0:
-        return float(value) if value.device.type == "cpu" and not torch.compiler.is_compiling() else value.double()
-    if value.ndim != 1 or sample.ndim == 0 or value.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(
-            f"a noise level is one number or one an image; got shape {tuple(value.shape)} "
-            f"for a sample of shape {tuple(sample.shape)}"
-        )
-    return value.to(sample.device, torch.float64).view(-1, *[1] * (sample.ndim - 1))
 
 
 def _check_tensors(sample: Tensor, **others: Tensor | None) -> None:
