@@ -120,6 +120,13 @@ class Task {
         return base + image * width * op.positions + (op.channels_last ? c : c * op.positions);
     }
 
+    // Channels first: how many channels from c on, and before `end`, follow each other in memory and have the same numbers
+    // in the sums.
+    DDIM_FAST_INLINE int64_t alike(int64_t c, int64_t end) const {
+        if (op.pre_shift) return 1;
+        return c < op.x_channels ? std::min(end, op.x_channels) - c : end - c;
+    }
+
     DDIM_FAST_INLINE void set_pivots() {
         for (int64_t c = first; op.pre_shift && c < last; ++c) added[c - first] = op.pre_shift[image * channels + c];
         for (int64_t c = first; c < last; c += group_size) {
@@ -168,13 +175,14 @@ class Task {
             return;
         }
         // A group is added up lane by lane and the lanes only then: its sum stands in the place of its first channel.
-        const int64_t rows = op.positions / kLanes, rest = op.positions % kLanes;
         std::fill(sum.begin(), sum.end(), 0.0);
         for (int64_t begin = 0; begin < last - first; begin += group_size) {
             WideVector total = {};
-            for (int64_t k = begin; k < begin + group_size; ++k) {
+            for (int64_t k = begin, run; k < begin + group_size; k += run) {
+                run = alike(first + k, first + begin + group_size);
                 const T* p = input(first + k);
                 const LaneNumbers numbers = one_channel(k);
+                const int64_t rows = run * op.positions / kLanes, rest = run * op.positions % kLanes;
                 total += sum_rows<Squares, true>(p, rows, kLanes, kLanes, numbers);
                 if (rest) {
                     const Vector d = load_some(p + rows * kLanes, rest) + numbers.added - numbers.pivot;
