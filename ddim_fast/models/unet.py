@@ -198,14 +198,15 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
 class _RowLinear(nn.Linear):
     """A linear layer on (N, features) embeddings whose row i does not depend on N.
 
-    BLAS chooses its kernel, and with it the order of summation, by the number of rows. In eager inference the rows go through
-    in blocks of one fixed size, so that an image is the same to the last bit in every batch.
+    BLAS chooses its kernel, and with it the order of summation, by the number of rows. In eager inference on a CPU the rows go
+    through in blocks of one fixed size, so that an image is the same to the last bit in every batch. On a GPU, where other
+    operators choose by the batch as well, the blocks would cost launches and promise nothing.
     """
 
     ROWS = 16
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling() or x.device.type != "cpu":
             return super().forward(x)
         blocks = F.pad(x, (0, 0, 0, -len(x) % self.ROWS)).split(self.ROWS)
         return torch.cat([F.linear(block, self.weight, self.bias) for block in blocks])[: len(x)]
