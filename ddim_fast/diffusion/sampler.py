@@ -211,7 +211,7 @@ class _Run:
                 raise ValueError(
                     f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}"
                 )
-            x_T = x_T.to(device, torch.float32)
+            x_T = x_T.to(device, torch.float32).contiguous()
         count = len(x_T if seeds is None else seeds)
         if x_T is not None and len(x_T) != count:
             raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")

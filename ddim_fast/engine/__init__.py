@@ -39,7 +39,8 @@ def make_denoiser(model: nn.Module, engine: str, dtype: torch.dtype) -> Denoiser
         # images of one channel count as channels_last already, but do not tell the first convolution so.
         x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            return model(x, timesteps, labels).float()
+            # Back in the layout of the sample: only tensors of one layout go through the DDIM step in a single pass.
+            return model(x, timesteps, labels).float().contiguous()
 
     def denoise_at_least_two(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is

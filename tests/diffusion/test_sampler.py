@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
 from ddim_fast.diffusion.noise import INITIAL_NOISE
+from ddim_fast.ops import native
 
 SHAPE = (3, 8, 8)
 
@@ -248,6 +249,18 @@ def test_the_same_seed_gives_the_same_bytes_in_every_batch(eta, small_unet):
         assert torch.equal(sampler.sample(seeds=range(7), labels=labels, batch_size=batch_size), alone)
     shuffled = sampler.sample(seeds=[5, 0, 3], labels=[5, 0, 3], batch_size=3)
     assert torch.equal(shuffled, alone[[5, 0, 3]])
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.why_not))
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_native_operators_serve_every_step(eta, small_unet, monkeypatch):
+    sampler = Sampler(small_unet, steps=3, eta=eta, clip_sample_range=1.0)
+    x = seeded_noise([0, 1], INITIAL_NOISE, (3, 16, 16)).to(memory_format=torch.channels_last)
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    expected = sampler.sample(seeds=[0, 1], x_T=x, labels=[3, 4], guidance=2.0)
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "native")  # an error, were one call to need another implementation
+    ours = sampler.sample(seeds=[0, 1], x_T=x, labels=[3, 4], guidance=2.0)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_equals_eager(small_unet):
