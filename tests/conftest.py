@@ -1,12 +1,71 @@
-"""What the tests share: a network that is a formula, and a small random U-Net."""
+"""What the tests share: a network that is a formula, a small random U-Net, and every implementation of the operators."""
 
 from __future__ import annotations
+
+import os
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
+# Before anything imports Triton: without a GPU, kernels that a test asks for by name run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from ddim_fast import UNet, UNetConfig
+from ddim_fast.ops import native
+
+
+class Backend(NamedTuple):
+    """An implementation under test, and where its tensors go."""
+
+    name: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+
+BACKENDS = {
+    "native": Backend("native", "cpu"),
+    "triton-interpreter": Backend("triton", "cpu"),
+    "triton": Backend("triton", "cuda"),
+    "cuda": Backend("cuda", "cuda"),
+}
+
+
+def _parameter(name: str):
+    return pytest.param(name, marks=pytest.mark.gpu if BACKENDS[name].device == "cuda" else ())
+
+
+@pytest.fixture(params=[_parameter(name) for name in BACKENDS])
+def backend(request, monkeypatch) -> Backend:
+    """Each fast implementation in turn, forced by DDIM_FAST_BACKEND; what it allocates is full of NaN until it is written."""
+    backend = BACKENDS[request.param]
+    if backend.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if backend.name in ("native", "cuda") and native.module is None:
+        pytest.skip(native.why_not)
+    if backend.name == "cuda" and not native.has_cuda:
+        pytest.skip("ddim_fast._native was built without CUDA")
+    if backend.name == "triton":
+        pytest.importorskip("triton")
+        if backend.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton compiles for the GPU here")
+    monkeypatch.setenv("DDIM_FAST_BACKEND", backend.name)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    return backend
+
+
+def _poisoned(allocate):
+    def allocate_poisoned(*arguments, **options):
+        tensor = allocate(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_poisoned
 
 
 class FakeNetwork(nn.Module):

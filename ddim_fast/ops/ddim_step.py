@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose
+from .dispatch import Implementation, choose, why_not_triton
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
 
@@ -122,13 +121,9 @@ def _run_triton(step: _Step) -> Tensor:
 
 
 def _why_not_triton(step: _Step) -> str | None:
-    if step.sample.device.type != "cuda":
-        return f"it needs a GPU, and the sample is on {step.sample.device}"
     if step.sample.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return _why_not_one_pass(step)
+    return why_not_triton(step.sample.device) or _why_not_one_pass(step)
 
 
 def _why_not_one_pass(step: _Step) -> str | None:
@@ -164,9 +159,9 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 IMPLEMENTATIONS = (
-    Implementation("triton", _run_triton, _why_not_triton),
-    Implementation("cuda", _run_cuda, _why_not_cuda),
     Implementation("native", _run_native, _why_not_native),
+    Implementation("triton", _run_triton, _why_not_triton, lambda step: step.sample.is_cuda),
+    Implementation("cuda", _run_cuda, _why_not_cuda),
     Implementation("reference", lambda step: ddim_step_reference(*step), lambda step: None),
 )
 
