@@ -4,29 +4,89 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <string>
 #include <vector>
 
 #include "ddim_step.h"
 #include "group_norm_silu.h"
-#include "vector.h"
 
 namespace py = pybind11;
 
 namespace ddim_fast {
 namespace {
 
-DdimArrays check_arrays(uintptr_t sample, uintptr_t model_output, uintptr_t noise, uintptr_t out, int64_t numel) {
-    if (numel < 0) throw py::value_error("numel is " + std::to_string(numel) + ", but cannot be negative");
-    // Empty tensors have null pointers.
-    const auto require = [numel](uintptr_t pointer, const char* name) {
-        if (pointer == 0 && numel > 0) throw py::value_error(std::string(name) + " is a null pointer");
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return;
+    throw py::value_error(std::string(name) + " is " + std::to_string(value) + ", but must be from " + std::to_string(least) +
+                          " to " + std::to_string(most));
+}
+
+// An address of values of `size` bytes; 0 is a null pointer.
+template <typename T>
+T* to_pointer(uintptr_t address, const char* name, size_t size = sizeof(T)) {
+    if (address % size == 0) return reinterpret_cast<T*>(address);
+    throw py::value_error(std::string(name) + " is not a multiple of its values' " + std::to_string(size) + " bytes");
+}
+
+void require(uintptr_t address, const char* name) {
+    if (address == 0) throw py::value_error(std::string(name) + " is a null pointer");
+}
+
+// The arguments that a DDIM step has on every device.
+struct DdimArguments {
+    uintptr_t sample, model_output, noise, out;
+    int64_t numel;
+    float clip;
+    uintptr_t unconditional;
+    float guidance;
+    uintptr_t seeds;
+    int64_t image_numel, step;
+    std::array<int, 3> dtypes;
+};
+
+// Without coefficients.
+DdimStep check_ddim_step(const DdimArguments& a) {
+    check_range("numel", a.numel, 0, INT64_MAX);
+    if (a.numel > 0) {  // empty tensors have null pointers
+        require(a.sample, "sample_ptr");
+        require(a.model_output, "model_output_ptr");
+        require(a.out, "out_ptr");
+    }
+    for (const int code : a.dtypes) check_range("dtypes", code, 0, 2);
+    const auto dtype = [&a](int i) { return static_cast<Dtype>(a.dtypes[i]); };
+    const auto input = [&](uintptr_t address, const char* name, int i) {
+        if (address != 0 && address == a.out && size_of(dtype(i)) != size_of(dtype(2)))
+            throw py::value_error(std::string("out_ptr is ") + name + ", but their dtypes differ in size");
+        return to_pointer<const void>(address, name, size_of(dtype(i)));
     };
-    require(sample, "sample_ptr");
-    require(model_output, "model_output_ptr");
-    require(out, "out_ptr");
-    return {reinterpret_cast<const float*>(sample), reinterpret_cast<const float*>(model_output),
-            reinterpret_cast<const float*>(noise), reinterpret_cast<float*>(out), numel};
+    if (!(a.clip > 0))  // true for NaN
+        throw py::value_error("clip is " + std::to_string(a.clip) + ", but must be positive (inf: no clipping)");
+    if (!std::isfinite(a.guidance)) throw py::value_error("guidance is " + std::to_string(a.guidance) + ", but must be finite");
+    check_range("step", a.step, 0, UINT32_MAX);
+    if (a.seeds != 0) {
+        if (a.noise != 0) throw py::value_error("noise_ptr and seeds_ptr cannot both be given");
+        check_range("image_numel", a.image_numel, a.numel > 0, int64_t(1) << 34);
+        if (a.numel > 0 && a.numel % a.image_numel != 0)
+            throw py::value_error("image_numel is " + std::to_string(a.image_numel) + ", but must divide numel, which is " +
+                                  std::to_string(a.numel));
+    }
+    DdimStep op = {};
+    op.sample = input(a.sample, "sample_ptr", 0);
+    op.model_output = input(a.model_output, "model_output_ptr", 1);
+    op.unconditional = input(a.unconditional, "unconditional_ptr", 1);
+    op.noise = input(a.noise, "noise_ptr", 0);
+    op.seeds = to_pointer<const int64_t>(a.seeds, "seeds_ptr");
+    op.out = to_pointer<void>(a.out, "out_ptr", size_of(dtype(2)));
+    op.numel = a.numel;
+    op.image_numel = a.image_numel;
+    op.sample_dtype = dtype(0);
+    op.output_dtype = dtype(1);
+    op.out_dtype = dtype(2);
+    op.clip = a.clip;
+    op.guidance = a.guidance;
+    op.step = static_cast<uint32_t>(a.step);
+    return op;
 }
 
 DdimCoefficients check_coefficients(const std::vector<float>& c) {
@@ -34,67 +94,96 @@ DdimCoefficients check_coefficients(const std::vector<float>& c) {
     return {c[0], c[1], c[2], c[3], c[4], c[5], c[6]};
 }
 
-void check_clip(float clip) {
-    if (clip > 0) return;  // false for NaN
-    throw py::value_error("clip is " + std::to_string(clip) + ", but must be positive (inf: no clipping)");
-}
-
 void ddim_step_binding(uintptr_t sample, uintptr_t model_output, uintptr_t noise, uintptr_t out, int64_t numel,
-                       const std::vector<float>& coefficients, float clip, int num_threads) {
-    const DdimArrays arrays = check_arrays(sample, model_output, noise, out, numel);
-    const DdimCoefficients checked = check_coefficients(coefficients);
-    check_clip(clip);
-    if (num_threads < 1)
-        throw py::value_error("num_threads is " + std::to_string(num_threads) + ", but must be at least 1");
-    ddim_step(arrays, checked, clip, num_threads);
+                       const std::vector<float>& coefficients, float clip, int num_threads, uintptr_t unconditional,
+                       float guidance, uintptr_t seeds, int64_t image_numel, int64_t step, const std::array<int, 3>& dtypes) {
+    DdimStep op = check_ddim_step(
+        {sample, model_output, noise, out, numel, clip, unconditional, guidance, seeds, image_numel, step, dtypes});
+    op.coefficients = check_coefficients(coefficients);
+    for (const int code : dtypes)
+        if (static_cast<Dtype>(code) == Dtype::fp16) throw py::value_error("dtypes: there is no fp16 on the CPU");
+    check_range("num_threads", num_threads, 1, INT32_MAX);
+    ddim_step(op, num_threads);
 }
 
 #ifdef DDIM_FAST_WITH_CUDA
 void ddim_step_cuda_binding(uintptr_t sample, uintptr_t model_output, uintptr_t noise, uintptr_t out, int64_t numel,
-                            const std::vector<float>& coefficients, float clip, uintptr_t stream) {
-    const DdimArrays arrays = check_arrays(sample, model_output, noise, out, numel);
-    const DdimCoefficients checked = check_coefficients(coefficients);
-    check_clip(clip);
-    ddim_step_cuda(arrays, checked, clip, reinterpret_cast<void*>(stream));
+                            const std::vector<float>& coefficients, float clip, uintptr_t stream, uintptr_t unconditional,
+                            float guidance, uintptr_t seeds, int64_t image_numel, int64_t step, const std::array<int, 3>& dtypes,
+                            uintptr_t table, int64_t table_rows, uintptr_t index) {
+    DdimStep op = check_ddim_step(
+        {sample, model_output, noise, out, numel, clip, unconditional, guidance, seeds, image_numel, step, dtypes});
+    if (table == 0) {
+        op.coefficients = check_coefficients(coefficients);
+    } else {
+        check_range("table_rows", table_rows, 1, INT64_MAX);
+        require(index, "index_ptr");
+    }
+    const auto* row = reinterpret_cast<const DdimCoefficients*>(to_pointer<const float>(table, "table_ptr"));
+    ddim_step_cuda(op, {row, table_rows, to_pointer<const int64_t>(index, "index_ptr")}, reinterpret_cast<void*>(stream));
 }
 #endif
 
-struct GroupNormSizes {
-    int64_t images, x_channels, skip_channels, positions, groups;
-};
-
-void check_sizes(const GroupNormSizes& s) {
-    if (s.images < 0 || s.positions < 0) throw py::value_error("images and positions cannot be negative");
-    if (s.x_channels < 1 || s.skip_channels < 0) throw py::value_error("x_channels must be at least 1, skip_channels at least 0");
-    if (s.groups < 1 || (s.x_channels + s.skip_channels) % s.groups != 0)
-        throw py::value_error("groups is " + std::to_string(s.groups) + ", but must divide the " +
-                              std::to_string(s.x_channels + s.skip_channels) + " channels");
-}
+using GroupNormPointers = std::array<uintptr_t, 9>;
+using GroupNormSizes = std::array<int64_t, 5>;
 
 template <typename T>
-void run_group_norm_silu(const std::array<uintptr_t, 9>& p, const GroupNormSizes& s, float eps, bool silu, bool channels_last,
-                         int num_threads) {
+GroupNormSilu<T> make_group_norm_silu(const GroupNormPointers& p, const GroupNormSizes& s, float eps, bool silu,
+                                      bool channels_last) {
     const auto values = [&p](int i) { return reinterpret_cast<const T*>(p[i]); };
     const auto numbers = [&p](int i) { return reinterpret_cast<const float*>(p[i]); };
-    group_norm_silu(GroupNormSilu<T>{values(0), values(1), values(2), reinterpret_cast<T*>(p[3]), numbers(4), numbers(5),
-                                     numbers(6), numbers(7), numbers(8), s.images, s.x_channels, s.skip_channels, s.positions,
-                                     s.groups, eps, silu, channels_last},
-                    num_threads);
+    return {values(0),  values(1),  values(2), reinterpret_cast<T*>(p[3]), numbers(4), numbers(5), numbers(6), numbers(7),
+            numbers(8), s[0],       s[1],      s[2],                       s[3],       s[4],       eps,        silu,
+            channels_last};
 }
 
-void group_norm_silu_binding(const std::array<uintptr_t, 9>& pointers, const std::array<int64_t, 5>& sizes, float eps, bool silu,
-                             bool channels_last, bool bf16, int num_threads) {
-    const GroupNormSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-    check_sizes(s);
-    if (num_threads < 1) throw py::value_error("num_threads is " + std::to_string(num_threads) + ", but must be at least 1");
+void check_sizes(const GroupNormSizes& sizes) {
+    const auto [images, x_channels, skip_channels, positions, groups] = sizes;
+    if (images < 0 || positions < 0) throw py::value_error("images and positions cannot be negative");
+    if (x_channels < 1 || skip_channels < 0) throw py::value_error("x_channels must be at least 1, skip_channels at least 0");
+    if (groups < 1 || (x_channels + skip_channels) % groups != 0)
+        throw py::value_error("groups is " + std::to_string(groups) + ", but must divide the " +
+                              std::to_string(x_channels + skip_channels) + " channels");
+}
+
+// `value_bytes`: of x, skip, residual and out.
+void check_group_norm_silu(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, int value_bytes) {
+    check_sizes(sizes);
     if (!(eps >= 0)) throw py::value_error("eps cannot be negative");
-    if (s.images * s.positions == 0) return;
+    if (sizes[0] * sizes[3] == 0) return;
     for (const int required : {0, 3, 4, 5})
         if (pointers[required] == 0) throw py::value_error("x, out, weight and bias cannot be null pointers");
-    if ((pointers[1] == 0) != (s.skip_channels == 0)) throw py::value_error("skip_channels does not fit skip");
-    const auto run = bf16 ? run_group_norm_silu<bfloat16> : run_group_norm_silu<float>;
-    run(pointers, s, eps, silu, channels_last, num_threads);
+    if ((pointers[1] == 0) != (sizes[2] == 0)) throw py::value_error("skip_channels does not fit skip");
+    const char* names[] = {"x", "skip", "residual", "out", "weight", "bias", "pre_shift", "scale", "shift"};
+    for (int i = 0; i < 9; ++i) to_pointer<void>(pointers[i], names[i], i < 4 ? value_bytes : sizeof(float));
 }
+
+void group_norm_silu_binding(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, bool silu,
+                             bool channels_last, bool bf16, int num_threads) {
+    check_group_norm_silu(pointers, sizes, eps, size_of(bf16 ? Dtype::bf16 : Dtype::fp32));
+    check_range("num_threads", num_threads, 1, INT32_MAX);
+    if (bf16)
+        group_norm_silu(make_group_norm_silu<bfloat16>(pointers, sizes, eps, silu, channels_last), num_threads);
+    else
+        group_norm_silu(make_group_norm_silu<float>(pointers, sizes, eps, silu, channels_last), num_threads);
+}
+
+#ifdef DDIM_FAST_WITH_CUDA
+void group_norm_silu_cuda_binding(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, bool silu,
+                                  bool channels_last, int dtype, uintptr_t workspace, uintptr_t stream) {
+    check_range("dtype", dtype, 0, 2);
+    check_group_norm_silu(pointers, sizes, eps, size_of(static_cast<Dtype>(dtype)));
+    group_norm_silu_cuda(make_group_norm_silu<void>(pointers, sizes, eps, silu, channels_last), static_cast<Dtype>(dtype),
+                         to_pointer<void>(workspace, "workspace_ptr", sizeof(double)), reinterpret_cast<void*>(stream));
+}
+
+int64_t group_norm_silu_cuda_workspace_binding(const GroupNormSizes& sizes, bool channels_last, int dtype) {
+    check_range("dtype", dtype, 0, 2);
+    check_sizes(sizes);
+    return group_norm_silu_cuda_workspace(make_group_norm_silu<void>({}, sizes, 0, false, channels_last),
+                                          static_cast<Dtype>(dtype));
+}
+#endif
 
 }  // namespace
 }  // namespace ddim_fast
@@ -104,24 +193,34 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ and CUDA operators of ddim_fast on raw memory addresses";
 
     module.def("ddim_step", &ddim_fast::ddim_step_binding, "sample_ptr"_a, "model_output_ptr"_a, "noise_ptr"_a,
-               "out_ptr"_a, "numel"_a, "coefficients"_a, "clip"_a, "num_threads"_a,
+               "out_ptr"_a, "numel"_a, "coefficients"_a, "clip"_a, "num_threads"_a, py::kw_only(), "unconditional_ptr"_a = 0,
+               "guidance"_a = 1.0f, "seeds_ptr"_a = 0, "image_numel"_a = 0, "step"_a = 0, "dtypes"_a = std::array<int, 3>{},
                py::call_guard<py::gil_scoped_release>(),
-               R"(One DDIM update over arrays of fp32 in host memory.
+               R"(One DDIM update over arrays in host memory.
 
-    x0  = clamp(p * sample + q * model_output, -clip, clip)
-    eps = r * sample + s * model_output
+    m   = unconditional + guidance * (model_output - unconditional)
+    x0  = clamp(p * sample + q * m, -clip, clip)
+    eps = r * sample + s * m
     out = u * x0 + v * eps + sigma * noise
 
-Each operation is rounded by itself in this order: plain fp32 tensor operations give the same bits.
+Each operation is rounded by itself to fp32 in this order: plain fp32 tensor operations give the same bits. The result
+is rounded once more, to the dtype of out.
 
-sample_ptr, model_output_ptr, out_ptr: addresses of numel values; out may be exactly one of the inputs.
-noise_ptr: address of numel values, or 0 to leave the last term out.
+sample_ptr, model_output_ptr, out_ptr: addresses of numel values; out may be exactly one of the inputs if their dtypes
+    have the same size.
+noise_ptr: address of numel values, or 0.
 coefficients: the seven numbers (p, q, r, s, u, v, sigma).
 clip: a positive number, inf for no clipping. NaN stays NaN.
 num_threads: how many threads may share the work; small arrays use fewer.
+unconditional_ptr: address of numel values, or 0; then m is model_output.
+guidance: a finite number, used with unconditional_ptr only.
+seeds_ptr: address of the images' seeds, int64, or 0. The noise is then what seeded_noise draws for them in fp32, in the
+    order of contiguous images; nothing is drawn where sigma is 0. Without noise and seeds the last term is left out.
+image_numel: values of an image, a divisor of numel of at most 2^34; used with seeds_ptr only.
+step: the number under which the noise is drawn, below 2^32.
+dtypes: of (sample and noise, model_output and unconditional, out): 0 for fp32, 1 for bf16.
 
-Raises ValueError for a null address, a negative numel, a wrong number of coefficients, or a clip or num_threads that
-is not positive.)");
+Raises ValueError for a null or unaligned address, and for what does not fit the description.)");
 
     module.def("group_norm_silu", &ddim_fast::group_norm_silu_binding, "pointers"_a, "sizes"_a, "eps"_a, "silu"_a,
                "channels_last"_a, "bf16"_a, "num_threads"_a, py::call_guard<py::gil_scoped_release>(),
@@ -141,14 +240,41 @@ num_threads: how many threads may share the work. Neither it nor the number of i
 Raises ValueError for null addresses and sizes that do not fit.)");
 
 #ifdef DDIM_FAST_WITH_CUDA
-    module.def("ddim_step_cuda", &ddim_fast::ddim_step_cuda_binding, "sample_ptr"_a, "model_output_ptr"_a,
-               "noise_ptr"_a, "out_ptr"_a, "numel"_a, "coefficients"_a, "clip"_a, "stream"_a,
-               py::call_guard<py::gil_scoped_release>(),
+    module.def("ddim_step_cuda", &ddim_fast::ddim_step_cuda_binding, "sample_ptr"_a, "model_output_ptr"_a, "noise_ptr"_a,
+               "out_ptr"_a, "numel"_a, "coefficients"_a, "clip"_a, "stream"_a, py::kw_only(), "unconditional_ptr"_a = 0,
+               "guidance"_a = 1.0f, "seeds_ptr"_a = 0, "image_numel"_a = 0, "step"_a = 0, "dtypes"_a = std::array<int, 3>{},
+               "table_ptr"_a = 0, "table_rows"_a = 0, "index_ptr"_a = 0, py::call_guard<py::gil_scoped_release>(),
                R"(ddim_step over arrays on the current CUDA device.
 
+Everything is as for ddim_step, and 2 in dtypes is fp16; noise drawn from seeds is made in fp32 and may differ from
+seeded_noise in its last two bits.
+
 stream: the address of a cudaStream_t (torch.cuda.current_stream().cuda_stream). The work is queued there and not
-waited for; it can be captured in a CUDA graph, which keeps the coefficients it was captured with.
+    waited for; it can be captured in a CUDA graph, which keeps the arguments it was captured with.
+table_ptr: address on the device of fp32 coefficients of shape (table_rows, 7), which take the place of `coefficients`,
+    or 0.
+index_ptr: address on the device of an int64: the row to use, and the step of the noise. So one captured graph serves
+    every step. Where it lies outside the table, out is NaN.
 
 Raises ValueError as ddim_step does, and RuntimeError when the launch fails.)");
+
+    module.def("group_norm_silu_cuda", &ddim_fast::group_norm_silu_cuda_binding, "pointers"_a, "sizes"_a, "eps"_a, "silu"_a,
+               "channels_last"_a, "dtype"_a, "workspace_ptr"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+               R"(group_norm_silu over arrays on the current CUDA device.
+
+pointers, sizes, eps, silu, channels_last: as for group_norm_silu.
+dtype: of x, skip, residual and out: 0 for fp32, 1 for bf16, 2 for fp16.
+workspace_ptr: address on the device of group_norm_silu_cuda_workspace bytes, or 0 where that is 0.
+stream: as for ddim_step_cuda.
+
+The same input gives the same bits on one device; another batch may change the last ones. Images whose addresses are not
+multiples of 16 bytes are correct but slow, and so are those where no 16 bytes lie in one input and in whole groups.
+
+Raises ValueError for null or unaligned addresses, sizes that do not fit and more than 2048 channels in a group, and
+RuntimeError when the launch fails.)");
+
+    module.def("group_norm_silu_cuda_workspace", &ddim_fast::group_norm_silu_cuda_workspace_binding, "sizes"_a,
+               "channels_last"_a, "dtype"_a,
+               "The bytes of device memory that group_norm_silu_cuda takes for its partial sums, on the current device.");
 #endif
 }

@@ -1,15 +1,16 @@
-// GroupNorm and what stands around it in a U-Net, on the host.
+// GroupNorm and what stands around it in a U-Net.
 //
 //   v   = concat(x, skip) + pre_shift             skip along the channels; pre_shift one number a channel and image
 //   y   = (v - mean) / sqrt(var + eps) * weight + bias      mean and variance of each image's groups of channels
 //   y   = y * (1 + scale) + shift                 one number a channel and image
 //   out = silu(y) + residual
 //
-// Every part but the norm is optional. Images and groups are independent and summed in one fixed order, so neither the
-// batch nor the number of threads changes a bit.
+// Every part but the norm is optional. Sums are fp32 and taken in a fixed order.
 #pragma once
 
 #include <cstdint>
+
+#include "common.h"
 
 namespace ddim_fast {
 
@@ -36,7 +37,15 @@ struct GroupNormSilu {
     bool channels_last;
 };
 
+// On the host. Neither the batch nor the number of threads changes a bit.
 void group_norm_silu(const GroupNormSilu<float>& op, int num_threads);
 void group_norm_silu(const GroupNormSilu<bfloat16>& op, int num_threads);
+
+// On the current CUDA device, queued on stream (a cudaStream_t) without waiting for it; x, skip, residual and out are of
+// `dtype`. workspace: device memory of group_norm_silu_cuda_workspace bytes, which depends on the sizes, the layout and the
+// device alone; null where that is 0. Throws std::invalid_argument for groups of more than 2048 channels and
+// std::runtime_error when CUDA fails.
+void group_norm_silu_cuda(const GroupNormSilu<void>& op, Dtype dtype, void* workspace, void* stream);
+int64_t group_norm_silu_cuda_workspace(const GroupNormSilu<void>& op, Dtype dtype);
 
 }  // namespace ddim_fast

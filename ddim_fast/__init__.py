@@ -9,14 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .diffusion.noise import seeded_noise
     from .diffusion.sampler import Sampler, SamplerState
     from .diffusion.schedule import NoiseSchedule
-    from .diffusion.step import fast_ddim_step
+    from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
     from .models.config import UNetConfig
     from .models.unet import UNet
+    from .ops.ddim_step import ddim_step
     from .ops.group_norm_silu import group_norm_silu
+    from .ops.noise import seeded_noise
 
 __all__ = [
     "NoiseSchedule",
@@ -24,6 +25,8 @@ __all__ = [
     "SamplerState",
     "UNet",
     "UNetConfig",
+    "coefficient_table",
+    "ddim_step",
     "fast_ddim_step",
     "group_norm_silu",
     "seeded_noise",
@@ -38,9 +41,11 @@ _HOMES = {
     "SamplerState": "diffusion.sampler",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "coefficient_table": "diffusion.step",
+    "ddim_step": "ops.ddim_step",
     "fast_ddim_step": "diffusion.step",
     "group_norm_silu": "ops.group_norm_silu",
-    "seeded_noise": "diffusion.noise",
+    "seeded_noise": "ops.noise",
     "select_timesteps": "diffusion.timesteps",
 }
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import make_denoiser, select_engine
+from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from .guidance import check_guidance, guided
 from .inversion import invert
-from .noise import INITIAL_NOISE, seeded_noise
 from .schedule import NoiseSchedule
 from .solvers import Solver, make_solver
 from .timesteps import select_timesteps
@@ -177,9 +177,8 @@ class Sampler:
         memory = None
         for i, timestep in enumerate(self.timesteps.tolist()):
             output = denoise(x, timesteps[i], run.labels)
-            noise = seeded_noise(run.seeds, i, self.config.image_shape, self.device) if self.solver.stochastic else None
             before = x
-            x, memory = self.solver.step(i, x, output, noise, memory)
+            x, memory = self.solver.step(i, x, output, run.seeds, memory)
             yield SamplerState(i, timestep, x, (self.solver, before, output))
 
 
@@ -216,7 +215,7 @@ class _Run:
         if x_T is not None and len(x_T) != count:
             raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
         if seeds is not None:
-            seeds = torch.tensor([_check_seed(s) for s in seeds], dtype=torch.int64, device=device)
+            seeds = torch.tensor(check_seeds(seeds), dtype=torch.int64, device=device)
         return cls(seeds, x_T, _check_labels(labels, count, config.num_classes, device), check_guidance(guidance, labels))
 
     def __len__(self) -> int:
@@ -232,12 +231,6 @@ class _Run:
 
     def _map(self, f) -> _Run:
         return _Run(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise ValueError(f"a seed is a whole number from 0 to 2^63 - 1; got {seed!r}")
-    return int(seed)
 
 
 def _check_labels(

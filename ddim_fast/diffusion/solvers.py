@@ -24,18 +24,18 @@ class Solver(Protocol):
     """What the sampler needs of a solver.
 
     Attributes:
-        stochastic: whether :meth:`step` needs noise.
+        stochastic: whether :meth:`step` draws noise, and so needs seeds.
     """
 
     stochastic: bool
 
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
         """Step number ``i``, counted from 0.
 
         Args:
             x: (N, C, H, W) float32, x at timestep i of the run.
             output: the network's output there, like x.
-            noise: standard normal, like x, where ``stochastic``; None otherwise.
+            seeds: (N,) int64, one an image, where ``stochastic``; not read otherwise.
             memory: what the step before returned; None at the first.
 
         Returns:
@@ -82,8 +82,9 @@ class _OneStep:
         self.clip = clip
         self.stochastic = any(c.sigma for c in coefficients)
 
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        return ddim_step(x, output, self.coefficients[i], self.clip, noise), None
+    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+        coefficients = self.coefficients[i]
+        return ddim_step(x, output, coefficients, self.clip, seeds=seeds if coefficients.sigma else None, step=i), None
 
     def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
         return _predict_x0(self.coefficients[i], x, output, self.clip)
@@ -141,7 +142,7 @@ class DPMSolverPlusPlus2M(_MultiStep):
             second = 0.0 if i in (0, self.steps - 1) else 0.5 * b / self._ratio(i)
             self._table.append((a, b + second, -second))
 
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
         x0 = self.predict_x0(i, x, output)
         from_x, from_x0, from_previous = self._table[i]
         result = from_x * x + from_x0 * x0
@@ -175,7 +176,7 @@ class UniPC(_MultiStep):
         rho = (b_1 - b_2) / (1 + ratio)
         return float(b_1 - rho), float(rho / ratio)
 
-    def step(self, i: int, x: Tensor, output: Tensor, noise: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
         x0 = self.predict_x0(i, x, output)
         previous = None
         if memory is not None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from ..ops.noise import check_seeds
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
     "SIGMA_HAT",
     "StepCoefficients",
     "check_eta",
+    "coefficient_table",
     "fast_ddim_step",
     "posterior_coefficients",
     "step_coefficients",
@@ -20,47 +28,79 @@ SIGMA_HAT = "sigma-hat"
 
 
 def fast_ddim_step(
-    sample: Tensor,
-    model_output: Tensor,
-    alphas_cumprod_t: float | Tensor,
-    alphas_cumprod_prev: float | Tensor,
+    sample: Tensor | np.ndarray,
+    model_output: Tensor | np.ndarray,
+    alphas_cumprod_t: float | Tensor | np.ndarray,
+    alphas_cumprod_prev: float | Tensor | np.ndarray,
     *,
     eta: float | str = 0.0,
-    noise: Tensor | None = None,
+    noise: Tensor | np.ndarray | None = None,
+    seeds: Tensor | np.ndarray | Sequence[int] | None = None,
+    step: int = 0,
     prediction_type: str = "epsilon",
     clip_sample_range: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop.
+    unconditional_output: Tensor | np.ndarray | None = None,
+    guidance: float | None = None,
+    out: Tensor | np.ndarray | None = None,
+    out_dtype: torch.dtype | np.dtype | None = None,
+) -> Tensor | np.ndarray:
+    """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop, in one pass over memory.
+
+    Works on torch tensors, and on numpy arrays without torch being installed.
 
     Args:
         sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
-        model_output: the network's prediction at x_t, like ``sample``.
+        model_output: the network's prediction at x_t, of the sample's shape and any of these dtypes.
         alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
             tensor with one value an image. A tensor on the GPU is used there, without waiting for it.
         alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
         eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
-        noise: standard normal noise like ``sample``; needed when ``eta`` is not 0, not read when it is.
+        noise: standard normal noise like ``sample``; when ``eta`` is not 0, this or ``seeds`` is needed, otherwise neither is
+            read.
+        seeds: N whole numbers in [0, 2^63), one an image, from which the step makes its noise itself: that of
+            :func:`ddim_fast.seeded_noise`, which depends on seed, ``step`` and element alone.
+        step: the number of this step in the run; with ``seeds``, each step needs its own.
         prediction_type: what ``model_output`` is: ``epsilon``, ``v_prediction`` or ``sample``.
         clip_sample_range: clip the predicted x_0 to [-r, r] (epsilon stays as predicted); None does not clip.
-        out: where the result goes, like ``sample``; may be one of the inputs. A new tensor by default.
+        unconditional_output: the prediction without the condition, for classifier-free guidance (Ho and Salimans 2022):
+            the step is taken with unconditional + guidance (model_output - unconditional).
+        guidance: the scale of it.
+        out: where the result goes, of the sample's shape; may be one of the inputs. A new tensor by default.
+        out_dtype: of that new tensor; the sample's by default.
 
     Returns:
-        x_prev, in the dtype of ``sample``.
+        x_prev.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, a value is out of range, or noise is missing.
     """
-    from ..ops.ddim_step import ddim_step  # here, so that the coefficients are to be had without torch
-
-    stochastic = eta != 0
-    if stochastic and noise is None:
-        raise ValueError(f"eta = {eta} needs noise")
+    stochastic = check_eta(eta) != 0
+    if stochastic and noise is None and seeds is None:
+        raise ValueError(f"eta = {eta} needs noise, or seeds to make it from")
     if clip_sample_range is not None and not clip_sample_range > 0:
         raise ValueError(f"clip_sample_range must be positive, or None; got {clip_sample_range}")
-    a, b = (_level(value, sample) for value in (alphas_cumprod_t, alphas_cumprod_prev))
-    coefficients = step_coefficients(a, b, eta, prediction_type)
-    return ddim_step(sample, model_output, coefficients, clip_sample_range, noise if stochastic else None, out)
+    if isinstance(sample, np.ndarray):
+        from ..ops.ddim_step_numpy import ddim_step_numpy as ddim_step
+
+        as_level, as_seeds = _numpy_level, _numpy_seeds
+    else:
+        from ..ops.ddim_step import ddim_step
+
+        as_level, as_seeds = _level, _seeds
+    a, b = (as_level(value, sample) for value in (alphas_cumprod_t, alphas_cumprod_prev))
+    return ddim_step(
+        sample,
+        model_output,
+        step_coefficients(a, b, eta, prediction_type),
+        clip_sample_range,
+        noise if stochastic else None,
+        out,
+        unconditional=unconditional_output,
+        guidance=guidance,
+        seeds=as_seeds(seeds, sample) if stochastic and seeds is not None else None,
+        step=step,
+        out_dtype=out_dtype,
+    )
 
 
 class StepCoefficients(NamedTuple):
@@ -113,6 +153,24 @@ def step_coefficients(
     return StepCoefficients(*reading, b**0.5, towards_eps, sigma)
 
 
+def coefficient_table(alphas_cumprod: Sequence[float], eta: float | str = 0.0, prediction_type: str = "epsilon") -> np.ndarray:
+    """The coefficients of a whole run, computed in float64: the table of :func:`ddim_fast.ddim_step`.
+
+    Args:
+        alphas_cumprod: the S + 1 noise levels of S steps, that after the last step (1.0) included.
+        eta, prediction_type: as in :func:`step_coefficients`.
+
+    Returns:
+        (S, 7) float32.
+
+    Raises:
+        ValueError: as :func:`step_coefficients`.
+    """
+    levels = [float(level) for level in alphas_cumprod]
+    rows = [step_coefficients(a, b, eta, prediction_type) for a, b in pairwise(levels)]
+    return np.array(rows, np.float32).reshape(-1, 7)
+
+
 def posterior_coefficients(
     alphas_cumprod_t: float, alphas_cumprod_prev: float, prediction_type: str = "epsilon"
 ) -> StepCoefficients:
@@ -149,12 +207,36 @@ def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
         return float(value)
     if value.ndim == 0:
         return float(value) if value.device.type == "cpu" and not torch.compiler.is_compiling() else value.double()
-    if value.ndim != 1 or sample.ndim == 0 or value.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(
-            f"a noise level is one number or one an image; got shape {tuple(value.shape)} "
-            f"for a sample of shape {tuple(sample.shape)}"
-        )
+    _check_level_shape(value.shape, sample.shape)
     return value.to(sample.device, torch.float64).view(-1, *[1] * (sample.ndim - 1))
+
+
+def _numpy_level(value: float | np.ndarray, sample: np.ndarray) -> float | np.ndarray:
+    """A noise level as a float, or as a float64 array that broadcasts against ``sample``."""
+    if np.ndim(value) == 0:
+        return float(value)
+    level = np.asarray(value, np.float64)
+    _check_level_shape(level.shape, sample.shape)
+    return level.reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def _check_level_shape(shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> None:
+    if len(shape) != 1 or not sample_shape or shape[0] not in (1, sample_shape[0]):
+        raise ValueError(
+            f"a noise level is one number or one an image; got shape {tuple(shape)} for a sample of shape {tuple(sample_shape)}"
+        )
+
+
+def _seeds(seeds: Tensor | Sequence[int], sample: Tensor) -> Tensor:
+    import torch
+
+    if isinstance(seeds, torch.Tensor):
+        return seeds
+    return torch.tensor(check_seeds(seeds), dtype=torch.int64, device=sample.device)
+
+
+def _numpy_seeds(seeds: np.ndarray | Sequence[int], sample: np.ndarray) -> np.ndarray:
+    return seeds if isinstance(seeds, np.ndarray) else np.array(check_seeds(seeds), np.int64)
 
 
 def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import native
 from .dispatch import Implementation, choose, why_not_triton
+from .noise import seeded_noise
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
 
-Coefficients = Sequence[float | Tensor]
+Coefficients = Sequence[float | Tensor] | Tensor
 
 
 def ddim_step(
@@ -24,29 +25,77 @@ def ddim_step(
     clip: float | None = None,
     noise: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    unconditional: Tensor | None = None,
+    guidance: float | None = None,
+    seeds: Tensor | None = None,
+    step: int | Tensor = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One step with its seven coefficients (p, q, r, s, u, v, sigma), by the fastest implementation that can serve:
 
-        x_0 = clip(p * sample + q * model_output)
-        eps = r * sample + s * model_output
+        m   = unconditional + guidance * (model_output - unconditional)
+        x_0 = clip(p * sample + q * m)
+        eps = r * sample + s * m
         out = u * x_0 + v * eps + sigma * noise
 
+    Arithmetic is in float32 (float64 for a float64 sample), each operation rounded by itself in this order, then once to the
+    result's dtype: every implementation that is given the noise returns the same bits.
+
     Args:
-        sample, model_output: of one floating-point dtype, any shape.
-        coefficients: see :class:`ddim_fast.diffusion.step.StepCoefficients`; numbers, or tensors that broadcast.
+        sample, model_output: floating-point tensors of one shape.
+        coefficients: see :class:`ddim_fast.diffusion.step.StepCoefficients`; seven numbers, or tensors that broadcast, or a
+            table: a float32 tensor of shape (S, 7) on the sample's device, of which row ``step`` counts. One captured CUDA
+            graph with a table serves every step; a row that is not there gives NaN on a GPU.
         clip: bound on |x_0|, or None.
         noise: like ``sample``, or None to leave its term out.
-        out: where the result goes, like ``sample``; may be one of the inputs.
+        out: where the result goes, of the sample's shape; may be one of the inputs.
+        unconditional: the network's output without its condition, for classifier-free guidance; None leaves out the first line.
+        guidance: the scale that goes with it.
+        seeds: (N,) int64 beside the sample, one an image, instead of ``noise``: :func:`ddim_fast.seeded_noise` of ``step``,
+            made on the spot (on a GPU equal to it to a few units in the last place).
+        step: number of the sampling step; an int64 tensor of one element where ``coefficients`` is a table.
+        out_dtype: of the result, where ``out`` is not given; the sample's by default.
+
+    Returns:
+        x_prev, ``out`` where it is given.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ.
+        ValueError: shapes, dtypes or devices differ, or arguments do not belong together; the message names the argument.
     """
-    _check_tensors(sample, model_output=model_output, noise=noise, out=out)
+    out_dtype = out_dtype or (sample.dtype if out is None else out.dtype)
+    call = _Step(sample, model_output, coefficients, clip, noise, unconditional, guidance, seeds, step, out_dtype)
+    _check(call, out)
     if torch.compiler.is_compiling():
-        result = ddim_step_reference(sample, model_output, coefficients, clip, noise)
+        # Inductor makes one pass of the reference by itself; what it cannot is to draw noise at the kernels' price.
+        use_op = seeds is not None and not torch.compiler.is_exporting() and not _has_loose_tensors(coefficients)
+        result = _registered(*_flat(call)) if use_op else _reference(call)
         return result if out is None else out.copy_(result)
-    step = _Step(sample, model_output, coefficients, clip, noise, out)
-    return choose("ddim_step", IMPLEMENTATIONS, step).run(step)
+    return choose("ddim_step", IMPLEMENTATIONS, (call, out)).run((call, out))
+
+
+class _Step(NamedTuple):
+    """The arguments of :func:`ddim_step`; an implementation is asked to serve them and an ``out``, which may be None."""
+
+    sample: Tensor
+    model_output: Tensor
+    coefficients: Coefficients
+    clip: float | None
+    noise: Tensor | None
+    unconditional: Tensor | None
+    guidance: float | None
+    seeds: Tensor | None
+    step: int | Tensor
+    out_dtype: torch.dtype
+
+    @property
+    def table(self) -> Tensor | None:
+        return self.coefficients if isinstance(self.coefficients, Tensor) else None
+
+    @property
+    def images(self) -> list[Tensor]:
+        """Every tensor of the sample's shape."""
+        return [t for t in (self.sample, self.model_output, self.noise, self.unconditional) if t is not None]
 
 
 def ddim_step_reference(
@@ -55,102 +104,174 @@ def ddim_step_reference(
     coefficients: Coefficients,
     clip: float | None = None,
     noise: Tensor | None = None,
-    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:
-    """What the operator means, in plain PyTorch: differentiable, any device, any layout."""
+    """What the operator means, in plain PyTorch: differentiable, any device, any layout. Arguments as :func:`ddim_step`."""
+    defaults = {"unconditional": None, "guidance": None, "seeds": None, "step": 0}
+    return _reference(
+        _Step(sample, model_output, coefficients, clip, noise, **(defaults | options), out_dtype=out_dtype or sample.dtype)
+    )
+
+
+def _reference(call: _Step) -> Tensor:
+    sample = call.sample
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    p, q, r, s, u, v, sigma = (c.to(dtype) if isinstance(c, Tensor) else c for c in coefficients)
-    x, output = sample.to(dtype), model_output.to(dtype)
-    x0 = p * x + q * output
-    if clip is not None:
-        x0 = x0.clamp(-clip, clip)
-    eps = r * x + s * output
+    p, q, r, s, u, v, sigma = (c.to(dtype) if isinstance(c, Tensor) else c for c in _row(call))
+    x, m = sample.to(dtype), call.model_output.to(dtype)
+    if call.unconditional is not None:
+        unconditional = call.unconditional.to(dtype)
+        m = unconditional + call.guidance * (m - unconditional)
+    x0 = p * x + q * m
+    if call.clip is not None:
+        x0 = x0.clamp(-call.clip, call.clip)
+    eps = r * x + s * m
     result = u * x0 + v * eps
+    noise = call.noise
+    if call.seeds is not None:
+        noise = seeded_noise(call.seeds, call.step, sample.shape[1:], sample.device)
     if noise is not None:
         result = result + sigma * noise.to(dtype)
-    result = result.to(sample.dtype)
-    return result if out is None else out.copy_(result)
+    return result.to(call.out_dtype)
 
 
-class _Step(NamedTuple):
-    """What an implementation is asked to do: the arguments of :func:`ddim_step`."""
+def _row(call: _Step) -> Sequence[float | Tensor]:
+    """The seven coefficients; of a table, without a word to the host."""
+    if call.table is None:
+        return call.coefficients
+    step = call.step.reshape(1)
+    valid = (step >= 0) & (step < len(call.table))
+    row = call.table.index_select(0, step.clamp(0, len(call.table) - 1))[0]
+    return torch.where(valid, row, math.nan).unbind()
 
-    sample: Tensor
-    model_output: Tensor
-    coefficients: Coefficients
-    clip: float | None
-    noise: Tensor | None
-    out: Tensor | None
+
+_Request = tuple[_Step, Tensor | None]
 
 
-def _run_native(step: _Step) -> Tensor:
-    out = _result(step)
-    native.module.ddim_step(*_addresses(step, out), torch.get_num_threads())
+def _run_native(request: _Request) -> Tensor:
+    call, out = request
+    out = _result(call, out)
+    # On a CPU the index of a table's row is there to be read.
+    step = int(call.step)
+    coefficients = call.coefficients if call.table is None else call.table[step].tolist()
+    pointers, options = _addresses(call, out)
+    native.module.ddim_step(*pointers, coefficients, _bound(call), torch.get_num_threads(), step=step, **options)
     return out
 
 
-def _why_not_native(step: _Step) -> str | None:
+def _why_not_native(request: _Request) -> str | None:
     if native.module is None:
         return native.why_not
-    if step.sample.device.type != "cpu" or step.sample.dtype != torch.float32:
-        return f"it takes float32 on the CPU, not {step.sample.dtype} on {step.sample.device}"
-    return _why_not_one_pass(step)
+    return _why_not_compiled(request, "cpu", (torch.float32, torch.bfloat16))
 
 
-def _run_cuda(step: _Step) -> Tensor:
-    out = _result(step)
-    with torch.cuda.device_of(step.sample):
-        native.module.ddim_step_cuda(*_addresses(step, out), torch.cuda.current_stream().cuda_stream)
+def _run_cuda(request: _Request) -> Tensor:
+    call, out = request
+    out = _result(call, out)
+    pointers, options = _addresses(call, out)
+    coefficients = [0.0] * 7 if call.table is not None else call.coefficients
+    if call.table is None:
+        options["step"] = call.step
+    else:
+        options |= {"table_ptr": call.table.data_ptr(), "table_rows": len(call.table), "index_ptr": call.step.data_ptr()}
+    with torch.cuda.device_of(call.sample):
+        stream = torch.cuda.current_stream().cuda_stream
+        native.module.ddim_step_cuda(*pointers, coefficients, _bound(call), stream, **options)
     return out
 
 
-def _why_not_cuda(step: _Step) -> str | None:
+def _why_not_cuda(request: _Request) -> str | None:
     if native.module is None:
         return native.why_not
     if not native.has_cuda:
         return "ddim_fast was built without nvcc"
-    if step.sample.device.type != "cuda" or step.sample.dtype != torch.float32:
-        return f"it takes float32 on a GPU, not {step.sample.dtype} on {step.sample.device}"
-    return _why_not_one_pass(step)
+    return _why_not_compiled(request, "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 
-def _run_triton(step: _Step) -> Tensor:
+def _run_triton(request: _Request) -> Tensor:
     from ..kernels.ddim_step import ddim_step
 
-    return ddim_step(*step)
+    call, out = request
+    return ddim_step(
+        call.sample,
+        call.model_output,
+        call.coefficients,
+        call.clip,
+        call.noise,
+        out,
+        unconditional=call.unconditional,
+        guidance=1.0 if call.guidance is None else call.guidance,
+        seeds=call.seeds,
+        step=call.step,
+        out_dtype=call.out_dtype,
+    )
 
 
-def _why_not_triton(step: _Step) -> str | None:
-    if step.sample.dtype == torch.float64:
+def _why_not_triton(request: _Request) -> str | None:
+    call, out = request
+    if any(t.dtype == torch.float64 for t in call.images) or call.out_dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
-    return why_not_triton(step.sample.device) or _why_not_one_pass(step)
+    return why_not_triton(call.sample.device) or _why_not_one_pass(call, out)
 
 
-def _why_not_one_pass(step: _Step) -> str | None:
+def _why_not_compiled(request: _Request, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What the native module's two functions have in common."""
+    call, out = request
+    sample, noise, unconditional = call.sample, call.noise, call.unconditional
+    if sample.device.type != device or not {sample.dtype, call.model_output.dtype, call.out_dtype} <= set(dtypes):
+        names = " and ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"it takes {names} on a {device} device, not {sample.dtype} on {sample.device}"
+    if noise is not None and noise.dtype != sample.dtype:
+        return f"it takes noise of the sample's dtype, not {noise.dtype} beside {sample.dtype}"
+    if unconditional is not None and unconditional.dtype != call.model_output.dtype:
+        return f"it takes two outputs of one dtype, not {unconditional.dtype} beside {call.model_output.dtype}"
+    return _why_not_one_pass(call, out)
+
+
+def _why_not_one_pass(call: _Step, out: Tensor | None) -> str | None:
     """What every kernel needs: the same dense memory order throughout, plain numbers, and no gradient to record."""
-    sample = step.sample
-    tensors = [t for t in (sample, step.model_output, step.noise, step.out) if t is not None]
-    if any(isinstance(value, Tensor) for value in step.coefficients):
-        return "it takes the noise levels as numbers, not as tensors"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    sample = call.sample
+    if _has_loose_tensors(call.coefficients):
+        return "it takes the noise levels as numbers or as a table, not as tensors"
+    if _records_gradient(call):
         return "it records no gradient; use torch.no_grad()"
+    tensors = call.images if out is None else [*call.images, out]
     if not torch.ops.aten.is_non_overlapping_and_dense(sample) or any(_order(t) != _order(sample) for t in tensors):
         return "it takes dense tensors of one memory layout"
-    if any(t.dtype != sample.dtype for t in tensors):
-        return "it takes tensors of one dtype"
+    if call.seeds is not None and not sample.is_contiguous():
+        return "it draws the noise of contiguous images only"
     return None
 
 
-def _result(step: _Step) -> Tensor:
-    return torch.empty_like(step.sample) if step.out is None else step.out
+def _has_loose_tensors(coefficients: Coefficients) -> bool:
+    return not isinstance(coefficients, Tensor) and any(isinstance(c, Tensor) for c in coefficients)
 
 
-def _addresses(step: _Step, out: Tensor) -> tuple[Any, ...]:
-    """The arguments that the native module's functions share."""
-    noise = 0 if step.noise is None else step.noise.data_ptr()
-    clip = math.inf if step.clip is None else step.clip
-    pointers = (step.sample.data_ptr(), step.model_output.data_ptr(), noise, out.data_ptr())
-    return (*pointers, step.sample.numel(), step.coefficients, clip)
+def _records_gradient(call: _Step) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in call.images)
+
+
+def _result(call: _Step, out: Tensor | None) -> Tensor:
+    return torch.empty_like(call.sample, dtype=call.out_dtype) if out is None else out
+
+
+def _bound(call: _Step) -> float:
+    return math.inf if call.clip is None else call.clip
+
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _addresses(call: _Step, out: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The arguments that the native module's functions share: the first five, and those with names."""
+    sample, output = call.sample, call.model_output
+    options: dict[str, Any] = {"dtypes": tuple(_DTYPE_CODES[d] for d in (sample.dtype, output.dtype, out.dtype))}
+    if call.unconditional is not None:
+        options |= {"unconditional_ptr": call.unconditional.data_ptr(), "guidance": call.guidance}
+    if call.seeds is not None:
+        options |= {"seeds_ptr": call.seeds.data_ptr(), "image_numel": math.prod(sample.shape[1:])}
+    noise = 0 if call.noise is None else call.noise.data_ptr()
+    return (sample.data_ptr(), output.data_ptr(), noise, out.data_ptr(), sample.numel()), options
 
 
 def _order(tensor: Tensor) -> list[int]:
@@ -158,18 +279,112 @@ def _order(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
+def _run_reference(request: _Request) -> Tensor:
+    call, out = request
+    result = _reference(call)
+    return result if out is None else out.copy_(result)
+
+
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _why_not_native),
-    Implementation("triton", _run_triton, _why_not_triton, lambda step: step.sample.is_cuda),
+    Implementation("triton", _run_triton, _why_not_triton, lambda request: request[0].sample.is_cuda),
     Implementation("cuda", _run_cuda, _why_not_cuda),
-    Implementation("reference", lambda step: ddim_step_reference(*step), lambda step: None),
+    Implementation("reference", _run_reference, lambda request: None),
 )
 
 
-def _check_tensors(sample: Tensor, **others: Tensor | None) -> None:
+@torch.library.custom_op("ddim_fast::ddim_step", mutates_args=())
+def _registered(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Sequence[float],
+    table: Tensor | None,
+    clip: float | None,
+    noise: Tensor | None,
+    unconditional: Tensor | None,
+    guidance: float | None,
+    seeds: Tensor | None,
+    step: int,
+    step_index: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The operator as torch.compile sees it: one node, dispatched when it runs. A table comes with its index."""
+    call = _Step(
+        sample,
+        model_output,
+        coefficients if table is None else table,
+        clip,
+        noise,
+        unconditional,
+        guidance,
+        seeds,
+        step if step_index is None else step_index,
+        out_dtype,
+    )
+    return choose("ddim_step", IMPLEMENTATIONS, (call, None)).run((call, None))
+
+
+@_registered.register_fake
+def _(sample: Tensor, *others) -> Tensor:
+    return torch.empty_like(sample, dtype=others[-1])
+
+
+def _flat(call: _Step) -> tuple[Any, ...]:
+    """A step as the registered operator takes it."""
+    coefficients = [] if call.table is not None else list(call.coefficients)
+    step, index = (0, call.step) if isinstance(call.step, Tensor) else (call.step, None)
+    return (*call[:2], coefficients, call.table, *call[3:8], step, index, call.out_dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sample, model_output, coefficients, table, clip, noise, unconditional, guidance, _, _, index, _ = inputs
+    ctx.save_for_backward(sample, model_output, table, noise, unconditional, index)
+    ctx.numbers = coefficients, clip, guidance
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sample, model_output, table, noise, unconditional, index = ctx.saved_tensors
+    coefficients, clip, guidance = ctx.numbers
+    call = _Step(
+        sample,
+        model_output,
+        coefficients if table is None else table,
+        clip,
+        noise,
+        unconditional,
+        guidance,
+        None,
+        index,
+        sample.dtype,
+    )
+    p, q, r, s, u, v, sigma = _row(call)
+    g = grad.to(torch.float64 if sample.dtype == torch.float64 else torch.float32)
+    from_x0 = u * g
+    if clip is not None:
+        m = model_output.to(g.dtype)
+        if unconditional is not None:
+            m = unconditional.to(g.dtype) + guidance * (m - unconditional.to(g.dtype))
+        from_x0 = torch.where((p * sample.to(g.dtype) + q * m).abs() <= clip, from_x0, 0)
+    from_output = q * from_x0 + s * v * g
+    to_sample = (p * from_x0 + r * v * g).to(sample.dtype)
+    to_noise = None if noise is None else (sigma * g).to(noise.dtype)
+    to_unconditional = None
+    if unconditional is not None:
+        to_unconditional = ((1 - guidance) * from_output).to(unconditional.dtype)
+        from_output = guidance * from_output
+    to_output = from_output.to(model_output.dtype)
+    return to_sample, to_output, None, None, None, to_noise, to_unconditional, None, None, None, None, None
+
+
+_registered.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check(call: _Step, out: Tensor | None) -> None:
+    sample = call.sample
     if not sample.is_floating_point():
         raise ValueError(f"sample must be a floating-point tensor; got {sample.dtype}")
-    for name, tensor in others.items():
+    images = {"model_output": call.model_output, "noise": call.noise, "unconditional": call.unconditional, "out": out}
+    for name, tensor in images.items():
         if tensor is None:
             continue
         if tensor.shape != sample.shape:
@@ -178,5 +393,50 @@ def _check_tensors(sample: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but sample is on {sample.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
-    if others.get("out") is not None and others["out"].dtype != sample.dtype:
-        raise ValueError(f"out is {others['out'].dtype}, but sample is {sample.dtype}")
+    if not call.out_dtype.is_floating_point or (out is not None and out.dtype != call.out_dtype):
+        raise ValueError(f"out_dtype must be a floating-point dtype, that of out where it is given; got {call.out_dtype}")
+    if call.clip is not None and not call.clip > 0:
+        raise ValueError(f"clip must be positive, or None; got {call.clip}")
+    if (call.unconditional is None) != (call.guidance is None):
+        raise ValueError("guidance and the unconditional output belong together; give both or neither")
+    if call.guidance is not None and not math.isfinite(call.guidance):
+        raise ValueError(f"guidance must be a finite number; got {call.guidance}")
+    _check_coefficients(call)
+    _check_seeds(call)
+
+
+def _check_coefficients(call: _Step) -> None:
+    table, device = call.table, call.sample.device
+    if table is None:
+        if len(call.coefficients) != 7:
+            raise ValueError(f"coefficients has {len(call.coefficients)} values instead of 7")
+        if isinstance(call.step, Tensor):
+            raise ValueError("step is a tensor only where coefficients is a table of shape (S, 7)")
+        return
+    if table.ndim != 2 or table.shape[1] != 7 or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"a table of coefficients is float32 of shape (S, 7); got {table.dtype} of {tuple(table.shape)}")
+    step = call.step
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype != torch.int64:
+        raise ValueError("with a table of coefficients, step must be an int64 tensor of one element")
+    for name, tensor in (("coefficients", table), ("step", step)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but sample is on {device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
+        raise ValueError(f"step is {int(step)}, but the table of coefficients has rows 0 to {len(table) - 1}")
+
+
+def _check_seeds(call: _Step) -> None:
+    sample, seeds = call.sample, call.seeds
+    if seeds is None:
+        return
+    if call.noise is not None:
+        raise ValueError("seeds make the noise; give them or noise, not both")
+    if sample.ndim == 0 or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(sample),):
+        raise ValueError(
+            f"seeds must be int64, one an image of a sample of shape {tuple(sample.shape)}; "
+            f"got {seeds.dtype} of shape {tuple(seeds.shape)}"
+        )
+    if seeds.device != sample.device:
+        raise ValueError(f"seeds is on {seeds.device}, but sample is on {sample.device}")
+    if not seeds.is_contiguous():
+        raise ValueError("seeds must be contiguous")

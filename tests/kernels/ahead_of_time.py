@@ -45,7 +45,7 @@ class _Driver:
         self.capability = capability
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

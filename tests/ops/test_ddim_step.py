@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 
-from ddim_fast import fast_ddim_step
+from ddim_fast import coefficient_table, ddim_step, fast_ddim_step, seeded_noise
 from ddim_fast.diffusion.step import step_coefficients
 from ddim_fast.ops import native
-from ddim_fast.ops.ddim_step import ddim_step_reference
+from ddim_fast.ops.ddim_step import _registered, ddim_step_reference
 
 A, B = 0.23, 0.61
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -184,68 +184,212 @@ def test_float32_records_gradients_too():
     torch.testing.assert_close(output.grad, torch.full_like(output, expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(native.module is None, reason=str(native.why_not))
+def assert_same_bits(actual, expected, backend):
+    """Equal to the last bit; in the interpreter but for the last of a bfloat16, which it cuts off where GPUs round."""
+    assert actual.dtype == expected.dtype
+    last_bit = torch.finfo(torch.bfloat16).eps if backend.interpreted and actual.dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(actual, expected, rtol=last_bit, atol=0, equal_nan=True)
+
+
+def served(backend, dtype):
+    """Whether the implementation takes this dtype."""
+    return dtype != torch.float16 or backend.name != "native"
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("eta", [0.0, 0.5, "sigma-hat"])
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("shape", [(3, 2, 5, 7), (4, 3, 64, 64)])
-def test_native_equals_the_reference_bit_for_bit(shape, prediction_type, eta, clip, monkeypatch):
-    sample, output, noise = make_inputs(shape)
+def test_every_implementation_equals_the_reference_bit_for_bit(backend, shape, prediction_type, eta, clip):
+    tensors = [t.to(backend.device) for t in make_inputs(shape)]
+    sample, output, noise = tensors
     noise = noise if eta else None
     expected = ddim_step_reference(sample, output, step_coefficients(A, B, eta, prediction_type), clip, noise)
-    monkeypatch.setenv("DDIM_FAST_BACKEND", "native")
     options = {"eta": eta, "noise": noise, "prediction_type": prediction_type, "clip_sample_range": clip}
-    assert torch.equal(fast_ddim_step(sample, output, A, B, **options), expected)
+    assert_same_bits(fast_ddim_step(sample, output, A, B, **options), expected, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_backend_can_be_forced(backend, monkeypatch):
-    if backend == "native" and native.module is None:
-        pytest.skip(native.why_not)
+@pytest.mark.parametrize("sample_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [5, 1037])
+def test_sample_output_and_result_may_each_have_a_dtype(backend, sample_dtype, output_dtype, out_dtype, numel):
+    if not all(served(backend, dtype) for dtype in (sample_dtype, output_dtype, out_dtype)):
+        pytest.skip("float16 is for GPUs")
+    sample, output, noise = (t.to(backend.device) for t in make_inputs((1, numel)))
+    unconditional = output.flip(1)
+    sample, noise, output, unconditional = (
+        *(t.to(sample_dtype) for t in (sample, noise)),
+        *(t.to(output_dtype) for t in (output, unconditional)),
+    )
+    coefficients = step_coefficients(A, B, 0.5)
+    options = {"unconditional": unconditional, "guidance": 2.5, "out_dtype": out_dtype}
+    expected = ddim_step_reference(sample, output, coefficients, 1.0, noise, **options)
+    assert_same_bits(ddim_step(sample, output, coefficients, 1.0, noise, **options), expected, backend)
+    # The same written into a tensor that is given, and into none of its neighbours.
+    buffer = torch.full((numel + 2,), 7.0, dtype=out_dtype, device=backend.device)
+    out = buffer[1:-1].view(1, numel)
+    del options["out_dtype"]
+    assert ddim_step(sample, output, coefficients, 1.0, noise, out, **options) is out
+    assert_same_bits(out, expected, backend)
+    assert buffer[0] == buffer[-1] == 7
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5, -1.0])
+def test_guidance_is_the_step_with_both_outputs_combined(backend, guidance):
+    sample, output, unconditional = (t.to(backend.device) for t in make_inputs())
+    actual = fast_ddim_step(sample, output, A, B, unconditional_output=unconditional, guidance=guidance)
+    combined = unconditional.double() + guidance * (output.double() - unconditional.double())
+    torch.testing.assert_close(actual.double(), formula(sample, combined), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 1, 3), (2, 3, 32, 32), (4, 1), (3,)])
+@pytest.mark.parametrize("step", [0, 1, 16, 2**31])
+def test_noise_from_seeds_is_that_of_seeded_noise(backend, shape, step):
+    sample, output, _ = (t.to(backend.device) for t in make_inputs(shape))
+    seeds = [5, 0, 2**63 - 1, 2**40 + 3][: shape[0]]
+    noise = seeded_noise(seeds, step, shape[1:], backend.device)
+    options = {"eta": 1.0, "clip_sample_range": 1.0}
+    expected = fast_ddim_step(sample, output, A, B, noise=noise, **options)
+    for form in (seeds, torch.tensor(seeds, device=backend.device)):
+        actual = fast_ddim_step(sample, output, A, B, seeds=form, step=step, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    # An image's noise is its own, whatever the batch.
+    alone = fast_ddim_step(sample[1:2], output[1:2], A, B, seeds=seeds[1:2], step=step, **options)
+    assert torch.equal(alone, actual[1:2])
+
+
+def test_seeds_are_not_read_at_eta_zero():
     sample, output, _ = make_inputs()
-    monkeypatch.setenv("DDIM_FAST_BACKEND", backend)
-    actual = fast_ddim_step(sample, output, A, B)
-    torch.testing.assert_close(actual.double(), formula(sample, output), rtol=2e-6, atol=2e-6)
+    assert torch.equal(fast_ddim_step(sample, output, A, B, seeds=[1]), fast_ddim_step(sample, output, A, B))
+
+
+@pytest.mark.parametrize("with_seeds", [False, True])
+def test_a_table_and_an_index_give_every_step(backend, with_seeds):
+    levels = [0.05, 0.2, 0.6, 1.0]
+    table = coefficient_table(levels, 0.5, "v_prediction")
+    assert table.shape == (3, 7) and table.dtype.name == "float32"
+    sample, output, _ = (t.to(backend.device) for t in make_inputs())
+    seeds = torch.tensor([3, 2, 1], device=backend.device) if with_seeds else None
+    index = torch.zeros((), dtype=torch.int64, device=backend.device)
+    for i, row in enumerate(table):
+        actual = ddim_step(sample, output, torch.from_numpy(table).to(backend.device), 1.0, seeds=seeds, step=index)
+        assert_same_bits(actual, ddim_step(sample, output, row.tolist(), 1.0, seeds=seeds, step=i), backend)
+        index += 1
+
+
+def test_a_step_outside_the_table_is_an_error_or_nan(backend):
+    sample, output, _ = (t.to(backend.device) for t in make_inputs())
+    table = torch.ones(4, 7, device=backend.device)
+    for index in (-1, 4, 2**40):
+        step = torch.tensor([index], device=backend.device)
+        if backend.device == "cpu":
+            with pytest.raises(ValueError, match=f"step is {index}, but the table of coefficients has rows 0 to 3"):
+                ddim_step(sample, output, table, step=step)
+        else:
+            assert ddim_step(sample, output, table, step=step).isnan().all()
+            assert ddim_step_reference(sample, output, table, step=step).isnan().all()
+
+
+@pytest.mark.parametrize("which", ["sample", "model_output", "noise", "unconditional"])
+def test_out_may_be_any_input(backend, which):
+    values = (*make_inputs(), make_inputs()[0].flip(0))
+    names = ("sample", "model_output", "noise", "unconditional")
+    tensors = {name: t.to(backend.device) for name, t in zip(names, values, strict=True)}
+    coefficients = step_coefficients(A, B, 0.5)
+    expected = ddim_step_reference(**tensors, coefficients=coefficients, clip=1.0, guidance=2.0)
+    ddim_step(**tensors, coefficients=coefficients, clip=1.0, guidance=2.0, out=tensors[which])
+    assert_same_bits(tensors[which], expected, backend)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_nan_stays_nan_and_where_it_was(backend, clip):
+    tensors = [t.to(backend.device) for t in make_inputs((1, 1000))]
+    for which in range(3):
+        poisoned = [t.clone() for t in tensors]
+        poisoned[which][0, [0, 500, 999]] = math.nan
+        out = fast_ddim_step(*poisoned[:2], A, B, eta=1.0, noise=poisoned[2], clip_sample_range=clip)
+        assert out.isnan().nonzero()[:, 1].tolist() == [0, 500, 999]
+
+
+def test_dense_tensors_of_any_order_are_served(backend):
+    tensors = [t.to(backend.device).to(memory_format=torch.channels_last) for t in make_inputs((2, 4, 6, 6))]
+    actual = fast_ddim_step(*tensors[:2], A, B, eta=1.0, noise=tensors[2])
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual.double(), formula(*tensors[:2], eta=1.0, noise=tensors[2]), rtol=2e-6, atol=2e-6)
+    # Of one channel, contiguous and channels_last are the same memory.
+    image = tensors[0][:, :1].contiguous()
+    fast_ddim_step(image, image.as_strided(image.shape, (36, 1, 6, 1)), A, B)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.gpu) for b in ("triton", "cuda")], indirect=True)
+def test_one_captured_graph_serves_every_step(backend):
+    levels = [0.05, 0.2, 0.6, 1.0]
+    table = torch.from_numpy(coefficient_table(levels, 1.0)).to("cuda")
+    start, output, _ = (t.to("cuda") for t in make_inputs((4, 3, 32, 32)))
+    seeds = torch.arange(4, device="cuda")
+    expected = start
+    for i in range(3):
+        expected = ddim_step(expected, output, table, 1.0, seeds=seeds, step=torch.tensor(i, device="cuda"))
+
+    x, index = start.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ddim_step(x, output, table, 1.0, out=x, seeds=seeds, step=index)
+        index += 1
+    x.copy_(start)
+    index.zero_()
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(x, expected)
 
 
 WHY_NOT_CUDA = native.why_not or (
-    "it takes float32 on a GPU, not torch.float32 on cpu" if native.has_cuda else "ddim_fast was built without nvcc"
+    "it takes float32 and bfloat16 and float16 on a cuda device, not torch.float32 on cpu"
+    if native.has_cuda
+    else "ddim_fast was built without nvcc"
 )
 
 
 @pytest.mark.parametrize(
-    "backend,message",
+    "forced,message",
     [
-        ("triton", "DDIM_FAST_BACKEND=triton cannot serve ddim_step: it needs a GPU, and the sample is on cpu"),
         ("cuda", "DDIM_FAST_BACKEND=cuda cannot serve ddim_step: " + WHY_NOT_CUDA),
         ("fastest", "DDIM_FAST_BACKEND='fastest' is unknown; choose reference, native, triton, cuda"),
     ],
-    ids=["triton", "cuda", "fastest"],
+    ids=["cuda", "fastest"],
 )
-def test_a_forced_backend_that_cannot_serve_says_why(backend, message, monkeypatch):
-    monkeypatch.setenv("DDIM_FAST_BACKEND", backend)
+def test_a_forced_backend_that_cannot_serve_says_why(forced, message, monkeypatch):
+    monkeypatch.setenv("DDIM_FAST_BACKEND", forced)
     with pytest.raises(ValueError, match=re.escape(message)):
         fast_ddim_step(*make_inputs()[:2], A, B)
 
 
-@pytest.mark.skipif(native.module is None, reason=str(native.why_not))
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="triton cannot serve ddim_step: it needs a GPU, and the tensors are on cpu"):
+        fast_ddim_step(*make_inputs()[:2], A, B)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda x, y: (x.double(), y.double(), A), "float32 on the CPU, not torch.float64 on cpu"),
-        (lambda x, y: (x, y.bfloat16(), A), "tensors of one dtype"),
+        (lambda x, y: (x.double(), y.double(), A), "float64"),
         (lambda x, y: (x, y.to(memory_format=torch.channels_last), A), "dense tensors of one memory layout"),
         (lambda x, y: (x[..., ::2], y[..., ::2], A), "dense tensors of one memory layout"),
         (lambda x, y: (x, y.requires_grad_(), A), "records no gradient"),
         (lambda x, y: (x, y, torch.full((3,), A)), "noise levels as numbers"),
     ],
 )
-def test_native_says_what_it_cannot_serve(change, message, monkeypatch):
-    sample, output, a = change(*make_inputs()[:2])
-    fast_ddim_step(sample, output, a, B)
-    monkeypatch.setenv("DDIM_FAST_BACKEND", "native")
-    with pytest.raises(ValueError, match=f"DDIM_FAST_BACKEND=native cannot serve ddim_step: .*{message}"):
+def test_kernels_say_what_they_cannot_serve(backend, change, message, monkeypatch):
+    sample, output, a = change(*(t.to(backend.device) for t in make_inputs()[:2]))
+    with pytest.raises(ValueError, match=f"DDIM_FAST_BACKEND={backend.name} cannot serve ddim_step: .*{message}"):
         fast_ddim_step(sample, output, a, B)
+    monkeypatch.delenv("DDIM_FAST_BACKEND")
+    fast_ddim_step(sample, output, a, B)
 
 
 X = torch.zeros(2, 3, 4, 4)
@@ -261,11 +405,23 @@ X = torch.zeros(2, 3, 4, 4)
         ({"sample": X + 0j}, "sample must be a floating-point tensor; got torch.complex64"),
         ({"model_output": X.bool()}, "model_output must be a floating-point tensor; got torch.bool"),
         ({"noise": X.long(), "eta": 1.0}, "noise must be a floating-point tensor; got torch.int64"),
-        ({"out": X.double()}, "out is torch.float64, but sample is torch.float32"),
+        ({"out": X.int()}, "out must be a floating-point tensor; got torch.int32"),
+        ({"out": X, "out_dtype": torch.float64}, "out_dtype must be a floating-point dtype, that of out .*got torch.float64"),
+        ({"out_dtype": torch.int32}, "out_dtype must be a floating-point dtype.*got torch.int32"),
+        ({"unconditional_output": X}, "guidance and the unconditional output belong together"),
+        ({"guidance": 2.0}, "guidance and the unconditional output belong together"),
+        ({"unconditional_output": X, "guidance": math.inf}, "guidance must be a finite number; got inf"),
+        ({"unconditional_output": X[:1], "guidance": 2.0}, "unconditional has shape"),
+        ({"eta": 1.0, "seeds": [1, 2], "noise": X}, "seeds make the noise; give them or noise, not both"),
+        ({"eta": 1.0, "seeds": [1]}, r"seeds must be int64, one an image of .*\(2, 3, 4, 4\); got torch.int64 of shape \(1,\)"),
+        ({"eta": 1.0, "seeds": torch.zeros(2)}, "seeds must be int64.*got torch.float32"),
+        ({"eta": 1.0, "seeds": torch.zeros(2, dtype=torch.int64, device="meta")}, "seeds is on meta"),
+        ({"eta": 1.0, "seeds": [1, -1]}, "a seed is a whole number from 0 to 2.*got -1"),
+        ({"eta": 1.0, "seeds": [1, 1.5]}, "a seed is a whole number from 0 to 2.*got 1.5"),
         ({"model_output": X.to("meta")}, "model_output is on meta, but sample is on cpu"),
         ({"noise": X.to("meta"), "eta": 1.0}, "noise is on meta"),
         ({"out": X.to("meta")}, "out is on meta"),
-        ({"eta": 0.5}, "eta = 0.5 needs noise"),
+        ({"eta": 0.5}, "eta = 0.5 needs noise, or seeds"),
         ({"eta": "sigma-hat"}, "eta = sigma-hat needs noise"),
         ({"eta": -0.1, "noise": X}, "eta must lie in .*got -0.1"),
         ({"eta": 1.1, "noise": X}, "eta must lie in .*got 1.1"),
@@ -310,3 +466,84 @@ def test_compiled_code_may_write_in_place():
     expected = formula(sample, output)
     torch.compile(lambda x, y: fast_ddim_step(x, y, A, B, out=x), fullgraph=True)(sample, output)
     torch.testing.assert_close(sample.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+SEVEN = [float(c) for c in step_coefficients(A, B, 0.5)]
+TABLE = torch.ones(3, 7)
+INDEX = torch.tensor(0)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"coefficients": SEVEN[:6]}, "coefficients has 6 values instead of 7"),
+        ({"coefficients": TABLE[0], "step": INDEX}, r"table of coefficients is float32 of shape \(S, 7\); got .*\(7,\)"),
+        ({"coefficients": TABLE.double(), "step": INDEX}, "table of coefficients is float32"),
+        ({"coefficients": TABLE}, "step must be an int64 tensor of one element"),
+        ({"coefficients": TABLE, "step": torch.zeros(2, dtype=torch.int64)}, "step must be an int64 tensor of one element"),
+        ({"coefficients": TABLE, "step": INDEX.int()}, "step must be an int64 tensor of one element"),
+        ({"coefficients": TABLE.to("meta"), "step": INDEX}, "coefficients is on meta"),
+        ({"step": INDEX}, "step is a tensor only where coefficients is a table"),
+        ({"clip": 0.0}, "clip must be positive, or None; got 0.0"),
+    ],
+)
+def test_bad_arguments_of_the_operator_are_named(changes, message):
+    arguments = {"sample": X, "model_output": X, "coefficients": SEVEN, **changes}
+    with pytest.raises(ValueError, match=message):
+        ddim_step(**arguments)
+
+
+def operator_arguments(table=False, dtype=torch.float32, shape=(2, 3, 4, 4), grad=False):
+    """Arguments of the registered operator with everything in use, noise given or drawn."""
+    sample, output, noise, unconditional = (
+        t.requires_grad_(grad) for t in (*make_inputs(shape, dtype), make_inputs(shape, dtype)[0].flip(0))
+    )
+    seven, index = ([], INDEX) if table else (SEVEN, None)
+    rows = torch.tensor([SEVEN]) if table else None
+    return sample, output, seven, rows, 1.0, noise, unconditional, 2.0, None, 0, index, dtype
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_registered_operator_passes_opcheck(table, grad, monkeypatch):
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    torch.library.opcheck(_registered, operator_arguments(table, grad=grad))
+    sample, output, _ = make_inputs((2, 3, 4, 4))
+    seeds = torch.tensor([1, 2])
+    torch.library.opcheck(_registered, (sample, output, SEVEN, None, None, None, None, None, seeds, 3, None, torch.bfloat16))
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_gradients_of_the_registered_operator(table):
+    sample, output, seven, rows, clip, noise, unconditional, *rest = operator_arguments(
+        table, torch.float64, (2, 1, 2, 2), True
+    )
+
+    def step(sample, output, noise, unconditional):
+        return _registered(sample, output, seven, rows, clip, noise, unconditional, *rest)
+
+    assert torch.autograd.gradcheck(step, (sample, output, noise, unconditional))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_code_draws_noise_without_a_graph_break(grad):
+    sample, output, _ = make_inputs()
+    seeds = torch.tensor([4, 5, 6])
+
+    def step(sample, output):
+        return fast_ddim_step(sample, output, A, B, eta=1.0, seeds=seeds, step=2, clip_sample_range=1.0) + 1
+
+    expected = step(sample, output)
+    output.requires_grad_(grad)
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(sample, output)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    if grad:
+        actual.sum().backward()
+        assert output.grad.isfinite().all() and output.grad.any()
+
+
+def test_an_export_holds_pytorchs_own_operators_only():
+    model = torch.nn.Module()
+    model.forward = lambda x, y, seeds: fast_ddim_step(x, y, A, B, eta=1.0, seeds=seeds, step=1)
+    graph = torch.export.export(model, (*make_inputs()[:2], torch.tensor([1, 2, 3]))).graph
+    assert not [node for node in graph.nodes if "ddim_fast" in str(node.target)]

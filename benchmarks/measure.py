@@ -1,0 +1,86 @@
+"""What the benchmarks share: how a call is timed, and the machine's own rates, measured in the same run.
+
+On a GPU, what is timed is a CUDA graph of CALLS calls, as the sampler replays them: launches from Python cost more than small
+kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["CALLS", "DEVICE", "copy_rate", "matmul_rate", "run"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CALLS = 20 if DEVICE == "cuda" else 1
+
+
+def run(benchmark: Any, call: Callable[[], Any], dtype: torch.dtype, *, moved: int, operations: int = 0) -> None:
+    """Times ``call`` with pytest-benchmark and notes the time of one call, what it achieves, and its share of the machine's
+    rates.
+
+    Args:
+        call: must be correct: check that first.
+        moved: bytes, each input counted once and each output once.
+        operations: floating-point operations of the matrix products in it.
+    """
+    benchmark(_repeated(call))
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    seconds = benchmark.stats.stats.median / CALLS
+    benchmark.extra_info |= {
+        "microseconds": seconds * 1e6,
+        "GB/s": moved / seconds / 1e9,
+        "share of copy": moved / seconds / copy_rate(),
+    }
+    if operations:
+        rate = operations / seconds
+        benchmark.extra_info |= {"TFLOP/s": rate / 1e12, "share of matmul": rate / matmul_rate(dtype)}
+
+
+@functools.cache
+def copy_rate() -> float:
+    """Bytes read and written a second by a copy beyond the caches."""
+    size = 1 << (30 if DEVICE == "cuda" else 28)
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _median_seconds(lambda: target.copy_(source))
+
+
+@functools.cache
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    size = 8192 if DEVICE == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
+    return 2 * size**3 / _median_seconds(lambda: a @ b)
+
+
+def _repeated(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call``, CALLS times, from the first kernel's start to the last one's end."""
+    if DEVICE == "cpu":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def _median_seconds(call: Callable[[], Any]) -> float:
+    call()
+    repeated = _repeated(call)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        repeated()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2] / CALLS
