@@ -3,8 +3,9 @@
     pytest benchmarks/test_group_norm_silu.py --benchmark-only --benchmark-json run.json
     python benchmarks/report.py run.json --baseline compiled
 
-One row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and its share of
-the copy or matmul rate measured in the same run. Absolute times stand in the baseline's column, and mean something on a GPU only.
+One row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and its share
+of the copy or matmul rate measured in the same run. Absolute times stand in the baseline's column; they mean something on a
+GPU only.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def table(run: dict[str, Any], baseline: str) -> str:
 def _implementation(benchmark: dict[str, Any]) -> str:
     """Its name: what the benchmark's parameters call it, the function's name where they do not."""
     parameters = benchmark["params"] or {}
-    return parameters.get("implementation") or parameters.get("backend") or benchmark["name"].split("[")[0].removeprefix("test_")
+    function = benchmark["name"].split("[")[0].removeprefix("test_")
+    return parameters.get("implementation") or parameters.get("backend") or function
 
 
 def _cell(result: dict[str, Any] | None, baseline: dict[str, Any] | None, is_baseline: bool) -> str:
@@ -57,7 +59,7 @@ def _cell(result: dict[str, Any] | None, baseline: dict[str, Any] | None, is_bas
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--baseline", required=True, metavar="NAME", help="the implementation that the others are compared with")
+    parser.add_argument("--baseline", required=True, metavar="NAME", help="the implementation to compare with")
     arguments = parser.parse_args()
     try:
         print(table(json.loads(arguments.json.read_text()), arguments.baseline))

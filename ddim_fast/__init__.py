@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .diffusion.timesteps import select_timesteps
     from .models.config import UNetConfig
     from .models.unet import UNet
+    from .ops.attention import attention
     from .ops.ddim_step import ddim_step
     from .ops.group_norm_silu import group_norm_silu
     from .ops.noise import seeded_noise
@@ -25,6 +26,7 @@ __all__ = [
     "SamplerState",
     "UNet",
     "UNetConfig",
+    "attention",
     "coefficient_table",
     "ddim_step",
     "fast_ddim_step",
@@ -41,6 +43,7 @@ _HOMES = {
     "SamplerState": "diffusion.sampler",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "attention": "ops.attention",
     "coefficient_table": "diffusion.step",
     "ddim_step": "ops.ddim_step",
     "fast_ddim_step": "diffusion.step",

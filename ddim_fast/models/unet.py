@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
+from ..ops.attention import attention
 from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import load_checkpoint, resolve_model, save_checkpoint
 from .config import UNetConfig
@@ -256,7 +257,7 @@ class _Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
 

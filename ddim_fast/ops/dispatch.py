@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 __all__ = ["BACKENDS", "Implementation", "choose", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,9 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
 def why_not_triton(device: Any) -> str | None:
     """Why a Triton kernel cannot take tensors on ``device``, or None. On a CPU it can under Triton's interpreter, which is for
     tests: TRITON_INTERPRET=1, set before Triton is first used."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "Triton is not installed"
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     return f"it needs a GPU, and the tensors are on {device}"
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

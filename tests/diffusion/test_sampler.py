@@ -4,8 +4,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
-from ddim_fast.ops.noise import INITIAL_NOISE
 from ddim_fast.ops import native
+from ddim_fast.ops.noise import INITIAL_NOISE
 
 SHAPE = (3, 8, 8)
 
