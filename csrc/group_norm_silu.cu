@@ -237,9 +237,9 @@ class Block {
     }
 
     __device__ void set_variance(int group, double variance) {
-        const float inverse = 1.0f / sqrtf(float(variance) + op.eps);
+        const double inverse = 1.0 / sqrt(variance + op.eps);
         for_each_channel(group, [&](int c) {
-            gain[c] *= inverse;
+            gain[c] = float(gain[c] * inverse);
             bias[c] -= rest[c] * gain[c];
         });
     }

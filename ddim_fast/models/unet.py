@@ -97,7 +97,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         h = self.mid_block(h, embedding)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = block.attend(i, resnet(torch.cat([h, skips.pop()], dim=1), embedding))
+                h = block.attend(i, resnet(h, embedding, skips.pop()))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
         return self.conv_out(_norm(self.conv_norm_out, h))
@@ -234,11 +234,31 @@ class _ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(_norm(self.norm1, x))
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """``skip`` continues x along the channels; the concatenation is not made."""
+        h = self.conv1(_norm(self.norm1, x, skip=skip))
         h = _norm(self.norm2, h, pre_shift=self.time_emb_proj(F.silu(embedding)))
-        h = self.conv2(self.dropout(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.dropout(h)
+        if self.conv_shortcut is None:
+            return self.conv2(h) + (x if skip is None else torch.cat([x, skip], dim=1))
+        weight = self.conv_shortcut.weight
+        h = F.conv2d(h, self.conv2.weight, self.conv2.bias + self.conv_shortcut.bias, padding=1)
+        h = _add_conv1x1(h, x, weight[:, : x.shape[1]])
+        return h if skip is None else _add_conv1x1(h, skip, weight[:, x.shape[1] :])
+
+
+def _add_conv1x1(h: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``h`` and a 1x1 convolution of ``x``: in channels_last a matrix product that adds up in place of a pass of its own."""
+    if not h.is_contiguous(memory_format=torch.channels_last):
+        return h + F.conv2d(x, weight)
+    n, channels, height, width = h.shape
+    rows = torch.addmm(_rows(h), _rows(x), weight.flatten(1).t())
+    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N H W, C), a view of a channels_last image."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class _Attention(nn.Module):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose
+from .dispatch import Implementation, choose, why_not_triton
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 
@@ -57,10 +57,7 @@ def group_norm_silu(
     call = _Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip)
     _check(call)
     if torch.compiler.is_compiling():
-        # Where there is a native kernel it beats the loops inductor makes of a norm; elsewhere, and where a gradient is to be
-        # recorded, inductor fuses the reference with what stands around it. An export keeps the reference, too.
-        use_op = x.device.type == "cpu" and native.module is not None and not _records_gradient(call)
-        return _registered(*call) if use_op and not torch.compiler.is_exporting() else _reference(call)
+        return _registered(*call) if _compiles_to_operator(call) else _reference(call)
     return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)
 
 
@@ -105,7 +102,7 @@ def _registered(
     residual: Tensor | None,
     skip: Tensor | None,
 ) -> Tensor:
-    """The operator as torch.compile sees it: one node, dispatched when it runs."""
+    """The operator as torch.compile and autograd see it: one node, dispatched when it runs."""
     call = _Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip)
     return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)
 
@@ -113,6 +110,53 @@ def _registered(
 @_registered.register_fake
 def _(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip) -> Tensor:
     return _empty_result(_Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip))
+
+
+@torch.library.custom_op("ddim_fast::group_norm_silu_backward", mutates_args=())
+def _registered_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    pre_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of x, weight, bias and whichever of pre_shift, scale, shift and skip there are, in this order."""
+    call = _Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, None, skip)
+    request = _Backward(grad, call)
+    return choose("group_norm_silu_backward", BACKWARD_IMPLEMENTATIONS, request).run(request)
+
+
+@_registered_backward.register_fake
+def _(grad, x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, skip) -> list[Tensor]:
+    numbers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _given(weight, bias, pre_shift, scale, shift)]
+    return [_empty_image(x, x.shape[1]), *numbers, *(_empty_image(x, t.shape[1]) for t in _given(skip))]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    call = _Call(*inputs)
+    ctx.save_for_backward(call.x, call.weight, call.bias, call.pre_shift, call.scale, call.shift, call.skip)
+    ctx.settings = call.num_groups, call.eps, call.silu
+    ctx.has_residual = call.residual is not None
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> _Call:
+    """A gradient for each argument of the operator, or None."""
+    x, weight, bias, *optional = ctx.saved_tensors
+    num_groups, eps, silu = ctx.settings
+    gradients = iter(_registered_backward(grad, x, num_groups, weight, bias, eps, silu, *optional))
+    dx, dweight, dbias = (next(gradients) for _ in range(3))
+    pre_shift, scale, shift, skip = (None if t is None else next(gradients) for t in optional)
+    residual = grad if ctx.has_residual else None
+    return _Call(dx, None, dweight, dbias, None, None, pre_shift, scale, shift, residual, skip)
+
+
+_registered.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _reference(call: _Call) -> Tensor:
@@ -133,24 +177,60 @@ def _reference(call: _Call) -> Tensor:
     return y if call.residual is None else y + call.residual
 
 
+class _Backward(NamedTuple):
+    """The gradient of the result, and the call it is of."""
+
+    grad: Tensor
+    call: _Call
+
+
+def _reference_backward(request: _Backward) -> list[Tensor]:
+    """The chain rule in plain PyTorch, in float32 or, for float64, in that."""
+    call = request.call
+    wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    tensors = {name: t.to(wide) for name, t in call._asdict().items() if isinstance(t, Tensor)}
+
+    def numbers(name: str) -> Tensor | float:
+        return tensors[name].unflatten(-1, (-1, 1, 1)) if name in tensors else 0.0
+
+    v = torch.cat([tensors[name] for name in ("x", "skip") if name in tensors], dim=1) + numbers("pre_shift")
+    sizes = (*v.shape[:2], v.shape[2] * v.shape[3], call.num_groups)
+    v = v.contiguous()
+    normalised, mean, rstd = torch.native_group_norm(v, None, None, *sizes, call.eps)
+    affine = normalised * numbers("weight") + numbers("bias")
+    film = 1.0 + numbers("scale")
+    dy = request.grad.to(wide)
+    if call.silu:
+        dy = torch.ops.aten.silu_backward(dy, affine * film + numbers("shift"))
+    gain = (film * numbers("weight")).expand_as(v)
+    dv, _, _ = torch.ops.aten.native_group_norm_backward(
+        (dy * gain).contiguous(), v, mean, rstd, None, *sizes, [True, False, False]
+    )
+    over_positions = {
+        "weight": dy * film * normalised,
+        "bias": dy * film,
+        "pre_shift": dv,
+        "scale": dy * affine,
+        "shift": dy,
+    }
+    gradients = [_in_format_of(call.x, dv[:, : call.x.shape[1]].to(call.x.dtype, copy=True))]
+    for name, values in over_positions.items():
+        if (tensor := getattr(call, name)) is not None:
+            gradients.append(values.sum((2, 3) if tensor.ndim == 2 else (0, 2, 3)).to(tensor.dtype))
+    if call.skip is not None:
+        gradients.append(_in_format_of(call.x, dv[:, call.x.shape[1] :].to(call.x.dtype, copy=True)))
+    return gradients
+
+
+def _run_reference(call: _Call) -> Tensor:
+    return _in_format_of(call.x, _reference(call))
+
+
 def _run_native(call: _Call) -> Tensor:
-    x = call.x
-    channels_last = _is_channels_last(x)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = _empty_result(call)
-    # Held in names, so that what was converted lives until the call is over.
-    images = [None if t is None else t.contiguous(memory_format=layout) for t in (x, call.skip, call.residual)]
-    numbers = [
-        None if t is None else t.float().contiguous() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
-    ]
+    pointers, sizes, out, _alive = _arrays(call)
+    bf16 = call.x.dtype == torch.bfloat16
     native.module.group_norm_silu(
-        [0 if t is None else t.data_ptr() for t in (*images, out, *numbers)],
-        [x.shape[0], x.shape[1], call.channels - x.shape[1], x.shape[2] * x.shape[3], call.num_groups],
-        call.eps,
-        call.silu,
-        channels_last,
-        x.dtype == torch.bfloat16,
-        torch.get_num_threads(),
+        pointers, sizes, call.eps, call.silu, _is_channels_last(call.x), bf16, torch.get_num_threads()
     )
     return out
 
@@ -160,25 +240,127 @@ def _why_not_native(call: _Call) -> str | None:
         return native.why_not
     if call.x.device.type != "cpu" or call.x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16 on the CPU, not {call.x.dtype} on {call.x.device}"
+    return _why_no_gradient(call)
+
+
+_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _run_cuda(call: _Call) -> Tensor:
+    pointers, sizes, out, _alive = _arrays(call)
+    channels_last, dtype = _is_channels_last(call.x), _CUDA_DTYPES[call.x.dtype]
+    with torch.cuda.device_of(call.x):
+        size = native.module.group_norm_silu_cuda_workspace(sizes, channels_last, dtype)
+        workspace = torch.empty(size, dtype=torch.uint8, device=call.x.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        native.module.group_norm_silu_cuda(
+            pointers, sizes, call.eps, call.silu, channels_last, dtype, workspace.data_ptr(), stream
+        )
+    return out
+
+
+def _why_not_cuda(call: _Call) -> str | None:
+    if native.module is None:
+        return native.why_not
+    if not native.has_cuda:
+        return "ddim_fast was built without nvcc"
+    if call.x.device.type != "cuda" or call.x.dtype not in _CUDA_DTYPES:
+        return f"it takes float32, bfloat16 and float16 on a GPU, not {call.x.dtype} on {call.x.device}"
+    if call.channels // call.num_groups > 2048:
+        return "it takes groups of up to 2048 channels"
+    return _why_no_gradient(call)
+
+
+def _run_triton(call: _Call) -> Tensor:
     if _records_gradient(call):
-        return "it records no gradient; use torch.no_grad()"
-    return None
+        return _registered(*call)  # comes back here without the gradients
+    from ..kernels.group_norm_silu import group_norm_silu
+
+    return group_norm_silu(*call)
+
+
+def _why_not_triton(call: _Call) -> str | None:
+    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"it takes float32, bfloat16, float16 and float64, not {call.x.dtype}"
+    if call.channels // call.num_groups > 2**14:
+        return "it takes groups of up to 16384 channels"
+    if call.channels * call.x.shape[2] * call.x.shape[3] >= 2**31:
+        return "it takes images of less than 2**31 elements"
+    return why_not_triton(call.x.device)
+
+
+def _run_triton_backward(request: _Backward) -> list[Tensor]:
+    from ..kernels.group_norm_silu import group_norm_silu_backward
+
+    arguments = request.call._asdict()
+    del arguments["residual"]
+    return _given(*group_norm_silu_backward(request.grad, **arguments))
 
 
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _why_not_native),
-    Implementation("reference", _reference, lambda call: None),
+    Implementation("triton", _run_triton, _why_not_triton, lambda call: call.x.is_cuda),
+    Implementation("cuda", _run_cuda, _why_not_cuda),
+    Implementation("reference", _run_reference, lambda call: None),
 )
+
+BACKWARD_IMPLEMENTATIONS = (
+    Implementation(
+        "triton", _run_triton_backward, lambda request: _why_not_triton(request.call), lambda request: request.grad.is_cuda
+    ),
+    Implementation("reference", _reference_backward, lambda request: None),
+)
+
+
+def _compiles_to_operator(call: _Call) -> bool:
+    """Where there is a kernel it beats the loops inductor makes of a norm. Elsewhere, and where a gradient is to be recorded
+    on a CPU, inductor fuses the reference with what stands around it. An export keeps PyTorch's own operators, too."""
+    if torch.compiler.is_exporting():
+        return False
+    return call.x.is_cuda or (call.x.device.type == "cpu" and native.module is not None and not _records_gradient(call))
 
 
 def _records_gradient(call: _Call) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call)
 
 
+def _why_no_gradient(call: _Call) -> str | None:
+    return "it records no gradient; use torch.no_grad()" if _records_gradient(call) else None
+
+
+def _arrays(call: _Call) -> tuple[list[int], list[int], Tensor, list[Tensor | None]]:
+    """What the native module's functions take: pointers and sizes; the result; and what must stay alive until they return."""
+    x, out = call.x, _empty_result(call)
+    images = [None if t is None else _in_format_of(x, t) for t in (x, call.skip, call.residual)]
+    numbers = [
+        None if t is None else t.float().contiguous() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
+    ]
+    tensors = [*images, out, *numbers]
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    sizes = [x.shape[0], x.shape[1], call.channels - x.shape[1], x.shape[2] * x.shape[3], call.num_groups]
+    return pointers, sizes, out, tensors
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
 def _empty_result(call: _Call) -> Tensor:
-    layout = torch.channels_last if _is_channels_last(call.x) else torch.contiguous_format
-    shape = (call.x.shape[0], call.channels, *call.x.shape[2:])
-    return torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=layout)
+    return _empty_image(call.x, call.channels)
+
+
+def _empty_image(x: Tensor, channels: int) -> Tensor:
+    """In the memory format of ``x``, but with this many channels."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def _in_format_of(x: Tensor, image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
 def _is_channels_last(x: Tensor) -> bool:

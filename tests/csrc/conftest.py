@@ -1,4 +1,11 @@
-"""The module of csrc/ with its CUDA functions, on a GPU and, compiled as C++ against cuda_on_cpu.h, without one."""
+"""The module of csrc/ with its CUDA functions, on a GPU and, compiled as C++ against cuda_on_cpu.h, without one.
+
+On a machine with a GPU, NVIDIA's tools look at the real kernels; each run should end with "0 errors":
+
+    for tool in memcheck racecheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool python -m pytest -m gpu tests/csrc
+    done
+"""
 
 from __future__ import annotations
 

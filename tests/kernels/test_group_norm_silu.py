@@ -1,0 +1,87 @@
+"""The machine code of the Triton group_norm_silu; its numbers are tested with the other implementations, in tests/ops."""
+
+import re
+import sys
+from typing import NamedTuple
+
+import pytest
+from ahead_of_time import assert_fits, compile_ahead, compile_alone
+
+
+class Case(NamedTuple):
+    """A norm of a U-Net of 32 groups.
+
+    Attributes:
+        x_channels, skip_channels, side: the sizes of the images.
+        layout: "contiguous_format" or "channels_last".
+        dtype: of the images.
+        numbers: the inputs of one number an image and channel that there are.
+        residual: whether there is one.
+        kernels: launched forward and backward.
+    """
+
+    x_channels: int
+    skip_channels: int
+    side: int
+    layout: str
+    dtype: str
+    numbers: tuple[str, ...] = ()
+    residual: bool = False
+    kernels: tuple[int, int] = (1, 1)
+
+
+TILED = (3, 4)  # the chunks' statistics, merged; backward, sums before the gradient
+
+# Two, four, eight, twelve and sixteen channels a group, at the resolutions of the presets.
+CASES = [
+    Case(64, 0, 32, "channels_last", "bfloat16", ("pre_shift",)),
+    Case(128, 0, 32, "channels_last", "bfloat16"),
+    Case(128, 0, 32, "channels_last", "float32", ("pre_shift",)),
+    Case(128, 0, 32, "contiguous_format", "bfloat16", ("scale", "shift"), True),
+    Case(256, 128, 32, "channels_last", "bfloat16", ("pre_shift",), kernels=(1, 4)),
+    Case(256, 0, 16, "channels_last", "bfloat16", ("scale", "shift"), True),
+    Case(256, 256, 16, "channels_last", "float16"),
+    Case(256, 256, 4, "channels_last", "bfloat16"),
+    Case(128, 0, 4, "contiguous_format", "float64"),
+    Case(128, 0, 64, "channels_last", "bfloat16", ("pre_shift",), kernels=TILED),
+    Case(128, 0, 64, "contiguous_format", "bfloat16"),
+    Case(128, 128, 256, "channels_last", "bfloat16", kernels=TILED),
+    Case(128, 0, 256, "contiguous_format", "float32", ("pre_shift",), kernels=TILED),
+]
+
+
+def check(case: Case, capability: int) -> None:
+    import torch
+
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+
+    def image(channels):
+        values = torch.empty(1, channels, case.side, case.side, dtype=getattr(torch, case.dtype))
+        return values.to(memory_format=getattr(torch, case.layout))
+
+    channels = case.x_channels + case.skip_channels
+    weight = bias = torch.empty(channels)
+    options = {name: torch.empty(1, channels) for name in case.numbers}
+    if case.skip_channels:
+        options["skip"] = image(case.skip_channels)
+    residual = image(channels) if case.residual else None
+    arguments = (image(case.x_channels), 32, weight, bias)
+    forward = compile_ahead(capability, lambda: group_norm_silu(*arguments, residual=residual, **options))
+    backward = compile_ahead(capability, lambda: group_norm_silu_backward(image(channels), *arguments, **options))
+    assert (len(forward), len(backward)) == case.kernels, case
+    for kernel in (*forward, *backward):
+        assert_fits(kernel, capability)
+        assert re.search(r"ld\.global\.(v4\.b32|v2\.b64)", kernel.ptx), f"{case}: {kernel.name} should read 16 bytes at a time"
+    for kernel in (forward[-1], backward[-1]):
+        assert re.search(r"st\.global\.(v4\.b32|v2\.b64)", kernel.ptx), f"{case}: {kernel.name} should write 16 bytes at a time"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_machine_code(capability):
+    pytest.importorskip("triton")
+    compile_alone(__file__, capability)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(case, int(sys.argv[1]))
