@@ -2,7 +2,9 @@
 
 #include "parallel.h"
 #include "philox.h"
-#include "vector.h"
+
+#define DDIM_FAST_KERNEL "ddim_step_kernel.h"
+#include "each_cpu.h"
 
 namespace ddim_fast {
 namespace {
@@ -29,63 +31,24 @@ void draw_noise(const DdimStep& op, int64_t begin, int64_t count, float* z) {
     }
 }
 
-// kFull: sixteen elements, and `count` of them otherwise.
-template <bool kFull>
-DDIM_FAST_INLINE Vector load_elements(const void* base, Dtype dtype, int64_t i, int64_t count) {
-    if (dtype == Dtype::bf16) {
-        const auto* p = static_cast<const bfloat16*>(base) + i;
-        return kFull ? load(p) : load_some(p, count);
-    }
-    const auto* p = static_cast<const float*>(base) + i;
-    return kFull ? load(p) : load_some(p, count);
-}
+using StepRange = decltype(baseline::step_range);
 
-template <bool kFull>
-DDIM_FAST_INLINE void store_elements(void* base, Dtype dtype, int64_t i, Vector value, int64_t count) {
-    if (dtype == Dtype::bf16) {
-        auto* p = static_cast<bfloat16*>(base) + i;
-        kFull ? store(p, value) : store_some(p, value, count);
-    } else {
-        auto* p = static_cast<float*>(base) + i;
-        kFull ? store(p, value) : store_some(p, value, count);
-    }
-}
-
-// The elements i, i + 1, ...; z is their noise, or null.
-template <bool kFull>
-DDIM_FAST_INLINE void step_elements(const DdimStep& op, int64_t i, const void* z, Dtype z_dtype, int64_t z_at, int64_t count) {
-    const Vector x = load_elements<kFull>(op.sample, op.sample_dtype, i, count);
-    Vector m = load_elements<kFull>(op.model_output, op.output_dtype, i, count);
-    if (op.unconditional) {
-        const Vector n = load_elements<kFull>(op.unconditional, op.output_dtype, i, count);
-        m = n + op.guidance * (m - n);
-    }
-    Vector out = ddim_step_element(x, m, op.coefficients, op.clip);
-    if (z) out += op.coefficients.sigma * load_elements<kFull>(z, z_dtype, z_at, count);
-    store_elements<kFull>(op.out, op.out_dtype, i, out, count);
-}
-
-DDIM_FAST_FOR_EACH_CPU
-void step_range(const DdimStep& step, int64_t begin, int64_t end) {
-    const DdimStep op = step;  // a copy, which writing to out cannot change
-    const bool drawn = op.seeds && op.coefficients.sigma != 0;
+void step_range(StepRange* run, const DdimStep& op, int64_t begin, int64_t end) {
+    if (!op.seeds || op.coefficients.sigma == 0) return run(op, begin, end, op.noise, op.sample_dtype, 0);
     float tile[kTile];
-    const void* z = drawn ? tile : op.noise;
-    const Dtype z_dtype = drawn ? Dtype::fp32 : op.sample_dtype;
-    while (begin < end) {
-        const int64_t stop = drawn ? std::min(begin + kTile, end) : end, origin = drawn ? begin : 0;
-        if (drawn) draw_noise(op, begin, stop - begin, tile);
-        for (; begin + kLanes <= stop; begin += kLanes) step_elements<true>(op, begin, z, z_dtype, begin - origin, kLanes);
-        if (begin < stop) step_elements<false>(op, begin, z, z_dtype, begin - origin, stop - begin);
-        begin = stop;
+    for (; begin < end; begin += kTile) {
+        const int64_t stop = std::min(begin + kTile, end);
+        draw_noise(op, begin, stop - begin, tile);
+        run(op, begin, stop, tile, Dtype::fp32, begin);
     }
 }
 
 }  // namespace
 
 void ddim_step(const DdimStep& op, int num_threads) {
+    StepRange* run = DDIM_FAST_FOR_THIS_CPU(step_range);
     const int64_t threads = std::clamp<int64_t>(op.numel / (op.seeds ? kNoiseGrain : kGrain), 1, num_threads);
-    parallel_for(op.numel, kLine, threads, [&](int64_t begin, int64_t end) { step_range(op, begin, end); });
+    parallel_for(op.numel, kLine, threads, [&](int64_t begin, int64_t end) { step_range(run, op, begin, end); });
 }
 
 }  // namespace ddim_fast

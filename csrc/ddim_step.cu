@@ -7,6 +7,9 @@
 #include "philox.h"
 
 namespace ddim_fast {
+
+#include "ddim_step_element.h"
+
 namespace {
 
 constexpr int kThreads = 256;

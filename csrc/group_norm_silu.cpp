@@ -1,6 +1,9 @@
 #include "group_norm_silu.h"
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <numeric>
 #include <vector>
 
 // The module is compiled without fused multiply-adds, for the sake of the DDIM step's bits. Here they are welcome: the
@@ -10,256 +13,56 @@
 #endif
 
 #include "parallel.h"
-#include "vector.h"
 
 namespace ddim_fast {
 namespace {
 
-// Work is cut into whole groups of about this many channels: a slab that stays in the second-level cache over the three
-// passes, and rows of a channels_last image that fill whole cache lines.
-constexpr int64_t kChannels = 64;
+// How an image's channels are cut into tasks, all but the last of the same size.
+struct Cut {
+    int64_t channels;  // a task, whole groups
+    int64_t tasks_an_image;
+    int64_t width;  // numbers in a row of a task's scratch memory
 
-// Rows summed in fp32 before the sum moves to fp64, so that long sums lose no digits.
-constexpr int64_t kRows = 128;
+    template <typename T>
+    explicit Cut(const GroupNormSilu<T>& op);
+};
+
+}  // namespace
+}  // namespace ddim_fast
+
+#define DDIM_FAST_KERNEL "group_norm_silu_kernel.h"
+#include "each_cpu.h"
+
+namespace ddim_fast {
+namespace {
+
+// About this many channels a task: a slab that stays in the second-level cache over the three passes, and rows of a
+// channels_last image that fill whole cache lines.
+constexpr int64_t kChannels = 64;
 
 // Elements that are worth a thread of their own.
 constexpr int64_t kGrain = 1 << 15;
 
-// Both layouts are rows of lanes. channels_last: a row a position, a lane a channel. Channels first: one channel at a
-// time, its positions cut into rows of sixteen lanes.
-//
-// What each lane needs, all sums being over d = v - pivot with the group's first element as pivot. Where values have a
-// large mean and a small spread, that subtraction is exact and the mean of d small, so no digits are lost.
-struct LaneNumbers {
-    Vector added;  // pre_shift: d = (x + added) - pivot
-    Vector pivot;
-    Vector mean;  // of d
-    Vector gain;  // y = (d - mean) * gain + bias
-    Vector bias;
-};
-
-template <typename T, bool Full>
-DDIM_FAST_INLINE Vector load_row(const T* p, int64_t lanes) {
-    return Full ? load(p) : load_some(p, lanes);
-}
-
-// The sums over `rows` rows, `stride` elements apart, of d or, when Squares, of (d - mean)^2.
-template <bool Squares, bool Full, typename T>
-DDIM_FAST_INLINE WideVector sum_rows(const T* p, int64_t rows, int64_t stride, int64_t lanes, const LaneNumbers& number) {
-    const Vector added = number.added, pivot = number.pivot, mean = number.mean;
-    const auto term = [&](int64_t row) __attribute__((always_inline)) {
-        const Vector d = load_row<T, Full>(p + row * stride, lanes) + added - pivot;
-        return Squares ? (d - mean) * (d - mean) : d;
-    };
-    WideVector total = {};
-    int64_t row = 0;
-    while (row < rows) {
-        const int64_t end = std::min(row + kRows, rows);
-        Vector a = {}, b = {}, c = {}, d = {};  // four chains, so that additions need not wait for each other
-        for (; row + 4 <= end; row += 4) a += term(row), b += term(row + 1), c += term(row + 2), d += term(row + 3);
-        for (; row < end; ++row) a += term(row);
-        total += widen((a + b) + (c + d));
-    }
-    return total;
-}
-
-template <bool Silu, bool Residual, bool Full, typename T>
-DDIM_FAST_INLINE void write_rows(const T* p, int64_t stride, T* out, const T* residual, int64_t out_stride, int64_t rows,
-                                 int64_t lanes, const LaneNumbers& number) {
-    const LaneNumbers n = number;
-    for (int64_t row = 0; row < rows; ++row) {
-        const Vector d = load_row<T, Full>(p + row * stride, lanes) + n.added - n.pivot;
-        Vector y = (d - n.mean) * n.gain + n.bias;
-        if (Silu) y = silu(y);
-        if (Residual) y += load_row<T, Full>(residual + row * out_stride, lanes);
-        Full ? store(out + row * out_stride, y) : store_some(out + row * out_stride, y, lanes);
-    }
-}
-
-// The norm of the channels [first, last) of one image, which are whole groups.
 template <typename T>
-class Task {
-  public:
-    DDIM_FAST_INLINE explicit Task(const GroupNormSilu<T>& op)
-        : op(op), channels(op.x_channels + op.skip_channels), group_size(channels / op.groups) {}
-
-    DDIM_FAST_INLINE void run(int64_t image_, int64_t first_, int64_t last_) {
-        image = image_, first = first_, last = last_;
-        for (auto* numbers : {&added, &pivot, &mean, &gain, &bias}) numbers->assign(last - first + kLanes, 0.0f);
-        sum.resize(last - first + kLanes);
-        set_pivots();
-        sum_channels<false>();
-        const double count = static_cast<double>(group_size) * op.positions;
-        for_each_group([&](int64_t begin, int64_t end, double total) __attribute__((always_inline)) {
-            for (int64_t k = begin; k < end; ++k) mean[k] = static_cast<float>(total / count);
-        });
-        sum_channels<true>();
-        for_each_group([&](int64_t begin, int64_t end, double total) __attribute__((always_inline)) {
-            const float inverse = static_cast<float>(1.0 / std::sqrt(total / count + op.eps));
-            for (int64_t k = begin; k < end; ++k) {
-                const int64_t channel = first + k, number = image * channels + channel;
-                const float scale = op.scale ? 1.0f + op.scale[number] : 1.0f;
-                gain[k] = inverse * op.weight[channel] * scale;
-                bias[k] = op.bias[channel] * scale + (op.shift ? op.shift[number] : 0.0f);
-            }
-        });
-        if (op.silu)
-            op.residual ? write<true, true>() : write<true, false>();
-        else
-            op.residual ? write<false, true>() : write<false, false>();
-    }
-
-  private:
-    // Where channel c of the image starts, in x or in skip.
-    DDIM_FAST_INLINE const T* input(int64_t c) const {
-        return c < op.x_channels ? start(op.x, op.x_channels, c) : start(op.skip, op.skip_channels, c - op.x_channels);
-    }
-
-    template <typename Pointer>
-    DDIM_FAST_INLINE Pointer start(Pointer base, int64_t width, int64_t c) const {
-        return base + image * width * op.positions + (op.channels_last ? c : c * op.positions);
-    }
-
-    // Channels first: how many channels from c on, and before `end`, follow each other in memory and have the same numbers
-    // in the sums.
-    DDIM_FAST_INLINE int64_t alike(int64_t c, int64_t end) const {
-        if (op.pre_shift) return 1;
-        return c < op.x_channels ? std::min(end, op.x_channels) - c : end - c;
-    }
-
-    DDIM_FAST_INLINE void set_pivots() {
-        for (int64_t c = first; op.pre_shift && c < last; ++c) added[c - first] = op.pre_shift[image * channels + c];
-        for (int64_t c = first; c < last; c += group_size) {
-            const float value = load_some(input(c), 1)[0] + added[c - first];
-            for (int64_t k = c; k < c + group_size; ++k) pivot[k - first] = value;
-        }
-    }
-
-    // Calls visit(begin, end, the sum over the channels) for each group, its channels counted from `first`.
-    template <typename Visit>
-    DDIM_FAST_INLINE void for_each_group(const Visit& visit) const {
-        for (int64_t begin = 0; begin < last - first; begin += group_size) {
-            double total = 0;
-            for (int64_t k = begin; k < begin + group_size; ++k) total += sum[k];
-            visit(begin, begin + group_size, total);
-        }
-    }
-
-    // channels_last: calls visit(k, lanes, stride) for each strip of up to sixteen channels k.. that lie in one input.
-    template <typename Visit>
-    DDIM_FAST_INLINE void for_each_strip(const Visit& visit) const {
-        const int64_t border = std::clamp(op.x_channels, first, last);
-        for (int64_t c = first; c < border; c += kLanes) visit(c - first, std::min(kLanes, border - c), op.x_channels);
-        for (int64_t c = border; c < last; c += kLanes) visit(c - first, std::min(kLanes, last - c), op.skip_channels);
-    }
-
-    DDIM_FAST_INLINE LaneNumbers channel_lanes(int64_t k) const {
-        return {load(&added[k]), load(&pivot[k]), load(&mean[k]), load(&gain[k]), load(&bias[k])};
-    }
-
-    DDIM_FAST_INLINE LaneNumbers one_channel(int64_t k) const {
-        return {broadcast(added[k]), broadcast(pivot[k]), broadcast(mean[k]), broadcast(gain[k]), broadcast(bias[k])};
-    }
-
-    // sum <- over the positions of the channels, d or, when Squares, (d - mean)^2; what counts is the sum over a group.
-    template <bool Squares>
-    DDIM_FAST_INLINE void sum_channels() {
-        if (op.channels_last) {
-            for_each_strip([&](int64_t k, int64_t lanes, int64_t stride) __attribute__((always_inline)) {
-                const T* p = input(first + k);
-                const LaneNumbers numbers = channel_lanes(k);
-                const WideVector total = lanes == kLanes ? sum_rows<Squares, true>(p, op.positions, stride, lanes, numbers)
-                                                         : sum_rows<Squares, false>(p, op.positions, stride, lanes, numbers);
-                for (int64_t i = 0; i < lanes; ++i) sum[k + i] = total[i];
-            });
-            return;
-        }
-        // A group is added up lane by lane and the lanes only then: its sum stands in the place of its first channel.
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t begin = 0; begin < last - first; begin += group_size) {
-            WideVector total = {};
-            for (int64_t k = begin, run; k < begin + group_size; k += run) {
-                run = alike(first + k, first + begin + group_size);
-                const T* p = input(first + k);
-                const LaneNumbers numbers = one_channel(k);
-                const int64_t rows = run * op.positions / kLanes, rest = run * op.positions % kLanes;
-                total += sum_rows<Squares, true>(p, rows, kLanes, kLanes, numbers);
-                if (rest) {
-                    const Vector d = load_some(p + rows * kLanes, rest) + numbers.added - numbers.pivot;
-                    const Vector term = Squares ? (d - numbers.mean) * (d - numbers.mean) : d;
-                    total += widen(first_lanes(rest) ? term : Vector{});
-                }
-            }
-            for (int64_t i = 0; i < kLanes; ++i) sum[begin] += total[i];
-        }
-    }
-
-    template <bool Silu, bool Residual>
-    DDIM_FAST_INLINE void write() const {
-        if (op.channels_last) {
-            for_each_strip([&](int64_t k, int64_t lanes, int64_t stride) __attribute__((always_inline)) {
-                const T* p = input(first + k);
-                T* out = start(op.out, channels, first + k);
-                const T* residual = Residual ? start(op.residual, channels, first + k) : nullptr;
-                const LaneNumbers numbers = channel_lanes(k);
-                if (lanes == kLanes)
-                    write_rows<Silu, Residual, true>(p, stride, out, residual, channels, op.positions, lanes, numbers);
-                else
-                    write_rows<Silu, Residual, false>(p, stride, out, residual, channels, op.positions, lanes, numbers);
-            });
-            return;
-        }
-        const int64_t rows = op.positions / kLanes, done = rows * kLanes, rest = op.positions - done;
-        for (int64_t k = 0; k < last - first; ++k) {
-            const T* p = input(first + k);
-            T* out = start(op.out, channels, first + k);
-            const T* residual = Residual ? start(op.residual, channels, first + k) : nullptr;
-            const LaneNumbers numbers = one_channel(k);
-            write_rows<Silu, Residual, true>(p, kLanes, out, residual, kLanes, rows, kLanes, numbers);
-            if (rest) write_rows<Silu, Residual, false>(p + done, 0, out + done, residual + (Residual ? done : 0), 0, 1, rest, numbers);
-        }
-    }
-
-    const GroupNormSilu<T>& op;
-    const int64_t channels, group_size;
-    int64_t image = 0, first = 0, last = 0;
-    std::vector<float> added, pivot, mean, gain, bias;  // a number a channel from `first`, and room for a last, partial vector
-    std::vector<double> sum;
-};
-
-template <typename T>
-struct Plan {
-    const GroupNormSilu<T>& op;
-    int64_t group_size, groups_a_task, tasks_an_image;
-
-    explicit Plan(const GroupNormSilu<T>& op) : op(op) {
-        group_size = (op.x_channels + op.skip_channels) / op.groups;
-        groups_a_task = std::max<int64_t>(1, kChannels / group_size);
-        tasks_an_image = (op.groups + groups_a_task - 1) / groups_a_task;
-    }
-
-    DDIM_FAST_INLINE void run(int64_t begin, int64_t end) const {
-        Task<T> task(op);
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t group = i % tasks_an_image * groups_a_task;
-            task.run(i / tasks_an_image, group * group_size, std::min(group + groups_a_task, op.groups) * group_size);
-        }
-    }
-};
-
-DDIM_FAST_FOR_EACH_CPU
-void run_tasks(const Plan<float>& plan, int64_t begin, int64_t end) { plan.run(begin, end); }
-
-DDIM_FAST_FOR_EACH_CPU
-void run_tasks(const Plan<bfloat16>& plan, int64_t begin, int64_t end) { plan.run(begin, end); }
+Cut::Cut(const GroupNormSilu<T>& op) {
+    const int64_t all = op.x_channels + op.skip_channels, group = all / op.groups;
+    const int64_t whole = std::lcm(group, baseline::kLanes);  // whole groups and whole vectors
+    channels = std::min(all, whole <= kChannels ? kChannels / whole * whole : (kChannels + group - 1) / group * group);
+    tasks_an_image = (all + channels - 1) / channels;
+    width = channels + baseline::kLanes;
+}
 
 template <typename T>
 void run_parallel(const GroupNormSilu<T>& op, int num_threads) {
-    const Plan<T> plan(op);
+    const Cut cut(op);
     const int64_t elements = op.images * (op.x_channels + op.skip_channels) * op.positions;
     if (elements == 0) return;
     const int64_t threads = std::clamp<int64_t>(elements / kGrain, 1, num_threads);
-    parallel_for(op.images * plan.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) { run_tasks(plan, begin, end); });
+    const auto run = DDIM_FAST_FOR_THIS_CPU(run_tasks<T>);
+    parallel_for(op.images * cut.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(cut.width * 4);  // a row of doubles, and five of floats
+        run(op, cut, begin, end, scratch.data());
+    });
 }
 
 }  // namespace

@@ -14,8 +14,6 @@
 
 namespace ddim_fast {
 
-struct bfloat16;
-
 template <typename T>
 struct GroupNormSilu {
     const T* x;               // (images, x_channels, positions), or (images, positions, x_channels) if channels_last

@@ -1,19 +1,8 @@
-// Sharing work among threads, and one binary for every x86 processor.
+// Sharing work among threads.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-
-// The compiler makes a version of the function for each instruction set and the loader picks one. It takes GCC and
-// glibc's ifunc; elsewhere the function is vectorised for the baseline alone.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define DDIM_FAST_FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DDIM_FAST_FOR_EACH_CPU
-#endif
-
-// Templates cannot be cloned: they are inlined into functions that are.
-#define DDIM_FAST_INLINE inline __attribute__((always_inline))
 
 namespace ddim_fast {
 

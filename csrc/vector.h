@@ -1,17 +1,5 @@
-// Sixteen floats at a time, with GCC's and Clang's vector extension: whatever the processor has, the compiler splits
-// them into its registers. Everything is inlined into the functions that are cloned for each instruction set.
-#pragma once
-
-#include <cstdint>
-#include <cstring>
-
-#include "parallel.h"
-
-namespace ddim_fast {
-
-struct bfloat16 {
-    uint16_t bits;
-};
+// Sixteen floats at a time, with GCC's (12 or later) and Clang's vector extension: whatever the processor has, the compiler
+// splits them into its registers. Included by each_cpu.h once for each instruction set.
 
 constexpr int64_t kLanes = 16;
 
@@ -19,11 +7,59 @@ typedef float Vector __attribute__((vector_size(64)));
 typedef double WideVector __attribute__((vector_size(128)));
 typedef uint32_t BitsVector __attribute__((vector_size(64)));
 typedef uint16_t HalfBitsVector __attribute__((vector_size(32)));
+typedef uint16_t HalvesVector __attribute__((vector_size(64)));
 typedef int32_t LaneVector __attribute__((vector_size(64)));
 
 DDIM_FAST_INLINE Vector broadcast(float value) { return value - Vector{}; }
 
+DDIM_FAST_INLINE float to_float(float value) { return value; }
+
+DDIM_FAST_INLINE float to_float(bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+DDIM_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 DDIM_FAST_INLINE WideVector widen(Vector v) { return __builtin_convertvector(v, WideVector); }
+
+// Shuffles, or loops for compilers that have no such builtin. Numbers lie in memory with the low half first.
+#if __has_builtin(__builtin_shufflevector)
+
+DDIM_FAST_INLINE double add_lanes(WideVector v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+    return v[0] + v[1];
+}
+
+// Sixteen 16-bit numbers as the upper halves of 32-bit ones.
+DDIM_FAST_INLINE BitsVector upper_halves(HalfBitsVector bits) {
+    return (BitsVector)__builtin_shufflevector(bits, HalfBitsVector{}, 16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8,
+                                               16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15);
+}
+
+// The inverse.
+DDIM_FAST_INLINE HalfBitsVector upper_halves_of(BitsVector bits) {
+    const HalvesVector halves = (HalvesVector)bits;
+    return __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+#else
+
+DDIM_FAST_INLINE double add_lanes(WideVector v) {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+}
+
+DDIM_FAST_INLINE BitsVector upper_halves(HalfBitsVector bits) { return __builtin_convertvector(bits, BitsVector) << 16; }
+
+DDIM_FAST_INLINE HalfBitsVector upper_halves_of(BitsVector bits) { return __builtin_convertvector(bits >> 16, HalfBitsVector); }
+
+#endif
 
 // All ones in the first `count` lanes.
 DDIM_FAST_INLINE LaneVector first_lanes(int64_t count) {
@@ -40,7 +76,7 @@ DDIM_FAST_INLINE Vector load(const float* p) {
 DDIM_FAST_INLINE Vector load(const bfloat16* p) {
     HalfBitsVector bits;
     std::memcpy(&bits, p, sizeof bits);
-    return (Vector)(__builtin_convertvector(bits, BitsVector) << 16);
+    return (Vector)upper_halves(bits);
 }
 
 DDIM_FAST_INLINE void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
@@ -48,9 +84,9 @@ DDIM_FAST_INLINE void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); 
 // Rounds to nearest even; NaN stays NaN.
 DDIM_FAST_INLINE void store(bfloat16* p, Vector v) {
     const BitsVector bits = (BitsVector)v;
-    const BitsVector rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const BitsVector nan = (bits >> 16) | 0x40;
-    const HalfBitsVector half = __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded, HalfBitsVector);
+    const BitsVector rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    const BitsVector word = (bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : rounded;
+    const HalfBitsVector half = upper_halves_of(word);
     std::memcpy(p, &half, sizeof half);
 }
 
@@ -89,4 +125,3 @@ DDIM_FAST_INLINE Vector exponential(Vector x) {
 
 DDIM_FAST_INLINE Vector silu(Vector y) { return y / (1.0f + exponential(-y)); }
 
-}  // namespace ddim_fast

@@ -32,7 +32,15 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 DEVICE_HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_pipeline.h")  # what they define is in cuda_on_cpu.h
 SANITIZE = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]  # unaligned accesses above all
-FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DDDIM_FAST_WITH_CUDA"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-w",
+    "-DDDIM_FAST_WITH_CUDA",
+]
 
 
 def _key() -> str:

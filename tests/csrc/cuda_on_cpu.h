@@ -121,6 +121,7 @@ inline void start_fiber(Fiber& fiber) {
     fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, run_fiber, 0);
     fiber.state = State::ready;
+    fiber.turn = false;
     fiber.copies.clear();
 }
 

@@ -42,7 +42,17 @@ def run(tmp_path_factory):
         pytest.skip("g++ was not found")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     (folder / "kernels.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{Path(__file__).parent}", "kernels.cpp", "-o", "kernels.so"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{Path(__file__).parent}",
+        "kernels.cpp",
+        "-o",
+        "kernels.so",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.run.restype = ctypes.c_char_p
