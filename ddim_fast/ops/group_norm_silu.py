@@ -330,15 +330,17 @@ def _why_no_gradient(call: _Call) -> str | None:
 
 def _arrays(call: _Call) -> tuple[list[int], list[int], Tensor, list[Tensor | None]]:
     """What the native module's functions take: pointers and sizes; the result; and what must stay alive until they return."""
-    x, out = call.x, _empty_result(call)
-    images = [None if t is None else _in_format_of(x, t) for t in (x, call.skip, call.residual)]
+    x = call.x
+    layout = _format(x)
+    out = torch.empty((x.shape[0], call.channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    images = [None if t is None else t.contiguous(memory_format=layout) for t in (x, call.skip, call.residual)]
     numbers = [
         None if t is None else t.float().contiguous() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
     ]
     tensors = [*images, out, *numbers]
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    sizes = [x.shape[0], x.shape[1], call.channels - x.shape[1], x.shape[2] * x.shape[3], call.num_groups]
-    return pointers, sizes, out, tensors
+    n, channels, height, width = x.shape
+    return pointers, [n, channels, call.channels - channels, height * width, call.num_groups], out, tensors
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -371,20 +373,25 @@ def _check(call: _Call) -> None:
     x = call.x
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor of shape (N, C, H, W); got {x.dtype} of shape {tuple(x.shape)}")
-    n, channels = x.shape[0], call.channels
-    image = (n, channels, *x.shape[2:])
-    skip = (n, channels - x.shape[1], *x.shape[2:])
-    expected = {"weight": (channels,), "bias": (channels,), "skip": skip, "residual": image}
-    expected |= dict.fromkeys(("pre_shift", "scale", "shift"), (n, channels))
-    for name, shape in expected.items():
-        tensor = getattr(call, name)
+    n, x_channels, height, width = x.shape
+    channels, device = call.channels, x.device
+    per_channel, per_image = (channels,), (n, channels)
+    for name, tensor, shape, like_x in (
+        ("weight", call.weight, per_channel, False),
+        ("bias", call.bias, per_channel, False),
+        ("pre_shift", call.pre_shift, per_image, False),
+        ("scale", call.scale, per_image, False),
+        ("shift", call.shift, per_image, False),
+        ("residual", call.residual, (n, channels, height, width), True),
+        ("skip", call.skip, (n, channels - x_channels, height, width), True),
+    ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-        if not tensor.is_floating_point() or (name in ("skip", "residual") and tensor.dtype != x.dtype):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}")
+        if tensor.dtype != x.dtype and (like_x or not tensor.is_floating_point()):
             raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}")
     if call.num_groups < 1 or channels % call.num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels; got {call.num_groups}")

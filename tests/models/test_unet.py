@@ -199,3 +199,45 @@ def test_training_compiles_without_graph_breaks():
     actual.square().mean().backward()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.conv_in.weight.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_every_implementation_of_the_operators_gives_the_same_network(backend, small_unet, monkeypatch):
+    torch.manual_seed(0)
+    model = small_unet.to(backend.device, memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16, device=backend.device).to(memory_format=torch.channels_last)
+    arguments = (x, torch.tensor([3, 700], device=backend.device), torch.tensor([1, 9], device=backend.device))
+    with torch.no_grad():
+        actual = model(*arguments)
+        monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+        torch.testing.assert_close(actual, model(*arguments), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton-interpreter", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
+def test_the_network_trains_on_triton_kernels(backend, small_unet, monkeypatch):
+    torch.manual_seed(0)
+    model = small_unet.to(backend.device, memory_format=torch.channels_last)  # in eval mode: dropout would differ
+    x = torch.randn(2, 3, 16, 16, device=backend.device).to(memory_format=torch.channels_last)
+    t = torch.tensor([3, 700], device=backend.device)
+
+    def gradients():
+        loss = model(x, t).square().mean()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    actual = gradients()
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    for one, other in zip(actual, gradients(), strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, atol=1e-5 * float(other.abs().max()) + 1e-7, rtol=1e-3)
+
+
+def test_skip_connections_are_read_where_they_lie(small_unet):
+    """The residual block on two inputs is the block on their concatenation, in either memory format."""
+    block = small_unet.up_blocks[0].resnets[0]
+    channels = block.norm1.num_channels
+    x, skip = torch.randn(2, channels - 16, 8, 8), torch.randn(2, 16, 8, 8)
+    embedding = torch.randn(2, 64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parts = [t.to(memory_format=layout) for t in (x, skip)]
+        with torch.no_grad():
+            expected = block(torch.cat(parts, 1), embedding)
+            torch.testing.assert_close(block(parts[0], embedding, parts[1]), expected, atol=1e-5, rtol=1e-5)
