@@ -29,6 +29,21 @@ def test_the_loop_example():
     torch.testing.assert_close(names["x"], torch.zeros(4, 3, 32, 32), atol=1e-4, rtol=0)
 
 
+def test_the_example_with_a_table():
+    names: dict = {}
+    exec(EXAMPLES[1].split("x = torch.randn")[0], names)
+    names["x"] = names["eps"] = torch.ones(2, 3, 4, 4)
+    exec(EXAMPLES[2], names)
+    expected = names["fast_ddim_step"](torch.ones(2, 3, 4, 4), names["eps"], *names["levels"][:2])
+    torch.testing.assert_close(names["x"], expected)
+
+
+def test_the_example_of_the_operators():
+    names: dict = {}
+    exec(EXAMPLES[3], names)
+    assert names["h"].shape == (2, 1, 1024, 96) and names["h"].isfinite().all()
+
+
 def test_the_commands_exist():
     import importlib.util
 

@@ -236,7 +236,7 @@ def _why_not_one_pass(call: _Step, out: Tensor | None) -> str | None:
     if _records_gradient(call):
         return "it records no gradient; use torch.no_grad()"
     tensors = call.images if out is None else [*call.images, out]
-    if not torch.ops.aten.is_non_overlapping_and_dense(sample) or any(_order(t) != _order(sample) for t in tensors):
+    if not all(t.is_contiguous() for t in tensors) and not _have_one_order(tensors):
         return "it takes dense tensors of one memory layout"
     if call.seeds is not None and not sample.is_contiguous():
         return "it draws the noise of contiguous images only"
@@ -274,9 +274,10 @@ def _addresses(call: _Step, out: Tensor) -> tuple[tuple[int, ...], dict[str, Any
     return (sample.data_ptr(), output.data_ptr(), noise, out.data_ptr(), sample.numel()), options
 
 
-def _order(tensor: Tensor) -> list[int]:
-    """The strides that matter: those of dimensions with more than one element."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
+def _have_one_order(tensors: list[Tensor]) -> bool:
+    """Whether they are dense and of the same strides, but for dimensions of one element, whose strides do not matter."""
+    orders = [[stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1] for t in tensors]
+    return torch.ops.aten.is_non_overlapping_and_dense(tensors[0]) and all(order == orders[0] for order in orders)
 
 
 def _run_reference(request: _Request) -> Tensor:

@@ -60,4 +60,3 @@ def why_not_triton(device: Any) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     return f"it needs a GPU, and the tensors are on {device}"
-
