@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .cli import CommandParser, parse_integers, parse_positive, run_command
-from .devices import pick_device
+from .devices import bf16_is_fast, pick_device
 from .diffusion.sampler import Sampler, SamplerState
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
@@ -46,7 +46,7 @@ def _parser() -> CommandParser:
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     p.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=_DTYPES, default="float32", help="what the network computes in")
+    p.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("samples"), help="folder for the images, a PNG a seed")
     p.add_argument("--grid", metavar="FILE", type=Path, help="all of them in one picture (default: grid.png in --out)")
     p.add_argument("--trajectory", metavar="FILE.gif", type=Path, help="a film of the first batch, from noise to images")
@@ -55,6 +55,7 @@ def _parser() -> CommandParser:
 
 
 _SPACING_HELP = f"how the timesteps are chosen: {', '.join(SPACINGS)}, or the timesteps themselves, as 999,500,0"
+_DTYPE_HELP = "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32"
 _CLASS_HELP = "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples"
 
 
@@ -74,7 +75,7 @@ def main() -> None:
             solver=arguments.solver,
             engine="compiled" if arguments.compile else "eager",
             clip_sample_range=arguments.clip,
-            dtype=_DTYPES[arguments.dtype],
+            dtype=_dtype(arguments.dtype, arguments.compile, device),
         )
         labels = _labels(arguments.classes, arguments.seeds, model.config.num_classes)
         request = {"labels": labels, "guidance": arguments.guidance}
@@ -122,11 +123,12 @@ def _run(sampler: Sampler, request: dict, grid: Path, arguments: argparse.Namesp
     if arguments.trajectory is not None:
         save_gif(arguments.trajectory, frames, scale)
     if not arguments.quiet:
+        dtype = str(sampler.dtype).removeprefix("torch.")
         evaluations = len(seeds) * steps * (2 if request["guidance"] not in (None, 1) else 1)
         if steps != arguments.steps and arguments.spacing in SPACINGS:
             print(f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps")
         print(
-            f"{len(seeds)} images of {steps} steps in {seconds:.1f} s: {len(seeds) / seconds:.2f} images/s, "
+            f"{len(seeds)} images of {steps} steps in {seconds:.1f} s, {dtype}: {len(seeds) / seconds:.2f} images/s, "
             f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s); pictures in {arguments.out}, {grid}"
         )
 
@@ -149,6 +151,12 @@ def _labels(classes: str, seeds: list[int], num_classes: int | None) -> list[int
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--class: {error}") from None
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
+
+
+def _dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
+    return _DTYPES[name]
 
 
 def _spacing(text: str) -> str | list[int]:

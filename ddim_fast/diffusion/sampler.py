@@ -54,6 +54,7 @@ class Sampler:
         engine: ``eager``, ``compiled`` or ``auto``.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype: what the network computes in: torch.float32, torch.bfloat16 or torch.float16. The sample itself stays float32.
+            For a narrow one a :class:`ddim_fast.UNet` is copied now: later changes of its weights do not reach this sampler.
 
     Attributes:
         timesteps: (S,) int64 array, noisiest first.
@@ -83,6 +84,7 @@ class Sampler:
         self.timesteps = select_timesteps(self.schedule, None if explicit else steps, spacing)
         self.eta = eta
         self.engine = select_engine(engine)
+        self.dtype = dtype
         # After the last step nothing is left of the noise.
         self._levels = np.append(self.schedule.alphas_cumprod[self.timesteps], 1.0)
         self.solver = make_solver(solver, self._levels, eta, model.config.prediction_type, clip_sample_range)

@@ -31,16 +31,20 @@ def make_denoiser(model: nn.Module, engine: str, dtype: torch.dtype) -> Denoiser
     Args:
         model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None.
         engine: ``eager`` or ``compiled``: torch.compile without graph breaks, one compilation a batch size.
-        dtype: what the network computes in; its weights stay as they are, autocast converts.
+        dtype: what the network computes in; the model itself stays as it is. One that can convert itself, by a method
+            ``for_inference(dtype)``, is converted now, once; others compute under autocast.
     """
+    converts = dtype != torch.float32 and hasattr(model, "for_inference")
+    network = model.for_inference(dtype) if converts else model
+    autocast = dtype != torch.float32 and not converts
 
     def denoise(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
         # images of one channel count as channels_last already, but do not tell the first convolution so.
-        x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        x = torch.empty_like(x, dtype=dtype if converts else None, memory_format=torch.channels_last).copy_(x)
+        with torch.autocast(x.device.type, dtype, enabled=autocast):
             # Back in the layout of the sample: only tensors of one layout go through the DDIM step in a single pass.
-            return model(x, timesteps, labels).float().contiguous()
+            return network(x, timesteps, labels).float().contiguous()
 
     def denoise_at_least_two(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is

@@ -5,6 +5,7 @@ Modules and parameters carry the names of diffusers' ``UNet2DModel``, so publish
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             null = torch.full((batch,), self.config.num_classes, device=embedding.device)
             embedding = embedding + self.class_embedding(null if labels is None else labels)
         return embedding
+
+    def for_inference(self, dtype: torch.dtype) -> UNet:
+        """A copy that computes images in ``dtype``, its weights converted and laid out (channels_last) once, where autocast
+        converts them at each call. What is small and wants digits stays float32: embeddings, and the norms' parameters.
+
+        Args:
+            dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype=dtype, memory_format=torch.channels_last)
+            elif isinstance(module, _Attention):
+                for linear in (module.to_q, module.to_k, module.to_v, module.to_out):
+                    linear.to(dtype)
+        return model
 
     @property
     def device(self) -> torch.device:

@@ -47,6 +47,23 @@ def test_writes_an_image_a_seed_and_a_grid(run, checkpoint, tmp_path):
     assert "step/s" in err
 
 
+@pytest.mark.parametrize(
+    "options,fast,dtype",
+    [
+        ([], True, "float32"),
+        (["--compile"], True, "bfloat16"),
+        (["--compile"], False, "float32"),
+        (["--compile", "--dtype", "float32"], True, "float32"),
+        (["--dtype", "bfloat16"], False, "bfloat16"),
+    ],
+)
+def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fast, dtype, run, checkpoint, monkeypatch):
+    monkeypatch.setattr(sample, "bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr("torch.compile", lambda function, **settings: function)
+    code, out, _ = run("--model", checkpoint, "--steps", 1, "--seeds", "0,1", *options)
+    assert code == 0 and f" s, {dtype}: " in out
+
+
 def test_quiet_says_nothing(run, checkpoint):
     assert run("--model", checkpoint, "--steps", 1, "--seeds", "0", "--quiet") == (0, "", "")
 

@@ -268,3 +268,14 @@ def test_compiled_equals_eager(small_unet):
     eager = Sampler(small_unet, steps=3, clip_sample_range=1.0).sample(**options)
     compiled = Sampler(small_unet, steps=3, clip_sample_range=1.0, engine="compiled").sample(**options)
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_bfloat16_is_near_float32_and_repeats_itself(engine, small_unet):
+    options = {"seeds": range(3), "labels": 3, "guidance": 2.0, "batch_size": 3}
+    exact = Sampler(small_unet, steps=3, clip_sample_range=1.0).sample(**options)
+    sampler = Sampler(small_unet, steps=3, clip_sample_range=1.0, engine=engine, dtype=torch.bfloat16)
+    images = sampler.sample(**options)
+    assert images.dtype == torch.float32
+    assert (images - exact).square().mean().sqrt() < 0.03 * exact.square().mean().sqrt()
+    assert torch.equal(sampler.sample(**options), images)

@@ -241,3 +241,21 @@ def test_skip_connections_are_read_where_they_lie(small_unet):
         with torch.no_grad():
             expected = block(torch.cat(parts, 1), embedding)
             torch.testing.assert_close(block(parts[0], embedding, parts[1]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_for_inference_is_no_less_exact_than_autocast(small_unet):
+    torch.manual_seed(0)
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([1, 9])
+    before = {name: p.clone() for name, p in small_unet.state_dict().items()}
+    model = small_unet.for_inference(torch.bfloat16)
+    with torch.no_grad():
+        exact = small_unet(x, t, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = small_unet(x, t, labels)
+        actual = model(x.bfloat16(), t, labels)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - exact).square().mean() <= 1.2**2 * (autocast - exact).square().mean()
+    # The network itself stays as it was, and the copy needs no gradient.
+    assert all(torch.equal(p, before[name]) for name, p in small_unet.state_dict().items())
+    assert small_unet.conv_in.weight.requires_grad and not any(p.requires_grad for p in model.parameters())
+    assert model.time_embedding.linear_1.weight.dtype == model.conv_norm_out.weight.dtype == torch.float32
