@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# bash benchmarks/gpu/3_train.sh PRESET DATA RUN MINUTES: trains for so long, going on from the checkpoint in RUN if there is one.
+# bash benchmarks/gpu/4_train.sh PRESET DATA RUN MINUTES: trains for so long, going on from the checkpoint in RUN if there is one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[ $# -eq 4 ] || { echo "usage: bash benchmarks/gpu/3_train.sh PRESET DATA RUN MINUTES"; exit 2; }
+[ $# -eq 4 ] || { echo "usage: bash benchmarks/gpu/4_train.sh PRESET DATA RUN MINUTES"; exit 2; }
 preset=$1 data=$2 run=$3 minutes=$4
 
 if [ -f "$run/config.json" ]; then
