@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .ddim_step_numpy import check_settings
 from .dispatch import Implementation, choose, why_not_triton
 from .noise import seeded_noise
 
@@ -117,11 +118,8 @@ def ddim_step_reference(
 def _reference(call: _Step) -> Tensor:
     sample = call.sample
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    p, q, r, s, u, v, sigma = (c.to(dtype) if isinstance(c, Tensor) else c for c in _row(call))
-    x, m = sample.to(dtype), call.model_output.to(dtype)
-    if call.unconditional is not None:
-        unconditional = call.unconditional.to(dtype)
-        m = unconditional + call.guidance * (m - unconditional)
+    p, q, r, s, u, v, sigma = (c.to(dtype) if isinstance(c, Tensor) else c for c in _row(call.coefficients, call.step))
+    x, m = sample.to(dtype), _guided(call.model_output, call.unconditional, call.guidance, dtype)
     x0 = p * x + q * m
     if call.clip is not None:
         x0 = x0.clamp(-call.clip, call.clip)
@@ -135,14 +133,21 @@ def _reference(call: _Step) -> Tensor:
     return result.to(call.out_dtype)
 
 
-def _row(call: _Step) -> Sequence[float | Tensor]:
+def _row(coefficients: Coefficients, step: int | Tensor) -> Sequence[float | Tensor]:
     """The seven coefficients; of a table, without a word to the host."""
-    if call.table is None:
-        return call.coefficients
-    step = call.step.reshape(1)
-    valid = (step >= 0) & (step < len(call.table))
-    row = call.table.index_select(0, step.clamp(0, len(call.table) - 1))[0]
+    if not isinstance(coefficients, Tensor):
+        return coefficients
+    step = step.reshape(1)
+    valid = (step >= 0) & (step < len(coefficients))
+    row = coefficients.index_select(0, step.clamp(0, len(coefficients) - 1))[0]
     return torch.where(valid, row, math.nan).unbind()
+
+
+def _guided(output: Tensor, unconditional: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
+    """The network's outputs combined."""
+    if unconditional is None:
+        return output.to(dtype)
+    return unconditional.to(dtype) + guidance * (output.to(dtype) - unconditional.to(dtype))
 
 
 _Request = tuple[_Step, Tensor | None]
@@ -346,25 +351,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sample, model_output, table, noise, unconditional, index = ctx.saved_tensors
     coefficients, clip, guidance = ctx.numbers
-    call = _Step(
-        sample,
-        model_output,
-        coefficients if table is None else table,
-        clip,
-        noise,
-        unconditional,
-        guidance,
-        None,
-        index,
-        sample.dtype,
-    )
-    p, q, r, s, u, v, sigma = _row(call)
+    p, q, r, s, u, v, sigma = _row(coefficients if table is None else table, index)
     g = grad.to(torch.float64 if sample.dtype == torch.float64 else torch.float32)
     from_x0 = u * g
     if clip is not None:
-        m = model_output.to(g.dtype)
-        if unconditional is not None:
-            m = unconditional.to(g.dtype) + guidance * (m - unconditional.to(g.dtype))
+        m = _guided(model_output, unconditional, guidance, g.dtype)
         from_x0 = torch.where((p * sample.to(g.dtype) + q * m).abs() <= clip, from_x0, 0)
     from_output = q * from_x0 + s * v * g
     to_sample = (p * from_x0 + r * v * g).to(sample.dtype)
@@ -396,12 +387,7 @@ def _check(call: _Step, out: Tensor | None) -> None:
             raise ValueError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
     if not call.out_dtype.is_floating_point or (out is not None and out.dtype != call.out_dtype):
         raise ValueError(f"out_dtype must be a floating-point dtype, that of out where it is given; got {call.out_dtype}")
-    if call.clip is not None and not call.clip > 0:
-        raise ValueError(f"clip must be positive, or None; got {call.clip}")
-    if (call.unconditional is None) != (call.guidance is None):
-        raise ValueError("guidance and the unconditional output belong together; give both or neither")
-    if call.guidance is not None and not math.isfinite(call.guidance):
-        raise ValueError(f"guidance must be a finite number; got {call.guidance}")
+    check_settings(call.clip, call.noise, call.unconditional, call.guidance, call.seeds)
     _check_coefficients(call)
     _check_seeds(call)
 
@@ -430,8 +416,6 @@ def _check_seeds(call: _Step) -> None:
     sample, seeds = call.sample, call.seeds
     if seeds is None:
         return
-    if call.noise is not None:
-        raise ValueError("seeds make the noise; give them or noise, not both")
     if sample.ndim == 0 or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(sample),):
         raise ValueError(
             f"seeds must be int64, one an image of a sample of shape {tuple(sample.shape)}; "

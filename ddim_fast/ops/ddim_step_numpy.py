@@ -13,7 +13,7 @@ from . import native
 from .dispatch import Implementation, choose
 from .noise import seeded_noise_numpy
 
-__all__ = ["ddim_step_numpy"]
+__all__ = ["check_settings", "ddim_step_numpy"]
 
 
 def ddim_step_numpy(
@@ -134,16 +134,25 @@ def _check(call: _Step, out_dtype: Any) -> None:
         raise ValueError(f"out_dtype is {np.dtype(out_dtype)}, but out is {call.out.dtype}")
     if len(call.coefficients) != 7:
         raise ValueError(f"coefficients has {len(call.coefficients)} values instead of 7")
-    if call.clip is not None and not call.clip > 0:
-        raise ValueError(f"clip must be positive, or None; got {call.clip}")
-    if (call.unconditional is None) != (call.guidance is None):
-        raise ValueError("guidance and the unconditional output belong together; give both or neither")
-    if call.guidance is not None and not math.isfinite(call.guidance):
-        raise ValueError(f"guidance must be a finite number; got {call.guidance}")
-    if call.seeds is not None and call.noise is not None:
-        raise ValueError("seeds make the noise; give them or noise, not both")
+    check_settings(call.clip, call.noise, call.unconditional, call.guidance, call.seeds)
     if call.seeds is not None and (call.seeds.dtype != np.int64 or call.seeds.shape != call.sample.shape[:1]):
         raise ValueError(
             f"seeds must be int64, one an image of a sample of shape {call.sample.shape}; "
             f"got {call.seeds.dtype} of shape {call.seeds.shape}"
         )
+
+
+def check_settings(clip: float | None, noise: Any, unconditional: Any, guidance: float | None, seeds: Any) -> None:
+    """What tensors and arrays have in common: which arguments of a step belong together, and what numbers may be.
+
+    Raises:
+        ValueError: they do not; the message names the argument.
+    """
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None; got {clip}")
+    if (unconditional is None) != (guidance is None):
+        raise ValueError("guidance and the unconditional output belong together; give both or neither")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number; got {guidance}")
+    if seeds is not None and noise is not None:
+        raise ValueError("seeds make the noise; give them or noise, not both")
