@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report import table
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "report.py"
+
+
+def benchmark(group, name, seconds, **shares):
+    return {
+        "group": group,
+        "name": f"test_norm[{name}]",
+        "params": {"implementation": name},
+        "extra_info": {"microseconds": seconds * 1e6, **shares},
+        "stats": {"median": seconds},
+    }
+
+
+RUN = {
+    "benchmarks": [
+        benchmark("small", "ours", 1e-6, **{"share of copy": 0.5}),
+        benchmark("small", "theirs", 3e-6, **{"share of copy": 0.25}),
+        benchmark("large", "theirs", 2e-3, **{"share of copy": 0.1, "share of matmul": 0.8}),
+    ]
+}
+
+
+def test_ratios_stand_beside_the_baselines_times():
+    assert table(RUN, "theirs").splitlines() == [
+        "| | theirs | ours |",
+        "|---|---|---|",
+        "| small | 3.0 us, 25% of copy | 3.00x, 50% of copy |",
+        "| large | 2000.0 us, 80% of matmul | - |",
+    ]
+
+
+def test_an_unknown_baseline_is_named():
+    with pytest.raises(ValueError, match="the baseline must be one of ours, theirs; got 'nobody'"):
+        table(RUN, "nobody")
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(RUN))
+    command = [sys.executable, SCRIPT, path, "--baseline", "theirs"]
+    assert "3.00x" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    path.write_text("{")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
