@@ -67,14 +67,14 @@ def in_float64(arguments, options):
 
 
 def assert_as_exact(backend, actual, plain, exact):
-    """No more than twice the error of PyTorch's own operators in the same precision: root mean square, and largest. The
-    rounding of the result is the least that PyTorch is taken to err by. Triton's interpreter has no such sums: it adds the
-    rows of a tile one after the other, which GPUs add in a tree."""
-    times = 8 if backend.interpreted else 2
+    """No more than twice the error of PyTorch's own operators in the same precision: root mean square, and largest, for
+    which the rounding of the largest value is the least that PyTorch is taken to err by. Triton's interpreter has no such sums:
+    it adds the rows of a tile one after the other, which GPUs add in a tree, and is allowed four times."""
+    times = 4 if backend.interpreted else 2
     assert actual.dtype == plain.dtype and actual.shape == exact.shape
     error, plain_error = actual.double() - exact, plain.double() - exact
     eps = torch.finfo(actual.dtype).eps
-    assert error.square().mean() <= times**2 * max(plain_error.square().mean(), (eps / 4) ** 2 * exact.square().mean())
+    assert error.square().mean() <= times**2 * plain_error.square().mean()
     assert error.abs().max() <= times * max(plain_error.abs().max(), eps * exact.abs().max())
 
 
