@@ -5,9 +5,11 @@
 
 #include <array>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "conv3x3.h"
 #include "ddim_step.h"
 #include "group_norm_silu.h"
 
@@ -128,13 +130,13 @@ using GroupNormPointers = std::array<uintptr_t, 9>;
 using GroupNormSizes = std::array<int64_t, 5>;
 
 template <typename T>
-GroupNormSilu<T> make_group_norm_silu(const GroupNormPointers& p, const GroupNormSizes& s, float eps, bool silu,
-                                      bool channels_last) {
+GroupNormSilu<T> make_group_norm_silu(const GroupNormPointers& p, const GroupNormSizes& s, std::optional<int64_t> stride,
+                                      float eps, bool silu, bool channels_last) {
     const auto values = [&p](int i) { return reinterpret_cast<const T*>(p[i]); };
     const auto numbers = [&p](int i) { return reinterpret_cast<const float*>(p[i]); };
     return {values(0),  values(1),  values(2), reinterpret_cast<T*>(p[3]), numbers(4), numbers(5), numbers(6), numbers(7),
-            numbers(8), s[0],       s[1],      s[2],                       s[3],       s[4],       eps,        silu,
-            channels_last};
+            numbers(8), s[0],       s[1],      s[2],                       s[3],       s[4],       stride.value_or(s[1] + s[2]),
+            eps,        silu,       channels_last};
 }
 
 void check_sizes(const GroupNormSizes& sizes) {
@@ -159,31 +161,76 @@ void check_group_norm_silu(const GroupNormPointers& pointers, const GroupNormSiz
 }
 
 void group_norm_silu_binding(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, bool silu,
-                             bool channels_last, bool bf16, int num_threads) {
+                             bool channels_last, bool bf16, int num_threads, std::optional<int64_t> stride) {
     check_group_norm_silu(pointers, sizes, eps, size_of(bf16 ? Dtype::bf16 : Dtype::fp32));
     check_range("num_threads", num_threads, 1, INT32_MAX);
     if (bf16)
-        group_norm_silu(make_group_norm_silu<bfloat16>(pointers, sizes, eps, silu, channels_last), num_threads);
+        group_norm_silu(make_group_norm_silu<bfloat16>(pointers, sizes, stride, eps, silu, channels_last), num_threads);
     else
-        group_norm_silu(make_group_norm_silu<float>(pointers, sizes, eps, silu, channels_last), num_threads);
+        group_norm_silu(make_group_norm_silu<float>(pointers, sizes, stride, eps, silu, channels_last), num_threads);
 }
 
 #ifdef DDIM_FAST_WITH_CUDA
 void group_norm_silu_cuda_binding(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, bool silu,
-                                  bool channels_last, int dtype, uintptr_t workspace, uintptr_t stream) {
+                                  bool channels_last, int dtype, uintptr_t workspace, uintptr_t stream,
+                                  std::optional<int64_t> stride) {
     check_range("dtype", dtype, 0, 2);
     check_group_norm_silu(pointers, sizes, eps, size_of(static_cast<Dtype>(dtype)));
-    group_norm_silu_cuda(make_group_norm_silu<void>(pointers, sizes, eps, silu, channels_last), static_cast<Dtype>(dtype),
-                         to_pointer<void>(workspace, "workspace_ptr", sizeof(double)), reinterpret_cast<void*>(stream));
+    group_norm_silu_cuda(make_group_norm_silu<void>(pointers, sizes, stride, eps, silu, channels_last),
+                         static_cast<Dtype>(dtype), to_pointer<void>(workspace, "workspace_ptr", sizeof(double)), reinterpret_cast<void*>(stream));
 }
 
 int64_t group_norm_silu_cuda_workspace_binding(const GroupNormSizes& sizes, bool channels_last, int dtype) {
     check_range("dtype", dtype, 0, 2);
     check_sizes(sizes);
-    return group_norm_silu_cuda_workspace(make_group_norm_silu<void>({}, sizes, 0, false, channels_last),
+    return group_norm_silu_cuda_workspace(make_group_norm_silu<void>({}, sizes, {}, 0, false, channels_last),
                                           static_cast<Dtype>(dtype));
 }
 #endif
+
+using ConvPointers = std::array<uintptr_t, 5>;
+using ConvSizes = std::array<int64_t, 5>;
+
+void check_channels(int64_t out_channels, int64_t in_channels) {
+    for (const int64_t channels : {out_channels, in_channels})
+        if (channels < 1 || channels % kConv3x3Channels != 0)
+            throw py::value_error("conv3x3 takes channels in multiples of " + std::to_string(kConv3x3Channels) + ", not " +
+                                  std::to_string(channels));
+}
+
+void check_bf16(bool bf16) {
+    if (bf16 && !conv3x3_has_bf16()) throw py::value_error("conv3x3 in bf16 needs a processor with AVX-512 BF16");
+}
+
+template <typename T>
+void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int num_threads) {
+    conv3x3({to_pointer<const T>(p[0], "x"), to_pointer<const T>(p[1], "weight"), to_pointer<const float>(p[2], "bias"),
+             to_pointer<const T>(p[3], "residual"), to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample},
+            num_threads);
+}
+
+void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads) {
+    const auto [images, height, width, in_channels, out_channels] = sizes;
+    check_channels(out_channels, in_channels);
+    check_bf16(bf16);
+    check_range("num_threads", num_threads, 1, INT32_MAX);
+    if (images < 0 || height < 0 || width < 0) throw py::value_error("images, height and width cannot be negative");
+    if (images * height * width == 0) return;
+    for (const int required : {0, 1, 4})
+        if (pointers[required] == 0) throw py::value_error("x, weight and out cannot be null pointers");
+    bf16 ? run_conv3x3<bfloat16>(pointers, sizes, upsample, num_threads) : run_conv3x3<float>(pointers, sizes, upsample, num_threads);
+}
+
+void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channels, int64_t in_channels, bool bf16) {
+    check_channels(out_channels, in_channels);
+    require(weight, "weight_ptr");
+    require(out, "out_ptr");
+    const float* from = to_pointer<const float>(weight, "weight_ptr");
+    if (bf16)
+        prepare_conv3x3(from, to_pointer<bfloat16>(out, "out_ptr"), out_channels, in_channels);
+    else
+        prepare_conv3x3(from, to_pointer<float>(out, "out_ptr"), out_channels, in_channels);
+}
 
 }  // namespace
 }  // namespace ddim_fast
@@ -223,7 +270,8 @@ dtypes: of (sample and noise, model_output and unconditional, out): 0 for fp32, 
 Raises ValueError for a null or unaligned address, and for what does not fit the description.)");
 
     module.def("group_norm_silu", &ddim_fast::group_norm_silu_binding, "pointers"_a, "sizes"_a, "eps"_a, "silu"_a,
-               "channels_last"_a, "bf16"_a, "num_threads"_a, py::call_guard<py::gil_scoped_release>(),
+               "channels_last"_a, "bf16"_a, "num_threads"_a, py::kw_only(), "pre_shift_stride"_a = py::none(),
+               py::call_guard<py::gil_scoped_release>(),
                R"(GroupNorm over host memory, with what stands around it in a U-Net.
 
     v   = concat(x, skip) + pre_shift
@@ -236,8 +284,31 @@ pointers: addresses of x, skip, residual, out, weight, bias, pre_shift, scale, s
 sizes: images, channels of x, channels of skip, positions (height * width), groups.
 channels_last: whether x, skip, residual and out are (images, positions, channels) in memory.
 num_threads: how many threads may share the work. Neither it nor the number of images changes a bit of the result.
+pre_shift_stride: values from one image's pre_shift to the next one's; 0 where all have the same, None where they follow
+    each other.
 
 Raises ValueError for null addresses and sizes that do not fit.)");
+
+    module.def("conv3x3", &ddim_fast::conv3x3_binding, "pointers"_a, "sizes"_a, "upsample"_a, "bf16"_a, "num_threads"_a,
+               py::call_guard<py::gil_scoped_release>(),
+               R"(3x3 convolution with stride 1 and padding 1 over channels_last images in host memory.
+
+pointers: addresses of x, weight, bias, residual and out; 0 leaves out bias and residual. bias is fp32, the others are bf16
+    if `bf16` and fp32 otherwise. weight is what prepare_conv3x3 makes, in the same dtype; residual, which is added, and out
+    are alike and may be the same.
+sizes: images, height and width of x, channels of x, channels of out. Channels come in multiples of 16.
+upsample: whether each pixel of x counts twice in both directions, as nearest-neighbour interpolation repeats it; out is
+    then twice as high and as wide.
+num_threads: how many threads may share the work. Neither it nor the number of images changes a bit of the result.
+
+Raises ValueError for null addresses, for sizes that do not fit, and where conv3x3_has_bf16 is false, for bf16.)");
+
+    module.def("prepare_conv3x3", &ddim_fast::prepare_conv3x3_binding, "weight_ptr"_a, "out_ptr"_a, "out_channels"_a,
+               "in_channels"_a, "bf16"_a, py::call_guard<py::gil_scoped_release>(),
+               "Makes the weights of conv3x3, 16 * out_channels * in_channels of them in bf16 or fp32, of fp32 weights of shape "
+               "(out_channels, in_channels, 3, 3).");
+
+    module.def("conv3x3_has_bf16", &ddim_fast::conv3x3_has_bf16, "Whether conv3x3 takes bf16 on this processor.");
 
 #ifdef DDIM_FAST_WITH_CUDA
     module.def("ddim_step_cuda", &ddim_fast::ddim_step_cuda_binding, "sample_ptr"_a, "model_output_ptr"_a, "noise_ptr"_a,
@@ -259,10 +330,11 @@ index_ptr: address on the device of an int64: the row to use, and the step of th
 Raises ValueError as ddim_step does, and RuntimeError when the launch fails.)");
 
     module.def("group_norm_silu_cuda", &ddim_fast::group_norm_silu_cuda_binding, "pointers"_a, "sizes"_a, "eps"_a, "silu"_a,
-               "channels_last"_a, "dtype"_a, "workspace_ptr"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+               "channels_last"_a, "dtype"_a, "workspace_ptr"_a, "stream"_a, py::kw_only(), "pre_shift_stride"_a = py::none(),
+               py::call_guard<py::gil_scoped_release>(),
                R"(group_norm_silu over arrays on the current CUDA device.
 
-pointers, sizes, eps, silu, channels_last: as for group_norm_silu.
+pointers, sizes, eps, silu, channels_last, pre_shift_stride: as for group_norm_silu.
 dtype: of x, skip, residual and out: 0 for fp32, 1 for bf16, 2 for fp16.
 workspace_ptr: address on the device of group_norm_silu_cuda_workspace bytes, or 0 where that is 0.
 stream: as for ddim_step_cuda.

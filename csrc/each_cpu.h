@@ -1,5 +1,6 @@
 // One binary for every processor: compiles DDIM_FAST_KERNEL, a file of functions on the vectors of vector.h, once for each
-// instruction set, in the namespaces ddim_fast::baseline, ::avx2 and ::avx512.
+// instruction set, in the namespaces ddim_fast::baseline, ::avx2 and ::avx512; DDIM_FAST_VECTOR_BITS says how wide its vectors
+// are.
 //
 // GCC's target_clones would not do: vectors are taken apart for the baseline before the clones are made. For the same reason
 // the kernel calls no vector function but its own. What it includes is included before, so that no function of another
@@ -13,24 +14,30 @@
 #define DDIM_FAST_INLINE inline __attribute__((always_inline))
 
 namespace ddim_fast::baseline {
+#define DDIM_FAST_VECTOR_BITS 128
 #include "vector.h"
 #include DDIM_FAST_KERNEL
+#undef DDIM_FAST_VECTOR_BITS
 }  // namespace ddim_fast::baseline
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace ddim_fast::avx2 {
+#define DDIM_FAST_VECTOR_BITS 256
 #include "vector.h"
 #include DDIM_FAST_KERNEL
+#undef DDIM_FAST_VECTOR_BITS
 }  // namespace ddim_fast::avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace ddim_fast::avx512 {
+#define DDIM_FAST_VECTOR_BITS 512
 #include "vector.h"
 #include DDIM_FAST_KERNEL
+#undef DDIM_FAST_VECTOR_BITS
 }  // namespace ddim_fast::avx512
 #pragma GCC pop_options
 

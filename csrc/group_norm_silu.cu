@@ -164,8 +164,9 @@ class Block {
             const auto number = [&](const float* p, int64_t channel) { return p ? p[image * all_channels + channel] : 0.0f; };
             const float scale = 1.0f + number(op.scale, c);
             // Later x may have been written to, as out.
-            if (with_center) center[k] = to_float(*input(pivot, 0)) + number(op.pre_shift, pivot);
-            added[k] = number(op.pre_shift, c);
+            const float* shifts = op.pre_shift ? op.pre_shift + image * op.pre_shift_stride : nullptr;
+            if (with_center) center[k] = to_float(*input(pivot, 0)) + (shifts ? shifts[pivot] : 0.0f);
+            added[k] = shifts ? shifts[c] : 0.0f;
             gain[k] = op.weight[c] * scale;
             bias[k] = op.bias[c] * scale + number(op.shift, c);
         }
@@ -407,7 +408,8 @@ template <typename T, int kWidth>
 void run(const GroupNormSilu<void>& op, const Plan& plan, void* workspace, void* stream) {
     const GroupNormSilu<T> typed{static_cast<const T*>(op.x), static_cast<const T*>(op.skip), static_cast<const T*>(op.residual),
                                  static_cast<T*>(op.out), op.weight, op.bias, op.pre_shift, op.scale, op.shift, op.images,
-                                 op.x_channels, op.skip_channels, op.positions, op.groups, op.eps, op.silu, op.channels_last};
+                                 op.x_channels, op.skip_channels, op.positions, op.groups, op.pre_shift_stride, op.eps, op.silu,
+                                 op.channels_last};
     const char* name = "group_norm_silu_cuda";
     const auto kernel = op.channels_last ? group_norm_silu_kernel<T, kWidth, true> : group_norm_silu_kernel<T, kWidth, false>;
     constexpr int kWithoutAsking = 48 << 10;

@@ -22,7 +22,7 @@ struct GroupNormSilu {
     T* out;                   // x_channels + skip_channels channels; may be x where there is no skip, or residual
     const float* weight;      // (channels)
     const float* bias;        // (channels)
-    const float* pre_shift;   // (images, channels) or null
+    const float* pre_shift;   // (images, channels) or null, images pre_shift_stride apart
     const float* scale;       // (images, channels) or null
     const float* shift;       // (images, channels) or null
     int64_t images;
@@ -30,6 +30,7 @@ struct GroupNormSilu {
     int64_t skip_channels;
     int64_t positions;        // height * width
     int64_t groups;           // a divisor of the channels
+    int64_t pre_shift_stride;  // 0: all images have the same
     float eps;
     bool silu;
     bool channels_last;

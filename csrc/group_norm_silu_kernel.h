@@ -109,7 +109,7 @@ class Task {
     }
 
     DDIM_FAST_INLINE void set_pivots() {
-        for (int64_t c = first; op.pre_shift && c < last; ++c) added[c - first] = op.pre_shift[image * channels + c];
+        for (int64_t c = first; op.pre_shift && c < last; ++c) added[c - first] = op.pre_shift[image * op.pre_shift_stride + c];
         for (int64_t c = first; c < last; c += group_size) {
             const float value = to_float(*input(c)) + added[c - first];
             for (int64_t k = c; k < c + group_size; ++k) pivot[k - first] = value;

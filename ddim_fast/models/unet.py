@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from ..ops.attention import attention
+from ..ops.conv3x3 import conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import load_checkpoint, resolve_model, save_checkpoint
+from .checkpoint import HUB_FILES, load_checkpoint, resolve_model, save_checkpoint
 from .config import UNetConfig
 
 __all__ = ["UNet"]
@@ -85,38 +87,59 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         Returns:
             (N, C, H, W) in the dtype of the network.
         """
-        embedding = self.embed(timesteps, labels, x.shape[0])
+        return self.denoise(x, self.condition(timesteps, labels))
+
+    def condition(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the network makes of a timestep and a class, which is all it needs to know of them: the numbers that each
+        residual block adds to its channels. A sampler computes them once, for all its steps.
+
+        Args:
+            timesteps: (N,), or 0-dim for one timestep for all images.
+            labels: (N,) int64 or None, as in :meth:`forward`; may be longer than a 0-dim or one-element ``timesteps``.
+
+        Returns:
+            (N, channels of all residual blocks), side by side in the order in which they run; N = 1 counts for all images.
+        """
+        embedding = self.time_embedding(sinusoidal_embedding(timesteps.reshape(-1), self.config))
+        if self.config.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels were given, but this network is unconditional")
+        else:
+            null = torch.full((len(embedding),), self.config.num_classes, device=embedding.device)
+            embedding = embedding + self.class_embedding(null if labels is None else labels)
+        activated = F.silu(embedding)
+        # The convolution before the addition leaves its bias to it.
+        return torch.cat([resnet.time_emb_proj(activated) + resnet.conv1.bias for resnet in self._resnets()], dim=1)
+
+    def denoise(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The network itself: :meth:`forward` with what :meth:`condition` returned."""
+        condition = condition.expand(len(x), -1)
+        shifts = iter(condition.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1))
         h = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = block.attend(i, resnet(h, embedding))
+                h = block.attend(i, resnet(h, next(shifts)))
                 skips.append(h)
             if block.downsamplers is not None:
                 h = block.downsamplers[0](h)
                 skips.append(h)
-        h = self.mid_block(h, embedding)
+        h = self.mid_block(h, next(shifts), next(shifts))
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = block.attend(i, resnet(h, embedding, skips.pop()))
+                h = block.attend(i, resnet(h, next(shifts), skips.pop()))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
         return self.conv_out(_norm(self.conv_norm_out, h))
 
-    def embed(self, timesteps: Tensor, labels: Tensor | None, batch: int) -> Tensor:
-        """The (batch, 4 C) vector every residual block receives: time embedding plus class embedding."""
-        if labels is not None and self.config.num_classes is None:
-            raise ValueError("labels were given, but this network is unconditional")
-        embedding = self.time_embedding(sinusoidal_embedding(timesteps.reshape(-1), self.config))
-        embedding = embedding.expand(batch, -1)
-        if self.config.num_classes is not None:
-            null = torch.full((batch,), self.config.num_classes, device=embedding.device)
-            embedding = embedding + self.class_embedding(null if labels is None else labels)
-        return embedding
+    def _resnets(self) -> Iterator[_ResnetBlock]:
+        """The residual blocks in the order in which they run."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from level.resnets
 
     def for_inference(self, dtype: torch.dtype) -> UNet:
-        """A copy that computes images in ``dtype``, its weights converted and laid out (channels_last) once, where autocast
-        converts them at each call. What is small and wants digits stays float32: embeddings, and the norms' parameters.
+        """A copy that computes images in ``dtype``, its weights converted and laid out once for the fastest operators, where
+        autocast converts them at each call. What is small and wants digits stays float32: embeddings, and the norms' parameters.
 
         Args:
             dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.
@@ -124,6 +147,8 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         model = copy.deepcopy(self).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
+                if isinstance(module, _Conv3x3):
+                    module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)
             elif isinstance(module, _Attention):
                 for linear in (module.to_q, module.to_k, module.to_v, module.to_out):
@@ -141,32 +166,30 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         return self.conv_in.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> UNet:
-        """Load a checkpoint, in eval mode, on the CPU, in float32.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, config: UNetConfig | None = None, **hub_options: Any
+    ) -> UNet:
+        """Load a checkpoint, in eval mode, on the CPU, in float32. Nothing in it is ever executed.
 
         Args:
-            pretrained_model_name_or_path: the name of a packaged model, a folder with config.json and model.safetensors,
-                or a Hugging Face Hub id (``owner/name``; the only form that uses the network).
+            pretrained_model_name_or_path: the name of a packaged model; a folder with config.json and model.safetensors; a
+                folder of diffusers, of a UNet2DModel, DDPMPipeline or DDIMPipeline; a ``.ckpt`` file of the DDIM authors' code;
+                or a Hugging Face Hub id (``owner/name``; the only form that uses the network, and gets no pickles).
+            config: the network in a ``.ckpt`` file, which does not describe it. None derives it from the tensors' shapes.
             hub_options: for a Hub id: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
         Raises:
-            FileNotFoundError: there is no such model.
-            ValueError: config.json or model.safetensors is damaged or does not belong to this architecture.
+            FileNotFoundError: there is no such model, or a file of it is missing.
+            ValueError: a file is damaged or does not belong to this architecture; the message names the file and the tensor.
         """
-        folder = Path(resolve_model(pretrained_model_name_or_path))
-        if not folder.is_dir():
-            folder = _download(str(folder), hub_options)
-        config, state = load_checkpoint(folder)
+        path = Path(resolve_model(pretrained_model_name_or_path))
+        if not path.exists():
+            path = _download(str(path), hub_options)
+        checkpoint = load_checkpoint(path, config)
         with torch.device("meta"):
-            model = cls(config)
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        path = folder / "model.safetensors"
-        for name in sorted(expected.keys() ^ state.keys()):
-            raise ValueError(f"{path}: {'missing' if name in expected else 'unexpected'} tensor {name!r}")
-        for name, tensor in state.items():
-            if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the network needs {expected[name]}")
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+            model = cls(checkpoint.config)
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(checkpoint.state_dict(shapes), assign=True)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -192,7 +215,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 def _download(model_id: str, hub_options: dict[str, Any]) -> Path:
     """A folder with the checkpoint of a Hub repository."""
     try:
-        return Path(snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **hub_options))
+        return Path(snapshot_download(model_id, allow_patterns=list(HUB_FILES), **hub_options))
     except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"cannot get model {model_id!r} from the Hugging Face Hub: {reason}") from error
@@ -230,6 +253,21 @@ class _RowLinear(nn.Linear):
         return torch.cat([F.linear(block, self.weight, self.bias) for block in blocks])[: len(x)]
 
 
+class _Conv3x3(nn.Conv2d):
+    """With stride 1; a network for inference has its weights prepared."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.register_buffer("prepared", None, persistent=False)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        self.prepared = prepare_conv3x3(self.weight, dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        """Without a bias but the one that is given; options as of :func:`conv3x3`."""
+        return conv3x3(x, self.weight, bias, prepared=self.prepared, **options)
+
+
 class _TimeEmbedding(nn.Module):
     def __init__(self, channels: int, time_dim: int) -> None:
         super().__init__()
@@ -244,33 +282,36 @@ class _ResnetBlock(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = _Conv3x3(in_channels, out_channels)
         self.time_emb_proj = _RowLinear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = _Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """``skip`` continues x along the channels; the concatenation is not made."""
+    def forward(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
+        """``shift``, (N, C), is the first convolution's bias and the block's share of the embedding. ``skip`` continues x along
+        the channels; the concatenation is not made."""
         h = self.conv1(_norm(self.norm1, x, skip=skip))
-        h = _norm(self.norm2, h, pre_shift=self.time_emb_proj(F.silu(embedding)))
-        h = self.dropout(h)
+        h = self.dropout(_norm(self.norm2, h, pre_shift=shift))
         if self.conv_shortcut is None:
-            return self.conv2(h) + (x if skip is None else torch.cat([x, skip], dim=1))
-        weight = self.conv_shortcut.weight
-        h = F.conv2d(h, self.conv2.weight, self.conv2.bias + self.conv_shortcut.bias, padding=1)
-        h = _add_conv1x1(h, x, weight[:, : x.shape[1]])
-        return h if skip is None else _add_conv1x1(h, skip, weight[:, x.shape[1] :])
+            return self.conv2(h, self.conv2.bias, residual=x if skip is None else torch.cat([x, skip], dim=1))
+        weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias
+        residual = _conv1x1(x, weight[:, : x.shape[1]])
+        if skip is not None:
+            residual = _conv1x1(skip, weight[:, x.shape[1] :], residual)
+        return self.conv2(h, bias, residual=residual)
 
 
-def _add_conv1x1(h: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``h`` and a 1x1 convolution of ``x``: in channels_last a matrix product that adds up in place of a pass of its own."""
-    if not h.is_contiguous(memory_format=torch.channels_last):
-        return h + F.conv2d(x, weight)
-    n, channels, height, width = h.shape
-    rows = torch.addmm(_rows(h), _rows(x), weight.flatten(1).t())
-    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+def _conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution and what is to be added to it: in channels_last a matrix product that adds up in place of a pass of its
+    own."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight) if added is None else added + F.conv2d(x, weight)
+    n, _, height, width = x.shape
+    right = weight.flatten(1).t()
+    rows = _rows(x) @ right if added is None else torch.addmm(_rows(added), _rows(x), right)
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -311,10 +352,10 @@ class _Downsample(nn.Module):
 class _Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = _Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x, self.conv.bias, upsample=True)
 
 
 class _Level(nn.Module):
@@ -347,6 +388,6 @@ class _MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_Attention(config, channels)])
         self.resnets = nn.ModuleList(_ResnetBlock(config, channels, channels, time_dim) for _ in range(2))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.attentions[0](self.resnets[0](x, embedding))
-        return self.resnets[1](h, embedding)
+    def forward(self, x: Tensor, first_shift: Tensor, second_shift: Tensor) -> Tensor:
+        h = self.attentions[0](self.resnets[0](x, first_shift))
+        return self.resnets[1](h, second_shift)

@@ -227,11 +227,9 @@ def _run_reference(call: _Call) -> Tensor:
 
 
 def _run_native(call: _Call) -> Tensor:
-    pointers, sizes, out, _alive = _arrays(call)
-    bf16 = call.x.dtype == torch.bfloat16
-    native.module.group_norm_silu(
-        pointers, sizes, call.eps, call.silu, _is_channels_last(call.x), bf16, torch.get_num_threads()
-    )
+    pointers, sizes, stride, out, _alive = _arrays(call)
+    settings = call.eps, call.silu, _is_channels_last(call.x), call.x.dtype == torch.bfloat16
+    native.module.group_norm_silu(pointers, sizes, *settings, torch.get_num_threads(), pre_shift_stride=stride)
     return out
 
 
@@ -247,15 +245,13 @@ _CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _run_cuda(call: _Call) -> Tensor:
-    pointers, sizes, out, _alive = _arrays(call)
+    pointers, sizes, stride, out, _alive = _arrays(call)
     channels_last, dtype = _is_channels_last(call.x), _CUDA_DTYPES[call.x.dtype]
     with torch.cuda.device_of(call.x):
         size = native.module.group_norm_silu_cuda_workspace(sizes, channels_last, dtype)
         workspace = torch.empty(size, dtype=torch.uint8, device=call.x.device)
-        stream = torch.cuda.current_stream().cuda_stream
-        native.module.group_norm_silu_cuda(
-            pointers, sizes, call.eps, call.silu, channels_last, dtype, workspace.data_ptr(), stream
-        )
+        settings = call.eps, call.silu, channels_last, dtype, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream
+        native.module.group_norm_silu_cuda(pointers, sizes, *settings, pre_shift_stride=stride)
     return out
 
 
@@ -328,19 +324,29 @@ def _why_no_gradient(call: _Call) -> str | None:
     return "it records no gradient; use torch.no_grad()" if _records_gradient(call) else None
 
 
-def _arrays(call: _Call) -> tuple[list[int], list[int], Tensor, list[Tensor | None]]:
-    """What the native module's functions take: pointers and sizes; the result; and what must stay alive until they return."""
+def _arrays(call: _Call) -> tuple[list[int], list[int], int, Tensor, list[Tensor | None]]:
+    """What the native module's functions take: pointers, sizes and the stride of pre_shift's rows; the result; and what must
+    stay alive until they return."""
     x = call.x
     layout = _format(x)
     out = torch.empty((x.shape[0], call.channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
     images = [None if t is None else t.contiguous(memory_format=layout) for t in (x, call.skip, call.residual)]
+    weight, bias, pre_shift, scale, shift = (
+        None if t is None else t.float() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
+    )
+    if pre_shift is not None and pre_shift.stride(1) != 1:
+        pre_shift = pre_shift.contiguous()
+    stride = 0 if pre_shift is None else pre_shift.stride(0)  # rows of a larger table, or one row for all, stay where they are
     numbers = [
-        None if t is None else t.float().contiguous() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
+        weight.contiguous(),
+        bias.contiguous(),
+        pre_shift,
+        *(None if t is None else t.contiguous() for t in (scale, shift)),
     ]
     tensors = [*images, out, *numbers]
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     n, channels, height, width = x.shape
-    return pointers, [n, channels, call.channels - channels, height * width, call.num_groups], out, tensors
+    return pointers, [n, channels, call.channels - channels, height * width, call.num_groups], stride, out, tensors
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:

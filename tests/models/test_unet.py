@@ -130,9 +130,9 @@ def test_a_fresh_network_returns_zeros(name):
 
 def test_a_fresh_networks_residual_branches_are_the_identity():
     model = UNet(UNetConfig(**SMALL))
-    x, embedding = torch.randn(1, 48, 4, 4), torch.randn(1, 64)
+    x, shifts = torch.randn(1, 48, 4, 4), torch.randn(2, 1, 48)
     with torch.no_grad():
-        torch.testing.assert_close(model.mid_block(x, embedding), x)
+        torch.testing.assert_close(model.mid_block(x, *shifts), x)
 
 
 def test_every_parameter_gets_a_finite_gradient():
@@ -235,15 +235,19 @@ def test_skip_connections_are_read_where_they_lie(small_unet):
     block = small_unet.up_blocks[0].resnets[0]
     channels = block.norm1.num_channels
     x, skip = torch.randn(2, channels - 16, 8, 8), torch.randn(2, 16, 8, 8)
-    embedding = torch.randn(2, 64)
+    shift = torch.randn(2, block.norm2.num_channels)
     for layout in (torch.contiguous_format, torch.channels_last):
         parts = [t.to(memory_format=layout) for t in (x, skip)]
         with torch.no_grad():
-            expected = block(torch.cat(parts, 1), embedding)
-            torch.testing.assert_close(block(parts[0], embedding, parts[1]), expected, atol=1e-5, rtol=1e-5)
+            expected = block(torch.cat(parts, 1), shift)
+            torch.testing.assert_close(block(parts[0], shift, parts[1]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_copy_for_inference_is_no_less_exact_than_autocast(small_unet):
+@pytest.mark.parametrize("prepare", [False, True])
+def test_a_copy_for_inference_is_about_as_exact_as_autocast(prepare, small_unet, monkeypatch):
+    """Winograd's convolution rounds its input once more, after its transform: up to half as much error again."""
+    if not prepare:
+        monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
     torch.manual_seed(0)
     x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([1, 9])
     before = {name: p.clone() for name, p in small_unet.state_dict().items()}
@@ -254,7 +258,7 @@ def test_a_copy_for_inference_is_no_less_exact_than_autocast(small_unet):
             autocast = small_unet(x, t, labels)
         actual = model(x.bfloat16(), t, labels)
     assert actual.dtype == torch.bfloat16
-    assert (actual - exact).square().mean() <= 1.2**2 * (autocast - exact).square().mean()
+    assert (actual - exact).square().mean() <= (1.5 if prepare else 1.2) ** 2 * (autocast - exact).square().mean()
     # The network itself stays as it was, and the copy needs no gradient.
     assert all(torch.equal(p, before[name]) for name, p in small_unet.state_dict().items())
     assert small_unet.conv_in.weight.requires_grad and not any(p.requires_grad for p in model.parameters())

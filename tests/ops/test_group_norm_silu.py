@@ -106,6 +106,16 @@ def gradients(function, arguments, options, grad):
     return dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad.to(out.dtype)), strict=True))
 
 
+def test_pre_shift_is_read_where_it_lies(backend):
+    """Rows of a larger table, one row for all images, and columns."""
+    arguments, options = make_call(3, 24, extras=("pre_shift",), device=backend.device)
+    table = torch.randn(3, 100, device=backend.device)
+    rows = torch.randn(24, 3, device=backend.device)
+    for pre_shift in (table[:, 7:31], table[:1, :24].expand(3, -1), rows.t(), table[:, ::4][:, :24]):
+        expected = group_norm_silu(*arguments, pre_shift=pre_shift.contiguous())
+        assert torch.equal(group_norm_silu(*arguments, pre_shift=pre_shift), expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mean,std", [(0.0, 1.0), (-2.3, 0.5), (100.0, 1e-3), (1e-3, 1e-4)])

@@ -1,0 +1,186 @@
+"""The 3x3 convolution of a U-Net's blocks, where the time goes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .dispatch import Implementation, choose
+
+__all__ = ["conv3x3", "conv3x3_reference", "prepare_conv3x3"]
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+    prepared: Tensor | None = None,
+) -> Tensor:
+    """A 3x3 convolution with stride 1 and padding 1, and what stands around it in a U-Net:
+
+        out = convolution(upsampled(x), weight) + bias + residual
+
+    Args:
+        x: (N, C, H, W), floating-point, of any layout; channels_last is the fast one.
+        weight: (K, C, 3, 3), in the dtype of ``x``.
+        bias: (K,), in the dtype of ``x`` or float32.
+        residual: of the result's shape and dtype, added to it.
+        upsample: repeat each pixel of ``x`` in both directions first (nearest neighbour).
+        prepared: what :func:`prepare_conv3x3` made of ``weight``, for inference: this is used then, and ``weight`` only where
+            a gradient is recorded.
+
+    Returns:
+        (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
+    """
+    call = _Call(x, prepared, bias, residual, upsample)
+    if prepared is None or torch.compiler.is_exporting() or _records_gradient(call):
+        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
+    _check(call)
+    return (_registered if torch.compiler.is_compiling() else _run_native)(*call)
+
+
+def conv3x3_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
+) -> Tensor:
+    """What the operator means, by PyTorch's own: differentiable, on any device. Arguments as :func:`conv3x3`."""
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    out = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), padding=1)
+    return out if residual is None else out + residual
+
+
+def prepare_conv3x3(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The weights of :func:`conv3x3` transformed, once, for the fastest implementation: on a CPU Winograd's algorithm in C++,
+    with 4 products for each output and pair of channels instead of 9 (Lavin and Gray 2016).
+
+    Args:
+        weight: (K, C, 3, 3) on the device where it will be used.
+        dtype: of the images.
+
+    Returns:
+        (16, K, C) in ``dtype``, in an order of its own; None where PyTorch's convolution serves, which takes the weights as
+        they are.
+
+    Raises:
+        ValueError: DDIM_FAST_BACKEND=native cannot serve; the message says why.
+    """
+    request = _Weight(weight, dtype)
+    return choose("conv3x3", IMPLEMENTATIONS, request).run(request)
+
+
+class _Call(NamedTuple):
+    x: Tensor
+    prepared: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    upsample: bool
+
+
+class _Weight(NamedTuple):
+    """The arguments of :func:`prepare_conv3x3`."""
+
+    weight: Tensor
+    dtype: torch.dtype
+
+
+def _prepare_native(request: _Weight) -> Tensor:
+    weight = request.weight.detach().float().contiguous()
+    prepared = torch.empty((16, *weight.shape[:2]), dtype=request.dtype)
+    bf16 = request.dtype == torch.bfloat16
+    native.module.prepare_conv3x3(weight.data_ptr(), prepared.data_ptr(), *weight.shape[:2], bf16)
+    return prepared
+
+
+def _why_not_native(request: _Weight) -> str | None:
+    weight, dtype = request
+    if native.module is None:
+        return native.why_not
+    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16 on the CPU, not {dtype} on {weight.device}"
+    if dtype == torch.bfloat16 and not native.module.conv3x3_has_bf16():
+        return "it takes bfloat16 only where the processor has AVX-512 BF16"
+    if weight.shape[0] % 16 or weight.shape[1] % 16:
+        return f"it takes channels in multiples of 16, not {weight.shape[1]} and {weight.shape[0]}"
+    return None
+
+
+def _native_pays(request: _Weight) -> bool:
+    """What PyTorch is measured against is oneDNN; its matrix units (AMX) are faster than any vector."""
+    if request.dtype == torch.bfloat16:
+        return not torch.cpu._is_amx_tile_supported()
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+# Under each other name it is PyTorch's convolution, on whatever device.
+IMPLEMENTATIONS = (
+    Implementation("native", _prepare_native, _why_not_native, _native_pays),
+    *(Implementation(backend, lambda request: None, lambda request: None) for backend in ("triton", "cuda", "reference")),
+)
+
+
+@torch.library.custom_op("ddim_fast::conv3x3", mutates_args=())
+def _registered(x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    """The native operator as torch.compile sees it."""
+    return _run_native(x, prepared, bias, residual, upsample)
+
+
+@_registered.register_fake
+def _(x, prepared, bias, residual, upsample) -> Tensor:
+    return _empty_result(x, prepared, upsample)
+
+
+def _run_native(x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    layout = torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    bias = None if bias is None else bias.float().contiguous()
+    out = _empty_result(x, prepared, upsample)
+    n, channels, height, width = x.shape
+    native.module.conv3x3(
+        [0 if t is None else t.data_ptr() for t in (x, prepared, bias, residual, out)],
+        [n, height, width, channels, out.shape[1]],
+        upsample,
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _empty_result(x: Tensor, prepared: Tensor, upsample: bool) -> Tensor:
+    n, _, height, width = x.shape
+    scale = 2 if upsample else 1
+    shape = (n, prepared.shape[1], scale * height, scale * width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _records_gradient(call: _Call) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (call.x, call.bias, call.residual))
+
+
+def _check(call: _Call) -> None:
+    x, prepared, bias, residual, upsample = call
+    if x.ndim != 4 or x.shape[1] != prepared.shape[2]:
+        raise ValueError(f"x must have shape (N, {prepared.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")
+    if x.dtype != prepared.dtype or x.device != prepared.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, but the weights were prepared in {prepared.dtype} on {prepared.device}"
+        )
+    if bias is not None and (bias.shape != (prepared.shape[1],) or bias.device != x.device):
+        raise ValueError(f"bias must have shape ({prepared.shape[1]},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
+    scale = 2 if upsample else 1
+    expected = (x.shape[0], prepared.shape[1], scale * x.shape[2], scale * x.shape[3])
+    if residual is not None and (residual.shape != expected or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(
+            f"residual must have shape {expected} in {x.dtype} on {x.device}; "
+            f"got {tuple(residual.shape)} in {residual.dtype} on {residual.device}"
+        )

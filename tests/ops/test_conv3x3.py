@@ -1,0 +1,196 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddim_fast.ops import native
+from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
+
+HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
+
+needs_native = pytest.mark.skipif(native.module is None, reason=str(native.why_not))
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason="needs AVX-512 BF16"))]
+
+# N, C, K, H, W: odd sides, one pixel, blocks of 16 to 64 output channels and several of them, many tiles and few.
+SHAPES = [
+    (2, 16, 16, 8, 8),
+    (3, 32, 48, 7, 5),
+    (1, 64, 80, 1, 1),
+    (2, 48, 192, 3, 10),
+    (5, 16, 144, 17, 16),
+    (1, 128, 64, 2, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def _native(monkeypatch):
+    """What the operator allocates is full of NaN until it is written."""
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "native")
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
+
+
+def make(n, c, k, h, w, dtype=torch.float32, seed=0, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = (random(n, c, h, w) + mean).to(dtype, memory_format=torch.channels_last)
+    return x, random(k, c, 3, 3) / (3 * c**0.5), random(k)
+
+
+def rms(error):
+    return error.double().square().mean().sqrt()
+
+
+@needs_native
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_as_exact_as_pytorch(dtype, shape, upsample, with_residual):
+    x, weight, bias = make(*shape, dtype)
+    exact = conv3x3_reference(x.double(), weight.double(), bias.double(), upsample=upsample)
+    residual = torch.randn_like(exact).to(dtype, memory_format=torch.channels_last) if with_residual else None
+    if with_residual:
+        exact = exact + residual
+    ours = conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+    theirs = conv3x3_reference(x, weight.to(dtype), bias, residual=residual, upsample=upsample)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+    assert rms(ours - exact) <= 2 * rms(theirs - exact) + 1e-7
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_mean_costs_no_more_than_in_pytorch(dtype):
+    x, weight, bias = make(2, 64, 64, 9, 9, dtype, mean=10.0)
+    exact = conv3x3_reference(x.double(), weight.double(), bias.double())
+    ours = conv3x3(x, weight, bias, prepared=prepare_conv3x3(weight, dtype))
+    theirs = conv3x3_reference(x, weight.to(dtype), bias)
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upsample", [False, True])
+def test_neither_batch_nor_threads_change_a_bit(dtype, upsample):
+    x, weight, bias = make(9, 32, 80, 8, 6, dtype)
+    prepared = prepare_conv3x3(weight, dtype)
+    together = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5, 16):
+            torch.set_num_threads(count)
+            assert torch.equal(conv3x3(x, weight, bias, upsample=upsample, prepared=prepared), together)
+            alone = [conv3x3(image[None], weight, bias, upsample=upsample, prepared=prepared) for image in x]
+            assert torch.equal(torch.cat(alone), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+def test_without_bias_and_in_any_layout():
+    x, weight, _ = make(2, 16, 32, 6, 6)
+    prepared = prepare_conv3x3(weight, torch.float32)
+    expected = F.conv2d(x, weight, padding=1)
+    for same in (x, x.contiguous(), x.repeat_interleave(2, dim=3)[..., ::2]):
+        torch.testing.assert_close(conv3x3(same, weight, prepared=prepared), expected, atol=1e-5, rtol=1e-5)
+    residual = torch.randn(2, 32, 6, 6)
+    ours = conv3x3(x, weight, residual=residual, prepared=prepared)
+    torch.testing.assert_close(ours, expected + residual, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_no_images_and_no_pixels_are_no_error():
+    weight = make(1, 16, 32, 1, 1)[1]
+    prepared = prepare_conv3x3(weight, torch.float32)
+    for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
+        assert conv3x3(torch.zeros(shape), weight, prepared=prepared).shape == (shape[0], 32, *shape[2:])
+
+
+@needs_native
+def test_infinities_and_nan_stay_what_they_are_nearby():
+    x, weight, bias = make(1, 16, 16, 12, 12)
+    x[0, 3, 0, 0] = float("nan")
+    out = conv3x3(x, weight, bias, prepared=prepare_conv3x3(weight, torch.float32))
+    assert out[0, :, 0, 0].isnan().all()
+    assert out[0, :, 4:, 4:].isfinite().all()
+
+
+def test_gradients_are_pytorchs():
+    x, weight, bias = make(1, 16, 16, 4, 4)
+    prepared = prepare_conv3x3(weight, torch.float32) if native.module is not None else None
+    x.requires_grad_()
+    conv3x3(x, weight, bias, upsample=True, prepared=prepared).square().sum().backward()
+    ours, x.grad = x.grad, None
+    conv3x3_reference(x, weight, bias, upsample=True).square().sum().backward()
+    assert torch.equal(ours, x.grad)
+
+
+@needs_native
+def test_compiles_without_a_break_and_is_a_proper_operator():
+    x, weight, bias = make(2, 16, 32, 5, 4)
+    prepared = prepare_conv3x3(weight, torch.float32)
+    compiled = torch.compile(conv3x3, fullgraph=True)
+    with torch.no_grad():
+        ours = compiled(x, weight, bias, upsample=True, prepared=prepared)
+        assert torch.equal(ours, conv3x3(x, weight, bias, upsample=True, prepared=prepared))
+    torch.library.opcheck(torch.ops.ddim_fast.conv3x3, (x, prepared, bias, None, False))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"x": torch.zeros(1, 32, 4, 4)}, r"x must have shape \(N, 16, H, W\)"),
+        ({"x": torch.zeros(1, 16, 4, 4, dtype=torch.float64)}, "x is torch.float64 on cpu, but the weights were prepared in"),
+        ({"bias": torch.zeros(16)}, r"bias must have shape \(32,\)"),
+        ({"residual": torch.zeros(1, 32, 8, 8)}, r"residual must have shape \(1, 32, 4, 4\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    x, weight, bias = make(1, 16, 32, 4, 4)
+    arguments = {"x": x, "weight": weight, "bias": bias, "prepared": prepare_conv3x3(weight, torch.float32)} | change
+    with pytest.raises(ValueError, match=message):
+        conv3x3(**arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "weight,dtype,message",
+    [
+        (torch.zeros(16, 24, 3, 3), torch.float32, "channels in multiples of 16, not 24 and 16"),
+        (torch.zeros(16, 16, 3, 3), torch.float16, "takes float32 and bfloat16 on the CPU, not torch.float16"),
+    ],
+)
+def test_weights_it_cannot_serve_are_left_to_pytorch(weight, dtype, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        prepare_conv3x3(weight, dtype)
+    monkeypatch.delenv("DDIM_FAST_BACKEND")
+    assert prepare_conv3x3(weight, dtype) is None
+
+
+def test_the_reference_needs_no_preparation(monkeypatch):
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    assert prepare_conv3x3(torch.zeros(16, 16, 3, 3), torch.float32) is None
+
+
+@needs_native
+@pytest.mark.parametrize("cpu", ["baseline", "avx2"])
+def test_lesser_processors_compute_the_same(cpu):
+    """In a process of its own: the instruction set is chosen once."""
+    script = (
+        "import torch; from ddim_fast.ops import native; from ddim_fast.ops.conv3x3 import *; torch.manual_seed(0);"
+        "x, w, b = torch.randn(2, 32, 7, 6), torch.randn(80, 32, 3, 3), torch.randn(80);"
+        "p = prepare_conv3x3(w, torch.float32);"
+        "assert not native.module.conv3x3_has_bf16();"
+        "print(all(torch.allclose(conv3x3(x, w, b, upsample=u, prepared=p), conv3x3(x, w, b, upsample=u), atol=1e-3)"
+        " for u in (False, True)))"
+    )
+    environment = os.environ | {"DDIM_FAST_CPU": cpu, "DDIM_FAST_BACKEND": "native"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "True", result.stderr
