@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-__all__ = ["CommandParser", "parse_integers", "parse_positive", "run_command"]
+__all__ = ["MODEL_HELP", "CommandParser", "parse_integers", "parse_positive", "run_command"]
+
+MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .cli import CommandParser, parse_integers, parse_positive, run_command
+from .cli import MODEL_HELP, CommandParser, parse_integers, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
 from .diffusion.sampler import Sampler, SamplerState
 from .diffusion.solvers import SOLVERS
@@ -34,7 +34,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _parser() -> CommandParser:
     p = CommandParser("sample", "Sample images from a diffusion model.", _EXAMPLES)
-    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help="a packaged model or a checkpoint folder")
+    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
     p.add_argument("--eta", metavar="X", type=_eta, default=0.0, help=f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT}")
     p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)

@@ -1,12 +1,19 @@
-"""A checkpoint is a folder: config.json (:class:`UNetConfig`) and model.safetensors (one tensor a parameter)."""
+"""A checkpoint is a folder: config.json (:class:`UNetConfig`) and model.safetensors (one tensor a parameter).
+
+Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_write
 from .config import UNetConfig
@@ -14,10 +21,82 @@ from .config import UNetConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_MODEL", "load_checkpoint", "load_config", "packaged_models", "resolve_model", "save_checkpoint"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "HUB_FILES",
+    "Checkpoint",
+    "is_state_dict",
+    "load_checkpoint",
+    "load_config",
+    "naming",
+    "packaged_models",
+    "read_json",
+    "read_pickle",
+    "read_safetensors",
+    "resolve_model",
+    "save_checkpoint",
+    "write_json",
+    "write_safetensors",
+]
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
+
+# What a Hub repository is asked for: a checkpoint of ours, or one of diffusers. Not its pickles: most hold the weights twice.
+HUB_FILES = tuple(
+    folder + name
+    for folder in ("", "unet/", "scheduler/")
+    for name in (
+        "model_index.json",
+        "config.json",
+        "scheduler_config.json",
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model-*-of-*.safetensors",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, before it is put into a network.
+
+    Attributes:
+        path: the file that the tensors are from, for messages.
+        config: the network.
+        tensors: by the names they have in the file.
+        stored_name: the file's name of a tensor, given the name :class:`ddim_fast.UNet` has for it.
+    """
+
+    path: Path
+    config: UNetConfig
+    tensors: dict[str, Tensor]
+    stored_name: Callable[[str], str] = str
+
+    def state_dict(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The tensors by the network's names, as contiguous float32.
+
+        Args:
+            shapes: those of the network's tensors, by its names.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or of another shape; the message names the file and the tensor.
+        """
+        import torch
+
+        stored = {name: self.stored_name(name) for name in shapes}
+        for name in sorted(set(stored.values()) ^ self.tensors.keys()):
+            raise ValueError(f"{self.path}: {'unexpected' if name in self.tensors else 'missing'} tensor {name!r}")
+        for name, shape in shapes.items():
+            tensor = self.tensors[stored[name]]
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError(f"{self.path}: tensor {stored[name]!r} is not a dense array of floating-point numbers")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{self.path}: tensor {stored[name]!r} has shape {tuple(tensor.shape)}, the network needs {shape}"
+                )
+        return {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
 
 
 def packaged_models() -> tuple[str, ...]:
@@ -26,7 +105,7 @@ def packaged_models() -> tuple[str, ...]:
 
 
 def resolve_model(name: str | os.PathLike[str]) -> str:
-    """The folder of a packaged model or a local checkpoint; a Hub id (``owner/name``) is returned as it is.
+    """The folder of a packaged model, or a local folder or file; a Hub id (``owner/name``) is returned as it is.
 
     Raises:
         FileNotFoundError: ``name`` is none of them.
@@ -34,12 +113,13 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if text in packaged_models():
         return str(PACKAGED / text)
-    if text and Path(text).is_dir():
+    if text and Path(text).exists():
         return text
     if re.fullmatch(r"[\w-]+/[\w.-]+", text) and not Path(text).parent.is_dir():
         return text
     raise FileNotFoundError(
-        f"unknown model {text!r}: neither a folder nor a packaged model ({', '.join(packaged_models()) or 'there are none'})"
+        f"unknown model {text!r}: neither a folder or file nor a packaged model "
+        f"({', '.join(packaged_models()) or 'there are none'})"
     )
 
 
@@ -51,42 +131,128 @@ def load_config(folder: Path) -> UNetConfig:
         ValueError: it is not JSON, or not a :class:`UNetConfig`; the message names the file and the key.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
+    values = read_json(path)
+    with naming(path):
         return UNetConfig.from_dict(values)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
-def load_checkpoint(folder: Path) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """The configuration and the tensors in ``folder``, on the CPU.
+def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
+    """The configuration and the tensors of a checkpoint, on the CPU.
+
+    Args:
+        path: a folder of ours, one of diffusers (:func:`ddim_fast.interop.diffusers_weights.load_diffusers`), or a file of the
+            DDIM authors' code (:func:`ddim_fast.interop.ermongroup.load_ermongroup`).
+        config: the network in a file of the last kind, which does not describe it.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or holds another kind of network; the message names the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    # Imported here, not above: other programs' formats lie a room higher, and need nothing of this package but UNetConfig.
+    from ..interop.diffusers_weights import is_diffusers, load_diffusers
+    from ..interop.ermongroup import load_ermongroup
 
-    config = load_config(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no model.safetensors")
-    try:
-        return config, load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if path.is_file():
+        return load_ermongroup(path, config)
+    if config is not None:
+        raise ValueError(f"{path} is a folder, which describes its network itself: give no config")
+    if is_diffusers(path):
+        return load_diffusers(path)
+    weights = path / "model.safetensors"
+    return Checkpoint(weights, load_config(path), read_safetensors(weights))
 
 
 def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
     """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", state)
+    write_json(folder / "config.json", config.to_dict())
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a ValueError is about the content of ``path``, and says so."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    _require_file(path)
+    with naming(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write ``values``, whole or not at all."""
+    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _require_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Write the tensors, whole or not at all."""
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    atomic_write(folder / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    atomic_write(path, save(tensors, metadata={"format": "pt"}))
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors, numbers, text, and containers of these. A pickle can hold code as well;
+    then it is refused, and none of the code is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds more than data.
+    """
+    import torch
+
+    _require_file(path)
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that are then refused
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it holds {code[1]}, which is not data and was not executed" if code else "not a whole file of tensors"
+            raise ValueError(f"{path}: {why}") from None
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether ``value`` holds the tensors of a network, by name."""
+    from torch import Tensor
+
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")

@@ -139,7 +139,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     def for_inference(self, dtype: torch.dtype) -> UNet:
         """A copy that computes images in ``dtype``, its weights converted and laid out once for the fastest operators, where
-        autocast converts them at each call. What is small and wants digits stays float32: embeddings, and the norms' parameters.
+        autocast converts them at each call. What is small and wants digits stays float32: embeddings and the norms' parameters.
 
         Args:
             dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.

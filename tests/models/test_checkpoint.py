@@ -148,7 +148,7 @@ def test_an_unknown_model_names_those_there_are(name, tmp_path, monkeypatch):
     packaged = ", ".join(packaged_models()) or "there are none"
     with pytest.raises(FileNotFoundError) as caught:
         UNet.from_pretrained(name)
-    assert str(caught.value) == f"unknown model {name!r}: neither a folder nor a packaged model ({packaged})"
+    assert str(caught.value) == f"unknown model {name!r}: neither a folder or file nor a packaged model ({packaged})"
 
 
 def test_a_missing_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):

@@ -1,0 +1,154 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from ddim_fast import UNet, UNetConfig, export, sample
+from ddim_fast.cli import run_command
+
+
+@pytest.fixture
+def checkpoint(small_unet, tmp_path):
+    """A class-conditional network's folder."""
+    small_unet.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def unconditional(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(sample_size=16, base_channels=16, channel_multipliers=(1, 2), norm_num_groups=8))
+    torch.nn.init.normal_(model.conv_out.weight, std=0.05)
+    model.save_pretrained(tmp_path / "unconditional")
+    return tmp_path / "unconditional"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; returns its exit code, stdout and stderr."""
+
+    def run(*arguments, command=export):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "here")
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run_command(command.main)
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+def load(folder):
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_pipeline_of_diffusers_is_written(run, unconditional, tmp_path):
+    out = tmp_path / "deep" / "out"
+    code, said, err = run("--to", "diffusers", "--model", unconditional, "--out", out)
+    assert (code, err) == (0, "")
+    assert said == f"wrote {out}; load it with diffusers.DDIMPipeline.from_pretrained({str(out)!r})\n"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    images = load(out)(2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all() and images.std() > 0.01
+
+
+def test_what_is_written_samples_like_what_was_read(run, checkpoint, tmp_path):
+    run("--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "theirs")
+    for model in ("checkpoint", "theirs"):
+        options = ("--steps", 2, "--seeds", "0,5", "--class", "3", "--out", tmp_path / f"{model}-images")
+        code, _, err = run("--model", tmp_path / model, *options, "--quiet", command=sample)
+        assert (code, err) == (0, "")
+    for name in ("000000.png", "000005.png"):
+        images = [(tmp_path / f"{model}-images" / name).read_bytes() for model in ("checkpoint", "theirs")]
+        assert images[0] == images[1]
+
+
+def test_of_a_conditional_network_its_labels_are_told(run, checkpoint, tmp_path):
+    code, said, _ = run("--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "out")
+    assert code == 0 and "class_labels 0..9, and 10 for no label" in said and "export with --class" in said
+    assert load(tmp_path / "out").unet.config.num_class_embeds == 11
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("label,row", [("3", 3), ("none", 10)])
+def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_unet, tmp_path):
+    code, said, _ = run("--to", "diffusers", "--model", checkpoint, "--class", label, "--out", tmp_path / "out")
+    assert code == 0 and "--class" not in said
+    pipeline = load(tmp_path / "out")
+    assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 700])
+    expected = small_unet(x, t, torch.tensor([row, row]))
+    torch.testing.assert_close(pipeline.unet(x, t).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "--to"),
+        (["--to", "onnx"], "--to"),
+        (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
+        (["--class", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["--class", "-1"], "--class"),
+        (["--model", "nonesuch"], "unknown model 'nonesuch'"),
+        (["--out", "."], "--out: . exists and is not an empty folder"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, message, run, checkpoint, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "kept").write_text("")
+    to = ["--to", "diffusers"] if arguments else []
+    code, out, err = run(*to, "--model", checkpoint, "--out", "out", *arguments)
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and out == ""
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["kept"]
+
+
+def test_an_unconditional_network_has_no_classes(run, unconditional, tmp_path):
+    code, _, err = run("--to", "diffusers", "--model", unconditional, "--class", "3", "--out", tmp_path / "out")
+    assert code == 2 and "the network is unconditional: it has no classes" in err
+    assert not (tmp_path / "out").exists()
+
+
+def _with_code(path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(path.parent / "executed"), "w")
+
+    torch.save({"conv_in.weight": Payload()}, path)
+
+
+@pytest.mark.parametrize(
+    "write,message",
+    [
+        (lambda path: path.write_bytes(b"garbage"), "model.ckpt: not a whole file of tensors"),
+        (lambda path: torch.save({"conv_in.bias": torch.zeros(3)}, path), "model.ckpt: missing tensor 'conv_in.weight'"),
+        (_with_code, "which is not data and was not executed"),
+    ],
+    ids=["garbage", "no network", "code"],
+)
+@pytest.mark.parametrize("command", [export, sample], ids=["export", "sample"])
+def test_a_bad_file_is_one_line_and_exit_code_1(command, write, message, run, tmp_path):
+    write(tmp_path / "model.ckpt")
+    to = ["--to", "diffusers"] if command is export else []
+    code, out, err = run(*to, "--model", tmp_path / "model.ckpt", "--out", tmp_path / "out", command=command)
+    assert code == 1
+    assert message in err and err.count("\n") == 1 and out == ""
+    assert not (tmp_path / "out").exists() and not (tmp_path / "executed").exists()
+
+
+def test_a_schedule_that_diffusers_lacks_is_one_line_and_exit_code_1(run, small_config, tmp_path):
+    config = UNetConfig.from_dict({**small_config.to_dict(), "beta_schedule": "sigmoid"})
+    UNet(config).save_pretrained(tmp_path / "sigmoid")
+    code, out, err = run("--to", "diffusers", "--model", tmp_path / "sigmoid", "--out", tmp_path / "out")
+    assert code == 1 and "beta_schedule 'sigmoid'" in err and err.count("\n") == 1 and out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_examples_and_defaults(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "examples:" in out and "--to diffusers" in out and "(default: fashion-mnist)" in out
