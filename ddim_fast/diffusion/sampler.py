@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import make_denoiser, select_engine
+from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
-from .guidance import check_guidance, guided
-from .inversion import invert
+from .guidance import check_guidance
+from .inversion import inversion
 from .schedule import NoiseSchedule
 from .solvers import Solver, make_solver
 from .timesteps import select_timesteps
@@ -46,15 +47,16 @@ class Sampler:
     """Turns noise into images and back.
 
     Args:
-        model: the network: a :class:`ddim_fast.UNet`, or any module with a ``config`` like its. It is put in eval mode.
+        model: the network: a :class:`ddim_fast.UNet`, or any module with a ``config`` like its. It is put in eval mode. A U-Net
+            is copied now, laid out for inference on its device: later changes do not reach this sampler.
         steps: number of steps S; None with an explicit list of timesteps.
         eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
         spacing: how the timesteps are chosen, or the timesteps themselves: see :func:`ddim_fast.select_timesteps`.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
-        engine: ``eager``, ``compiled`` or ``auto``.
+        engine: ``eager``; ``compiled``, by torch.compile, one compilation a batch size; ``captured``, the whole loop in one
+            CUDA graph, for GPUs; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype: what the network computes in: torch.float32, torch.bfloat16 or torch.float16. The sample itself stays float32.
-            For a narrow one a :class:`ddim_fast.UNet` is copied now: later changes of its weights do not reach this sampler.
 
     Attributes:
         timesteps: (S,) int64 array, noisiest first.
@@ -83,17 +85,18 @@ class Sampler:
         explicit = not isinstance(spacing, str)
         self.timesteps = select_timesteps(self.schedule, None if explicit else steps, spacing)
         self.eta = eta
-        self.engine = select_engine(engine)
+        self._network = Network(self.model, dtype)
+        self.engine = select_engine(engine, self.device)
         self.dtype = dtype
         # After the last step nothing is left of the noise.
         self._levels = np.append(self.schedule.alphas_cumprod[self.timesteps], 1.0)
         self.solver = make_solver(solver, self._levels, eta, model.config.prediction_type, clip_sample_range)
-        self._denoise = make_denoiser(model, self.engine, dtype)
+        self._engine = make_engine(self.engine, OneStep(self._network, self.solver))
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.model.parameters()).device
+        """Where the network computes."""
+        return self._network.device
 
     def sample(
         self,
@@ -125,17 +128,13 @@ class Sampler:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        run = _Run.check(self, seeds, x_T, labels, guidance)
+        request = _Request.check(self, seeds, x_T, labels, guidance)
         images = []
-        for start in range(0, len(run), batch_size):
-            batch = run[start : start + batch_size]
-            full = min(batch_size, len(run))
-            # A compiled network is specialised to its batch size: the last, smaller batch is filled up, not compiled anew.
-            padded = batch.padded(full) if self.engine == "compiled" else batch
-            for state in self._trajectory(padded):
-                if on_step is not None:
-                    on_step(state)
-            images.append(state.x[: len(batch)])
+        for start in range(0, len(request), batch_size):
+            batch = request[start : start + batch_size]
+            full = min(batch_size, len(request))
+            padded = batch.padded(full) if self._engine.one_size else batch
+            images.append(self._sample(padded, on_step)[: len(batch)])
         return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
 
     def trajectory(
@@ -147,7 +146,7 @@ class Sampler:
         guidance: float | None = None,
     ) -> Iterator[SamplerState]:
         """The states of one batch, one after each step; arguments as in :meth:`sample`."""
-        return self._trajectory(_Run.check(self, seeds, x_T, labels, guidance))
+        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance))
 
     @torch.no_grad()
     def encode(
@@ -167,25 +166,50 @@ class Sampler:
         """
         if self.solver.stochastic:
             raise ValueError("encode needs a deterministic sampler; use eta=0")
-        run = _Run.check(self, None, images, labels, guidance)
-        denoise = guided(self._denoise, run.guidance, self.config.num_classes)
-        return invert(denoise, run.x_T, run.labels, self.timesteps, self._levels, self.config.prediction_type)
+        request = _Request.check(self, None, images, labels, guidance)
+        timesteps, engine = self._inversion
+        return engine.last(self._run(request, timesteps, engine.one_step.update.table))
+
+    @functools.cached_property
+    def _inversion(self) -> tuple[np.ndarray, Engine]:
+        timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
+        return timesteps, make_engine(self.engine, OneStep(self._network, update))
 
     @torch.no_grad()
-    def _trajectory(self, run: _Run) -> Iterator[SamplerState]:
-        denoise = guided(self._denoise, run.guidance, self.config.num_classes)
-        timesteps = torch.from_numpy(self.timesteps).to(self.device)
-        x = run.x_T if run.x_T is not None else seeded_noise(run.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
-        memory = None
-        for i, timestep in enumerate(self.timesteps.tolist()):
-            output = denoise(x, timesteps[i], run.labels)
-            before = x
-            x, memory = self.solver.step(i, x, output, run.seeds, memory)
-            yield SamplerState(i, timestep, x, (self.solver, before, output))
+    def _sample(self, request: _Request, on_step: Callable[[SamplerState], None] | None) -> Tensor:
+        if on_step is None:
+            return self._engine.last(self._run(request, self.timesteps, self.solver.table))
+        for state in self._trajectory(request):
+            on_step(state)
+        return state.x
+
+    @torch.no_grad()
+    def _trajectory(self, request: _Request) -> Iterator[SamplerState]:
+        run = self._run(request, self.timesteps, self.solver.table)
+        before = run.x
+        for i, (state, output) in enumerate(self._engine.trajectory(run)):
+            yield SamplerState(i, int(self.timesteps[i]), state[0], (self.solver, before, output))
+            before = state[0]
+
+    def _run(self, request: _Request, timesteps: np.ndarray, table: np.ndarray) -> Run:
+        """All that can be done before the first step."""
+        device, guidance = self.device, request.guidance
+        x = request.x_T
+        if x is None:
+            x = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, device)
+        on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
+        return Run(
+            x=x,
+            conditions=self._network.conditions(on_device, request.labels, guided=guidance is not None),
+            table=torch.from_numpy(table).to(device),
+            steps=torch.arange(len(timesteps), device=device),
+            seeds=request.seeds if self.solver.stochastic else None,
+            guidance=None if guidance is None else torch.tensor(guidance, device=device),
+        )
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Request:
     """What is sampled: checked, and on the device."""
 
     seeds: Tensor | None
@@ -201,7 +225,7 @@ class _Run:
         x_T: Tensor | None,
         labels: int | Sequence[int] | Tensor | None,
         guidance: float | None,
-    ) -> _Run:
+    ) -> _Request:
         config, device = sampler.config, sampler.device
         if seeds is None and x_T is None:
             raise ValueError("sampling starts from seeds or from x_T; give one of them")
@@ -223,16 +247,16 @@ class _Run:
     def __len__(self) -> int:
         return len(self.x_T if self.seeds is None else self.seeds)
 
-    def __getitem__(self, part: slice) -> _Run:
+    def __getitem__(self, part: slice) -> _Request:
         return self._map(lambda t: t[part])
 
-    def padded(self, size: int) -> _Run:
+    def padded(self, size: int) -> _Request:
         """The same, its last image repeated up to ``size`` images."""
         missing = size - len(self)
         return self._map(lambda t: torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])) if missing else self
 
-    def _map(self, f) -> _Run:
-        return _Run(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
+    def _map(self, f) -> _Request:
+        return _Request(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
 
 
 def _check_labels(

@@ -1,12 +1,13 @@
-"""Solvers: how a sampler gets from one timestep to the next. Each supplies one method, :meth:`Solver.step`.
+"""Solvers: how a sampler gets from one timestep to the next.
 
-All coefficients are computed in float64 when the solver is made, so a step is a few multiply-adds over the images.
+All coefficients are computed in float64 when the solver is made, and laid down in one float32 table, a row a step. So each step
+is the same few multiply-adds over the images, and the number of the step may be a tensor that no host reads.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from ..ops.ddim_step import ddim_step
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
-__all__ = ["SOLVERS", "Solver", "make_solver"]
+__all__ = ["SOLVERS", "DDIMUpdate", "Solver", "make_solver"]
 
-Memory = Any
+State = tuple[Tensor, ...]
 
 
 class Solver(Protocol):
@@ -25,21 +26,28 @@ class Solver(Protocol):
 
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.
+        table: (S, ...) float32, the coefficients of each step.
     """
 
     stochastic: bool
+    table: np.ndarray
 
-    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        """Step number ``i``, counted from 0.
+    def start(self, x: Tensor) -> State:
+        """The state before the first step: ``x``, (N, C, H, W) float32, and whatever the solver remembers."""
+        ...
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        """One step.
 
         Args:
-            x: (N, C, H, W) float32, x at timestep i of the run.
+            state: its first tensor is x at timestep ``index`` of the run.
             output: the network's output there, like x.
+            table: :attr:`table` on the device of x.
+            index: () int64 beside it, the number of the step.
             seeds: (N,) int64, one an image, where ``stochastic``; not read otherwise.
-            memory: what the step before returned; None at the first.
 
         Returns:
-            x at the next timestep, and the memory to pass on.
+            The state at the next timestep.
         """
         ...
 
@@ -74,30 +82,33 @@ def make_solver(
     return SOLVERS[name](alphas_cumprod, eta, prediction_type, clip_sample_range)
 
 
-class _OneStep:
+class DDIMUpdate:
     """A solver without memory: each step is the DDIM operator with coefficients of its own."""
 
-    def __init__(self, coefficients: list[StepCoefficients], clip: float | None) -> None:
-        self.coefficients = coefficients
+    def __init__(self, coefficients: list[StepCoefficients], clip: float | None = None) -> None:
+        self._coefficients = coefficients
+        self.table = np.array(coefficients, dtype=np.float32)
         self.clip = clip
         self.stochastic = any(c.sigma for c in coefficients)
 
-    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        coefficients = self.coefficients[i]
-        return ddim_step(x, output, coefficients, self.clip, seeds=seeds if coefficients.sigma else None, step=i), None
+    def start(self, x: Tensor) -> State:
+        return (x,)
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        return (ddim_step(state[0], output, table, self.clip, seeds=seeds if self.stochastic else None, step=index),)
 
     def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
-        return _predict_x0(self.coefficients[i], x, output, self.clip)
+        return _predict_x0(*self._coefficients[i][:2], x, output, self.clip)
 
 
-class DDIM(_OneStep):
+class DDIM(DDIMUpdate):
     """Song et al. 2021, eq. 12; eta as in eq. 16."""
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__([step_coefficients(a, b, eta, prediction_type) for a, b in _pairs(alphas_cumprod)], clip)
 
 
-class DDPM(_OneStep):
+class DDPM(DDIMUpdate):
     """Ancestral sampling (Ho et al. 2020, algorithm 2), with the smaller variance, on any timesteps."""
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
@@ -110,7 +121,8 @@ class _MultiStep:
     stochastic = False
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
-        self._reading = [step_coefficients(a, b, 0.0, prediction_type) for a, b in _pairs(alphas_cumprod)]
+        # The first two numbers of each row say what the network's output means.
+        self._reading = [step_coefficients(a, b, 0.0, prediction_type)[:2] for a, b in _pairs(alphas_cumprod)]
         self.clip = clip
         self.steps = len(alphas_cumprod) - 1
         self._alpha, self._sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
@@ -118,7 +130,7 @@ class _MultiStep:
             self._lambda = np.log(self._alpha) - np.log(self._sigma)
 
     def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
-        return _predict_x0(self._reading[i], x, output, self.clip)
+        return _predict_x0(*self._reading[i], x, output, self.clip)
 
     def _first_order(self, i: int) -> tuple[float, float]:
         """(a, b) such that a x + b x_0 is the first-order step from i to i + 1: DDIM's. b is alpha (1 - e^-h)."""
@@ -136,17 +148,21 @@ class DPMSolverPlusPlus2M(_MultiStep):
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
-        self._table = []
+        rows = []
         for i in range(self.steps):
             a, b = self._first_order(i)
             second = 0.0 if i in (0, self.steps - 1) else 0.5 * b / self._ratio(i)
-            self._table.append((a, b + second, -second))
+            rows.append((*self._reading[i], a, b + second, -second))
+        self.table = np.array(rows, dtype=np.float32)
 
-    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        x0 = self.predict_x0(i, x, output)
-        from_x, from_x0, from_previous = self._table[i]
-        result = from_x * x + from_x0 * x0
-        return result if memory is None or not from_previous else result + from_previous * memory, x0
+    def start(self, x: Tensor) -> State:
+        return x, torch.zeros_like(x)
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        x, previous = state
+        *reading, from_x, from_x0, from_previous = _row(table, index)
+        x0 = _predict_x0(*reading, x, output, self.clip)
+        return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
 
 class UniPC(_MultiStep):
@@ -155,15 +171,17 @@ class UniPC(_MultiStep):
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
-        self._predictor, self._corrector = [], []
+        rows = []
+        corrector = (1.0, 0.0, 0.0, 0.0)  # there is no step before the first: x is as it was
         for i in range(self.steps):
             a, b = self._first_order(i)
             second_order = 0 < i < self.steps - 1
             ratio = self._ratio(i) if second_order else 1.0
             second = 0.5 * b / ratio if second_order else 0.0
-            self._predictor.append((a, b + second, -second))
+            rows.append((*self._reading[i], *corrector, a, b + second, -second))
             now, older = self._corrector_weights(i, ratio) if second_order else (0.5, 0.0)
-            self._corrector.append((a, b * (1 - now + older), -b * older, b * now))
+            corrector = (a, b * (1 - now + older), -b * older, b * now)
+        self.table = np.array(rows, dtype=np.float32)
 
     def _corrector_weights(self, i: int, ratio: float) -> tuple[float, float]:
         """The weights of (x_0 at i + 1) - (x_0 at i) and of (x_0 at i) - (x_0 at i - 1) in the corrector of step i: the two
@@ -176,20 +194,17 @@ class UniPC(_MultiStep):
         rho = (b_1 - b_2) / (1 + ratio)
         return float(b_1 - rho), float(rho / ratio)
 
-    def step(self, i: int, x: Tensor, output: Tensor, seeds: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        x0 = self.predict_x0(i, x, output)
-        previous = None
-        if memory is not None:
-            x_before, previous, older = memory
-            from_x, from_previous, from_older, from_x0 = self._corrector[i - 1]
-            x = from_x * x_before + from_previous * previous + from_x0 * x0
-            if from_older:
-                x = x + from_older * older
-        from_x, from_x0, from_previous = self._predictor[i]
-        result = from_x * x + from_x0 * x0
-        if from_previous:
-            result = result + from_previous * previous
-        return result, (x, x0, previous)
+    def start(self, x: Tensor) -> State:
+        return x, x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        x, x_before, previous, older = state
+        row = _row(table, index)
+        x0 = _predict_x0(*row[:2], x, output, self.clip)
+        from_before, from_previous, from_older, from_x0 = row[2:6]
+        x = from_before * x_before + from_previous * previous + from_older * older + from_x0 * x0
+        from_x, from_x0, from_previous = row[6:]
+        return from_x * x + from_x0 * x0 + from_previous * previous, x, x0, previous
 
 
 SOLVERS: dict[str, type] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC}
@@ -199,6 +214,12 @@ def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:
     return list(pairwise(float(a) for a in alphas_cumprod))
 
 
-def _predict_x0(c: StepCoefficients, x: Tensor, output: Tensor, clip: float | None) -> Tensor:
-    x0 = torch.add(c.x0_from_sample * x, output, alpha=c.x0_from_output)
-    return x0 if clip is None else x0.clamp_(-clip, clip)
+def _row(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    return table.index_select(0, index.reshape(1))[0].unbind()
+
+
+def _predict_x0(
+    from_sample: float | Tensor, from_output: float | Tensor, x: Tensor, output: Tensor, clip: float | None
+) -> Tensor:
+    x0 = from_sample * x + from_output * output
+    return x0 if clip is None else x0.clamp(-clip, clip)

@@ -1,56 +1,35 @@
-"""How a sampling run is executed."""
+"""How a sampling run is executed: eager, compiled, or captured whole in a CUDA graph. One interface, :class:`Engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
 
-__all__ = ["ENGINES", "Denoiser", "make_denoiser", "select_engine"]
+from .captured import Captured
+from .compiled import Compiled
+from .eager import Eager
+from .network import Network
+from .run import OneStep, Run, State, Update
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+__all__ = ["ENGINES", "Engine", "Network", "OneStep", "Run", "State", "Update", "make_engine", "select_engine"]
 
-ENGINES = ("auto", "eager", "compiled")
+Engine = Eager
+
+ENGINES = ("auto", "eager", "compiled", "captured")
 
 
-def select_engine(name: str) -> str:
-    """The engine that ``name`` means; ``auto`` is eager, which needs no warm-up.
+def select_engine(name: str, device: torch.device) -> str:
+    """The engine that ``name`` means on ``device``; ``auto`` is eager, which needs no warm-up.
 
     Raises:
-        ValueError: there is no such engine.
+        ValueError: there is no such engine, or not there.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; there are {', '.join(ENGINES)}")
+    if name == "captured" and device.type != "cuda":
+        raise ValueError(f"the captured engine is a CUDA graph, but the network is on {device}; choose eager or compiled")
     return "eager" if name == "auto" else name
 
 
-def make_denoiser(model: nn.Module, engine: str, dtype: torch.dtype) -> Denoiser:
-    """``model`` as a function (x, timesteps, labels) -> float32 prediction, executed by ``engine``.
-
-    Args:
-        model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None.
-        engine: ``eager`` or ``compiled``: torch.compile without graph breaks, one compilation a batch size.
-        dtype: what the network computes in; the model itself stays as it is. One that can convert itself, by a method
-            ``for_inference(dtype)``, is converted now, once; others compute under autocast.
-    """
-    converts = dtype != torch.float32 and hasattr(model, "for_inference")
-    network = model.for_inference(dtype) if converts else model
-    autocast = dtype != torch.float32 and not converts
-
-    def denoise(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
-        # images of one channel count as channels_last already, but do not tell the first convolution so.
-        x = torch.empty_like(x, dtype=dtype if converts else None, memory_format=torch.channels_last).copy_(x)
-        with torch.autocast(x.device.type, dtype, enabled=autocast):
-            # Back in the layout of the sample: only tensors of one layout go through the DDIM step in a single pass.
-            return network(x, timesteps, labels).float().contiguous()
-
-    def denoise_at_least_two(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is
-        # slower by more than the second image costs: a batch of one is evaluated as two, so that every batch has the same bits.
-        if x.device.type == "cpu" and len(x) == 1:
-            return denoise(x.expand(2, -1, -1, -1), timesteps, None if labels is None else labels.expand(2))[:1]
-        return denoise(x, timesteps, labels)
-
-    return torch.compile(denoise, fullgraph=True, dynamic=False) if engine == "compiled" else denoise_at_least_two
+def make_engine(name: str, one_step: OneStep) -> Engine:
+    """The engine called ``name``, one of :data:`ENGINES` but auto, for runs of ``one_step``."""
+    return {"eager": Eager, "compiled": Compiled, "captured": Captured}[name](one_step)

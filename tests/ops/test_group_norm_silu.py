@@ -108,7 +108,7 @@ def gradients(function, arguments, options, grad):
 
 def test_pre_shift_is_read_where_it_lies(backend):
     """Rows of a larger table, one row for all images, and columns."""
-    arguments, options = make_call(3, 24, extras=("pre_shift",), device=backend.device)
+    arguments, _ = make_call(3, 24, device=backend.device)
     table = torch.randn(3, 100, device=backend.device)
     rows = torch.randn(24, 3, device=backend.device)
     for pre_shift in (table[:, 7:31], table[:1, :24].expand(3, -1), rows.t(), table[:, ::4][:, :24]):

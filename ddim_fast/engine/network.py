@@ -1,0 +1,90 @@
+"""A network made ready for sampling."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Conditions", "Network"]
+
+Conditions = tuple[Tensor, ...]
+
+
+class Network:
+    """``model`` as a function (x, what is known beforehand, step number) -> prediction.
+
+    Args:
+        model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None. One that can convert itself, by a
+            method ``for_inference(dtype)``, is converted now, once; others compute under autocast. Of one with the methods
+            ``condition`` and ``denoise``, see :class:`ddim_fast.UNet`, the first is called once for all steps.
+        dtype: what the network computes in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._converts = hasattr(model, "for_inference")
+        self._model = model.for_inference(dtype) if self._converts else model
+        self._dtype = dtype
+        self._autocast = dtype != torch.float32 and not self._converts
+        self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise")
+        self.num_classes: int | None = model.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._model.parameters()).device
+
+    def conditions(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> Conditions:
+        """All that the network can compute before it sees an image: for a U-Net, its embeddings of the timesteps and classes
+        and every residual block's projection of them.
+
+        Args:
+            timesteps: (S,) int64, in the order of the steps.
+            labels: (N,) or None.
+            guided: whether each image is evaluated without its label as well: the unlabelled ones come first.
+        """
+        if guided:
+            labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
+        if not self._conditions_itself:
+            return (timesteps,) if labels is None else (timesteps, labels)
+        if labels is None:
+            return (self._model.condition(timesteps)[:, None],)
+        # One row a class where that is fewer than one an image. It depends on their numbers alone, so that the shapes do.
+        by_class = self.num_classes + 1 <= len(labels)
+        rows = torch.arange(self.num_classes + 1, device=labels.device) if by_class else labels
+        table = self._model.condition(timesteps.repeat_interleave(len(rows)), rows.repeat(len(timesteps)))
+        table = table.unflatten(0, (len(timesteps), len(rows)))
+        return (table, labels) if by_class else (table,)
+
+    def __call__(self, x: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
+        """The prediction at step ``index``.
+
+        Args:
+            x: (N, C, H, W) float32.
+            conditions: what :meth:`conditions` returned.
+            index: () int64 beside x; not read by the host.
+
+        Returns:
+            (N, C, H, W) float32, contiguous.
+        """
+        # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is
+        # slower by more than the second image costs: a batch of one is evaluated as two, so that every batch has the same bits.
+        if x.device.type == "cpu" and len(x) == 1 and not torch.compiler.is_compiling():
+            return self._evaluate(x.expand(2, -1, -1, -1), conditions, index)[:1]
+        return self._evaluate(x, conditions, index)
+
+    def _evaluate(self, x: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
+        # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
+        # images of one channel count as channels_last already, but do not tell the first convolution so.
+        dtype = self._dtype if self._converts else None
+        x = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last).copy_(x)
+        rows = conditions[0].index_select(0, index.reshape(1))[0]
+        labels = conditions[1] if len(conditions) > 1 else None
+        with torch.autocast(x.device.type, self._dtype) if self._autocast else contextlib.nullcontext():
+            if self._conditions_itself:
+                output = self._model.denoise(x, rows if labels is None else rows.index_select(0, labels))
+            else:
+                output = self._model(x, rows, None if labels is None else labels.expand(len(x)))
+        # Back in the layout of the sample: only tensors of one layout go through a solver's step in a single pass.
+        return output.float().contiguous()

@@ -1,0 +1,162 @@
+"""Every engine gives the images of the eager one, for whatever is asked of it next."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ddim_fast import Sampler, UNet, UNetConfig
+from ddim_fast.engine import Network, OneStep, Run, make_engine
+
+SHAPE = (3, 8, 8)
+SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm-solver++", 0.0), ("unipc", 0.0)]
+ENGINES = ["compiled", pytest.param("captured", marks=pytest.mark.gpu)]
+
+
+def on_device_of(engine, network):
+    if engine == "captured" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return network.to("cuda") if engine == "captured" else network
+
+
+@pytest.mark.parametrize("guidance", [None, 2.5])
+@pytest.mark.parametrize("solver,eta", SOLVERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_agrees_with_eager_and_repeats_itself(engine, solver, eta, guidance, fake_network):
+    network = on_device_of(engine, fake_network(num_classes=4))
+    options = {"steps": 4, "solver": solver, "eta": eta, "spacing": "trailing"}
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    request = {"seeds": [3, 1, 2], "labels": [0, 3, 1], "guidance": guidance}
+    images = other.sample(**request)
+    torch.testing.assert_close(images, eager.sample(**request), atol=1e-4, rtol=1e-4)
+    # New seeds, classes and scales take the same compiled code, or graph; and so does the first request again.
+    new = {"seeds": [7, 8, 9], "labels": [2, 2, 0], "guidance": guidance and 4.0}
+    torch.testing.assert_close(other.sample(**new), eager.sample(**new), atol=1e-4, rtol=1e-4)
+    assert torch.equal(other.sample(**request), images)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, fake_network):
+    network = on_device_of(engine, fake_network(num_classes=4))
+    eager, other = Sampler(network, steps=3), Sampler(network, steps=3, engine=engine)
+    for request in ({"seeds": [1]}, {"seeds": [1, 2, 3]}, {"seeds": [5, 6], "labels": 1}, {"seeds": [1]}, {"seeds": [4, 5, 6]}):
+        torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+    images = other.sample(seeds=range(5), batch_size=3)
+    torch.testing.assert_close(images, eager.sample(seeds=range(5)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other.encode(images), eager.encode(images), atol=1e-4, rtol=1e-4)
+    states = list(other.trajectory(seeds=[1, 2, 3]))
+    for state, expected in zip(states, eager.trajectory(seeds=[1, 2, 3]), strict=True):
+        torch.testing.assert_close(state.x, expected.x, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(state.x0, expected.x0, atol=1e-4, rtol=1e-4)
+
+
+def test_samplers_do_not_count_as_recompilations_of_each_other(fake_network):
+    """torch.compile gives up on a function after eight."""
+    for steps in range(1, 11):
+        Sampler(fake_network(), steps=steps, engine="compiled").sample(seeds=[0])
+
+
+def test_a_recompilation_is_an_error(fake_network):
+    sampler = Sampler(fake_network(), steps=2, engine="compiled", clip_sample_range=1.0)
+    sampler.sample(seeds=[0])
+    sampler.solver.clip = 0.5
+    with pytest.raises(RuntimeError, match="recompile"):
+        sampler.sample(seeds=[0])
+
+
+def test_captured_needs_a_gpu(fake_network):
+    with pytest.raises(ValueError, match="captured engine is a CUDA graph, but the network is on cpu"):
+        Sampler(fake_network(), steps=2, engine="captured")
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("solver,eta", SOLVERS)
+def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
+    """On the meta device a number that somebody wants to read is an error. It is no CPU, so what runs is what runs on a GPU,
+    but for the kernels."""
+    sampler = Sampler(UNet(small_config), steps=3, solver=solver, eta=eta, spacing="trailing")
+    network = Network(UNet(small_config).to("meta"), torch.bfloat16)
+    one_step = OneStep(network, sampler.solver)
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    run = Run(
+        x=torch.zeros(2, 3, 16, 16, device="meta"),
+        conditions=network.conditions(torch.zeros(3, dtype=torch.int64, device="meta"), labels, guided),
+        table=torch.from_numpy(sampler.solver.table).to("meta"),
+        steps=torch.arange(3, device="meta"),
+        seeds=labels if eta or solver == "ddpm" else None,
+        guidance=torch.zeros((), device="meta") if guided else None,
+    )
+    assert make_engine("eager", one_step).last(run).shape == (2, 3, 16, 16)
+    with pytest.raises(RuntimeError):
+        run.x.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("engine", ["eager", "compiled", "captured"])
+@pytest.mark.parametrize("solver,eta", SOLVERS)
+def test_no_step_waits_for_the_gpu(solver, eta, engine, small_config):
+    sampler = Sampler(UNet(small_config).to("cuda"), steps=3, solver=solver, eta=eta, spacing="trailing", engine=engine)
+    request = sampler._run(*_checked(sampler, seeds=[0, 1], labels=[2, 3], guidance=2.0))
+    with torch.no_grad():
+        sampler._engine.last(request)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sampler._engine.last(request)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _checked(sampler, **request):
+    from ddim_fast.diffusion.sampler import _Request
+
+    checked = _Request.check(sampler, request["seeds"], None, request["labels"], request["guidance"])
+    return checked, sampler.timesteps, sampler.solver.table
+
+
+def test_conditions_are_the_networks_own(small_unet):
+    """One row a class where classes are fewer than images, one an image otherwise; and what comes out is the same."""
+    network = Network(small_unet, torch.float32)
+    timesteps = torch.tensor([900, 500, 20])
+    x = torch.randn(24, 3, 16, 16)
+    for labels in (torch.arange(24) % 10, torch.tensor([3, 1])):
+        conditions = network.conditions(timesteps, labels, guided=False)
+        assert conditions[0].shape[1] == (11 if len(labels) == 24 else 2)
+        for i, t in enumerate(timesteps):
+            with torch.no_grad():
+                ours = network(x[: len(labels)], conditions, torch.tensor(i))
+                expected = small_unet(x[: len(labels)], t, labels)
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_bfloat16_errs_no_more_than_twice_what_eager_pytorch_does(engine, small_unet, monkeypatch):
+    request = {"seeds": range(4), "labels": [1, 2, 3, 4], "guidance": 2.0}
+    exact = Sampler(small_unet, steps=4).sample(**request)
+    ours = Sampler(small_unet, steps=4, engine=engine, dtype=torch.bfloat16).sample(**request)
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    plain = Sampler(small_unet, steps=4, dtype=torch.bfloat16).sample(**request)
+    assert (ours - exact).square().mean() <= 2**2 * (plain - exact).square().mean()
+
+
+def test_a_run_is_its_tensors(fake_network):
+    run = Run(torch.ones(1), (torch.zeros(2), torch.ones(3)), torch.ones(4), torch.ones(5), None, torch.ones(()))
+    same = run.like([t if t is None else t.clone() for t in run.tensors])
+    assert same.signature == run.signature == ((1,), (2,), (3,), (4,), (5,), None, ())
+    assert (
+        all(torch.equal(a, b) for a, b in zip(same.tensors, run.tensors, strict=True) if a is not None)
+        and dataclasses.asdict(same).keys() == dataclasses.asdict(run).keys()
+    )
+
+
+def test_peak_memory_does_not_depend_on_the_steps():
+    """What is kept for each step is one row of numbers: nothing of an image's size."""
+    model = UNet(UNetConfig(sample_size=16, base_channels=16, channel_multipliers=(1,), norm_num_groups=8, layers_per_block=1))
+    kept = []
+    for steps in (2, 50):
+        sampler = Sampler(model, steps=steps)
+        run = sampler._run(
+            *_checked(sampler, seeds=range(64), labels=None, guidance=None),
+        )
+        kept.append(sum(t.numel() for t in run.tensors if t is not None) - run.x.numel())
+    assert kept[1] < 0.1 * 64 * 3 * 16 * 16 + 50 * 200
