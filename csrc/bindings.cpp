@@ -189,6 +189,7 @@ int64_t group_norm_silu_cuda_workspace_binding(const GroupNormSizes& sizes, bool
 #endif
 
 using ConvPointers = std::array<uintptr_t, 5>;
+using ScalePointers = std::array<uintptr_t, 3>;
 using ConvSizes = std::array<int64_t, 5>;
 
 void check_channels(int64_t out_channels, int64_t in_channels) {
@@ -198,35 +199,46 @@ void check_channels(int64_t out_channels, int64_t in_channels) {
                                   std::to_string(channels));
 }
 
-void check_bf16(bool bf16) {
-    if (bf16 && !conv3x3_has_bf16()) throw py::value_error("conv3x3 in bf16 needs a processor with AVX-512 BF16");
-}
-
-template <typename T>
-void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int num_threads) {
-    conv3x3({to_pointer<const T>(p[0], "x"), to_pointer<const T>(p[1], "weight"), to_pointer<const float>(p[2], "bias"),
-             to_pointer<const T>(p[3], "residual"), to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample},
+template <typename T, typename W>
+void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int num_threads, const ScalePointers& scales) {
+    const Int8Scales int8 = {to_pointer<const float>(scales[0], "steps"), to_pointer<const float>(scales[1], "units"),
+                             to_pointer<const int32_t>(scales[2], "start")};
+    conv3x3(Conv3x3<T, W>{to_pointer<const T>(p[0], "x"), to_pointer<const W>(p[1], "weight"),
+                          to_pointer<const float>(p[2], "bias"), to_pointer<const T>(p[3], "residual"),
+                          to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample, int8},
             num_threads);
 }
 
-void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads) {
+void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads,
+                     const std::optional<ScalePointers>& scales) {
     const auto [images, height, width, in_channels, out_channels] = sizes;
     check_channels(out_channels, in_channels);
-    check_bf16(bf16);
+    if (scales && !conv3x3_has_int8()) throw py::value_error("conv3x3 in 8 bits needs a processor with AVX-512 VNNI");
+    if (!scales && bf16 && !conv3x3_has_bf16()) throw py::value_error("conv3x3 in bf16 needs a processor with AVX-512 BF16");
     check_range("num_threads", num_threads, 1, INT32_MAX);
     if (images < 0 || height < 0 || width < 0) throw py::value_error("images, height and width cannot be negative");
     if (images * height * width == 0) return;
     for (const int required : {0, 1, 4})
         if (pointers[required] == 0) throw py::value_error("x, weight and out cannot be null pointers");
-    bf16 ? run_conv3x3<bfloat16>(pointers, sizes, upsample, num_threads) : run_conv3x3<float>(pointers, sizes, upsample, num_threads);
+    if (scales)
+        for (const uintptr_t address : *scales) require(address, "scales");
+    const auto run = scales ? (bf16 ? run_conv3x3<bfloat16, int8_t> : run_conv3x3<float, int8_t>)
+                            : (bf16 ? run_conv3x3<bfloat16, bfloat16> : run_conv3x3<float, float>);
+    run(pointers, sizes, upsample, num_threads, scales.value_or(ScalePointers{}));
 }
 
-void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channels, int64_t in_channels, bool bf16) {
+void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channels, int64_t in_channels, bool bf16,
+                             const std::optional<ScalePointers>& scales) {
     check_channels(out_channels, in_channels);
     require(weight, "weight_ptr");
     require(out, "out_ptr");
     const float* from = to_pointer<const float>(weight, "weight_ptr");
-    if (bf16)
+    if (scales) {
+        for (const uintptr_t address : *scales) require(address, "scales");
+        prepare_conv3x3(from, to_pointer<const float>((*scales)[0], "steps"), to_pointer<int8_t>(out, "out_ptr"),
+                        to_pointer<float>((*scales)[1], "units"), to_pointer<int32_t>((*scales)[2], "start"), out_channels,
+                        in_channels);
+    } else if (bf16)
         prepare_conv3x3(from, to_pointer<bfloat16>(out, "out_ptr"), out_channels, in_channels);
     else
         prepare_conv3x3(from, to_pointer<float>(out, "out_ptr"), out_channels, in_channels);
@@ -290,7 +302,7 @@ pre_shift_stride: values from one image's pre_shift to the next one's; 0 where a
 Raises ValueError for null addresses and sizes that do not fit.)");
 
     module.def("conv3x3", &ddim_fast::conv3x3_binding, "pointers"_a, "sizes"_a, "upsample"_a, "bf16"_a, "num_threads"_a,
-               py::call_guard<py::gil_scoped_release>(),
+               py::kw_only(), "scales"_a = py::none(), py::call_guard<py::gil_scoped_release>(),
                R"(3x3 convolution with stride 1 and padding 1 over channels_last images in host memory.
 
 pointers: addresses of x, weight, bias, residual and out; 0 leaves out bias and residual. bias is fp32, the others are bf16
@@ -300,15 +312,22 @@ sizes: images, height and width of x, channels of x, channels of out. Channels c
 upsample: whether each pixel of x counts twice in both directions, as nearest-neighbour interpolation repeats it; out is
     then twice as high and as wide.
 num_threads: how many threads may share the work. Neither it nor the number of images changes a bit of the result.
+scales: for products of 8-bit numbers, addresses of steps (16), units and start (both 16 x channels of out), as
+    prepare_conv3x3 made them with the weights.
 
-Raises ValueError for null addresses, for sizes that do not fit, and where conv3x3_has_bf16 is false, for bf16.)");
+Raises ValueError for null addresses, for sizes that do not fit, and for what the processor lacks: see conv3x3_has_bf16 and
+conv3x3_has_int8.)");
 
     module.def("prepare_conv3x3", &ddim_fast::prepare_conv3x3_binding, "weight_ptr"_a, "out_ptr"_a, "out_channels"_a,
-               "in_channels"_a, "bf16"_a, py::call_guard<py::gil_scoped_release>(),
-               "Makes the weights of conv3x3, 16 * out_channels * in_channels of them in bf16 or fp32, of fp32 weights of shape "
-               "(out_channels, in_channels, 3, 3).");
+               "in_channels"_a, "bf16"_a, py::kw_only(), "scales"_a = py::none(), py::call_guard<py::gil_scoped_release>(),
+               R"(Makes the weights of conv3x3, of fp32 weights of shape (out_channels, in_channels, 3, 3).
+
+out_ptr: 16 * out_channels * in_channels numbers, of bf16 or fp32; of int8 if there are scales.
+scales: addresses of steps, 16 fp32 numbers that bring the components of the transformed pixels to -128..127, and of the
+    results units (fp32) and start (int32), 16 * out_channels of each.)");
 
     module.def("conv3x3_has_bf16", &ddim_fast::conv3x3_has_bf16, "Whether conv3x3 takes bf16 on this processor.");
+    module.def("conv3x3_has_int8", &ddim_fast::conv3x3_has_int8, "Whether conv3x3 takes scales on this processor.");
 
 #ifdef DDIM_FAST_WITH_CUDA
     module.def("ddim_step_cuda", &ddim_fast::ddim_step_cuda_binding, "sample_ptr"_a, "model_output_ptr"_a, "noise_ptr"_a,

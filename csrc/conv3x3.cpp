@@ -1,6 +1,7 @@
 #include "conv3x3.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -28,13 +29,16 @@ constexpr int64_t kTiles = 72;
 // A task's tiles are multiples of this, the most that any kernel computes together.
 constexpr int64_t kGroup = 6;
 
-template <typename T>
-int64_t tile_rows(const Conv3x3<T>& op) {
+template <typename W>
+constexpr bool kInt8 = sizeof(W) == 1;
+
+template <typename T, typename W>
+int64_t tile_rows(const Conv3x3<T, W>& op) {
     return op.upsample ? op.height : (op.height + 1) / 2;
 }
 
-template <typename T>
-int64_t tile_columns(const Conv3x3<T>& op) {
+template <typename T, typename W>
+int64_t tile_columns(const Conv3x3<T, W>& op) {
     return op.upsample ? op.width : (op.width + 1) / 2;
 }
 
@@ -55,19 +59,32 @@ namespace ddim_fast::avx512bf16 {
 #include "vector.h"
 #include "conv3x3_kernel.h"
 }  // namespace ddim_fast::avx512bf16
+#undef DDIM_FAST_BF16
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vnni,prefer-vector-width=512")
+#define DDIM_FAST_INT8
+namespace ddim_fast::avx512vnni {
+#include "vector.h"
+#include "conv3x3_kernel.h"
+}  // namespace ddim_fast::avx512vnni
+#undef DDIM_FAST_INT8
+#undef DDIM_FAST_VECTOR_BITS
 #pragma GCC pop_options
 #endif
 
 namespace ddim_fast {
 namespace {
 
-template <typename T>
-int64_t scratch_bytes(const Conv3x3<T>& op, int64_t tiles) {
-    return ((16 * tiles + 1) * op.in_channels) * sizeof(T) + 16 * tiles * kBlock * sizeof(float);
+template <typename T, typename W>
+int64_t scratch_bytes(const Conv3x3<T, W>& op, int64_t tiles) {
+    return op.in_channels * sizeof(T) + 16 * tiles * (op.in_channels * sizeof(W) + kBlock * sizeof(float));
 }
 
-template <typename T>
-void run_parallel(const Conv3x3<T>& op, int num_threads, decltype(&baseline::run_tiles<T>) run) {
+template <typename T, typename W>
+void run_parallel(const Conv3x3<T, W>& op, int num_threads,
+                  void (*run)(const Conv3x3<T, W>&, int64_t, int64_t, int64_t, int64_t, void*)) {
     const int64_t tiles = op.images * tile_rows(op) * tile_columns(op), groups = divide_up(tiles, kGroup);
     if (tiles == 0) return;
     // A task is a run of tiles and, where those are few, a part of the output channels: then each thread reads its own weights.
@@ -105,41 +122,83 @@ void transform_weights(const T* g, int64_t stride, double* out, int64_t out_stri
     for (int i = 0; i < 4; ++i) out[i * out_stride] = values[i];
 }
 
-// (16 components, blocks of output channels, input channels, output channels of the block); pairs of input channels beside
-// each other in bf16.
+// Calls visit(component, c, value) for the weights of output channel k.
+template <typename Visit>
+void for_each_component(const float* weight, int64_t k, int64_t in_channels, const Visit& visit) {
+    for (int64_t c = 0; c < in_channels; ++c) {
+        double half[4][3], components[4][4];
+        for (int j = 0; j < 3; ++j) transform_weights(weight + (k * in_channels + c) * 9 + j, 3, &half[0][j], 3);
+        for (int i = 0; i < 4; ++i) transform_weights(half[i], 1, components[i], 1);
+        for (int i = 0; i < 16; ++i) visit(i, c, static_cast<float>(components[i / 4][i % 4]));
+    }
+}
+
+// Where a weight lies: (16 components, blocks of output channels, input channels, output channels of the block), but as many
+// input channels beside each other as fill 32 bits.
+template <typename W>
+W* place_of_weight(W* out, int64_t component, int64_t k, int64_t c, int64_t out_channels, int64_t in_channels) {
+    constexpr int64_t kBeside = sizeof(float) / sizeof(W);
+    const int64_t first = k / kBlock * kBlock, columns = std::min(kBlock, out_channels - first);
+    return out + (component * out_channels + first) * in_channels + (c / kBeside * columns + k - first) * kBeside + c % kBeside;
+}
+
 template <typename T>
 void prepare(const float* weight, T* out, int64_t out_channels, int64_t in_channels) {
-    constexpr int64_t kPair = sizeof(float) / sizeof(T);
-    for (int64_t k = 0; k < out_channels; ++k) {
-        const int64_t first = k / kBlock * kBlock, columns = std::min(kBlock, out_channels - first);
-        for (int64_t c = 0; c < in_channels; ++c) {
-            double half[4][3], components[4][4];
-            for (int j = 0; j < 3; ++j) transform_weights(weight + (k * in_channels + c) * 9 + j, 3, &half[0][j], 3);
-            for (int i = 0; i < 4; ++i) transform_weights(half[i], 1, components[i], 1);
-            for (int i = 0; i < 16; ++i) {
-                T* block = out + (i * out_channels + first) * in_channels;
-                write(block + (c / kPair * columns + k - first) * kPair + c % kPair, static_cast<float>(components[i / 4][i % 4]));
-            }
-        }
-    }
+    for (int64_t k = 0; k < out_channels; ++k)
+        for_each_component(weight, k, in_channels, [&](int64_t component, int64_t c, float value) {
+            write(place_of_weight(out, component, k, c, out_channels, in_channels), value);
+        });
+}
+
+}  // namespace
+
+namespace {
+
+bool has_avx512() {
+#ifdef DDIM_FAST_X86
+    return DDIM_FAST_FOR_THIS_CPU(run_tiles<float, float>) == avx512::run_tiles<float, float>;
+#else
+    return false;
+#endif
 }
 
 }  // namespace
 
 bool conv3x3_has_bf16() {
 #ifdef DDIM_FAST_X86
-    return std::getenv("DDIM_FAST_CPU") == nullptr && __builtin_cpu_supports("avx512bf16") &&
-           DDIM_FAST_FOR_THIS_CPU(run_tiles<float>) == avx512::run_tiles<float>;
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
 }
 
-void conv3x3(const Conv3x3<float>& op, int num_threads) { run_parallel(op, num_threads, DDIM_FAST_FOR_THIS_CPU(run_tiles<float>)); }
+bool conv3x3_has_int8() {
+#ifdef DDIM_FAST_X86
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+void conv3x3(const Conv3x3<float>& op, int num_threads) {
+    run_parallel(op, num_threads, DDIM_FAST_FOR_THIS_CPU(run_tiles<float, float>));
+}
 
 void conv3x3(const Conv3x3<bfloat16>& op, int num_threads) {
 #ifdef DDIM_FAST_X86
-    run_parallel(op, num_threads, avx512bf16::run_tiles<bfloat16>);
+    run_parallel(op, num_threads, avx512bf16::run_tiles<bfloat16, bfloat16>);
+#endif
+}
+
+void conv3x3(const Conv3x3<float, int8_t>& op, int num_threads) {
+#ifdef DDIM_FAST_X86
+    run_parallel(op, num_threads, avx512vnni::run_tiles<float, int8_t>);
+#endif
+}
+
+void conv3x3(const Conv3x3<bfloat16, int8_t>& op, int num_threads) {
+#ifdef DDIM_FAST_X86
+    run_parallel(op, num_threads, avx512vnni::run_tiles<bfloat16, int8_t>);
 #endif
 }
 
@@ -149,6 +208,27 @@ void prepare_conv3x3(const float* weight, float* out, int64_t out_channels, int6
 
 void prepare_conv3x3(const float* weight, bfloat16* out, int64_t out_channels, int64_t in_channels) {
     prepare(weight, out, out_channels, in_channels);
+}
+
+void prepare_conv3x3(const float* weight, const float* steps, int8_t* out, float* units, int32_t* start, int64_t out_channels,
+                     int64_t in_channels) {
+    for (int64_t k = 0; k < out_channels; ++k) {
+        float largest[16] = {};
+        int32_t sum[16] = {};
+        for_each_component(weight, k, in_channels, [&](int64_t component, int64_t, float value) {
+            largest[component] = std::max(largest[component], std::abs(value));
+        });
+        for_each_component(weight, k, in_channels, [&](int64_t component, int64_t c, float value) {
+            const float scaled = largest[component] > 0 ? value / largest[component] * 127 : 0;
+            const auto whole = static_cast<int8_t>(std::nearbyint(scaled));
+            *place_of_weight(out, component, k, c, out_channels, in_channels) = whole;
+            sum[component] += whole;
+        });
+        for (int64_t component = 0; component < 16; ++component) {
+            units[component * out_channels + k] = largest[component] / 127 / steps[component];
+            start[component * out_channels + k] = -128 * sum[component];
+        }
+    }
 }
 
 }  // namespace ddim_fast

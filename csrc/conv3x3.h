@@ -1,7 +1,8 @@
 // 3x3 convolution with stride 1 and padding 1 over channels_last images, by Winograd's F(2x2, 3x3) (Lavin and Gray 2016).
 //
-// A tile of 2x2 outputs takes 16 products for each pair of channels, not 36. Sums are fp32 and taken in a fixed order: neither
-// the batch nor the number of threads changes a bit.
+// A tile of 2x2 outputs takes 16 products for each pair of channels, not 36: one for each component of the transformed pixels.
+// Products are of fp32 or bf16 numbers, as the images are, or of 8-bit ones, whose scales are a component's. Sums are fp32, or
+// exact, and taken in a fixed order: neither the batch nor the number of threads changes a bit.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +11,19 @@
 
 namespace ddim_fast {
 
-template <typename T>
+// A component v of a pixel counts as round(steps * v), from -128 to 127; the sum of its products with the weights of an output
+// channel, each round(weight / its unit), is worth `unit` a piece.
+struct Int8Scales {
+    const float* steps;    // (16)
+    const float* units;    // (16, out_channels)
+    const int32_t* start;  // (16, out_channels): pixels are shifted by 128 to have no sign, and sums start from what undoes it
+};
+
+// T: the images; W: what is multiplied, T or int8_t.
+template <typename T, typename W = T>
 struct Conv3x3 {
     const T* x;         // (images, height, width, in_channels)
-    const T* weight;    // as prepare_conv3x3 makes it
+    const W* weight;    // as prepare_conv3x3 makes it
     const float* bias;  // (out_channels) or null
     const T* residual;  // like out, added to it, or null
     T* out;             // (images, height, width, out_channels), twice as high and wide if upsample; may be residual
@@ -23,17 +33,25 @@ struct Conv3x3 {
     int64_t in_channels;   // both multiples of kConv3x3Channels
     int64_t out_channels;
     bool upsample;  // convolves x with every pixel repeated in both directions, without making that image
+    Int8Scales scales;  // if W is int8_t
 };
 
 constexpr int64_t kConv3x3Channels = 16;
 
-// On the host. Products in bf16 need a processor that has them.
+// On the host. Products in bf16 and of 8-bit numbers need a processor that has them.
 bool conv3x3_has_bf16();
+bool conv3x3_has_int8();
 void conv3x3(const Conv3x3<float>& op, int num_threads);
 void conv3x3(const Conv3x3<bfloat16>& op, int num_threads);
+void conv3x3(const Conv3x3<float, int8_t>& op, int num_threads);
+void conv3x3(const Conv3x3<bfloat16, int8_t>& op, int num_threads);
 
 // What conv3x3 multiplies by: 16 * out_channels * in_channels numbers, made once of (out_channels, in_channels, 3, 3) weights.
 void prepare_conv3x3(const float* weight, float* out, int64_t out_channels, int64_t in_channels);
 void prepare_conv3x3(const float* weight, bfloat16* out, int64_t out_channels, int64_t in_channels);
+
+// The same in 8 bits. steps: (16), given; units and start: (16, out_channels), results.
+void prepare_conv3x3(const float* weight, const float* steps, int8_t* out, float* units, int32_t* start, int64_t out_channels,
+                     int64_t in_channels);
 
 }  // namespace ddim_fast

@@ -58,8 +58,8 @@ Function* for_this_cpu(Function* baseline, Function* avx2, Function* avx512) {
 
 }  // namespace ddim_fast
 
-#define DDIM_FAST_FOR_THIS_CPU(function) \
-    ddim_fast::for_this_cpu(ddim_fast::baseline::function, ddim_fast::avx2::function, ddim_fast::avx512::function)
+#define DDIM_FAST_FOR_THIS_CPU(...) \
+    ddim_fast::for_this_cpu(ddim_fast::baseline::__VA_ARGS__, ddim_fast::avx2::__VA_ARGS__, ddim_fast::avx512::__VA_ARGS__)
 #else
-#define DDIM_FAST_FOR_THIS_CPU(function) (&ddim_fast::baseline::function)
+#define DDIM_FAST_FOR_THIS_CPU(...) (&ddim_fast::baseline::__VA_ARGS__)
 #endif

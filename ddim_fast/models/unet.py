@@ -17,7 +17,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.conv3x3 import conv3x3, prepare_conv3x3
+from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import HUB_FILES, load_checkpoint, resolve_model, save_checkpoint
 from .config import UNetConfig
@@ -113,9 +113,34 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     def denoise(self, x: Tensor, condition: Tensor) -> Tensor:
         """The network itself: :meth:`forward` with what :meth:`condition` returned."""
-        condition = condition.expand(len(x), -1)
-        shifts = iter(condition.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1))
-        h = self.conv_in(x)
+        return self.denoise_reusing(x, condition)[0]
+
+    def denoise_reusing(self, x: Tensor, condition: Tensor, deep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The network in two parts, for samplers that compute the larger one in a few of their steps only: from step to step
+        the deep features change less than what surrounds them (DeepCache: Ma, Fang and Wang 2024, arXiv 2312.00858).
+
+        Outside are the first convolution, the last residual block, which takes that convolution's result as its skip, and the
+        output layers; deep is everything else.
+
+        Args:
+            x: (N, C, H, W) noisy images.
+            condition: as of :meth:`denoise`.
+            deep: what an earlier call for N images returned; None computes it.
+
+        Returns:
+            The prediction, as of :meth:`forward`; and the deep features, which the last residual block begins with.
+        """
+        shifts = condition.expand(len(x), -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
+        skip = self.conv_in(x)
+        if deep is None:
+            deep = self._deep_features(skip, shifts)
+        last = self.up_blocks[-1]
+        h = last.attend(-1, last.resnets[-1](deep, shifts[-1], skip))
+        return self.conv_out(_norm(self.conv_norm_out, h)), deep
+
+    def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
+        """From the first convolution's result to all that comes before the last residual block."""
+        shifts = iter(shifts)
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
@@ -127,10 +152,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         h = self.mid_block(h, next(shifts), next(shifts))
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = block.attend(i, resnet(h, next(shifts), skips.pop()))
+                if len(skips) > 1:  # the first one is left to the last residual block
+                    h = block.attend(i, resnet(h, next(shifts), skips.pop()))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
-        return self.conv_out(_norm(self.conv_norm_out, h))
+        return h
 
     def _resnets(self) -> Iterator[_ResnetBlock]:
         """The residual blocks in the order in which they run."""
@@ -147,7 +173,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         model = copy.deepcopy(self).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                if isinstance(module, _Conv3x3):
+                if isinstance(module, Conv3x3):
                     module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)
             elif isinstance(module, _Attention):
@@ -253,15 +279,16 @@ class _RowLinear(nn.Linear):
         return torch.cat([F.linear(block, self.weight, self.bias) for block in blocks])[: len(x)]
 
 
-class _Conv3x3(nn.Conv2d):
+class Conv3x3(nn.Conv2d):
     """With stride 1; a network for inference has its weights prepared."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self.register_buffer("prepared", None, persistent=False)
+        self.prepared: Prepared | None = None
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        self.prepared = prepare_conv3x3(self.weight, dtype)
+    def prepare(self, dtype: torch.dtype, limits: Tensor | None = None) -> None:
+        """For images in ``dtype``; ``limits`` as of :func:`prepare_conv3x3`."""
+        self.prepared = prepare_conv3x3(self.weight, dtype, limits)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """Without a bias but the one that is given; options as of :func:`conv3x3`."""
@@ -282,11 +309,11 @@ class _ResnetBlock(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
-        self.conv1 = _Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = _RowLinear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -352,7 +379,7 @@ class _Downsample(nn.Module):
 class _Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _Conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x, self.conv.bias, upsample=True)

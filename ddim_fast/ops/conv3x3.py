@@ -11,7 +11,9 @@ from torch import Tensor
 from . import native
 from .dispatch import Implementation, choose
 
-__all__ = ["conv3x3", "conv3x3_reference", "prepare_conv3x3"]
+__all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]
+
+Prepared = tuple[Tensor, ...]
 
 
 def conv3x3(
@@ -21,7 +23,7 @@ def conv3x3(
     *,
     residual: Tensor | None = None,
     upsample: bool = False,
-    prepared: Tensor | None = None,
+    prepared: Prepared | None = None,
 ) -> Tensor:
     """A 3x3 convolution with stride 1 and padding 1, and what stands around it in a U-Net:
 
@@ -46,7 +48,7 @@ def conv3x3(
     if prepared is None or torch.compiler.is_exporting() or _records_gradient(call):
         return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
     _check(call)
-    return (_registered if torch.compiler.is_compiling() else _run_native)(*call)
+    return (_registered if torch.compiler.is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
 
 
 def conv3x3_reference(
@@ -59,28 +61,52 @@ def conv3x3_reference(
     return out if residual is None else out + residual
 
 
-def prepare_conv3x3(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+def prepare_conv3x3(weight: Tensor, dtype: torch.dtype, limits: Tensor | None = None) -> Prepared | None:
     """The weights of :func:`conv3x3` transformed, once, for the fastest implementation: on a CPU Winograd's algorithm in C++,
-    with 4 products for each output and pair of channels instead of 9 (Lavin and Gray 2016).
+    with 4 products for each output and pair of channels instead of 9 (Lavin and Gray 2016, F(2x2, 3x3)).
 
     Args:
         weight: (K, C, 3, 3) on the device where it will be used.
         dtype: of the images.
+        limits: (16,) for products of 8-bit numbers: components of the transformed pixels, see :func:`conv3x3_components`, are
+            rounded to 255 levels in [-limit, limit]. Weights have a scale for each component and output channel.
 
     Returns:
-        (16, K, C) in ``dtype``, in an order of its own; None where PyTorch's convolution serves, which takes the weights as
-        they are.
+        What :func:`conv3x3` takes, or None where PyTorch's convolution serves, which takes the weights as they are.
 
     Raises:
-        ValueError: DDIM_FAST_BACKEND=native cannot serve; the message says why.
+        ValueError: ``limits`` are given, or DDIM_FAST_BACKEND=native, and cannot be served; the message says why.
     """
-    request = _Weight(weight, dtype)
-    return choose("conv3x3", IMPLEMENTATIONS, request).run(request)
+    request = _Weight(weight, dtype, limits)
+    if limits is None:
+        return choose("conv3x3", IMPLEMENTATIONS, request).run(request)
+    reason = _why_not_native(request)
+    if reason is not None:
+        raise ValueError(f"conv3x3 has no 8-bit products here: {reason}")
+    return _prepare_native(request)
+
+
+def conv3x3_components(x: Tensor, *, upsample: bool = False) -> Tensor:
+    """The transformed pixels B^T d B of Winograd's F(2x2, 3x3), which are what is multiplied (Lavin and Gray 2016, eq. 8).
+
+    Args:
+        x: (N, C, H, W), floating-point.
+        upsample: as of :func:`conv3x3`.
+
+    Returns:
+        (16, N * C * tiles) float32: for each component, its values in all tiles.
+    """
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    transform = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], device=x.device)
+    height, width = x.shape[2:]
+    tiles = F.pad(x.float(), (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
+    return torch.einsum("ia,nchwab,jb->ijnchw", transform, tiles, transform).flatten(2).flatten(0, 1)
 
 
 class _Call(NamedTuple):
     x: Tensor
-    prepared: Tensor | None
+    prepared: Prepared | None
     bias: Tensor | None
     residual: Tensor | None
     upsample: bool
@@ -91,23 +117,32 @@ class _Weight(NamedTuple):
 
     weight: Tensor
     dtype: torch.dtype
+    limits: Tensor | None
 
 
-def _prepare_native(request: _Weight) -> Tensor:
+def _prepare_native(request: _Weight) -> Prepared:
     weight = request.weight.detach().float().contiguous()
-    prepared = torch.empty((16, *weight.shape[:2]), dtype=request.dtype)
-    bf16 = request.dtype == torch.bfloat16
-    native.module.prepare_conv3x3(weight.data_ptr(), prepared.data_ptr(), *weight.shape[:2], bf16)
-    return prepared
+    channels = weight.shape[:2]
+    prepared = torch.empty((16, *channels), dtype=request.dtype if request.limits is None else torch.int8)
+    addresses = weight.data_ptr(), prepared.data_ptr()
+    if request.limits is None:
+        native.module.prepare_conv3x3(*addresses, *channels, request.dtype == torch.bfloat16)
+        return (prepared,)
+    steps = (127 / request.limits.float()).contiguous()
+    scales = steps, torch.empty(16, channels[0]), torch.empty(16, channels[0], dtype=torch.int32)
+    native.module.prepare_conv3x3(*addresses, *channels, False, scales=[t.data_ptr() for t in scales])
+    return prepared, *scales
 
 
 def _why_not_native(request: _Weight) -> str | None:
-    weight, dtype = request
+    weight, dtype, limits = request
     if native.module is None:
         return native.why_not
     if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16 on the CPU, not {dtype} on {weight.device}"
-    if dtype == torch.bfloat16 and not native.module.conv3x3_has_bf16():
+    if limits is not None and not native.module.conv3x3_has_int8():
+        return "it needs a processor with AVX-512 VNNI"
+    if limits is None and dtype == torch.bfloat16 and not native.module.conv3x3_has_bf16():
         return "it takes bfloat16 only where the processor has AVX-512 BF16"
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         return f"it takes channels in multiples of 16, not {weight.shape[1]} and {weight.shape[0]}"
@@ -129,37 +164,39 @@ IMPLEMENTATIONS = (
 
 
 @torch.library.custom_op("ddim_fast::conv3x3", mutates_args=())
-def _registered(x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+def _registered(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     """The native operator as torch.compile sees it."""
     return _run_native(x, prepared, bias, residual, upsample)
 
 
 @_registered.register_fake
 def _(x, prepared, bias, residual, upsample) -> Tensor:
-    return _empty_result(x, prepared, upsample)
+    return _empty_result(x, prepared[0], upsample)
 
 
-def _run_native(x: Tensor, prepared: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     layout = torch.channels_last
     x = x.contiguous(memory_format=layout)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     bias = None if bias is None else bias.float().contiguous()
-    out = _empty_result(x, prepared, upsample)
+    weights, *scales = prepared
+    out = _empty_result(x, weights, upsample)
     n, channels, height, width = x.shape
     native.module.conv3x3(
-        [0 if t is None else t.data_ptr() for t in (x, prepared, bias, residual, out)],
+        [0 if t is None else t.data_ptr() for t in (x, weights, bias, residual, out)],
         [n, height, width, channels, out.shape[1]],
         upsample,
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
+        scales=[t.data_ptr() for t in scales] or None,
     )
     return out
 
 
-def _empty_result(x: Tensor, prepared: Tensor, upsample: bool) -> Tensor:
+def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:
     n, _, height, width = x.shape
     scale = 2 if upsample else 1
-    shape = (n, prepared.shape[1], scale * height, scale * width)
+    shape = (n, weights.shape[1], scale * height, scale * width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -168,17 +205,17 @@ def _records_gradient(call: _Call) -> bool:
 
 
 def _check(call: _Call) -> None:
-    x, prepared, bias, residual, upsample = call
-    if x.ndim != 4 or x.shape[1] != prepared.shape[2]:
-        raise ValueError(f"x must have shape (N, {prepared.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")
-    if x.dtype != prepared.dtype or x.device != prepared.device:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device}, but the weights were prepared in {prepared.dtype} on {prepared.device}"
-        )
-    if bias is not None and (bias.shape != (prepared.shape[1],) or bias.device != x.device):
-        raise ValueError(f"bias must have shape ({prepared.shape[1]},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
+    x, (weights, *scales), bias, residual, upsample = call
+    channels = weights.shape[1]
+    if x.ndim != 4 or x.shape[1] != weights.shape[2]:
+        raise ValueError(f"x must have shape (N, {weights.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")
+    fits = x.dtype in (torch.float32, torch.bfloat16) if scales else x.dtype == weights.dtype
+    if not fits or x.device != weights.device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, but the weights were prepared as {weights.dtype} on {weights.device}")
+    if bias is not None and (bias.shape != (channels,) or bias.device != x.device):
+        raise ValueError(f"bias must have shape ({channels},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
     scale = 2 if upsample else 1
-    expected = (x.shape[0], prepared.shape[1], scale * x.shape[2], scale * x.shape[3])
+    expected = (x.shape[0], channels, scale * x.shape[2], scale * x.shape[3])
     if residual is not None and (residual.shape != expected or residual.dtype != x.dtype or residual.device != x.device):
         raise ValueError(
             f"residual must have shape {expected} in {x.dtype} on {x.device}; "

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddim_fast.ops import native
-from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
+from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_components, conv3x3_reference, prepare_conv3x3
 
 HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
 
@@ -30,7 +30,12 @@ def _native(monkeypatch):
     """What the operator allocates is full of NaN until it is written."""
     monkeypatch.setenv("DDIM_FAST_BACKEND", "native")
     allocate = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
+
+    def allocate_poisoned(*arguments, **options):
+        tensor = allocate(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", allocate_poisoned)
 
 
 def make(n, c, k, h, w, dtype=torch.float32, seed=0, mean=0.0):
@@ -62,6 +67,40 @@ def test_is_as_exact_as_pytorch(dtype, shape, upsample, with_residual):
     theirs = conv3x3_reference(x, weight.to(dtype), bias, residual=residual, upsample=upsample)
     assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
     assert rms(ours - exact) <= 2 * rms(theirs - exact) + 1e-7
+
+
+def int8_by_hand(x, weight, limits, upsample):
+    """Products of rounded numbers in float64, component by component."""
+    n, c, h, w = x.shape
+    tiles = conv3x3_components(x, upsample=upsample).double().unflatten(1, (n, c, -1))
+    step = (limits / 127).double().reshape(16, 1, 1, 1)
+    pixels = (tiles / step).round().clamp(-128, 127) * step
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    weights = torch.einsum("ia,kcab,jb->ijkc", g, weight.double(), g).flatten(0, 1)
+    unit = weights.abs().amax(2, keepdim=True) / 127
+    sums = torch.einsum("ikc,ncti->nkti", (weights / unit).round() * unit, pixels.permute(1, 2, 3, 0)).unflatten(3, (4, 4))
+    a = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
+    scale = 2 if upsample else 1
+    rows, columns = -(-h * scale // 2), -(-w * scale // 2)
+    out = torch.einsum("pi,nktij,qj->nktpq", a, sums, a).unflatten(2, (rows, columns))
+    return out.permute(0, 1, 2, 4, 3, 5).reshape(n, -1, 2 * rows, 2 * columns)[..., : h * scale, : w * scale]
+
+
+@pytest.mark.skipif(native.module is None or not native.module.conv3x3_has_int8(), reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_8_bit_products_are_those_of_rounded_numbers(shape, upsample, dtype):
+    x, weight, bias = make(*shape, dtype)
+    limits = conv3x3_components(x, upsample=upsample).abs().amax(1).clamp(min=1e-3) * 0.8  # some are cut off
+    residual = torch.randn_like(conv3x3_reference(x.float(), weight, upsample=upsample)).to(dtype)
+    expected = int8_by_hand(x, weight, limits, upsample) + bias[:, None, None] + residual.double()
+    prepared = prepare_conv3x3(weight, dtype, limits)
+    ours = conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepared)
+    # A number halfway between two may be rounded either way: float32 and float64 differ there.
+    assert rms(ours - expected) <= (1e-3 if dtype == torch.float32 else 4e-3) * rms(expected)
+    alone = torch.cat([conv3x3(i[None], weight, bias, upsample=upsample, prepared=prepared) for i in x])
+    assert torch.equal(alone, conv3x3(x, weight, bias, upsample=upsample, prepared=prepared))
 
 
 @needs_native
@@ -139,7 +178,7 @@ def test_compiles_without_a_break_and_is_a_proper_operator():
     with torch.no_grad():
         ours = compiled(x, weight, bias, upsample=True, prepared=prepared)
         assert torch.equal(ours, conv3x3(x, weight, bias, upsample=True, prepared=prepared))
-    torch.library.opcheck(torch.ops.ddim_fast.conv3x3, (x, prepared, bias, None, False))
+    torch.library.opcheck(torch.ops.ddim_fast.conv3x3, (x, list(prepared), bias, None, False))
 
 
 @needs_native
@@ -147,7 +186,7 @@ def test_compiles_without_a_break_and_is_a_proper_operator():
     "change,message",
     [
         ({"x": torch.zeros(1, 32, 4, 4)}, r"x must have shape \(N, 16, H, W\)"),
-        ({"x": torch.zeros(1, 16, 4, 4, dtype=torch.float64)}, "x is torch.float64 on cpu, but the weights were prepared in"),
+        ({"x": torch.zeros(1, 16, 4, 4, dtype=torch.float64)}, "x is torch.float64 on cpu, but the weights were prepared as"),
         ({"bias": torch.zeros(16)}, r"bias must have shape \(32,\)"),
         ({"residual": torch.zeros(1, 32, 8, 8)}, r"residual must have shape \(1, 32, 4, 4\)"),
     ],
@@ -172,6 +211,13 @@ def test_weights_it_cannot_serve_are_left_to_pytorch(weight, dtype, message, mon
         prepare_conv3x3(weight, dtype)
     monkeypatch.delenv("DDIM_FAST_BACKEND")
     assert prepare_conv3x3(weight, dtype) is None
+
+
+def test_8_bits_need_a_processor_that_has_them(monkeypatch):
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_not", "it was not built")
+    with pytest.raises(ValueError, match="conv3x3 has no 8-bit products here: it was not built"):
+        prepare_conv3x3(torch.zeros(16, 16, 3, 3), torch.float32, torch.ones(16))
 
 
 def test_the_reference_needs_no_preparation(monkeypatch):

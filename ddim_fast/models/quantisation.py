@@ -1,0 +1,87 @@
+"""8-bit convolutions for a network on a CPU: which numbers they round to, found on the network's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ops.conv3x3 import conv3x3_components
+from .unet import Conv3x3, UNet
+
+__all__ = ["quantise"]
+
+# A convolution that 8 bits change by more than this, as a share of its result (root mean square), keeps its precision.
+SENSITIVE = 0.05
+
+# Of each convolution's input, and of each of its components.
+IMAGES, VALUES = 2, 4096
+
+
+@torch.no_grad()
+def quantise(model: UNet, sample: Callable[[], object]) -> dict[str, float]:
+    """Gives the 3x3 convolutions of ``model`` 8-bit products, with static scales.
+
+    The limits of a convolution's transformed pixels, one a component, are those that round what was seen with the least squared
+    error. The convolutions that lose too much by it (:data:`SENSITIVE`) are left as they are.
+
+    Args:
+        model: as :meth:`UNet.for_inference` returns it, on a CPU; changed in place.
+        sample: calls the model on inputs such as it will see: samples a few images.
+
+    Returns:
+        For each convolution, by name, the error that 8 bits make as a share of its result.
+
+    Raises:
+        ValueError: the processor has no such products.
+    """
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Conv3x3)}
+    seen = {name: _Seen() for name in convolutions}
+    hooks = [m.register_forward_pre_hook(seen[name].add, with_kwargs=True) for name, m in convolutions.items()]
+    try:
+        sample()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _quantise(module, seen[name]) for name, module in convolutions.items()}
+
+
+class _Seen:
+    """What a convolution was called with.
+
+    Attributes:
+        values: some of each component, of each call.
+        x, upsample: the last call on a few images.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def add(self, module: Conv3x3, arguments: tuple[Tensor, ...], options: dict) -> None:
+        """A hook before the module's forward."""
+        self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
+        components = conv3x3_components(self.x, upsample=self.upsample)
+        self.values.append(components[:, :: max(1, components.shape[1] // VALUES)].abs())
+
+
+def _quantise(module: Conv3x3, seen: _Seen) -> float:
+    before = module.prepared
+    exact = module(seen.x, upsample=seen.upsample).float()
+    module.prepare(module.weight.dtype, _best_limits(torch.cat(seen.values, dim=1)))
+    rounded = module(seen.x, upsample=seen.upsample).float()
+    error = float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    if not error <= SENSITIVE:
+        module.prepared = before
+    return error
+
+
+def _best_limits(values: Tensor) -> Tensor:
+    """For (16, M) magnitudes, the limits that round them to 8 bits with the least squared error."""
+    largest = values.amax(1).clamp(min=1e-6)
+    shares = torch.linspace(0.3, 1.0, 15)
+    errors = []
+    for share in shares:
+        step = (share * largest / 127)[:, None]
+        errors.append(((values / step).round().clamp(max=127) * step - values).square().mean(1))
+    return largest * shares[torch.stack(errors).argmin(0)]
