@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,13 @@ class Captured(Compiled):
 
     def _capture(self, run: Run) -> _Graph:
         static = run.like([None if t is None else t.clone() for t in run.tensors])
-        # What is compiled, tuned or allocated at first use must not be captured; nor may the default stream be in use.
+        # What is compiled, tuned or allocated at first use, which may be the second step where that uses deep features again,
+        # must not be captured; nor may the default stream be in use.
         stream = torch.cuda.Stream(run.x.device)
         stream.wait_stream(torch.cuda.current_stream(run.x.device))
         with torch.cuda.stream(stream):
-            state = self.one_step.update.start(static.x)
-            for index in static.steps[:2].unbind():
-                state, _ = self.step(state, static, index)
+            for _ in islice(self.trajectory(static), 2):
+                pass
         torch.cuda.current_stream(run.x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

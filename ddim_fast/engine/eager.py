@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .run import OneStep, Run, State
+from .run import Deep, OneStep, Outcome, Run, State
 
 __all__ = ["Eager"]
 
@@ -25,10 +25,18 @@ class Eager:
 
     def trajectory(self, run: Run) -> Iterator[tuple[State, Tensor]]:
         """The state after each step, and the network's output in it."""
-        state = self.one_step.update.start(run.x)
-        for index in run.steps.unbind():
-            state, output = self.one_step(state, run, index)
+        state, deep = self.one_step.update.start(run.x), None
+        for number, index in enumerate(run.steps.unbind()):
+            if number % self.one_step.reuse:
+                state, output, _ = self.step(state, run, index, deep)
+            else:
+                state, output, features = self.step(state, run, index, None)
+                deep = self.one_step.renewed(deep, features)
             yield state, output
+
+    def step(self, state: State, run: Run, index: Tensor, deep: Deep | None) -> Outcome:
+        """The one-step function, as this engine executes it."""
+        return self.one_step(state, run, index, deep)
 
     def last(self, run: Run) -> Tensor:
         """The sample after the last step."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ..devices import bf16_is_fast
+from ..models.quantisation import quantise
+from ..models.unet import UNet
 
 __all__ = ["Conditions", "Network"]
 
@@ -18,22 +23,42 @@ class Network:
     Args:
         model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None. One that can convert itself, by a
             method ``for_inference(dtype)``, is converted now, once; others compute under autocast. Of one with the methods
-            ``condition`` and ``denoise``, see :class:`ddim_fast.UNet`, the first is called once for all steps.
-        dtype: what the network computes in.
+            ``condition`` and ``denoise_reusing``, see :class:`ddim_fast.UNet`, the first is called once for all steps.
+        dtype: what the network computes in. torch.int8, for a U-Net on a CPU, means convolutions of 8-bit numbers once
+            :meth:`quantise` has seen their inputs, and everything else in the narrowest dtype that is fast there.
+
+    Raises:
+        ValueError: the model has no 8-bit convolutions here.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._converts = hasattr(model, "for_inference")
+        if dtype == torch.int8:
+            device = next(model.parameters()).device
+            if not isinstance(model, UNet) or device.type != "cpu":
+                raise ValueError(
+                    f"dtype torch.int8 is for a ddim_fast.UNet on a CPU, not for {type(model).__name__} on {device}"
+                )
+            dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
         self._model = model.for_inference(dtype) if self._converts else model
         self._dtype = dtype
         self._autocast = dtype != torch.float32 and not self._converts
-        self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise")
+        self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise_reusing")
         self.num_classes: int | None = model.config.num_classes
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self._model.parameters()).device
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether it has deep features that :meth:`reusing` can use again."""
+        return self._conditions_itself
+
+    def quantise(self, sample: Callable[[], object]) -> None:
+        """Gives the convolutions 8-bit products, scaled for what they are called with by ``sample``."""
+        quantise(self._model, sample)
 
     def conditions(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> Conditions:
         """All that the network can compute before it sees an image: for a U-Net, its embeddings of the timesteps and classes
@@ -68,13 +93,21 @@ class Network:
         Returns:
             (N, C, H, W) float32, contiguous.
         """
+        return self.reusing(x, conditions, index)[0]
+
+    def reusing(
+        self, x: Tensor, conditions: Conditions, index: Tensor, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The prediction at step ``index`` as by a call, and the deep features that it was made with: ``deep``, from what this
+        method returned for earlier steps of the same images, or new ones where that is None. None if the network has none."""
         # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is
         # slower by more than the second image costs: a batch of one is evaluated as two, so that every batch has the same bits.
         if x.device.type == "cpu" and len(x) == 1 and not torch.compiler.is_compiling():
-            return self._evaluate(x.expand(2, -1, -1, -1), conditions, index)[:1]
-        return self._evaluate(x, conditions, index)
+            prediction, deep = self._evaluate(x.expand(2, -1, -1, -1), conditions, index, deep)
+            return prediction[:1], deep
+        return self._evaluate(x, conditions, index, deep)
 
-    def _evaluate(self, x: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, conditions: Conditions, index: Tensor, deep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
         # images of one channel count as channels_last already, but do not tell the first convolution so.
         dtype = self._dtype if self._converts else None
@@ -83,8 +116,9 @@ class Network:
         labels = conditions[1] if len(conditions) > 1 else None
         with torch.autocast(x.device.type, self._dtype) if self._autocast else contextlib.nullcontext():
             if self._conditions_itself:
-                output = self._model.denoise(x, rows if labels is None else rows.index_select(0, labels))
+                condition = rows if labels is None else rows.index_select(0, labels)
+                output, deep = self._model.denoise_reusing(x, condition, deep)
             else:
                 output = self._model(x, rows, None if labels is None else labels.expand(len(x)))
         # Back in the layout of the sample: only tensors of one layout go through a solver's step in a single pass.
-        return output.float().contiguous()
+        return output.float().contiguous(), deep

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from .network import Conditions, Network
 
-__all__ = ["OneStep", "Run", "State", "Update"]
+__all__ = ["Deep", "OneStep", "Outcome", "Run", "State", "Update"]
 
 State = tuple[Tensor, ...]
+
+# The network's deep features in the last step that computed them, and how they changed since the one before that.
+Deep = tuple[Tensor, Tensor]
+
+# Of a step: the state after it, the network's output in it, and its deep features if others use them.
+Outcome = tuple[State, Tensor, Tensor | None]
 
 
 class Update(Protocol):
@@ -64,19 +70,57 @@ class Run:
 
 
 class OneStep:
-    """From one timestep to the next: the network, guidance, and the solver's update."""
+    """From one timestep to the next: the network, guidance, and the solver's update.
 
-    def __init__(self, network: Network, update: Update) -> None:
+    Args:
+        reuse: every how many steps the network computes its deep features; 1 is every step. In the steps between they are
+            extrapolated linearly in the step's number (as by Liu et al. 2025, arXiv 2503.06923, of first order). Features that
+            merely stay as they are lag behind: with them, the packaged model did worse than by fewer steps in the same time.
+
+    Raises:
+        ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
+    """
+
+    def __init__(self, network: Network, update: Update, reuse: int = 1) -> None:
+        if not isinstance(reuse, int) or isinstance(reuse, bool) or reuse < 1:
+            raise ValueError(f"reuse must be a whole number of steps, 1 or more; got {reuse!r}")
+        if reuse > 1 and not network.can_reuse:
+            raise ValueError(
+                f"reuse={reuse} needs a network with the methods condition and denoise_reusing, as ddim_fast.UNet has them; "
+                "this one can only be sampled with reuse=1"
+            )
         self.network = network
         self.update = update
+        self.reuse = reuse
 
-    def __call__(self, state: State, run: Run, index: Tensor) -> tuple[State, Tensor]:
-        """The state after step ``index``, and the network's output in it."""
-        x = state[0]
-        if run.guidance is None:
+    def __call__(self, state: State, run: Run, index: Tensor, deep: Deep | None = None) -> Outcome:
+        """One step.
+
+        Args:
+            state: the state before it.
+            run: what is sampled from.
+            index: () int64, the number of the step.
+            deep: what there is of deep features, as :meth:`renewed` made it; None computes them.
+        """
+        x = state[0] if run.guidance is None else torch.cat([state[0], state[0]])
+        if self.reuse == 1:
             output = self.network(x, run.conditions, index)
+            features = None
         else:
+            extrapolated = None if deep is None else self._extrapolated(deep, index)
+            output, features = self.network.reusing(x, run.conditions, index, extrapolated)
+        if run.guidance is not None:
             # Ho and Salimans 2022, eq. 6: none + w (label - none), from one network call on both halves.
-            unconditional, conditional = self.network(torch.cat([x, x]), run.conditions, index).chunk(2)
+            unconditional, conditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, run.guidance)
-        return self.update.step(state, output, run.table, index, run.seeds), output
+        return self.update.step(state, output, run.table, index, run.seeds), output, features
+
+    def renewed(self, deep: Deep | None, features: Tensor | None) -> Deep | None:
+        """What is kept of the deep features that a step computed: of their change nothing is known at first."""
+        if features is None:
+            return None
+        return features, torch.zeros_like(features) if deep is None else features - deep[0]
+
+    def _extrapolated(self, deep: Deep, index: Tensor) -> Tensor:
+        features, change = deep
+        return torch.addcmul(features, change, (index % self.reuse / self.reuse).to(change.dtype))
