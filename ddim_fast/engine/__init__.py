@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from ..ops import native
 from .captured import Captured
 from .compiled import Compiled
 from .eager import Eager
 from .network import Network
 from .run import OneStep, Run, State, Update
 
-__all__ = ["ENGINES", "Engine", "Network", "OneStep", "Run", "State", "Update", "make_engine", "select_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Network",
+    "OneStep",
+    "Run",
+    "State",
+    "Update",
+    "fastest_engine",
+    "make_engine",
+    "select_engine",
+]
 
 Engine = Eager
 
@@ -28,6 +40,14 @@ def select_engine(name: str, device: torch.device) -> str:
     if name == "captured" and device.type != "cuda":
         raise ValueError(f"the captured engine is a CUDA graph, but the network is on {device}; choose eager or compiled")
     return "eager" if name == "auto" else name
+
+
+def fastest_engine(device: torch.device) -> str:
+    """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager, since the native operators leave
+    torch.compile nothing to gain, as measured (docs/engines.md); without them, compiled."""
+    if device.type == "cuda":
+        return "captured"
+    return "eager" if native.module is not None else "compiled"
 
 
 def make_engine(name: str, one_step: OneStep) -> Engine:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddim_fast import Sampler, UNet, UNetConfig
-from ddim_fast.engine import Network, OneStep, Run, make_engine
+from ddim_fast.engine import Network, OneStep, Run, fastest_engine, make_engine
+from ddim_fast.ops import native
 
 SHAPE = (3, 8, 8)
 SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm-solver++", 0.0), ("unipc", 0.0)]
@@ -174,3 +175,11 @@ def test_compiled_code_is_kept_where_it_lasts(chosen, kept, tmp_path, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", (chosen or "").format(**places))
     Sampler(fake_network(), steps=2, engine="compiled")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == kept.format(**places)
+
+
+def test_the_fastest_engine_is_one_of_them(monkeypatch):
+    assert fastest_engine(torch.device("cuda", 0)) == "captured"
+    monkeypatch.setattr(native, "module", object())
+    assert fastest_engine(torch.device("cpu")) == "eager"
+    monkeypatch.setattr(native, "module", None)
+    assert fastest_engine(torch.device("cpu")) == "compiled"
