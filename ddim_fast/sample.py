@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from . import __version__
 from .cli import MODEL_HELP, CommandParser, parse_integers, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
-from .diffusion.sampler import Sampler, SamplerState
+from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import SPACINGS
-from .media import image_format, image_grid, save_gif, save_image, to_uint8
+from .engine import ENGINES, fastest_engine
+from .jobs import Job, JobStep, weights_checksum
+from .media import image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.unet import UNet
+from .outputs import Batches, NpzFile, Output, PngFolder
+from .processes import Processes
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
@@ -27,9 +37,11 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --solver unipc --steps 10 --spacing log-snr
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png
+  python -m ddim_fast.sample --num-images 50000 --out samples.npz
+  torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
 
 
 def _parser() -> CommandParser:
@@ -40,102 +52,300 @@ def _parser() -> CommandParser:
     p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)
     p.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
     p.add_argument("--clip", metavar="R", type=float, help="clip the predicted image to [-R, R] at each step (default: never)")
-    p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0-59", help="one image a seed: 0-63 or 1,5,7-9")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0-59", help="one image a seed: 0-63 or 1,5,7-9")
+    which.add_argument("--num-images", metavar="N", type=parse_positive, help="the seeds 0 to N - 1")
     p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
-    p.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    p.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
+    p.add_argument("--engine", choices=ENGINES, default="auto", help="name the execution, instead of --compile's choice")
+    p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     p.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto", help=_DTYPE_HELP)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("samples"), help="folder for the images, a PNG a seed")
-    p.add_argument("--grid", metavar="FILE", type=Path, help="all of them in one picture (default: grid.png in --out)")
+    p.add_argument("--out", metavar="DIR|FILE.npz", type=Path, help=_OUT_HELP)
+    p.add_argument("--grid", metavar="FILE", type=Path, help=_GRID_HELP)
     p.add_argument("--trajectory", metavar="FILE.gif", type=Path, help="a film of the first batch, from noise to images")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
+# A picture of more is no longer one to look at.
+_GRID_IMAGES = 60
+
+_OUT_HELP = (
+    "a folder for a PNG a seed, or one file for evaluations, of all images (arr_0) and their classes (arr_1). The same command "
+    "goes on with an unfinished one (default: the folder samples, or samples-2 ... where that holds images)"
+)
+_GRID_HELP = f"the first {_GRID_IMAGES} images in one picture (default: grid.png in the folder; none beside a .npz file)"
 _SPACING_HELP = f"how the timesteps are chosen: {', '.join(SPACINGS)}, or the timesteps themselves, as 999,500,0"
-_DTYPE_HELP = "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32"
+_COMPILE_HELP = (
+    "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
+    "on a CPU this package's C++ operators, or torch.compile where those were not built"
+)
+_REUSE_HELP = "compute the network's deep features in every Nth step only: faster, and an approximation (default: 1, each step)"
+_DTYPE_HELP = (
+    "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
+    "int8: 8-bit convolutions, for CPUs"
+)
 _CLASS_HELP = "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples"
 
 
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
+    if arguments.num_images is not None:
+        arguments.seeds = range(arguments.num_images)
+    with Processes() as processes:
+        _main(parser, arguments, processes)
+
+
+def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
     with parser.usage_errors():
-        device = pick_device(arguments.device)
+        device = pick_device(processes.device_name(arguments.device))
         folder = resolve_model(arguments.model)
-    model = UNet.from_pretrained(folder).to(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        processes.share_cores()
+    model = UNet.from_pretrained(folder)
+    checksum = weights_checksum(model)
     with parser.usage_errors():
         sampler = Sampler(
-            model,
+            model.to(device),
             steps=arguments.steps,
             eta=arguments.eta,
             spacing=_spacing(arguments.spacing),
             solver=arguments.solver,
-            engine="compiled" if arguments.compile else "eager",
+            engine=fastest_engine(device) if arguments.compile and arguments.engine == "auto" else arguments.engine,
+            reuse=arguments.reuse,
             clip_sample_range=arguments.clip,
             dtype=_dtype(arguments.dtype, arguments.compile, device),
         )
         labels = _labels(arguments.classes, arguments.seeds, model.config.num_classes)
-        request = {"labels": labels, "guidance": arguments.guidance}
-        sampler.trajectory(seeds=arguments.seeds, **request)  # checks the request before anything is written or computed
+        # This checks the request, before anything is written or computed.
+        sampler.trajectory(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
         if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
             parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
-        grid = arguments.grid or arguments.out / "grid.png"
-        image_format(grid)
-    for folder in {arguments.out, grid.parent, (arguments.trajectory or grid).parent}:
-        folder.mkdir(parents=True, exist_ok=True)
-    _run(sampler, request, grid, arguments)
+        if arguments.grid is not None:
+            image_format(arguments.grid)
+    channels, height, width = model.config.image_shape
+    size = min(arguments.batch_size, len(arguments.seeds))
+    batches = Batches(arguments.seeds, labels, size, (height, width, channels))
+    record = {
+        "settings": _settings(arguments, sampler, labels, checksum),
+        "model": arguments.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "ddim_fast": __version__,
+        "torch": torch.__version__,
+    }
+    path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, record))
+    if missing is not None:
+        _run(sampler, _output(path, batches), missing, arguments, processes)
+    elif processes.is_first and not arguments.quiet:
+        print(f"{path} is finished: it holds these {len(arguments.seeds)} images, made with these settings")
 
 
-def _run(sampler: Sampler, request: dict, grid: Path, arguments: argparse.Namespace) -> None:
-    """Sample, write the files, and say what was done."""
-    seeds, steps = arguments.seeds, len(sampler.timesteps)
-    batch = min(arguments.batch_size, len(seeds))
-    started = time.perf_counter()
-    # One step of a first batch, thrown away: it compiles what is compiled and starts what is started once.
-    first = {"seeds": seeds[:batch], **request, "labels": None if request["labels"] is None else request["labels"][:batch]}
-    next(sampler.trajectory(**first))
-    _wait(sampler.device)
-    warm_up = time.perf_counter() - started
+def _settings(
+    arguments: argparse.Namespace, sampler: Sampler, labels: list[int] | None, checksum: str
+) -> dict[str, str | float | None]:
+    """What decides the images, by option: the record that an unfinished output is compared with."""
+    return {
+        "model": f"sha256:{checksum}",
+        "seeds": _listed(arguments.seeds),
+        "class": "none" if labels is None else arguments.classes,
+        "steps": arguments.steps,
+        "spacing": arguments.spacing,
+        "solver": arguments.solver,
+        "eta": arguments.eta,
+        "clip": arguments.clip,
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "engine": sampler.engine,
+        "reuse": arguments.reuse,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+        "device": sampler.device.type,
+    }
 
-    frames: list[np.ndarray] = []
-    total = -(-len(seeds) // batch) * steps
-    with tqdm(total=total, unit="step", disable=arguments.quiet, file=sys.stderr) as bar:
 
-        def on_step(state: SamplerState) -> None:
-            bar.update()
-            if arguments.trajectory is not None and bar.n <= steps:
-                frames.append(image_grid(state.x))
+def _output(path: Path, batches: Batches) -> Output:
+    return NpzFile(path, batches) if path.suffix.lower() == ".npz" else PngFolder(path, batches)
 
+
+def _prepare(
+    parser: CommandParser, arguments: argparse.Namespace, batches: Batches, record: dict[str, Any]
+) -> tuple[Path, list[int] | None]:
+    """The place of the output, made ready, and the batches that it lacks; None when it is finished."""
+    with parser.usage_errors():
+        output = _output(arguments.out or _free_folder(batches, record["settings"]), batches)
+    there = output.record()
+    with parser.usage_errors():
+        output.check(there, record["settings"])
+    for file in (arguments.grid, arguments.trajectory):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    if there is None:
+        output.begin(record)
+    output.remove_remains()
+    missing = output.missing()
+    if there is not None and there["finished"] and not missing:
+        return output.path, None
+    if len(missing) < len(batches) and not arguments.quiet:
+        print(f"{output.path} holds {_progress_of(batches, missing)} images; going on")
+    # A film is of the first batch, which is made again where a run without a film has made it.
+    filmed = arguments.trajectory is None or arguments.trajectory.exists()
+    return output.path, missing if filmed or 0 in missing else [0, *missing]
+
+
+def _free_folder(batches: Batches, settings: dict[str, Any]) -> Path:
+    """The folder of a run that names none: an unfinished one with these settings, or else the next that holds no images."""
+    for number in itertools.count(1):
+        folder = PngFolder(Path("samples" if number == 1 else f"samples-{number}"), batches)
+        with contextlib.suppress(ValueError):
+            record = folder.record()
+            folder.check(record, settings)
+            if record is None or not record["finished"]:
+                return folder.path
+
+
+def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argparse.Namespace, processes: Processes) -> None:
+    """Sample the missing batches, write the files, and say what was done."""
+    batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
+    count = batches.count(missing)
+    progress = _Progress(batches, steps, count, processes, arguments.quiet)
+    film = _Film(arguments.trajectory, steps) if arguments.trajectory is not None else None
+
+    def watch(k: int) -> Callable[[JobStep], None] | None:
+        filmed = film is not None and k == 0
+        if sampler.engine == "captured" and not filmed:
+            return None
+
+        def on_step(step: JobStep) -> None:
+            progress.step(step)
+            if filmed:
+                film.add(step)
+
+        return on_step
+
+    job = Job(sampler, batches, arguments.guidance, watch)
+    try:
         started = time.perf_counter()
-        images = sampler.sample(seeds=seeds, batch_size=batch, on_step=on_step, **request)
-        _wait(sampler.device)
-        seconds = time.perf_counter() - started
+        if share:
+            job.warm_up(share[0])
+        warm_up = time.perf_counter() - started
+        with progress:
+            started = time.perf_counter()
+            job.run(share, output, progress.batch)
+            processes.wait()
+            seconds = time.perf_counter() - started
+    except KeyboardInterrupt:
+        if processes.is_first:
+            done = _progress_of(batches, output.missing())
+            print(f"stopped: {output.path} holds {done} images; the same command goes on with it", file=sys.stderr)
+        raise
+    if not processes.is_first:
+        return
+    places = [output.path]
+    if arguments.grid is not None or isinstance(output, PngFolder):
+        places.append(arguments.grid or output.path / "grid.png")
+        save_image(places[-1], image_grid(_first_images(output)), _scale(batches.image_shape))
+    output.finish()
+    if arguments.quiet:
+        return
+    dtype = str(sampler.dtype).removeprefix("torch.")
+    evaluations = count * steps * (2 if arguments.guidance not in (None, 1) else 1)
+    if steps != arguments.steps and arguments.spacing in SPACINGS:
+        print(f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps")
+    print(
+        f"{count} images of {steps} steps in {seconds:.1f} s, {sampler.engine}, {dtype}: {count / seconds:.2f} images/s, "
+        f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s); "
+        f"pictures in {', '.join(map(str, places))}"
+    )
 
-    if not torch.isfinite(images).all():
-        raise ValueError("the samples are not finite; try --dtype float32")
-    for seed, picture in zip(seeds, to_uint8(images), strict=True):
-        save_image(arguments.out / f"{seed:06d}.png", picture)
-    scale = max(1, 64 // images.shape[-1])
-    save_image(grid, image_grid(images), scale)
-    if arguments.trajectory is not None:
-        save_gif(arguments.trajectory, frames, scale)
-    if not arguments.quiet:
-        dtype = str(sampler.dtype).removeprefix("torch.")
-        evaluations = len(seeds) * steps * (2 if request["guidance"] not in (None, 1) else 1)
-        if steps != arguments.steps and arguments.spacing in SPACINGS:
-            print(f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps")
-        print(
-            f"{len(seeds)} images of {steps} steps in {seconds:.1f} s, {dtype}: {len(seeds) / seconds:.2f} images/s, "
-            f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s); pictures in {arguments.out}, {grid}"
+
+class _Progress:
+    """A bar that counts the images of all processes, and moves with each step of this one's sampler."""
+
+    def __init__(self, batches: Batches, steps: int, missing: int, processes: Processes, quiet: bool) -> None:
+        self._batches, self._steps, self._processes = batches, steps, processes
+        self._there = self._done = len(batches.seeds) - missing
+        self._quiet = quiet or not processes.is_first
+
+    def __enter__(self) -> _Progress:
+        self._bar = tqdm(
+            total=len(self._batches.seeds),
+            initial=self._there,
+            unit=" images",
+            bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+            disable=self._quiet,
+            file=sys.stderr,
         )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self._show(len(self._batches.seeds))
+        self._bar.close()
+
+    def step(self, step: JobStep) -> None:
+        """A step was made: so much of a batch is a part of its images."""
+        part = (step.call + (step.state.step + 1) / self._steps) / step.calls
+        self._show(self._done + part * self._batches.count([step.batch]))
+
+    def batch(self, k: int) -> None:
+        """Batch k is made."""
+        self._done = self._there + self._processes.add_done(self._batches.count([k]))
+        self._show(self._done)
+
+    def _show(self, images: float) -> None:
+        self._bar.update(images - self._bar.n)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _Film:
+    """The steps of the first batch, from noise to images, written when the last one is made."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self._path, self._steps = path, steps
+        self._frames: list[np.ndarray] = []
+
+    def add(self, step: JobStep) -> None:
+        """One more frame. Of a batch that memory does not hold, the film shows the part that is made first."""
+        if step.call > 0:
+            return
+        if step.state.step == 0:
+            self._frames.clear()
+        images = step.state.x[:_GRID_IMAGES]
+        self._frames.append(image_grid(images))
+        if step.state.step == self._steps - 1:
+            save_gif(self._path, self._frames, _scale((*images.shape[2:], images.shape[1])))
+
+
+def _first_images(output: Output) -> Tensor:
+    """Those that a grid shows, in [-1, 1]."""
+    batches = output.batches
+    ks = range(min(len(batches), -(-_GRID_IMAGES // batches.size)))
+    pictures = np.concatenate([output.read(k) for k in ks])[:_GRID_IMAGES]
+    return torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1
+
+
+def _progress_of(batches: Batches, missing: list[int]) -> str:
+    return f"{len(batches.seeds) - batches.count(missing)} of {len(batches.seeds)}"
+
+
+def _scale(image_shape: tuple[int, int, int]) -> int:
+    """How many pixels wide a pixel of a small image is shown."""
+    return max(1, 64 // image_shape[1])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 8] -> "0-3,8", what parse_integers takes."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _labels(classes: str, seeds: list[int], num_classes: int | None) -> list[int] | None:

@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -40,11 +44,12 @@ def test_writes_an_image_a_seed_and_a_grid(run, checkpoint, tmp_path):
         "000002.png",
         "000040.png",
         "grid.png",
+        "sampling.json",
     ]
     assert Image.open(tmp_path / "o" / "000040.png").size == (16, 16)
     assert Image.open(tmp_path / "o" / "grid.png").size == ((4 * 18 + 2) * 4, (18 + 2) * 4)
     assert "4 images of 2 steps" in out and "images/s" in out and "network evaluations/s" in out and "warm-up" in out
-    assert "step/s" in err
+    assert "4/4 images" in err and "images/s" in err
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fas
     monkeypatch.setattr(sample, "bf16_is_fast", lambda device: fast)
     monkeypatch.setattr("torch.compile", lambda function, **settings: function)
     code, out, _ = run("--model", checkpoint, "--steps", 1, "--seeds", "0,1", *options)
-    assert code == 0 and f" s, {dtype}: " in out
+    assert code == 0 and f", {dtype}: " in out
 
 
 def test_quiet_says_nothing(run, checkpoint):
@@ -148,10 +153,16 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--seeds", "x"], "--seeds"),
         (["--seeds", "99999999999999999999"], "a seed is a whole number"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--num-images", "0"], "--num-images"),
+        (["--num-images", "3", "--seeds", "0-2"], "not allowed with"),
+        (["--seeds", "3,4,3"], "--seeds names 3 2 times"),
         (["--clip", "0"], "clip_sample_range must be positive"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--device", "cuda:77"], "not available"),
-        (["--dtype", "int8"], "--dtype"),
+        (["--dtype", "int4"], "--dtype"),
+        (["--engine", "warp"], "invalid choice: 'warp'"),
+        (["--engine", "captured", "--device", "cpu"], "captured engine is a CUDA graph"),
+        (["--reuse", "0"], "--reuse"),
         (["--trajectory", "film.mp4"], "film.mp4"),
         (["--grid", "grid.xyz"], "grid.xyz"),
         (["--nonsense"], "--nonsense"),
@@ -206,6 +217,237 @@ def test_an_output_folder_that_cannot_be_made_is_one_line_and_exit_code_1(run, c
     (tmp_path / "file").write_text("")
     code, _, err = run("--model", checkpoint, "--out", tmp_path / "file" / "out")
     assert code == 1 and "Not a directory" in err and err.count("\n") == 1
+
+
+def in_turn(*options):
+    """The options of a small job: five images in three batches."""
+    return ["--steps", 2, "--eta", 1, "--num-images", 5, "--batch-size", 2, *options]
+
+
+def contents(path) -> dict[str, bytes]:
+    """The files of an output folder by name, or the one file."""
+    return {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else {"": path.read_bytes()}
+
+
+@pytest.fixture(params=["", ".npz"], ids=["folder", "npz"])
+def job(request, run, checkpoint, tmp_path):
+    """The options of a small job, the suffix of its output, and what an uninterrupted run of it writes."""
+    options = ["--model", checkpoint, *in_turn()]
+    whole = tmp_path / f"whole{request.param}"
+    assert run(*options, "--out", whole)[0] == 0
+    return options, request.param, contents(whole)
+
+
+def test_an_npz_file_holds_the_images_of_the_folder(run, checkpoint, tmp_path):
+    for out in ("a", "a.npz"):
+        assert run("--model", checkpoint, *in_turn("--class", "3,1"), "--out", tmp_path / out)[0] == 0
+    with np.load(tmp_path / "a.npz") as npz:
+        assert npz["arr_0"].shape == (5, 16, 16, 3) and npz["arr_1"].tolist() == [3, 1, 3, 1, 3]
+        for seed, picture in enumerate(npz["arr_0"]):
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a" / f"{seed:06d}.png")), picture)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.npz", "checkpoint", "here"]
+
+
+def test_num_images_are_the_first_seeds(run, checkpoint, tmp_path):
+    run("--model", checkpoint, "--steps", 1, "--num-images", 3, "--out", tmp_path / "a")
+    run("--model", checkpoint, "--steps", 1, "--seeds", "0-2", "--out", tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_an_npz_file_has_a_grid_where_one_is_asked_for(run, checkpoint, tmp_path):
+    run("--model", checkpoint, *in_turn("--out", tmp_path / "a", "--grid", tmp_path / "a.png"))
+    run("--model", checkpoint, *in_turn("--out", tmp_path / "a.npz", "--grid", tmp_path / "b.png"))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert not (tmp_path / "a" / "grid.png").exists()
+
+
+def test_a_grid_shows_the_first_sixty(run, checkpoint, tmp_path):
+    run("--model", checkpoint, "--steps", 1, "--num-images", 65, "--batch-size", 25, "--out", tmp_path / "a")
+    assert Image.open(tmp_path / "a" / "grid.png").size == ((10 * 18 + 2) * 4, (6 * 18 + 2) * 4)
+
+
+# A process is forked for each of the moments at which a file comes to its place, runs the command, and is killed just before
+# that moment; until one gets through.
+_KILLED = """
+import os, signal, sys
+from ddim_fast import sample
+from ddim_fast.cli import run_command
+
+out, *sys.argv[1:] = sys.argv[1:]
+sys.argv += ["--quiet", "--out", out.replace("#", "0")]
+sample.main()  # what is imported at first use is imported once
+replace, moment, status = os.replace, 0, -signal.SIGKILL
+while status == -signal.SIGKILL:
+    moment += 1
+    child = os.fork()
+    if child == 0:
+        to_come = moment
+        def replace_or_die(*places):
+            global to_come
+            to_come -= 1
+            if to_come == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*places)
+        os.replace = replace_or_die
+        sys.argv[-1] = out.replace("#", str(moment))
+        run_command(sample.main)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(moment, status)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
+    options, suffix, whole = job
+    out = tmp_path / f"killed-#{suffix}"
+    command = [sys.executable, "-c", _KILLED, out, *options]
+    # One thread: a process that has started others must not be forked.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, env=environment)
+    # The record, five images, the grid and the record again; or the record, three batches and the file.
+    moments = 5 if suffix else 8
+    assert (killed.stdout, killed.stderr) == (f"{moments + 1} 0\n", "")
+    for moment in range(moments + 2):
+        place = tmp_path / out.name.replace("#", str(moment))
+        finished = moment in (0, moments + 1)
+        code, said, _ = run(*options, "--out", place)
+        assert code == 0 and contents(place) == whole
+        assert ("is finished" in said) == finished
+        assert ("going on" in said) == (2 + (not suffix) < moment <= moments)
+    outputs = {f"killed-{moment}{suffix}" for moment in range(moments + 2)}
+    assert {p.name for p in tmp_path.iterdir()} == {*outputs, f"whole{suffix}", "checkpoint", "here"}
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeypatch):
+    options = ["--model", checkpoint, "--steps", 2, "--num-images", 24, "--batch-size", 1, "--out"]
+    run(*options, tmp_path / "whole")
+    replace, calls = os.replace, []
+
+    def interrupt(*places):
+        replace(*places)
+        calls.append(places)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        code, out, err = run(*options, tmp_path / "parts", "--quiet")
+    assert code == 130 and out == "" and err.count("\n") == 1
+    holds = int(re.search(r"stopped: .*parts holds (\d+) of 24 images; the same command goes on with it", err)[1])
+    assert 3 <= holds < 24 and holds == len(list((tmp_path / "parts").glob("0*.png")))
+    code, out, _ = run(*options, tmp_path / "parts")
+    assert code == 0 and f"parts holds {holds} of 24 images; going on" in out and f"{24 - holds} images of 2 steps in" in out
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_two_processes_write_the_files_of_one(job, tmp_path):
+    options, suffix, whole = job
+    out = tmp_path / f"two{suffix}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddim_fast.sample"]
+    command += [*options, "--out", out]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 images of 2 steps") == 1 and done.stderr.count("5/5 images") >= 1
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated"])
+def test_an_unfinished_output_is_completed(damage, job, run, checkpoint, tmp_path):
+    options, suffix, whole = job
+    out = tmp_path / f"out{suffix}"
+    folder = out.with_name("out.npz.partial") if suffix else out
+
+    class Stop(BaseException):
+        pass
+
+    replace = os.replace
+
+    def stop(source, place):
+        if str(place).endswith(("grid.png", "out.npz")):
+            raise Stop
+        replace(source, place)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", stop)
+        run(*options, "--out", out)
+    last = max(folder.glob("batch-*" if suffix else "0*.png"))
+    last.write_bytes(last.read_bytes()[:-9])
+    if damage == "gone":
+        last.unlink()
+    code, said, _ = run(*options, "--out", out)
+    assert code == 0 and "out" in said and "holds 4 of 5 images; going on" in said
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (["--steps", 3], "--steps 2, not 3;"),
+        (["--eta", 0.5], "--eta 1.0, not 0.5;"),
+        (["--num-images", 6], "--seeds 0-4, not 0-5;"),
+        (["--batch-size", 3], "--batch-size 2, not 3;"),
+        (["--guidance", 2], "--guidance none, not 2.0;"),
+        (["--clip", 1], "--clip none, not 1.0;"),
+        (["--class", "3,5"], "--class all, not 3,5;"),
+        (["--class", "none"], "--class all, not none;"),
+        (["--spacing", "leading"], "--spacing quadratic, not leading;"),
+        (["--solver", "ddpm", "--eta", 0], "--solver ddim, not ddpm;"),
+        (["--dtype", "bfloat16"], "--dtype float32, not bfloat16;"),
+        (["--model", "fashion-mnist"], "--model sha256:"),
+    ],
+)
+def test_images_of_other_settings_are_not_added(changes, message, job, run, tmp_path):
+    options, suffix, whole = job
+    out = tmp_path / f"whole{suffix}"
+    code, said, err = run(*options, "--out", out, *changes)
+    assert code == 2 and said == "" and err.count("\n") == 1
+    assert f"whole{suffix} was begun with {message}" in err
+    assert contents(out) == whole
+
+
+def test_a_finished_output_is_left_as_it_is(job, run, tmp_path):
+    options, suffix, whole = job
+    out = tmp_path / f"whole{suffix}"
+    before = [p.stat().st_mtime_ns for p in ([out] if suffix else out.iterdir())]
+    assert run(*options, "--out", out) == (0, f"{out} is finished: it holds these 5 images, made with these settings\n", "")
+    assert run(*options, "--out", out, "--quiet") == (0, "", "")
+    assert [p.stat().st_mtime_ns for p in ([out] if suffix else out.iterdir())] == before
+    assert contents(out) == whole
+
+
+def test_a_damaged_record_is_one_line_and_exit_code_1(job, run, tmp_path):
+    options, suffix, _ = job
+    out = tmp_path / f"whole{suffix}"
+    (out if suffix else out / "sampling.json").write_bytes(b"{")
+    code, said, err = run(*options, "--out", out)
+    assert code == 1 and "sampling.json" in err and err.count("\n") == 1 and said == ""
+
+
+def test_images_of_unknown_origin_are_not_added_to(run, checkpoint, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "000003.png")
+    code, _, err = run("--model", checkpoint, *in_turn("--out", tmp_path))
+    assert code == 2 and "000003.png exists, and no sampling.json says how it was made" in err and err.count("\n") == 1
+
+
+def test_without_out_each_run_has_a_folder(run, checkpoint, tmp_path):
+    here = tmp_path / "here"
+    assert "pictures in samples, samples/grid.png" in run("--model", checkpoint, *in_turn())[1]
+    assert "pictures in samples-2, " in run("--model", checkpoint, *in_turn())[1]
+    assert contents(here / "samples") == contents(here / "samples-2")
+    record = json.loads((here / "samples-2" / "sampling.json").read_bytes())
+    (here / "samples-2" / "sampling.json").write_text(json.dumps({**record, "finished": False}))
+    (here / "samples-2" / "000003.png").unlink()
+    assert "pictures in samples-3, " in run("--model", checkpoint, *in_turn("--guidance", 2))[1]
+    assert "pictures in samples-2, " in run("--model", checkpoint, *in_turn())[1]
+    assert contents(here / "samples") == contents(here / "samples-2")
+
+
+def test_a_film_is_made_of_a_run_that_goes_on(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, *in_turn("--out", tmp_path / "a")]
+    run(*options)
+    whole = contents(tmp_path / "a")
+    (tmp_path / "a" / "000004.png").unlink()
+    assert run(*options, "--trajectory", tmp_path / "film.gif")[0] == 0
+    assert Image.open(tmp_path / "film.gif").n_frames == 2 and contents(tmp_path / "a") == whole
 
 
 def test_help_shows_examples_and_defaults(run):

@@ -1,0 +1,175 @@
+"""A sampling job: batches of images from the network to the disk, within the memory that there is."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .diffusion.sampler import Sampler, SamplerState
+from .media import to_uint8
+from .outputs import Batches, Output
+
+__all__ = ["Job", "JobStep", "weights_checksum"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JobStep:
+    """One step of the sampler in a job.
+
+    Attributes:
+        batch: the number of the batch.
+        call: which part of the batch it is, from 0; parts are what is sampled at once.
+        calls: how many parts the batch has: 1, unless memory ran out.
+        state: the sampler's state after the step.
+    """
+
+    batch: int
+    call: int
+    calls: int
+    state: SamplerState
+
+
+class Job:
+    """Samples batches, and halves what is sampled at once where memory runs out.
+
+    Args:
+        sampler: makes the images.
+        batches: the images to make.
+        guidance: scale of classifier-free guidance, or None.
+        watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
+            captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        batches: Batches,
+        guidance: float | None = None,
+        watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
+    ) -> None:
+        self.sampler, self.batches, self.guidance, self.watch = sampler, batches, guidance, watch
+        self._at_once = batches.size
+
+    def warm_up(self, k: int) -> None:
+        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once."""
+
+        def compute() -> None:
+            seeds, labels = (None if part is None else part[: self._at_once] for part in self._filled(k))
+            request = {"seeds": seeds, "labels": labels, "guidance": self.guidance}
+            if self.sampler.engine == "captured":  # all steps are one graph, and there is no part of it to try
+                self.sampler.sample(**request, batch_size=self._at_once)
+            else:
+                next(self.sampler.trajectory(**request))
+            if self.sampler.device.type == "cuda":
+                torch.cuda.synchronize(self.sampler.device)
+
+        self._within_memory(compute)
+
+    def pictures(self, k: int) -> np.ndarray:
+        """The images of batch k: (n, H, W, C) uint8.
+
+        Raises:
+            RuntimeError: there is not enough memory for a single image.
+            ValueError: the images are not finite.
+        """
+
+        def compute() -> np.ndarray:
+            seeds, labels = self._filled(k)
+            images = self.sampler.sample(
+                seeds=seeds,
+                labels=labels,
+                guidance=self.guidance,
+                batch_size=self._at_once,
+                on_step=self._reporter(k, len(seeds)),
+            )
+            images = images[: len(self.batches[k][0])]
+            if not torch.isfinite(images).all():
+                raise ValueError("the samples are not finite; try --dtype float32")
+            return to_uint8(images)
+
+        return self._within_memory(compute)
+
+    def run(self, ks: Sequence[int], output: Output, on_batch: Callable[[int], None]) -> None:
+        """Make batches and write them to ``output``, a batch being written while the next one is made.
+
+        Args:
+            ks: the batches.
+            output: where they go.
+            on_batch: called with the number of each batch when it is made.
+        """
+        with ThreadPoolExecutor(1) as writer:
+            written: Future[None] | None = None
+            for k in ks:
+                pictures = self.pictures(k)
+                if written is not None:
+                    written.result()  # no more than one batch waits, and an error of writing is raised here
+                written = writer.submit(output.write, k, pictures)
+                on_batch(k)
+            if written is not None:
+                written.result()
+
+    def _filled(self, k: int) -> tuple[list[int], list[int] | None]:
+        """Seeds and labels of batch k. What is compiled or captured is so for one number of images, so a last, smaller batch is
+        filled up with its last image."""
+        seeds, labels = self.batches[k]
+        missing = 0 if self.sampler.engine == "eager" else max(0, self._at_once - len(seeds))
+        return [*seeds, *[seeds[-1]] * missing], None if labels is None else [*labels, *[labels[-1]] * missing]
+
+    def _reporter(self, k: int, count: int) -> Callable[[SamplerState], None] | None:
+        on_step = self.watch(k)
+        if on_step is None:
+            return None
+        calls, call = -(-count // self._at_once), -1
+
+        def report(state: SamplerState) -> None:
+            nonlocal call
+            call += state.step == 0
+            on_step(JobStep(k, call, calls, state))
+
+        return report
+
+    def _within_memory(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, tried again with half as many images at once each time that memory runs out."""
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Not before the error is gone: its traceback holds the tensors of the attempt.
+            gc.collect()
+            if self.sampler.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self._at_once == 1:
+                raise RuntimeError(f"out of memory: {self.sampler.device} has too little for a single image of this network")
+            self._at_once //= 2
+            tqdm.write(f"out of memory: going on with {self._at_once} images a network call", file=sys.stderr)
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """SHA-256 of a network's configuration and weights, in hexadecimal: the same whatever file they were read from."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a CUDA device, in torch's CPU allocator, which has no error class of its own, or elsewhere."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
+    )

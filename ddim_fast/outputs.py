@@ -1,0 +1,268 @@
+"""Where the images of a sampling job go: a folder of PNG files, or one .npz file.
+
+Either is filled batch by batch, in any order and by any number of processes. A file of a batch is there whole or not at all, so
+what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies ``sampling.json``, the
+settings they are made with: images of other settings are never added to them.
+"""
+
+from __future__ import annotations
+
+import abc
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .files import atomic_write
+from .media import save_image
+from .models.checkpoint import naming, write_json
+
+__all__ = ["RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
+
+RECORD = "sampling.json"
+
+_END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The images of a job. Batch k is images kB to (k+1)B - 1, whoever makes it and whatever was made before: where an image's
+    last bits depend on its batch, as on a GPU, they are the same again when a job goes on.
+
+    Attributes:
+        seeds: N integers, one an image.
+        labels: N class labels, or None.
+        size: B.
+        image_shape: (H, W, C) of a picture.
+    """
+
+    seeds: Sequence[int]
+    labels: Sequence[int] | None
+    size: int
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return -(-len(self.seeds) // self.size)
+
+    def __getitem__(self, k: int) -> tuple[Sequence[int], Sequence[int] | None]:
+        """Seeds and labels of batch k."""
+        part = slice(k * self.size, (k + 1) * self.size)
+        return self.seeds[part], None if self.labels is None else self.labels[part]
+
+    def count(self, ks: Iterable[int]) -> int:
+        """The number of images in these batches."""
+        return sum(len(self[k][0]) for k in ks)
+
+
+class Output(abc.ABC):
+    """What both forms of output share.
+
+    Attributes:
+        path: what the user named.
+        folder: where the batches and their record are written.
+        batches: the images that belong in it.
+    """
+
+    def __init__(self, path: Path, folder: Path, batches: Batches) -> None:
+        self.path, self.folder, self.batches = path, folder, batches
+
+    @abc.abstractmethod
+    def files(self, k: int) -> list[Path]:
+        """The files of batch k."""
+
+    @abc.abstractmethod
+    def is_whole(self, k: int, file: Path) -> bool:
+        """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
+
+    @abc.abstractmethod
+    def write(self, k: int, pictures: np.ndarray) -> None:
+        """Write the (n, H, W, C) uint8 pictures of batch k."""
+
+    @abc.abstractmethod
+    def read(self, k: int) -> np.ndarray:
+        """The (n, H, W, C) uint8 pictures of batch k, which :meth:`write` has written."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Make it the finished output, when every batch is there."""
+
+    @abc.abstractmethod
+    def remove_remains(self) -> None:
+        """Remove half-written files of a process that was killed."""
+
+    def record(self) -> dict[str, Any] | None:
+        """What ``sampling.json`` says, or None where nothing has begun.
+
+        Raises:
+            ValueError: it is damaged; the message names the file.
+        """
+        path = self.folder / RECORD
+        if not path.exists():
+            return None
+        with naming(path):
+            return _checked_record(json.loads(path.read_bytes()))
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """Make the folder, with its record of an unfinished job."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / RECORD, {**record, "finished": False})
+
+    def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+        """See that images made with ``settings`` may be added to what is there.
+
+        Args:
+            record: what :meth:`record` returned.
+            settings: by option, such as ``{"steps": 20}``.
+
+        Raises:
+            ValueError: what is there was made with other settings (the message names the option and both values), or nobody
+                knows how.
+        """
+        if record is None:
+            strangers = (file for k in range(len(self.batches)) for file in self.files(k) if file.exists())
+            if stranger := next(strangers, None):
+                raise ValueError(f"{stranger} exists, and no {RECORD} says how it was made; choose another --out")
+            return
+        there = record["settings"]
+        for option in [*settings, *(there.keys() - settings.keys())]:
+            old, new = there.get(option), settings.get(option)
+            if old != new:
+                raise ValueError(
+                    f"{self.path} was begun with --{option} {_shown(old)}, not {_shown(new)}; "
+                    "give the same settings to go on with it, or choose another --out"
+                )
+
+    def missing(self) -> list[int]:
+        """The batches of which a file is missing or damaged."""
+        return [k for k in range(len(self.batches)) if not all(self.is_whole(k, file) for file in self.files(k))]
+
+
+class PngFolder(Output):
+    """A folder with a PNG a seed, ``000012.png`` for seed 12.
+
+    Raises:
+        ValueError: a seed is named twice.
+    """
+
+    def __init__(self, path: Path, batches: Batches) -> None:
+        super().__init__(path, path, batches)
+        seed, times = Counter(batches.seeds).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"--seeds names {seed} {times} times: a folder holds one image a seed, a .npz file holds them all")
+
+    def files(self, k: int) -> list[Path]:
+        return [self.folder / f"{seed:06d}.png" for seed in self.batches[k][0]]
+
+    def is_whole(self, k: int, file: Path) -> bool:
+        try:
+            with open(file, "rb") as stream:
+                stream.seek(-len(_END_OF_PNG), os.SEEK_END)
+                return stream.read() == _END_OF_PNG
+        except OSError:  # not there, or shorter than that
+            return False
+
+    def write(self, k: int, pictures: np.ndarray) -> None:
+        for file, picture in zip(self.files(k), pictures, strict=True):
+            save_image(file, picture)
+
+    def read(self, k: int) -> np.ndarray:
+        pictures = []
+        for file in self.files(k):
+            with Image.open(file) as image:
+                pictures.append(np.asarray(image).reshape(self.batches.image_shape))
+        return np.stack(pictures)
+
+    def finish(self) -> None:
+        write_json(self.folder / RECORD, {**self.record(), "finished": True})
+
+    def remove_remains(self) -> None:
+        for file in self.folder.iterdir():
+            if re.fullmatch(rf"\.(\d{{6,}}\.png|grid\.png|{re.escape(RECORD)})\.\w{{8}}", file.name):  # see atomic_write
+                file.unlink()
+
+
+class NpzFile(Output):
+    """One file in the form that evaluations of image models read (Dhariwal and Nichol 2021's code): ``arr_0`` is the
+    (N, H, W, C) uint8 images, ``arr_1`` their (N,) int64 class labels where they have any. ``sampling.json`` is in the archive.
+
+    Until all batches are there, they lie in a folder beside it, ``FILE.npz.partial``, and are then joined one by one.
+    """
+
+    def __init__(self, path: Path, batches: Batches) -> None:
+        super().__init__(path, path.with_name(f"{path.name}.partial"), batches)
+
+    def files(self, k: int) -> list[Path]:
+        return [self.folder / f"batch-{k:06d}.npy"]
+
+    def is_whole(self, k: int, file: Path) -> bool:
+        try:
+            stored = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return stored.dtype == np.uint8 and stored.shape == (len(self.batches[k][0]), *self.batches.image_shape)
+
+    def write(self, k: int, pictures: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, pictures)
+        atomic_write(self.files(k)[0], buffer.getvalue())
+
+    def read(self, k: int) -> np.ndarray:
+        return np.load(self.files(k)[0])
+
+    def record(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return super().record()
+        try:
+            with zipfile.ZipFile(self.path) as archive, naming(self.path):
+                return _checked_record(json.loads(archive.read(RECORD)))
+        except (zipfile.BadZipFile, KeyError):
+            raise ValueError(f"{self.path} exists, and no {RECORD} in it says how it was made; choose another --out") from None
+
+    def finish(self) -> None:
+        batches, shape = self.batches, (len(self.batches.seeds), *self.batches.image_shape)
+        joined = self.folder / "joined.npz"
+        with open(joined, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                # A ZipInfo made by hand carries no time of day: the same images are the same file.
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for k in range(len(batches)):
+                        member.write(self.read(k))
+                if batches.labels is not None:
+                    with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.array(batches.labels, dtype=np.int64))
+                archive.writestr(zipfile.ZipInfo(RECORD), json.dumps({**self.record(), "finished": True}, indent=2))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(joined, self.path)
+        self.remove_remains()
+
+    def missing(self) -> list[int]:
+        return [] if self.path.exists() else super().missing()
+
+    def remove_remains(self) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _checked_record(record: Any) -> dict[str, Any]:
+    fields = record if isinstance(record, dict) else {}
+    if not isinstance(fields.get("settings"), dict) or not isinstance(fields.get("finished"), bool):
+        raise ValueError("not the record of a sampling job")
+    return fields
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

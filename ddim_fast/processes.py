@@ -1,0 +1,101 @@
+"""The processes of one run: those that torchrun started, or this one alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Processes"]
+
+T = TypeVar("T")
+
+# At the end, processes wait for the slowest of them. Not for one that failed: torchrun ends all, and a lost connection is an
+# error.
+_PATIENCE = timedelta(days=7)
+
+
+class Processes:
+    """A context in which processes share work. torchrun says in the environment how many there are; without it there is one.
+
+    Attributes:
+        count: how many there are.
+        rank: the number of this one, from 0.
+        local_rank: its number on this machine.
+    """
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank)) if self.count > 1 else 0
+        self._done = 0
+
+    def __enter__(self) -> Processes:
+        if self.count > 1:
+            store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
+            self._store = dist.PrefixStore("ddim_fast", store)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that decides and speaks for all."""
+        return self.rank == 0
+
+    def device_name(self, name: str) -> str:
+        """The device of this process where the user asked for ``name``: each has a GPU of its own, unless one is named."""
+        on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+        return f"cuda:{self.local_rank}" if self.count > 1 and on_gpu else name
+
+    def share_cores(self) -> None:
+        """Divide the machine's cores among its processes. torchrun sets OMP_NUM_THREADS to 1 where the user does not set it."""
+        if self.count > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))))
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of the items that are this process's."""
+        return items[self.rank :: self.count]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process. Where it raises there, the others exit without a word."""
+        if self.count == 1:
+            return make()
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = make()
+            except BaseException as raised:
+                error = raised
+        message = [result, error is not None]
+        dist.broadcast_object_list(message, src=0)
+        if error is not None:
+            raise error
+        if message[1]:
+            sys.exit(1)
+        return message[0]
+
+    def add_done(self, amount: int) -> int:
+        """Count work done; returns what all processes have done so far."""
+        if self.count == 1:
+            self._done += amount
+            return self._done
+        return self._store.add("done", amount)
+
+    def wait(self) -> None:
+        """Until all processes are here.
+
+        Raises:
+            RuntimeError: one of them has ended.
+        """
+        if self.count > 1:
+            dist.barrier()
