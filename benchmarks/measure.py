@@ -1,4 +1,5 @@
-"""What the benchmarks share: how a call is timed, and the machine's own rates, measured in the same run.
+"""What the benchmarks share: how a call is timed, alone or in turns with others, and the machine's own rates,
+measured in the same run.
 
 On a GPU, what is timed is a CUDA graph of CALLS calls, as the sampler replays them: launches from Python cost more than small
 kernels.
@@ -7,16 +8,20 @@ kernels.
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["CALLS", "DEVICE", "copy_rate", "matmul_rate", "run"]
+__all__ = ["CALLS", "DEVICE", "copy_rate", "matmul_rate", "repeated", "run", "run_in_turns"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = 20 if DEVICE == "cuda" else 1
+
+# What run_in_turns takes: about so many seconds, and so many turns at least and at most.
+SECONDS, FEWEST, MOST = 20, 2, 50
 
 
 def run(benchmark: Any, call: Callable[[], Any], dtype: torch.dtype, *, moved: int, operations: int = 0) -> None:
@@ -28,7 +33,7 @@ def run(benchmark: Any, call: Callable[[], Any], dtype: torch.dtype, *, moved: i
         moved: bytes, each input counted once and each output once.
         operations: floating-point operations of the matrix products in it.
     """
-    benchmark(_repeated(call))
+    benchmark(repeated(call))
     if benchmark.stats is None:  # --benchmark-disable
         return
     seconds = benchmark.stats.stats.median / CALLS
@@ -40,6 +45,49 @@ def run(benchmark: Any, call: Callable[[], Any], dtype: torch.dtype, *, moved: i
     if operations:
         rate = operations / seconds
         benchmark.extra_info |= {"TFLOP/s": rate / 1e12, "share of matmul": rate / matmul_rate(dtype)}
+
+
+def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call``, CALLS times, from the first kernel's start to the last one's end."""
+    if DEVICE == "cpu":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def run_in_turns(benchmark: Any, calls: dict[str, Callable[[], Any]], evaluations: int) -> dict[str, float]:
+    """Times implementations of the same thing one after the other, again and again, so that whatever slows the machine down
+    slows all of them: their ratios mean more than their times. What pytest-benchmark itself shows are turns.
+
+    Args:
+        calls: by name; each must be correct, warmed up, and finished when it returns.
+        evaluations: what a call does: evaluations of the network on one image.
+
+    Returns:
+        Evaluations a second by name, the medians of the turns, as noted in ``extra_info``.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn() -> None:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+
+    turn()  # the first one is not like the others
+    turns = int(SECONDS / sum(seconds[name].pop() for name in calls))
+    benchmark.pedantic(turn, rounds=min(max(turns, FEWEST), MOST))
+    rates = {name: evaluations / statistics.median(times) for name, times in seconds.items()}
+    benchmark.extra_info["evaluations/s"] = rates
+    return rates
 
 
 @functools.cache
@@ -59,28 +107,12 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / _median_seconds(lambda: a @ b)
 
 
-def _repeated(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call``, CALLS times, from the first kernel's start to the last one's end."""
-    if DEVICE == "cpu":
-        return call
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
-
-
 def _median_seconds(call: Callable[[], Any]) -> float:
     call()
-    repeated = _repeated(call)
+    timed = repeated(call)
     times = []
     for _ in range(20):
         start = time.perf_counter()
-        repeated()
+        timed()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2] / CALLS

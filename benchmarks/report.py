@@ -4,8 +4,8 @@
     python benchmarks/report.py run.json --baseline compiled
 
 One row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and its share
-of the copy or matmul rate measured in the same run. Absolute times stand in the baseline's column; they mean something on a
-GPU only.
+of the copy or matmul rate measured in the same run. Absolute times, or rates, stand in the baseline's column; they mean
+something on a GPU only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["table"]
 
@@ -25,9 +25,9 @@ def table(run: dict[str, Any], baseline: str) -> str:
     Raises:
         ValueError: no benchmark in the run has the baseline's name.
     """
-    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    groups: dict[str, dict[str, _Result]] = defaultdict(dict)
     for benchmark in run["benchmarks"]:
-        groups[benchmark["group"]][_implementation(benchmark)] = benchmark
+        groups[benchmark["group"]] |= _results(benchmark)
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     if baseline not in names:
         raise ValueError(f"the baseline must be one of {', '.join(names)}; got {baseline!r}")
@@ -39,6 +39,35 @@ def table(run: dict[str, Any], baseline: str) -> str:
     return "\n".join(lines)
 
 
+class _Result(NamedTuple):
+    """How fast an implementation is, in the units of its group: as a number, in words, and as a share of the machine's rate."""
+
+    speed: float
+    absolute: str
+    share: str
+
+
+def _results(benchmark: dict[str, Any]) -> dict[str, _Result]:
+    """By implementation: all those that were timed in turns, or the one that was timed alone."""
+    info = benchmark["extra_info"]
+    for unit in ("images/s", "evaluations/s"):
+        if unit in info:
+            shares = info.get("share of matmul", {})
+            return {
+                name: _Result(rate, f"{rate:.1f} {unit}", _share(shares.get(name), "matmul"))
+                for name, rate in info[unit].items()
+            }
+    rate = "matmul" if "share of matmul" in info else "copy"
+    absolute = f"{info['microseconds']:.1f} us"
+    return {
+        _implementation(benchmark): _Result(1 / benchmark["stats"]["median"], absolute, _share(info[f"share of {rate}"], rate))
+    }
+
+
+def _share(share: float | None, rate: str) -> str:
+    return "" if share is None else f"{share:.0%} of {rate}"
+
+
 def _implementation(benchmark: dict[str, Any]) -> str:
     """Its name: what the benchmark's parameters call it, the function's name where they do not."""
     parameters = benchmark["params"] or {}
@@ -46,14 +75,11 @@ def _implementation(benchmark: dict[str, Any]) -> str:
     return parameters.get("implementation") or parameters.get("backend") or function
 
 
-def _cell(result: dict[str, Any] | None, baseline: dict[str, Any] | None, is_baseline: bool) -> str:
+def _cell(result: _Result | None, baseline: _Result | None, is_baseline: bool) -> str:
     if result is None:
         return "-"
-    info, median = result["extra_info"], result["stats"]["median"]
-    share = f"{info['share of matmul']:.0%} of matmul" if "share of matmul" in info else f"{info['share of copy']:.0%} of copy"
-    if is_baseline:
-        return f"{info['microseconds']:.1f} us, {share}"
-    return f"{baseline['stats']['median'] / median:.2f}x, {share}" if baseline else share
+    ratio = f"{result.speed / baseline.speed:.2f}x" if baseline else ""
+    return ", ".join(part for part in (result.absolute if is_baseline else ratio, result.share) if part)
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""Whole sampling runs, from the same noise to images on the host: ours by each engine, beside diffusers' network in a loop of
+its own scheduler, and ONNX Runtime and OpenVINO in a loop of our step. Correct first, then timed in turns.
+
+    pytest benchmarks/test_sampler.py -k "fashion-mnist and batch8 and steps20" --benchmark-only --benchmark-json run.json
+    python benchmarks/report.py run.json --baseline "diffusers fp32"
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from measure import DEVICE, run_in_turns
+from peers import DTYPES, IMPLEMENTATIONS, PEERS, diffusers_compiled, network, pipeline, relative_error
+
+from ddim_fast import NoiseSchedule, Sampler, fast_ddim_step, select_timesteps
+
+# On a CPU the large network's step, which is what a run of it costs, is in test_unet.py.
+NETWORKS = ["fashion-mnist", "cifar10-128"] if DEVICE == "cuda" else ["fashion-mnist"]
+BATCHES = [1, 8, 64, 512] if DEVICE == "cuda" else [1, 8, 64]
+STEPS = [10, 20, 50, 100] if DEVICE == "cuda" else [10, 20]
+MORE = ["captured bf16"] if DEVICE == "cuda" else []
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.2}
+
+
+@functools.cache
+def _peer(implementation, model, dtype, batch):
+    """A peer is prepared once for all numbers of steps."""
+    if implementation == "diffusers-compiled":
+        return diffusers_compiled(model, dtype, batch, mode="max-autotune")
+    return PEERS[implementation](model, dtype, batch)
+
+
+@pytest.fixture(scope="module", params=itertools.product(NETWORKS, BATCHES), ids=lambda c: f"{c[0]}-batch{c[1]}")
+def case(request):
+    """The network and the batch size."""
+    torch.compiler.reset()  # compiles for this batch alone
+    name, batch = request.param
+    yield network(name), batch
+    _peer.cache_clear()
+
+
+def _diffusers_loop(evaluate, model, steps):
+    """What a DDIMPipeline does, without waiting for the GPU to move a timestep there."""
+    scheduler = pipeline(model).scheduler
+    scheduler.set_timesteps(steps)
+    on_device = scheduler.timesteps.to(DEVICE)
+
+    def sample(x):
+        for t, t_on_device in zip(scheduler.timesteps, on_device, strict=True):
+            x = scheduler.step(evaluate(x, t_on_device), t, x, return_dict=False)[0]
+        return x
+
+    return sample
+
+
+def _step_loop(evaluate, model, steps):
+    """Somebody's own loop around our step."""
+    schedule = NoiseSchedule.from_config(model.config)
+    timesteps = select_timesteps(schedule, steps, "leading")
+    levels = [*schedule.alphas_cumprod[timesteps], 1.0]
+
+    def sample(x):
+        for t, (before, after) in zip(torch.from_numpy(timesteps).to(DEVICE), itertools.pairwise(levels), strict=True):
+            x = fast_ddim_step(x, evaluate(x, t), before, after, prediction_type=model.config.prediction_type)
+        return x
+
+    return sample
+
+
+def _sample(implementation, dtype, model, batch, steps):
+    """The function from noise to images."""
+    if implementation not in PEERS:
+        sampler = Sampler(model, steps=steps, spacing="leading", engine=implementation, dtype=dtype)
+        return lambda x: sampler.sample(x_T=x, batch_size=batch)
+    loop = _diffusers_loop if implementation.startswith("diffusers") else _step_loop
+    return loop(_peer(implementation, model, dtype, batch), model, steps)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("steps", STEPS, ids=lambda n: f"steps{n}")
+@torch.no_grad()
+def test_sampler(benchmark, subtests, case, steps):
+    model, batch = case
+    x = torch.randn(batch, *model.config.image_shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    exact = _step_loop(model, model, steps)(x)
+    calls = {}
+    for name in [*IMPLEMENTATIONS, *MORE]:
+        with subtests.test(name):
+            implementation, precision = name.split()
+            sample = _sample(implementation, DTYPES[precision], model, batch, steps)
+            assert relative_error(sample(x), exact) < TOLERANCE[precision]
+            calls[name] = lambda sample=sample: sample(x).cpu()
+    benchmark.group = f"{'x'.join(map(str, model.config.image_shape))} batch {batch} steps {steps}"
+    rates = run_in_turns(benchmark, calls, evaluations=steps * batch)
+    benchmark.extra_info["images/s"] = {name: rate / steps for name, rate in rates.items()}
