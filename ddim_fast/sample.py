@@ -101,6 +101,7 @@ def main() -> None:
 
 
 def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
+    """Check everything, then sample what is not there yet."""
     with parser.usage_errors():
         device = pick_device(processes.device_name(arguments.device))
         folder = resolve_model(arguments.model)
@@ -218,7 +219,7 @@ def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argpar
     def watch(k: int) -> Callable[[JobStep], None] | None:
         filmed = film is not None and k == 0
         if sampler.engine == "captured" and not filmed:
-            return None
+            return None  # one graph of all steps is faster than a bar that moves with each
 
         def on_step(step: JobStep) -> None:
             progress.step(step)
@@ -243,23 +244,31 @@ def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argpar
             done = _progress_of(batches, output.missing())
             print(f"stopped: {output.path} holds {done} images; the same command goes on with it", file=sys.stderr)
         raise
-    if not processes.is_first:
-        return
-    places = [output.path]
-    if arguments.grid is not None or isinstance(output, PngFolder):
-        places.append(arguments.grid or output.path / "grid.png")
-        save_image(places[-1], image_grid(_first_images(output)), _scale(batches.image_shape))
+    if processes.is_first:
+        places = _finish(output, arguments.grid)
+        if not arguments.quiet:
+            made = _summary(sampler, count, seconds, warm_up, arguments) if count else "all images were there"
+            print(f"{made}; pictures in {', '.join(map(str, places))}")
+
+
+def _finish(output: Output, grid: Path | None) -> list[Path]:
+    """What is left to do when every batch is there; returns what there is to look at."""
+    if grid is None and isinstance(output, PngFolder):
+        grid = output.path / "grid.png"
+    if grid is not None:
+        save_image(grid, image_grid(_first_images(output)), _scale(output.batches.image_shape))
     output.finish()
-    if arguments.quiet:
-        return
-    dtype = str(sampler.dtype).removeprefix("torch.")
+    return [output.path] if grid is None else [output.path, grid]
+
+
+def _summary(sampler: Sampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace) -> str:
+    steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     evaluations = count * steps * (2 if arguments.guidance not in (None, 1) else 1)
-    if steps != arguments.steps and arguments.spacing in SPACINGS:
-        print(f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps")
-    print(
+    named = arguments.spacing in SPACINGS and steps != arguments.steps
+    note = f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps\n" if named else ""
+    return note + (
         f"{count} images of {steps} steps in {seconds:.1f} s, {sampler.engine}, {dtype}: {count / seconds:.2f} images/s, "
-        f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s); "
-        f"pictures in {', '.join(map(str, places))}"
+        f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s)"
     )
 
 
@@ -329,6 +338,7 @@ def _first_images(output: Output) -> Tensor:
 
 
 def _progress_of(batches: Batches, missing: list[int]) -> str:
+    """How many images there are, as "40 of 60"."""
     return f"{len(batches.seeds) - batches.count(missing)} of {len(batches.seeds)}"
 
 
