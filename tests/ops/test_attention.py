@@ -117,7 +117,9 @@ def test_scale(backend, scale):
 
 @triton_only
 def test_large_logits_do_not_overflow(backend, dtype):
-    query, *others = make_inputs(queries=20, keys=70, dim=64, dtype=dtype, device=backend.device)
+    """Softmax is ill-conditioned where two large logits nearly tie: with fewer rows than this, one such row decides the largest
+    error, and how it rounds on a processor decides the comparison."""
+    query, *others = make_inputs(n=4, heads=4, queries=80, keys=70, dim=64, dtype=dtype, device=backend.device)
     for tensor in assert_as_exact_as_pytorch([query * 30, *others]):
         assert tensor.isfinite().all()
 
