@@ -6,11 +6,28 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-__all__ = ["MODEL_HELP", "CommandParser", "parse_integers", "parse_positive", "run_command"]
+from .diffusion.step import SIGMA_HAT
 
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DTYPES",
+    "MODEL_HELP",
+    "CommandParser",
+    "parse_eta",
+    "parse_integers",
+    "parse_positive",
+    "run_command",
+    "seed_labels",
+    "select_dtype",
+]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
@@ -86,3 +103,47 @@ def parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def parse_eta(text: str) -> float | str:
+    """A number, or ``sigma-hat``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text == SIGMA_HAT:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
+
+
+def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> list[int] | None:
+    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn.
+
+    Raises:
+        ValueError: the classes are no list, or the model is unconditional.
+    """
+    if num_classes is None or classes == "none":
+        if classes not in ("all", "none"):
+            raise ValueError("--class: the model is unconditional")
+        return None
+    if classes == "all":
+        return [seed % num_classes for seed in seeds]
+    try:
+        chosen = parse_integers(classes)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--class: {error}") from None
+    return [chosen[i % len(chosen)] for i in range(len(seeds))]
+
+
+def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
+    """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
+    import torch
+
+    from .devices import bf16_is_fast
+
+    if name == "auto":
+        return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
+    return getattr(torch, name)

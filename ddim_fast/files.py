@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = ["atomic_folder", "atomic_write", "cache_folder"]
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -45,6 +45,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``ddim_fast`` in XDG_CACHE_HOME, or in ~/.cache. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim_fast"
 
 
 def _umask() -> int:

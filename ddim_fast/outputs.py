@@ -27,9 +27,10 @@ from .files import atomic_write
 from .media import save_image
 from .models.checkpoint import naming, write_json
 
-__all__ = ["RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
+__all__ = ["GRID", "RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
 
 RECORD = "sampling.json"
+GRID = "grid.png"
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -187,7 +188,9 @@ class PngFolder(Output):
 
     def remove_remains(self) -> None:
         for file in self.folder.iterdir():
-            if re.fullmatch(rf"\.(\d{{6,}}\.png|grid\.png|{re.escape(RECORD)})\.\w{{8}}", file.name):  # see atomic_write
+            if re.fullmatch(
+                rf"\.(\d{{6,}}\.png|{re.escape(GRID)}|{re.escape(RECORD)})\.\w{{8}}", file.name
+            ):  # see atomic_write
                 file.unlink()
 
 

@@ -17,18 +17,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
-from .cli import MODEL_HELP, CommandParser, parse_integers, parse_positive, run_command
-from .devices import bf16_is_fast, pick_device
+from .cli import (
+    DTYPES,
+    MODEL_HELP,
+    CommandParser,
+    parse_eta,
+    parse_integers,
+    parse_positive,
+    run_command,
+    seed_labels,
+    select_dtype,
+)
+from .devices import pick_device
 from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
-from .diffusion.timesteps import SPACINGS
+from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .engine import ENGINES, fastest_engine
 from .jobs import Job, JobStep, weights_checksum
 from .media import image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.unet import UNet
-from .outputs import Batches, NpzFile, Output, PngFolder
+from .outputs import GRID, Batches, NpzFile, Output, PngFolder
 from .processes import Processes
 
 _EXAMPLES = """\
@@ -41,15 +51,16 @@ _EXAMPLES = """\
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
-
 
 def _parser() -> CommandParser:
     p = CommandParser("sample", "Sample images from a diffusion model.", _EXAMPLES)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
-    p.add_argument("--eta", metavar="X", type=_eta, default=0.0, help=f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT}")
+    p.add_argument(
+        "--eta", metavar="X", type=parse_eta, default=0.0, help=f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT}"
+    )
     p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)
+    p.add_argument("--tolerance", metavar="X", type=float, help=_TOLERANCE_HELP)
     p.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
     p.add_argument("--clip", metavar="R", type=float, help="clip the predicted image to [-R, R] at each step (default: never)")
     which = p.add_mutually_exclusive_group()
@@ -62,7 +73,7 @@ def _parser() -> CommandParser:
     p.add_argument("--engine", choices=ENGINES, default="auto", help="name the execution, instead of --compile's choice")
     p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto", help=_DTYPE_HELP)
+    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--out", metavar="DIR|FILE.npz", type=Path, help=_OUT_HELP)
     p.add_argument("--grid", metavar="FILE", type=Path, help=_GRID_HELP)
     p.add_argument("--trajectory", metavar="FILE.gif", type=Path, help="a film of the first batch, from noise to images")
@@ -78,7 +89,11 @@ _OUT_HELP = (
     "goes on with an unfinished one (default: the folder samples, or samples-2 ... where that holds images)"
 )
 _GRID_HELP = f"the first {_GRID_IMAGES} images in one picture (default: grid.png in the folder; none beside a .npz file)"
-_SPACING_HELP = f"how the timesteps are chosen: {', '.join(SPACINGS)}, or the timesteps themselves, as 999,500,0"
+_TOLERANCE_HELP = (
+    "control the step size while sampling, instead of --steps and --spacing: the largest estimated error of a step, such as "
+    "0.05; each image takes the steps it needs"
+)
+_SPACING_HELP = f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0"
 _COMPILE_HELP = (
     "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
     "on a CPU this package's C++ operators, or torch.compile where those were not built"
@@ -120,12 +135,15 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             solver=arguments.solver,
             engine=fastest_engine(device) if arguments.compile and arguments.engine == "auto" else arguments.engine,
             reuse=arguments.reuse,
+            tolerance=arguments.tolerance,
             clip_sample_range=arguments.clip,
-            dtype=_dtype(arguments.dtype, arguments.compile, device),
+            dtype=select_dtype(arguments.dtype, arguments.compile, device),
         )
-        labels = _labels(arguments.classes, arguments.seeds, model.config.num_classes)
+        labels = seed_labels(arguments.classes, arguments.seeds, model.config.num_classes)
         # This checks the request, before anything is written or computed.
-        sampler.trajectory(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
+        sampler.check(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
+        if arguments.tolerance is not None and arguments.trajectory is not None:
+            parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
         if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
             parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
         if arguments.grid is not None:
@@ -156,7 +174,9 @@ def _settings(
         "seeds": _listed(arguments.seeds),
         "class": "none" if labels is None else arguments.classes,
         "steps": arguments.steps,
-        "spacing": arguments.spacing,
+        # A fit can be made anew: then these are other timesteps.
+        "spacing": _listed(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
+        "tolerance": arguments.tolerance,
         "solver": arguments.solver,
         "eta": arguments.eta,
         "clip": arguments.clip,
@@ -218,8 +238,8 @@ def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argpar
 
     def watch(k: int) -> Callable[[JobStep], None] | None:
         filmed = film is not None and k == 0
-        if sampler.engine == "captured" and not filmed:
-            return None  # one graph of all steps is faster than a bar that moves with each
+        if sampler.tolerance is not None or (sampler.engine == "captured" and not filmed):
+            return None  # there are no steps in common; and one graph of all is faster than a bar that moves with each
 
         def on_step(step: JobStep) -> None:
             progress.step(step)
@@ -254,7 +274,7 @@ def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argpar
 def _finish(output: Output, grid: Path | None) -> list[Path]:
     """What is left to do when every batch is there; returns what there is to look at."""
     if grid is None and isinstance(output, PngFolder):
-        grid = output.path / "grid.png"
+        grid = output.path / GRID
     if grid is not None:
         save_image(grid, image_grid(_first_images(output)), _scale(output.batches.image_shape))
     output.finish()
@@ -263,6 +283,12 @@ def _finish(output: Output, grid: Path | None) -> list[Path]:
 
 def _summary(sampler: Sampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
+    if sampler.tolerance is not None:
+        return (
+            f"{count} images to tolerance {sampler.tolerance:g} in {seconds:.1f} s, {sampler.engine}, {dtype}: "
+            f"{count / seconds:.2f} images/s, those of the last batch by {sampler.evaluations.float().mean():.1f} network "
+            f"evaluations each (warm-up {warm_up:.1f} s)"
+        )
     evaluations = count * steps * (2 if arguments.guidance not in (None, 1) else 1)
     named = arguments.spacing in SPACINGS and steps != arguments.steps
     note = f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps\n" if named else ""
@@ -358,38 +384,8 @@ def _listed(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _labels(classes: str, seeds: list[int], num_classes: int | None) -> list[int] | None:
-    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn."""
-    if num_classes is None or classes == "none":
-        if classes not in ("all", "none"):
-            raise ValueError("--class: the model is unconditional")
-        return None
-    if classes == "all":
-        return [seed % num_classes for seed in seeds]
-    try:
-        chosen = parse_integers(classes)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--class: {error}") from None
-    return [chosen[i % len(chosen)] for i in range(len(seeds))]
-
-
-def _dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
-    return _DTYPES[name]
-
-
 def _spacing(text: str) -> str | list[int]:
     return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
-
-
-def _eta(text: str) -> float | str:
-    if text == SIGMA_HAT:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
+from .controlled import solve_controlled
 from .guidance import check_guidance
 from .inversion import inversion
 from .schedule import NoiseSchedule
 from .solvers import Solver, make_solver
-from .timesteps import select_timesteps
+from .timesteps import ADAPTIVE, select_timesteps
 
 __all__ = ["Sampler", "SamplerState"]
 
@@ -37,6 +39,16 @@ class SamplerState:
     _evaluation: tuple[Solver, Tensor, Tensor] = field(repr=False)
 
     @property
+    def before(self) -> Tensor:
+        """(N, C, H, W) float32, the sample before the step."""
+        return self._evaluation[1]
+
+    @property
+    def output(self) -> Tensor:
+        """(N, C, H, W) float32: what the network returned for :attr:`before` at ``timestep``, guided."""
+        return self._evaluation[2]
+
+    @property
     def x0(self) -> Tensor:
         """(N, C, H, W) float32: the images as the network predicted them at ``timestep``. Computed when it is asked for."""
         solver, x, output = self._evaluation
@@ -51,7 +63,9 @@ class Sampler:
             is copied now, laid out for inference on its device: later changes do not reach this sampler.
         steps: number of steps S; None with an explicit list of timesteps.
         eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
-        spacing: how the timesteps are chosen, or the timesteps themselves: see :func:`ddim_fast.select_timesteps`.
+        spacing: how the timesteps are chosen, or the timesteps themselves: see :func:`ddim_fast.select_timesteps`; or
+            ``adaptive``, those fitted to the model (:func:`ddim_fast.diffusion.adaptive.fit_timesteps`), which lie beside its
+            checkpoint. They are fitted to the steps of DDIM without guidance.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
         engine: ``eager``; ``compiled``, by torch.compile, one compilation a batch size; ``captured``, the whole loop in one
             CUDA graph, for GPUs; or ``auto``, which is eager.
@@ -62,9 +76,13 @@ class Sampler:
             in the steps between, which cost about a tenth then: see :meth:`ddim_fast.UNet.denoise_reusing`. An approximation,
             but for 1. A batch keeps two tensors of the first level's size. :meth:`encode`, which is for getting the same images
             back, evaluates all of the network in each step.
+        tolerance: control the step size while sampling, instead of ``steps`` and ``spacing``: the largest estimated error of a
+            step, see :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own, whatever the batch, so there is
+            no run of fixed steps to compile or capture, no common trajectory, and :meth:`encode` is not available.
 
     Attributes:
-        timesteps: (S,) int64 array, noisiest first.
+        timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
+        evaluations: (N,) int64, how often the network was evaluated for each image of the last :meth:`sample`; None before.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -82,14 +100,22 @@ class Sampler:
         clip_sample_range: float | None = None,
         dtype: torch.dtype = torch.float32,
         reuse: int = 1,
+        tolerance: float | None = None,
     ) -> None:
+        if tolerance is not None:
+            _check_tolerance(tolerance, eta, solver, engine, reuse)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or int8; got {dtype}")
         self.model = model.eval()
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)
+        if spacing == ADAPTIVE:
+            spacing = _fitted(model, steps)
         explicit = not isinstance(spacing, str)
         self.timesteps = select_timesteps(self.schedule, None if explicit else steps, spacing)
+        self.tolerance = tolerance
+        self.evaluations: Tensor | None = None
+        self._clip = clip_sample_range
         self.eta = eta
         self._network = Network(self.model, dtype)
         self.engine = select_engine(engine, self.device)
@@ -137,6 +163,9 @@ class Sampler:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         request = _Request.check(self, seeds, x_T, labels, guidance)
+        if self.tolerance is not None:
+            return self._sample_controlled(request, batch_size, on_step)
+        self.evaluations = torch.full((len(request),), len(self.timesteps) * (1 if request.guidance is None else 2))
         images = []
         for start in range(0, len(request), batch_size):
             batch = request[start : start + batch_size]
@@ -153,8 +182,25 @@ class Sampler:
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
     ) -> Iterator[SamplerState]:
-        """The states of one batch, one after each step; arguments as in :meth:`sample`."""
+        """The states of one batch, one after each step; arguments as in :meth:`sample`.
+
+        Raises:
+            ValueError: as there, or the sampler has a tolerance: its images have no steps in common.
+        """
+        if self.tolerance is not None:
+            raise ValueError(_NO_STEPS)
         return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance))
+
+    def check(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        x_T: Tensor | None = None,
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
+        _Request.check(self, seeds, x_T, labels, guidance)
 
     @torch.no_grad()
     def encode(
@@ -172,8 +218,8 @@ class Sampler:
         Raises:
             ValueError: the images do not fit the network, or the sampler is stochastic.
         """
-        if self.solver.stochastic:
-            raise ValueError("encode needs a deterministic sampler; use eta=0")
+        if self.solver.stochastic or self.tolerance is not None:
+            raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
         request = _Request.check(self, None, images, labels, guidance)
         timesteps, engine = self._inversion
         return engine.last(self._run(request, timesteps, engine.one_step.update.table))
@@ -191,6 +237,36 @@ class Sampler:
         labels = None if classes is None else torch.tensor([i * classes // 7 for i in range(8)], device=self.device)
         request = _Request(torch.tensor(seeds, device=self.device), None, labels, None)
         make_engine("eager", OneStep(self._network, self.solver)).last(self._run(request, self.timesteps, self.solver.table))
+
+    @torch.no_grad()
+    def _sample_controlled(self, request: _Request, batch_size: int, on_step: Callable[[SamplerState], None] | None) -> Tensor:
+        if on_step is not None:
+            raise ValueError(_NO_STEPS)
+        index = torch.zeros((), dtype=torch.int64, device=self.device)
+        images, evaluations = [], []
+        for start in range(0, len(request), batch_size):
+            batch = request[start : start + batch_size]
+            guided = batch.guidance is not None
+
+            def evaluate(x: Tensor, timesteps: Tensor, which: Tensor, batch: _Request = batch, guided: bool = guided) -> Tensor:
+                labels = None if batch.labels is None else batch.labels[which]
+                conditions = self._network.conditions_each(timesteps, labels, guided)
+                if not guided:
+                    return self._network(x, conditions, index)
+                unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
+                return torch.lerp(unconditional, conditional, batch.guidance)
+
+            x = self._initial(batch)
+            result = solve_controlled(evaluate, x, self.schedule, self.config.prediction_type, self.tolerance, self._clip)
+            images.append(result[0])
+            evaluations.append(result[1].cpu() * (2 if guided else 1))
+        self.evaluations = torch.cat(evaluations) if evaluations else torch.empty(0, dtype=torch.int64)
+        return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
+
+    def _initial(self, request: _Request) -> Tensor:
+        if request.x_T is not None:
+            return request.x_T
+        return seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
 
     @torch.no_grad()
     def _sample(self, request: _Request, on_step: Callable[[SamplerState], None] | None) -> Tensor:
@@ -211,18 +287,49 @@ class Sampler:
     def _run(self, request: _Request, timesteps: np.ndarray, table: np.ndarray) -> Run:
         """All that can be done before the first step."""
         device, guidance = self.device, request.guidance
-        x = request.x_T
-        if x is None:
-            x = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, device)
         on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
         return Run(
-            x=x,
+            x=self._initial(request),
             conditions=self._network.conditions(on_device, request.labels, guided=guidance is not None),
             table=torch.from_numpy(table).to(device),
             steps=torch.arange(len(timesteps), device=device),
             seeds=request.seeds if self.solver.stochastic else None,
             guidance=None if guidance is None else torch.tensor(guidance, device=device),
         )
+
+
+_NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
+
+
+def _check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str, reuse: int) -> None:
+    if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number; got {tolerance!r}")
+    if engine not in ("auto", "eager"):
+        raise ValueError(
+            f"the {engine} engine prepares a run of fixed steps, and with a tolerance each image takes steps of its own; "
+            "use engine eager, or fixed steps"
+        )
+    if reuse != 1:
+        raise ValueError(f"reuse={reuse} needs fixed steps; with a tolerance each image takes steps of its own")
+    if eta != 0 or solver != "ddim":
+        raise ValueError(
+            f"a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
+        )
+
+
+def _fitted(model: nn.Module, steps: int | None) -> list[int]:
+    """The timesteps fitted to ``model``."""
+    fitted = getattr(model, "fitted_timesteps", None)
+    if not fitted:
+        raise ValueError(
+            "spacing adaptive: no timesteps have been fitted to this model; "
+            "python -m ddim_fast.evaluate --fit-timesteps --model MODEL does it, once"
+        )
+    if steps not in fitted:
+        raise ValueError(
+            f"spacing adaptive: the timesteps fitted to this model are for {min(fitted)} to {max(fitted)} steps; got {steps}"
+        )
+    return fitted[steps]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ import numpy as np
 
 from .schedule import NoiseSchedule
 
-__all__ = ["SPACINGS", "select_timesteps"]
+__all__ = ["ADAPTIVE", "SPACINGS", "select_timesteps"]
+
+# The spacing that is not made from the schedule: timesteps fitted to a model, which :class:`ddim_fast.Sampler` knows.
+ADAPTIVE = "adaptive"
 
 
 def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | Sequence[int] = "quadratic") -> np.ndarray:
@@ -45,6 +48,10 @@ def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | 
     total = schedule.num_train_timesteps
     if not isinstance(spacing, str):
         return _explicit(spacing, steps, total)
+    if spacing == ADAPTIVE:
+        raise ValueError(
+            "adaptive timesteps are fitted to a model, not made from a schedule: Sampler(model, spacing='adaptive')"
+        )
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}")
     if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:

@@ -6,11 +6,11 @@ import os
 import tempfile
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..files import cache_folder
 from .eager import Eager
 from .run import Deep, OneStep, Outcome, Run, State
 
@@ -58,5 +58,4 @@ def _keep_compiled_code() -> None:
     # torch fills the variable in by itself when it is first asked to compile.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not chosen or chosen.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "ddim_fast" / "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")

@@ -82,6 +82,20 @@ class Network:
         table = table.unflatten(0, (len(timesteps), len(rows)))
         return (table, labels) if by_class else (table,)
 
+    def conditions_each(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> Conditions:
+        """The same for a single step, number 0, in which each image has a timestep of its own.
+
+        Args:
+            timesteps: (N,) int64.
+            labels: (N,) or None.
+            guided: as for :meth:`conditions`.
+        """
+        if guided:
+            timesteps, labels = timesteps.repeat(2), torch.cat([torch.full_like(labels, self.num_classes), labels])
+        if not self._conditions_itself:
+            return (timesteps[None],) if labels is None else (timesteps[None], labels)
+        return (self._model.condition(timesteps, labels)[None],)
+
     def __call__(self, x: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
         """The prediction at step ``index``.
 

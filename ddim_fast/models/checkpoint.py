@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "is_state_dict",
     "load_checkpoint",
     "load_config",
+    "load_timesteps",
     "naming",
     "packaged_models",
     "read_json",
@@ -35,6 +37,7 @@ __all__ = [
     "read_safetensors",
     "resolve_model",
     "save_checkpoint",
+    "save_timesteps",
     "write_json",
     "write_safetensors",
 ]
@@ -49,6 +52,7 @@ HUB_FILES = tuple(
     for name in (
         "model_index.json",
         "config.json",
+        "timesteps.json",
         "scheduler_config.json",
         "model.safetensors",
         "diffusion_pytorch_model.safetensors",
@@ -163,10 +167,57 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
 
 
 def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
-    """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all."""
+    """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all. Timesteps that were fitted
+    to earlier weights in that folder are removed: they are not for these."""
     folder.mkdir(parents=True, exist_ok=True)
+    _timesteps_file(folder).unlink(missing_ok=True)
     write_safetensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", config.to_dict())
+
+
+def load_timesteps(path: Path, total: int) -> dict[int, list[int]] | None:
+    """The timesteps that were fitted to a checkpoint, by number of steps; None where there are none.
+
+    Args:
+        path: the checkpoint, a folder or a file.
+        total: T, the number of training timesteps.
+
+    Raises:
+        ValueError: their file is damaged; the message names it.
+    """
+    file = _timesteps_file(path)
+    if not file.is_file():
+        return None
+    stored = read_json(file).get("timesteps")
+    with naming(file):
+        if not isinstance(stored, dict) or not all(
+            _is_falling(run, total) and steps == str(len(run)) for steps, run in stored.items()
+        ):
+            raise ValueError(f"not timesteps, falling in 0..{total - 1}, by their number")
+    return {int(steps): run for steps, run in stored.items()}
+
+
+def save_timesteps(path: Path, timesteps: dict[int, list[int]], calibration: dict[str, Any]) -> Path:
+    """Write fitted timesteps beside a checkpoint; returns the file.
+
+    Args:
+        calibration: what they were fitted to, to be read by people.
+    """
+    file = _timesteps_file(path)
+    lines = ",\n".join(f'  "{steps}": {json.dumps(run)}' for steps, run in timesteps.items())
+    head = json.dumps({"calibration": calibration}, indent=1).removesuffix("\n}")
+    atomic_write(file, f'{head},\n "timesteps": {{\n{lines}\n }}\n}}\n'.encode())
+    return file
+
+
+def _timesteps_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.timesteps.json") if path.is_file() else path / "timesteps.json"
+
+
+def _is_falling(run: Any, total: int) -> bool:
+    if not isinstance(run, list) or not run or not all(type(t) is int and 0 <= t < total for t in run):
+        return False
+    return all(a > b for a, b in pairwise(run))
 
 
 @contextlib.contextmanager

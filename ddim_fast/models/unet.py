@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import HUB_FILES, load_checkpoint, resolve_model, save_checkpoint
+from .checkpoint import HUB_FILES, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
 from .config import UNetConfig
 
 __all__ = ["UNet"]
@@ -39,7 +39,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     Args:
         config: the architecture, see :class:`UNetConfig`.
+
+    Attributes:
+        fitted_timesteps: by their number, the timesteps that spacing ``adaptive`` samples with, where the checkpoint has some.
     """
+
+    fitted_timesteps: dict[int, list[int]] | None = None
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -217,6 +222,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             model = cls(checkpoint.config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         model.load_state_dict(checkpoint.state_dict(shapes), assign=True)
+        model.fitted_timesteps = load_timesteps(path, checkpoint.config.num_train_timesteps)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -18,7 +18,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["ImageSet", "load_images", "to_unit_range"]
+from ..outputs import GRID, RECORD
+
+__all__ = ["ImageSet", "load_images", "native_shape", "to_unit_range"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -68,27 +70,35 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
         FileNotFoundError: there is nothing at ``spec``.
         ValueError: it holds no images, damaged ones, or images of different sizes.
     """
+    return _collect(_open(spec), spec, channels, size)
+
+
+def native_shape(spec: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the first image of a data set, as it is stored; ``spec`` and errors as for
+    :func:`load_images`."""
+    for _, image, _ in _open(spec):
+        return (1 if image.mode in ("1", "L") else 3, image.height, image.width)
+    raise ValueError(f"no images in {spec!r}")
+
+
+_Row = tuple[str, Image.Image, int | None]
+
+
+def _open(spec: str) -> Iterator[_Row]:
     path = Path(spec)
     if path.is_dir():
         parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
         train = [p for p in parquet if p.name.startswith("train")]
-        rows = _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path)
-    elif path.is_file() and path.suffix == ".parquet":
-        rows = _read_parquet([path])
-    elif path.is_file() and "idx3" in path.name:
-        rows = _read_idx(path)
-    elif matches := sorted(glob.glob(spec)):
-        rows = _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
-        rows = _read_hub(spec)
-    else:
-        raise FileNotFoundError(
-            f"no training data at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)"
-        )
-    return _collect(rows, spec, channels, size)
-
-
-_Row = tuple[str, Image.Image, int | None]
+        return _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return _read_parquet([path])
+    if path.is_file() and "idx3" in path.name:
+        return _read_idx(path)
+    if matches := sorted(glob.glob(spec)):
+        return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
+        return _read_hub(spec)
+    raise FileNotFoundError(f"no images at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)")
 
 
 def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> ImageSet:
@@ -99,7 +109,7 @@ def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> Image
             first = (name, image.size)
         if image.size != first[1]:
             raise ValueError(
-                "training images must all have one size; "
+                "the images of a data set must all have one size; "
                 f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
             )
         if label is not None and not isinstance(label, int):
@@ -138,7 +148,10 @@ def _decode(name: str, data: bytes) -> Image.Image:
 
 def _read_folder(folder: Path) -> Iterator[_Row]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES):
+    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
+    if (folder / RECORD).exists():
+        files.discard(folder / GRID)  # a picture of the samples is none of them
+    for path in sorted(files):
         parts = path.relative_to(folder).parts
         yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None
 

@@ -254,7 +254,7 @@ def test_parquet_in_another_layout_is_named(columns, message, tmp_path):
 @pytest.mark.parametrize("spec", ["nothing", "./photos/here", "/no/such/folder", "a/b/c", "*.parquet"])
 def test_a_missing_path_is_named(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"no training data at {re.escape(repr(spec))}"):
+    with pytest.raises(FileNotFoundError, match=f"no images at {re.escape(repr(spec))}"):
         load_images(spec, 3, 8)
 
 

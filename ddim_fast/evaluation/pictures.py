@@ -1,0 +1,98 @@
+"""The pictures that a measure compares: (N, C, H, W) uint8, from whatever holds them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.checkpoint import naming
+from ..outputs import RECORD
+from ..training.data import load_images, native_shape
+
+__all__ = ["open_archive", "read_array", "read_pictures"]
+
+
+def read_pictures(spec: str, image_shape: tuple[int, int, int] | None = None) -> Tensor:
+    """All pictures of a data set.
+
+    Args:
+        spec: a ``.npz`` file with (N, H, W, C) uint8 pictures in ``arr_0``, as ``python -m ddim_fast.sample --out FILE.npz``
+            and other programs write it; or whatever :func:`ddim_fast.training.data.load_images` reads: a folder of image files,
+            Parquet, IDX, or a data set on the Hub.
+        image_shape: (C, H, W) that a data set is brought to as training does it; None leaves them as they are stored. Pictures
+            in a ``.npz`` file are never changed.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``spec``.
+        ValueError: no pictures, damaged, unfinished or unequal ones, or in a ``.npz`` file of another shape; the message names
+            the file.
+    """
+    path = Path(spec)
+    if path.suffix.lower() == ".npz":
+        pictures = _read_npz(path)
+        if image_shape is not None and pictures.shape[1:] != image_shape:
+            raise ValueError(f"{path}: its pictures are {_size(tuple(pictures.shape[1:]))}, not {_size(image_shape)}")
+        return pictures
+    if (path / RECORD).is_file():
+        with naming(path / RECORD):
+            if json.loads((path / RECORD).read_bytes()).get("finished") is not True:
+                raise ValueError("sampling into this folder has not finished; the same command goes on with it")
+    if image_shape is None:
+        image_shape = native_shape(spec)
+        if image_shape[1] != image_shape[2]:
+            raise ValueError(f"{spec}: pictures must be square; these are {_size(image_shape)}")
+    return load_images(spec, image_shape[0], image_shape[1]).images
+
+
+def open_archive(path: Path) -> np.lib.npyio.NpzFile:
+    """A ``.npz`` file, in which no code is looked for.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole .npz file ({error})") from None
+
+
+def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
+    """The array ``name`` of an open archive.
+
+    Raises:
+        ValueError: there is none, or it is damaged; the message names the file.
+    """
+    if name not in archive:
+        raise ValueError(f"{path}: no array {name!r} (there are {', '.join(archive.files) or 'none'})")
+    try:
+        return archive[name]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: array {name!r} is damaged ({error})") from None
+
+
+def _read_npz(path: Path) -> Tensor:
+    with open_archive(path) as archive:
+        pictures = read_array(archive, path, "arr_0")
+    with naming(path):
+        if pictures.dtype != np.uint8:
+            bad = np.issubdtype(pictures.dtype, np.floating) and not np.isfinite(pictures).all()
+            raise ValueError(f"pictures must be uint8 in 0..255; arr_0 is {pictures.dtype}" + (" and has NaN or inf" * bad))
+        if pictures.ndim != 4 or pictures.shape[3] not in (1, 3):
+            raise ValueError(f"pictures must have the shape (N, H, W, 1 or 3); arr_0 has {pictures.shape}")
+        if len(pictures) == 0:
+            raise ValueError("arr_0 holds no pictures")
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+
+
+def _size(image_shape: tuple[int, ...]) -> str:
+    channels, height, width = image_shape
+    return f"{height}x{width} {'grey' if channels == 1 else 'RGB'}"

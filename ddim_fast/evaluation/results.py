@@ -1,0 +1,265 @@
+"""What an evaluation found: one JSON file that grows, and the tables and pictures made from it."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import atomic_write
+from ..models.checkpoint import naming, read_json, write_json
+
+__all__ = ["Results", "fid_label", "machine"]
+
+Row = dict[str, Any]
+
+# The number of images that FID is usually made from. With fewer it comes out larger, and is another number.
+_USUAL = 50_000
+
+
+def fid_label(images: int) -> str:
+    """``FID`` from 50,000 images or more; ``FID-2k`` from 2,000, ``FID-1234`` from 1,234."""
+    if images >= _USUAL:
+        return "FID"
+    return f"FID-{images // 1000}k" if images % 1000 == 0 and images else f"FID-{images}"
+
+
+def machine(device: torch.device) -> str:
+    """What computed: the GPU, or the CPU and how many threads of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+class Results:
+    """``evaluation.json`` in a folder: rows of several kinds, and the runs that they come from. A row that is there is not made
+    again, so an evaluation of many settings goes on where it was stopped, and another adds its own.
+
+    Args:
+        folder: may not exist yet.
+
+    Raises:
+        ValueError: there is an ``evaluation.json`` that is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "evaluation.json"
+        self._content: dict[str, Any] = read_json(path) if path.exists() else {"runs": [], "rows": []}
+        with naming(path):
+            if not all(isinstance(self._content.get(name), list) for name in ("runs", "rows")):
+                raise ValueError("not the results of an evaluation")
+
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return self._content["rows"]
+
+    def find(self, kind: str, settings: dict[str, Any]) -> Row | None:
+        """The row of this kind with these settings, if it is there."""
+        return next((row for row in self.rows if row["kind"] == kind and row["settings"] == settings), None)
+
+    def add(self, kind: str, settings: dict[str, Any], found: dict[str, Any], run: dict[str, Any]) -> Row:
+        """One more row, written at once.
+
+        Args:
+            kind: ``quality``, ``reconstruction``, ``loss`` or ``trajectory``.
+            settings: what decides the numbers.
+            found: the numbers.
+            run: how they were made: command, machine and versions.
+        """
+        if run not in self._content["runs"]:
+            self._content["runs"].append(run)
+        row = {"kind": kind, "settings": settings, "run": self._content["runs"].index(run) + 1, **found}
+        self.rows.append(row)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "evaluation.json", self._content)
+        return row
+
+    def report(self) -> list[Path]:
+        """Write ``evaluation.md`` and a picture a kind, where there is matplotlib; returns the files."""
+        path = self.folder / "evaluation.md"
+        atomic_write(path, self.markdown().encode())
+        return [path, *self._draw()]
+
+    def markdown(self) -> str:
+        """All rows as tables, the runs listed below."""
+        parts = []
+        for title, rows in self._groups():
+            columns = _COLUMNS[rows[0]["kind"]]
+            lines = [
+                f"| {' | '.join(name if name != 'FID' else rows[0]['label'] for name in columns)} |",
+                "|---" * len(columns) + "|",
+            ]
+            lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+            parts.append(f"### {title}\n\n" + "\n".join(lines) + "\n")
+        runs = [
+            f"{i}. {run['machine']}; ddim_fast {run['ddim_fast']}, torch {run['torch']}: `{run['command']}`"
+            for i, run in enumerate(self._content["runs"], 1)
+        ]
+        return "\n".join([*parts, "Runs:\n", *runs]) + "\n"
+
+    def _groups(self) -> list[tuple[str, list[Row]]]:
+        """Rows that are comparable, with their title."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(_TITLES[row["kind"]](row), []).append(row)
+        return [(title, sorted(rows, key=_order)) for title, rows in groups.items()]
+
+    def _draw(self) -> list[Path]:
+        try:
+            import matplotlib
+        except ImportError:
+            return []
+        matplotlib.use("agg")
+        from matplotlib.figure import Figure
+
+        files, used = [], set()
+        for title, rows in self._groups():
+            kind = rows[0]["kind"]
+            if kind not in _AXES:
+                continue
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                lines.setdefault(_line(row), []).append(_AXES[kind][2](row))
+            figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=110)
+            axes = figure.subplots()
+            for name, points in lines.items():
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.2, label=name)
+            ticks = sorted({x for points in lines.values() for x, _ in points if float(x).is_integer()})
+            axes.set(xscale="log", yscale="log", xlabel=_AXES[kind][0], ylabel=_AXES[kind][1](rows[0]), title=title)
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.title.set_size(9)
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize=8)
+            name = next(n for i in range(1, 100) if (n := f"{kind}-{i}.png" if i > 1 else f"{kind}.png") not in used)
+            used.add(name)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            atomic_write(self.folder / name, buffer.getvalue())
+            files.append(self.folder / name)
+        return files
+
+
+def _order(row: Row) -> tuple:
+    s = row["settings"]
+    return s.get("model") or "", s.get("solver") or "", str(s.get("spacing")), str(s.get("eta")), s.get("steps") or 0
+
+
+def _line(row: Row) -> str:
+    """The settings of a row but its steps, in words."""
+    s = row["settings"]
+    words = [s["model"] or s["images"]]
+    if s.get("tolerance") is not None:
+        words.append("tolerance")
+    elif s.get("solver"):
+        words += [s["solver"], s["spacing"]] + ([f"eta {s['eta']}"] if s["eta"] else [])
+    if s.get("guidance") is not None:
+        words.append(f"guidance {s['guidance']:g}")
+    return ", ".join(words)
+
+
+def _spacing(row: Row) -> str:
+    s = row["settings"]
+    return f"tolerance {s['tolerance']:g}" if s.get("tolerance") is not None else _text("spacing")(row)
+
+
+def _text(name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row["settings"].get(name)
+        return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    return cell
+
+
+def _number(name: str, digits: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        return "" if row.get(name) is None else format(row[name], digits)
+
+    return cell
+
+
+def _with_error(name: str, digits: str, factor: float = 1) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if row.get(name) is None:
+            return ""
+        error = row.get(f"{name} standard error")
+        return format(factor * row[name], digits) + ("" if error is None else f" ± {format(factor * error, digits)}")
+
+    return cell
+
+
+_NETWORK = {"network": lambda row: row["settings"]["model"] or row["settings"]["images"]}
+_SAMPLER = {
+    "solver": _text("solver"),
+    "spacing": _spacing,
+    "eta": _text("eta"),
+    "evaluations": _number("evaluations", ".4g"),
+}
+_COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+    "quality": {
+        **_NETWORK,
+        **_SAMPLER,
+        "guidance": _text("guidance"),
+        "precision of numbers": _text("dtype"),
+        "FID": lambda row: f"{row[row['label']]:.2f}",
+        "KID x 1000": _with_error("KID", ".2f", 1000),
+        "precision": _number("precision", ".3f"),
+        "recall": _number("recall", ".3f"),
+        "images": _number("images", ","),
+        "seeds": _text("seeds"),
+        "run": _number("run", "d"),
+    },
+    "trajectory": {
+        **_NETWORK,
+        **_SAMPLER,
+        "error": _number("error", ".5f"),
+        "images": _number("images", ","),
+        "seeds": _text("seeds"),
+        "run": _number("run", "d"),
+    },
+    "reconstruction": {
+        **_NETWORK,
+        "spacing": _text("spacing"),
+        "S": _text("steps"),
+        "error": _with_error("error", ".5f"),
+        "images": _number("images", ","),
+        "run": _number("run", "d"),
+    },
+    "loss": {
+        **_NETWORK,
+        "loss": _with_error("loss", ".4f"),
+        "images": _number("images", ","),
+        "run": _number("run", "d"),
+    },
+}
+_TITLES: dict[str, Callable[[Row], str]] = {
+    "quality": lambda row: f"{row['label']} against {row['settings']['reference']} ({row['reference images']})",
+    "trajectory": lambda row: (
+        f"Distance to the solution in {row['solution steps']} steps (root mean square, images in [-1, 1])"
+    ),
+    "reconstruction": lambda row: f"Reconstruction of {row['settings']['data']} (squared error a dimension, images in [0, 1])",
+    "loss": lambda row: f"Squared error of epsilon on {row['settings']['data']}",
+}
+_AXES: dict[str, tuple[str, Callable[[Row], str], Callable[[Row], tuple[float, float]]]] = {
+    "quality": ("network evaluations an image", lambda row: row["label"], lambda row: (row["evaluations"], row[row["label"]])),
+    "trajectory": (
+        "network evaluations an image",
+        lambda row: "error",
+        lambda row: (row["evaluations"], row["error"]),
+    ),
+    "reconstruction": ("steps S, each way", lambda row: "squared error", lambda row: (row["settings"]["steps"], row["error"])),
+}
