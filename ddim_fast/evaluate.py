@@ -212,7 +212,7 @@ class _Work:
 
 
 # Of a row's settings, those that are the same in a whole command.
-_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "first timestep", "engine")
+_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "timesteps", "engine")
 
 
 class _Bar:
@@ -334,7 +334,15 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict
             named = {name: value for name, value in options.items() if value is not None}
             return Sampler(model, engine=engine, dtype=chosen or dtype, **named)
 
-        return {**options, "guidance": arguments.guidance, "dtype": str(dtype).removeprefix("torch."), "engine": engine}, make
+        # A fit can be made anew: then these are other timesteps.
+        fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}
+        return {
+            **options,
+            **fitted,
+            "guidance": arguments.guidance,
+            "dtype": str(dtype).removeprefix("torch."),
+            "engine": engine,
+        }, make
 
     for solver, spacing, eta in itertools.product(arguments.solver, arguments.spacing, arguments.eta):
         if solver == "ddim" or eta == 0:  # eta is an option of that solver

@@ -64,8 +64,8 @@ class Job:
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
-        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once. With a tolerance there
-        is nothing to prepare."""
+        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once. With a tolerance
+        there is nothing to prepare."""
         if self.sampler.tolerance is not None:
             return
 

@@ -265,3 +265,24 @@ def test_the_command_sets_its_own_seed(photos, tmp_path, run_train):
         torch.manual_seed(torch_seed)
         assert run_train("--data", photos, *RUN, "--steps=1", "--seed", seed, "--out", tmp_path / name)[0] == 0
     assert weights_in(tmp_path / "a") == weights_in(tmp_path / "b") != weights_in(tmp_path / "c")
+
+
+def test_a_recipe_is_the_default_of_options_and_is_kept(photos, tmp_path, run_train):
+    base = ["--data", photos, *NETWORK, "--batch-size=4", "--precision=fp32", "--device=cpu", "--quiet"]
+    out = tmp_path / "fast"
+    assert run_train(*base, "--recipe=fast", "--steps=2", "--ema=0.5", "--out", out)[0] == 0
+    record = json.loads((out / "train.json").read_text())
+    assert (record["recipe"], record["steps"], record["ema"]) == ("fast", 2, 0.5)
+    assert (record["lr"], record["lr_schedule"], record["min_snr_gamma"]) == (5e-4, "cosine", 5.0)
+    assert UNet.from_pretrained(out).config.prediction_type == "v_prediction"
+    assert run_train("--out", out, "--resume", "--steps=3", "--device=cpu", "--quiet")[0] == 0
+    assert json.loads((out / "train.json").read_text())["min_snr_gamma"] == 5.0
+
+    plain = tmp_path / "plain"
+    assert run_train(*base, "--steps=1", "--out", plain)[0] == 0
+    record = json.loads((plain / "train.json").read_text())
+    assert (record["recipe"], record["lr"], record["warmup"], record["ema"]) == ("ddpm", 2e-4, 5000, 0.9999)
+    assert record["prediction_type"] is None and record["min_snr_gamma"] is None
+    code, _, err = run_train("--out", plain, "--resume", "--recipe=fast", "--steps=2", "--device=cpu")
+    assert code == 2
+    assert_one_line(err, "--recipe fast", "its own")

@@ -75,7 +75,8 @@ def test_the_resize_is_tensorflows(size):
         (top, bottom, v), (left, right, h) = source(i, size[0]), source(j, size[1])
         upper = x[..., top, left] * (1 - h) + x[..., top, right] * h
         lower = x[..., bottom, left] * (1 - h) + x[..., bottom, right] * h
-        torch.testing.assert_close(y[..., i, j], upper * (1 - v) + lower * v, atol=1e-2, rtol=0)  # TensorFlow has positions in float32
+        expected = upper * (1 - v) + lower * v
+        torch.testing.assert_close(y[..., i, j], expected, atol=1e-2, rtol=0)  # positions are float32, as TensorFlow's
 
 
 def test_weights_of_something_else_are_refused(tensors, tmp_path):

@@ -66,7 +66,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
         read_pictures(str(tmp_path / "absent.npz"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in .*empty"):
+    with pytest.raises(ValueError, match=r"no images in .*empty"):
         read_pictures(str(tmp_path / "empty"))
     (tmp_path / "wide").mkdir()
     Image.fromarray(pixels(8, 9, 3)).save(tmp_path / "wide" / "a.png")

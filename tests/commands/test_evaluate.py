@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_fast import evaluate
+from ddim_fast.cli import run_command
+from ddim_fast.evaluation.inception import FeatureNetwork
+
+
+@pytest.fixture
+def tiny_inception(monkeypatch):
+    """A feature network of six features in the place of Inception."""
+
+    def load(path):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))
+        return FeatureNetwork(layers, "tiny", 6, size=16)
+
+    monkeypatch.setattr(evaluate, "load_inception", load)
+
+
+@pytest.fixture
+def checkpoint(small_unet, tmp_path):
+    small_unet.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty grey images of 16x16 in two classes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        (tmp_path / "photos" / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "photos" / f"class-{i % 2}" / f"{i:02d}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command in this process -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--quiet", "--out", str(tmp_path / "out"), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run_command(evaluate.main)
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+def rows(tmp_path, kind):
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert all(1 <= row["run"] <= len(content["runs"]) for row in content["rows"])
+    return [row for row in content["rows"] if row["kind"] == kind]
+
+
+def test_a_grid_of_settings_is_measured_once(run, checkpoint, photos, tmp_path, tiny_inception):
+    (tmp_path / "weights").mkdir()
+    command = [
+        "--model",
+        checkpoint,
+        "--reference",
+        photos,
+        "--inception",
+        tmp_path / "weights",
+        "--num",
+        20,
+        "--batch-size",
+        8,
+    ]
+    code, out, err = run(*command, "--steps", "1,2", "--solver", "ddim,unipc", "--eta", "0,1", "--tolerance", 0.5)
+    assert code == 0, err
+    assert out.count("quality: ") == 7 and "FID-20" in out
+    found = rows(tmp_path, "quality")
+    assert sorted((r["settings"]["solver"] or "", r["settings"]["eta"] or 0, r["evaluations"]) for r in found[:6]) == [
+        *(("ddim", eta, steps) for eta in (0.0, 1.0) for steps in (1, 2)),
+        ("unipc", 0.0, 1),
+        ("unipc", 0.0, 2),
+    ]
+    for row in found:
+        assert row["images"] == 20 and row["label"] == "FID-20" and "FID" not in row and row["FID-20"] >= 0
+        assert row["settings"]["seeds"] == "0-19" and 0 <= row["precision"] <= 1 and np.isfinite(row["KID"])
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert f"### FID-20 against {photos} (40 images)" in table and "| FID-20 |" in table and "--eta 0,1" in table
+    if pytest.importorskip("matplotlib"):
+        assert Image.open(tmp_path / "out" / "quality.png").size[0] > 400
+    assert not list((tmp_path / "out").glob(".parts*"))
+
+    code, out, _ = run(*command, "--steps", "1,2,3")
+    assert code == 0 and out.count("quality: ") == 1 and "steps 3" in out
+    assert len(rows(tmp_path, "quality")) == 8
+
+
+def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_inception):
+    command = ["--images", photos, "--reference", photos, "--inception", tmp_path]
+    code, _out, _ = run(*command, "--num", 40)
+    assert code == 0
+    (row,) = rows(tmp_path, "quality")
+    assert row["FID-40"] == pytest.approx(0, abs=1e-6) and (row["precision"], row["recall"]) == (1, 1)
+    for options, words in (([], "fewer than the 50000"), (["--num", 41], "holds 40 images, fewer than the 41 of --num")):
+        code, _, err = run(*command, *options)
+        assert code == 2 and words in err and str(photos) in err and err.count("\n") == 1
+
+
+def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp_path):
+    code, _out, err = run("--model", checkpoint, "--data", photos, "--loss", "--reconstruction", "--steps", "2,20", "--num", 6)
+    assert code == 0, err
+    (loss,) = rows(tmp_path, "loss")
+    assert 0.1 < loss["loss"] < 100 and loss["images"] == 6 and loss["loss standard error"] > 0
+    few, many = rows(tmp_path, "reconstruction")
+    assert (few["settings"]["steps"], many["settings"]["steps"]) == (2, 20) and many["error"] < few["error"]
+    code, _, err = run("--model", checkpoint, "--data", photos, "--reconstruction", "--eta", 1)
+    assert code == 2 and "--reconstruction is of deterministic DDIM" in err
+    code, _, err = run("--model", checkpoint, "--data", photos, "--loss", "--num", 41)
+    assert code == 2 and "holds 40 images, fewer than the 41" in err
+
+
+def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path):
+    import dataclasses
+
+    from ddim_fast import UNet
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(small_config, num_train_timesteps=25, beta_end=0.3, sample_size=8, attention_resolutions=())
+    UNet(config).save_pretrained(tmp_path / "model")
+    code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--steps", 3, "--spacing", "adaptive")
+    assert code == 2 and "--fit-timesteps" in err
+    command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num", 4, "--steps", "3,25"]
+    code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
+    assert code == 0, err
+    assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
+    found = {(r["settings"]["spacing"], r["settings"]["steps"]): r for r in rows(tmp_path, "trajectory")}
+    assert found["linear", 25]["error"] == 0 and found["adaptive", 3]["evaluations"] == 3
+    assert found[None, None]["evaluations"] > 1
+    code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
+    assert code == 2 and "deterministic" in err
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ([], "nothing to measure"),
+        (["--loss"], "--data SPEC"),
+        (["--images", "x", "--loss", "--data", "y"], "--images can be measured against --reference only"),
+        (["--reference", "x", "--num", "0"], "--num"),
+        (["--reference", "x", "--solver", "euler"], "unknown name 'euler'"),
+        (["--reference", "x", "--tolerance", "small"], "'small' is not a list of numbers"),
+        (["--trajectory-error", "--tolerance", "-1"], "tolerance must be a positive number; got -1"),
+        (["--reference", "x"], "there is no feature network"),
+        (["--trajectory-error", "--model", "nobody"], "unknown model 'nobody'"),
+    ],
+)
+def test_usage_errors_are_one_line(options, words, run):
+    code, out, err = run(*options)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, small_unet, photos, tmp_path, tiny_inception):
+    with torch.no_grad():
+        small_unet.conv_out.bias.fill_(float("nan"))
+    small_unet.save_pretrained(tmp_path / "broken")
+    options = ["--model", tmp_path / "broken", "--reference", photos, "--inception", tmp_path, "--num", 8, "--steps", 1]
+    code, _, err = run(*options)
+    assert code == 1 and f"{tmp_path / 'broken'}: the samples are not finite" in err
+
+
+def test_two_processes_measure_what_one_does(checkpoint, photos, tmp_path):
+    launch = [sys.executable, "-m"]
+    torchrun = [*launch, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    options = ["ddim_fast.evaluate", "--model", checkpoint, "--data", photos, "--loss", "--batch-size", "8", "--quiet", "--out"]
+    found = []
+    for name, start in (("one", launch), ("two", torchrun)):
+        done = subprocess.run(
+            [str(a) for a in (*start, *options, tmp_path / name)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((tmp_path / name / "evaluation.json").read_text())["rows"]
+        found.append(row)
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6) and found[0]["images"] == 40
