@@ -126,7 +126,8 @@ class Results:
         files, used = [], set()
         for title, rows in self._groups():
             kind = rows[0]["kind"]
-            if kind not in _AXES:
+            rows = [row for row in rows if kind in _AXES and (kind == "reconstruction" or "evaluations" in row)]
+            if not rows:  # images of a folder, or a loss, are no line over steps
                 continue
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:

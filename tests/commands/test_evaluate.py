@@ -121,7 +121,7 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
     assert code == 2 and "holds 40 images, fewer than the 41" in err
 
 
-def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path):
+def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, monkeypatch):
     import dataclasses
 
     from ddim_fast import UNet
@@ -131,6 +131,8 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path):
     UNet(config).save_pretrained(tmp_path / "model")
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--steps", 3, "--spacing", "adaptive")
     assert code == 2 and "--fit-timesteps" in err
+    monkeypatch.setattr("ddim_fast.diffusion.adaptive._MEASURED", (1, 3))
+    monkeypatch.setattr(evaluate, "_CALIBRATION_SEEDS", range(1000, 1002))
     command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num", 4, "--steps", "3,25"]
     code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
     assert code == 0, err

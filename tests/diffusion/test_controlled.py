@@ -6,7 +6,7 @@ from ddim_fast import Sampler
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_smaller_tolerance_is_closer_to_the_solution(prediction_type, fake_network):
-    network = fake_network(prediction_type=prediction_type)
+    network = fake_network(prediction_type=prediction_type, beta_end=0.005)
     exact = Sampler(network, steps=1000, spacing="linear").sample(seeds=range(4))
     errors, evaluations = [], []
     for tolerance in (0.1, 0.01, 0.001):
@@ -14,7 +14,7 @@ def test_a_smaller_tolerance_is_closer_to_the_solution(prediction_type, fake_net
         errors.append((sampler.sample(seeds=range(4)) - exact).square().mean().sqrt().item())
         evaluations.append(sampler.evaluations.float().mean().item())
     assert evaluations[0] < evaluations[1] < evaluations[2] < 200
-    assert errors[2] < errors[0] / 3 and errors[2] < 0.02
+    assert errors[2] < errors[0] / 3 and errors[2] < 0.02 * exact.std()
 
 
 def test_an_image_does_not_depend_on_its_batch(small_unet):

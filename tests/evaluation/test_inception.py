@@ -29,7 +29,7 @@ def tensors(network) -> dict[str, torch.Tensor]:
     return {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize("form", ["shards", "file", "pth"])
+@pytest.mark.parametrize("form", ["shards", "pth"])
 def test_every_form_of_the_weights_gives_the_features(form, network, tensors, tmp_path):
     if form == "shards":
         names = sorted(tensors)
@@ -38,9 +38,6 @@ def test_every_form_of_the_weights_gives_the_features(form, network, tensors, tm
             save_file({n: tensors[n].contiguous() for n in names if files[n] == file}, tmp_path / file)
         (tmp_path / f"{NAME}.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         path = tmp_path
-    elif form == "file":
-        path = tmp_path / "weights.safetensors"
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
     else:  # as pytorch-fid distributes it, with the classifier
         path = tmp_path / "weights.pth"
         torch.save({**network.state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)

@@ -35,7 +35,7 @@ def test_it_is_unbiased_for_equal_distributions_and_its_error_is_honest():
 def test_different_distributions_are_apart_whatever_their_order():
     a, b = features(0, 300), features(1, 300, mean=1.0)
     found = kernel_distance(a, b, subset_size=30)
-    assert found.value > 20 * found.standard_error
+    assert found.value > 10 * found.standard_error
     shuffled = kernel_distance(a[torch.randperm(300)], b, subset_size=30)
     assert shuffled.value == pytest.approx(found.value, abs=4 * found.standard_error)
 
