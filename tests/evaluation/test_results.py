@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ddim_fast.evaluation.results import Results, fid_label, machine
+
+RUN = {"command": "python -m ddim_fast.evaluate", "machine": "a machine", "ddim_fast": "0", "torch": "0"}
+
+
+def quality(steps, fid, **settings):
+    base = {"model": "m", "solver": "ddim", "spacing": "linear", "eta": 0.0, "steps": steps, "reference": "r", "seeds": "0-9"}
+    found = {"images": 10, "reference images": "20 images", "label": "FID-10", "FID-10": fid, "evaluations": float(steps)}
+    return "quality", {**base, **settings}, found, RUN
+
+
+@pytest.mark.parametrize(
+    "images,label",
+    [(50_000, "FID"), (60_000, "FID"), (49_999, "FID-49999"), (10_000, "FID-10k"), (2_000, "FID-2k"), (512, "FID-512")],
+)
+def test_fewer_than_50000_images_are_in_the_name(images, label):
+    assert fid_label(images) == label
+
+
+def test_rows_are_kept_and_found_again(tmp_path):
+    results = Results(tmp_path / "out")
+    assert results.rows == [] and not (tmp_path / "out").exists()
+    for steps, fid in ((20, 3.0), (5, 9.0)):
+        results.add(*quality(steps, fid))
+    again = Results(tmp_path / "out")
+    assert again.rows == results.rows
+    assert again.find("quality", quality(5, 0)[1])["FID-10"] == 9.0
+    assert again.find("quality", quality(6, 0)[1]) is None and again.find("loss", quality(5, 0)[1]) is None
+    again.add(*quality(5, 8.0, spacing="quadratic")[:3], {**RUN, "machine": "another"})
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [row["run"] for row in content["rows"]] == [1, 1, 2] and len(content["runs"]) == 2
+
+
+def test_the_report_has_a_table_and_a_picture_a_kind(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = Results(tmp_path)
+    for steps, fid in ((20, 3.25), (5, 9.0)):
+        results.add(*quality(steps, fid, guidance=2.0))
+    results.add("loss", {"model": "m", "data": "d"}, {"images": 3, "loss": 0.03, "loss standard error": 0.001}, RUN)
+    files = results.report()
+    assert [f.name for f in files] == ["evaluation.md", "quality.png"] and Image.open(files[1]).size[0] > 400
+    lines = files[0].read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert "FID-10" in table[0] and "FID |" not in table[0]
+    assert [row.split(" | ")[4] for row in table[2:4]] == ["5", "20"] and "9.00" in table[2]
+    assert "0.0300 ± 0.0010" in table[6]
+    assert "1. a machine; ddim_fast 0, torch 0: `python -m ddim_fast.evaluate`" in lines
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match=r"evaluation\.json: not the results of an evaluation"):
+        Results(tmp_path)
+
+
+def test_the_machine_says_what_it_is():
+    assert f"{torch.get_num_threads()} threads" in machine(torch.device("cpu"))
