@@ -183,13 +183,17 @@ class _Work:
     results: Results
     run: dict[str, Any]
 
+    def has(self, kind: str, settings: dict[str, Any]) -> bool:
+        """Whether there is such a row, which need not be made again."""
+        return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
+
     def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Parts:
         """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
         batch = self.arguments.batch_size
         name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
         parts = Parts(self.results.folder / f".parts-{name}", count, width, size=-(-128 // batch) * batch)
         there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
-        with self.progress(kind if count > 1 else "", count, there) as bar:
+        with self.progress(kind, count, there) as bar:
             make_parts(parts, compute, self.processes, bar)
         return parts
 
@@ -216,6 +220,8 @@ _SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class"
 
 
 class _Bar:
+    """A progress bar, as a context."""
+
     def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
         self._options = {
             "total": total,
@@ -265,7 +271,7 @@ def _measure_images(parser: CommandParser, work: _Work) -> None:
         "features": network.name,
         "num": count,
     }
-    if work.results.find("quality", settings) is None:
+    if not work.has("quality", settings):
         parts = work.rows("quality", settings, count, network.features, lambda n: network.of(pictures[n.start : n.stop]))
         work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
 
@@ -368,7 +374,7 @@ def _measure_quality(
         "reference": arguments.reference,
         "features": network.name,
     }
-    if work.results.find("quality", settings) is not None:
+    if work.has("quality", settings):
         return
     labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
     sampler = make(None)
@@ -412,7 +418,7 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
 
 def _measure_loss(work: _Work, model: UNet, weights: dict[str, str], data: ImageSet) -> None:
     settings = {**weights, "data": work.arguments.data, "num": len(data), "dtype": "float32"}
-    if work.results.find("loss", settings) is not None:
+    if work.has("loss", settings):
         return
     network = model.for_inference(torch.float32)
     timesteps = spread_timesteps(len(data), model.config.num_train_timesteps)
@@ -438,7 +444,7 @@ def _measure_reconstruction(
         if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
             parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance and no --guidance")
         settings = {**weights, **settings, "data": work.arguments.data, "num": len(data)}
-        if work.results.find("reconstruction", settings) is not None:
+        if work.has("reconstruction", settings):
             continue
         sampler = make(None)
 
@@ -491,7 +497,7 @@ def _measure_trajectories(
         if settings["solver"] == "ddpm" or settings["eta"] not in (None, 0):
             parser.error("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
         settings = {**weights, **settings, **common}
-        if work.results.find("trajectory", settings) is not None:
+        if work.has("trajectory", settings):
             continue
         sampler, exact = make(None), solution()
 
