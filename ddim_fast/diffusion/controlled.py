@@ -5,15 +5,17 @@ With the network's prediction of x_0 as a function of l = log(alpha / sigma), ha
 
     x(m) = sigma_m / sigma_l x(l) + sigma_m * integral of e^k x_0(k) dk from l to m.
 
-A constant x_0 gives DDIM, first order. A line through the last two predictions, x_0(l + k) = x_0 + k s, adds c s with
+A constant x_0 gives DDIM, of first order. If x_0 is known to change by d on the way, h = m - l long, the step of second
+order adds
 
-    c = alpha_m (h - 1 + e^-h),   h = m - l:
+    alpha_m (1 - e^-h) d / 2.
 
-a two-step method of second order for any step sizes, of the family of DPM-Solver++(2M). The pair's embedded error estimate is
-|c s|, the root mean square of the difference of both. It is known before the step is made and costs no evaluation, so no step
-is ever rejected: each image goes to the farthest timestep at which its estimate is within the tolerance, but to none that makes
-the step more than GROWTH times as long as the one before, because the estimate only knows the past (Hairer, Norsett and Wanner
-1993, section II.4, limit the factor for the same reason).
+The predictor takes d from the step before, h times its slope: DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for any step
+sizes. Then the network is evaluated there, d is known, and the corrector makes the same step with it, as UniPC's does (Zhao
+et al. 2023). The difference of the two, over alpha_m, is the pair's embedded estimate of the error, in units of the image.
+Where its root mean square exceeds the tolerance the step is made again, shorter; and the next step is as long as the
+estimate, which falls with the third power of h, allows (Hairer, Norsett and Wanner 1993, section II.4). An evaluation is the
+cost of every attempt, and the corrector has none of its own.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from torch import Tensor
 from .schedule import NoiseSchedule
 from .step import step_coefficients
 
-__all__ = ["FIRST_STEP", "GROWTH", "solve_controlled"]
+__all__ = ["solve_controlled"]
 
-# Of the first step nothing is known yet. It is one of first order, this share of the whole way in l.
-FIRST_STEP = 0.1
+# Of the first step nothing is known yet: it is this share of the whole way in l.
+_FIRST_STEP = 0.12
 
-# A step is at most this many times as long, in l, as the one before it.
-GROWTH = 1.5
+# The next step is _SAFETY times what the estimate allows, and so many times as long as the last one at least and at most.
+_SAFETY, _SHRINK, _GROWTH = 0.7, 0.3, 2.0
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,11 +46,10 @@ def solve_controlled(
     """The images that belong to noise ``x``.
 
     Args:
-        evaluate: (x, timesteps, which) -> the network's output, for (n, C, H, W) states, (n,) int64 timesteps, and the (n,)
-        int64
-            numbers of the images that they belong to.
+        evaluate: (x, timesteps, which) -> the network's output, for (n, C, H, W) states, (n,) int64 timesteps, and the
+            (n,) int64 numbers of the images that they belong to.
         x: (N, C, H, W) float32, the noise at timestep T - 1.
-        tolerance: largest estimated error of a step, root mean square over an image, in units of the sample.
+        tolerance: largest estimated error of a step, root mean square over an image, in units of the images.
         clip: clip the predicted x_0 to [-r, r]; None does not.
 
     Returns:
@@ -62,35 +63,46 @@ def solve_controlled(
     where = torch.from_numpy(_half_log_snr(levels)).to(device)
     reading = [step_coefficients(float(level), 1.0, 0.0, prediction_type)[:2] for level in levels[:-1]]
     reading = torch.tensor(reading, dtype=torch.float64, device=device)
-    first = int((where - where[0] - FIRST_STEP * (where[-1] - where[0])).abs().argmin().clamp(1, total))
+    end, last = where[-1], total - 1
 
     images, evaluations = torch.empty_like(x), torch.zeros(len(x), dtype=torch.int64, device=device)
     which = torch.arange(len(x), device=device)
-    place, before, previous = torch.zeros_like(which), torch.zeros_like(which), torch.zeros_like(x)
-    started = False
-    while len(which):
+    place = torch.zeros_like(which)
+    slope = torch.zeros_like(x)  # of x_0 in l, as far as it is known
+    h = (_FIRST_STEP * (end - where[0])).expand(len(x))
+
+    def predicted_image(x: Tensor, place: Tensor, which: Tensor) -> Tensor:
         output = evaluate(x, total - 1 - place, which)
         evaluations[which] += 1
         from_x, from_output = (_per_image(column) for column in reading[place].unbind(1))
         x0 = from_x * x + from_output * output
-        x0 = x0 if clip is None else x0.clamp(-clip, clip)
-        if started:
-            way = where[place] - where[before]
-            slope = (x0 - previous) / _per_image(way)
-            size = slope.double().square().mean(dim=(1, 2, 3)).sqrt()
-            h = where - where[place][:, None]
-            curve = signal * (h - 1 + torch.exp(-h))
-            after = _reach((curve.abs() * size[:, None] > tolerance) | (h > GROWTH * way[:, None]), place)
-            correction = _per_image(curve.gather(1, after[:, None])[:, 0]) * slope
-        else:
-            after, correction, started = torch.full_like(place, first), 0.0, True
-        shrink = sigma[after] / sigma[place]
-        moved = _per_image(shrink) * x + _per_image(signal[after] - signal[place] * shrink) * x0 + correction
-        x, before, previous = moved, place, x0
-        done = after == total
-        images[which[done]] = x[done]
+        return x0 if clip is None else x0.clamp(-clip, clip)
+
+    x0 = predicted_image(x, place, which)
+    while len(which):
+        target = torch.searchsorted(where, where[place] + h, right=True) - 1
+        target = torch.maximum(target, place + 1).clamp(max=last)
+        h = where[target] - where[place]
+        shrink, weight = sigma[target] / sigma[place], -torch.expm1(-h)
+        first_order = _per_image(shrink) * x + _per_image(signal[target] - signal[place] * shrink) * x0
+        bend = _per_image(signal[target] * weight / 2)
+        x0_there = predicted_image(first_order + bend * (_per_image(h) * slope), target, which)
+        change = x0_there - x0
+        missed = _size(change - _per_image(h) * slope) * weight / 2
+        made = (missed <= tolerance) | (target == place + 1)
+        factor = (_SAFETY * (tolerance / missed.clamp(min=1e-12)) ** (1 / 3)).clamp(_SHRINK, _GROWTH)
+
+        keep = made[:, None, None, None]
+        x = torch.where(keep, first_order + bend * change, x)
+        slope = torch.where(keep, change / _per_image(h), slope)
+        x0 = torch.where(keep, x0_there, x0)
+        place = torch.where(made, target, place)
+        h = h * factor
+        rest = _per_image((end - where[place]) / 2) * slope
+        done = made & ((place == last) | (_size(rest) <= tolerance))
+        images[which[done]] = (x0 + rest)[done]
         going = ~done
-        which, place, before, previous, x = which[going], after[going], before[going], previous[going], x[going]
+        which, place, x, x0, slope, h = (value[going] for value in (which, place, x, x0, slope, h))
     return images, evaluations
 
 
@@ -105,11 +117,9 @@ def _half_log_snr(levels: np.ndarray) -> np.ndarray:
     return where
 
 
-def _reach(too_far: Tensor, place: Tensor) -> Tensor:
-    """The farthest place that each may go to: beyond its own, and before the first of those beyond it that are too far."""
-    places = torch.arange(too_far.shape[1], device=place.device)
-    beyond = too_far & (places > place[:, None] + 1)
-    return torch.where(beyond, places, too_far.shape[1]).min(dim=1).values - 1
+def _size(difference: Tensor) -> Tensor:
+    """(N,) float64: the root mean square over each image."""
+    return difference.double().square().mean(dim=(1, 2, 3)).sqrt()
 
 
 def _per_image(values: Tensor) -> Tensor:
