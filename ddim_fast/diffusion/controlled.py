@@ -57,13 +57,14 @@ def solve_controlled(
         is in the batch.
     """
     device, total = x.device, schedule.num_train_timesteps
-    # Place k is timestep T - 1 - k, the last one the image.
-    levels = np.append(schedule.alphas_cumprod[::-1], 1.0)
+    # Place k is timestep T - 1 - k.
+    levels = schedule.alphas_cumprod[::-1]
     signal, sigma = (torch.from_numpy(np.sqrt(part)).to(device) for part in (levels, 1 - levels))
     where = torch.from_numpy(_half_log_snr(levels)).to(device)
-    reading = [step_coefficients(float(level), 1.0, 0.0, prediction_type)[:2] for level in levels[:-1]]
+    reading = [step_coefficients(float(level), 1.0, 0.0, prediction_type)[:2] for level in levels]
     reading = torch.tensor(reading, dtype=torch.float64, device=device)
-    end, last = where[-1], total - 1
+    last = total - 1
+    end = where[last]  # the image is what the network predicts at timestep 0
 
     images, evaluations = torch.empty_like(x), torch.zeros(len(x), dtype=torch.int64, device=device)
     which = torch.arange(len(x), device=device)
@@ -107,11 +108,10 @@ def solve_controlled(
 
 
 def _half_log_snr(levels: np.ndarray) -> np.ndarray:
-    """log(alpha / sigma) of each place. Where that is infinite there is a finite number instead: for the image,
-    one more than for the timestep before it; at zero SNR, as far from the next as that is from the one after."""
+    """log(alpha / sigma) of each place. Zero SNR, where that is infinite, counts as being as far from the next place as that one is
+    from the one after."""
     with np.errstate(divide="ignore"):
         where = (np.log(levels) - np.log1p(-levels)) / 2
-    where[-1] = where[-2] + 1
     if np.isneginf(where[0]):
         where[0] = 2 * where[1] - where[2]
     return where
