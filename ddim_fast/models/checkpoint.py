@@ -205,8 +205,7 @@ def save_timesteps(path: Path, timesteps: dict[int, list[int]], calibration: dic
     """
     file = _timesteps_file(path)
     lines = ",\n".join(f'  "{steps}": {json.dumps(run)}' for steps, run in timesteps.items())
-    head = json.dumps({"calibration": calibration}, indent=1).removesuffix("\n}")
-    atomic_write(file, f'{head},\n "timesteps": {{\n{lines}\n }}\n}}\n'.encode())
+    atomic_write(file, f'{{\n "calibration": {json.dumps(calibration)},\n "timesteps": {{\n{lines}\n }}\n}}\n'.encode())
     return file
 
 
