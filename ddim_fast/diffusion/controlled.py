@@ -108,8 +108,8 @@ def solve_controlled(
 
 
 def _half_log_snr(levels: np.ndarray) -> np.ndarray:
-    """log(alpha / sigma) of each place. Zero SNR, where that is infinite, counts as being as far from the next place as that one
-    is from the one after."""
+    """log(alpha / sigma) of each place. Zero SNR, where that is infinite, counts as being as far from the next place as that
+    one is from the one after."""
     with np.errstate(divide="ignore"):
         where = (np.log(levels) - np.log1p(-levels)) / 2
     if np.isneginf(where[0]):
