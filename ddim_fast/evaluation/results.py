@@ -139,7 +139,7 @@ class Results:
             ticks = sorted({x for points in lines.values() for x, _ in points if float(x).is_integer()})
             axes.set(xscale="log", yscale="log", xlabel=_AXES[kind][0], ylabel=_AXES[kind][1](rows[0]), title=title)
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axes.minorticks_off()
+            axes.set_xticks([], minor=True)
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.tick_params(axis="y", which="minor", labelsize=7)
