@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .diffusion.sampler import Sampler, SamplerState
+    from .diffusion.sampler import Sampler
     from .diffusion.schedule import NoiseSchedule
     from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
+    from .diffusion.trajectory import SamplerState
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .ops.attention import attention
@@ -40,7 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "diffusion.sampler",
-    "SamplerState": "diffusion.sampler",
+    "SamplerState": "diffusion.trajectory",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
     "attention": "ops.attention",

@@ -9,7 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-__all__ = ["MODEL_HELP", "CommandParser", "parse_integers", "parse_positive", "run_command"]
+from .diffusion.step import SIGMA_HAT
+
+__all__ = [
+    "MODEL_HELP",
+    "CommandParser",
+    "parse_eta",
+    "parse_integers",
+    "parse_positive",
+    "parse_spacing",
+    "run_command",
+]
 
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
@@ -86,3 +96,22 @@ def parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def parse_spacing(text: str) -> str | list[int]:
+    """The name of a spacing, or ``"999,500,0"`` -> [999, 500, 0]."""
+    return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
+
+
+def parse_eta(text: str) -> float | str:
+    """A number, or ``"sigma-hat"``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text == SIGMA_HAT:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,32 +15,11 @@ from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from .guidance import check_guidance
 from .inversion import inversion
 from .schedule import NoiseSchedule
-from .solvers import Solver, make_solver
+from .solvers import make_solver
 from .timesteps import select_timesteps
+from .trajectory import SamplerState
 
 __all__ = ["Sampler", "SamplerState"]
-
-
-@dataclass
-class SamplerState:
-    """One step of a trajectory.
-
-    Attributes:
-        step: its number, from 0.
-        timestep: the training timestep at which the network was evaluated.
-        x: (N, C, H, W) float32, the sample after the step; after the last one, the images.
-    """
-
-    step: int
-    timestep: int
-    x: Tensor
-    _evaluation: tuple[Solver, Tensor, Tensor] = field(repr=False)
-
-    @property
-    def x0(self) -> Tensor:
-        """(N, C, H, W) float32: the images as the network predicted them at ``timestep``. Computed when it is asked for."""
-        solver, x, output = self._evaluation
-        return solver.predict_x0(self.step, x, output)
 
 
 class Sampler:
@@ -105,6 +84,11 @@ class Sampler:
     def device(self) -> torch.device:
         """Where the network computes."""
         return self._network.device
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether all steps are one call, unless somebody watches them."""
+        return self.engine == "captured"
 
     def sample(
         self,

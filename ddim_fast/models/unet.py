@@ -105,7 +105,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             if labels is not None:
                 raise ValueError("labels were given, but this network is unconditional")
         else:
-            null = torch.full((len(embedding),), self.config.num_classes, device=embedding.device)
+            null = torch.full((embedding.shape[0],), self.config.num_classes, device=embedding.device)
             embedding = embedding + self.class_embedding(null if labels is None else labels)
         activated = F.silu(embedding)
         # The convolution before the addition leaves its bias to it.
@@ -131,7 +131,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         Returns:
             The prediction, as of :meth:`forward`; and the deep features, which the last residual block began with.
         """
-        shifts = condition.expand(len(x), -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
+        shifts = condition.expand(x.shape[0], -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
         skip = self.conv_in(x)
         if deep is None:
             deep = self._deep_features(skip, shifts)
