@@ -238,6 +238,7 @@ def _settings(
         "reuse": arguments.reuse,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
+        **({"provider": sampler.provider} if sampler.engine == "onnx" else {}),
     }
 
 

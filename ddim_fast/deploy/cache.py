@@ -17,8 +17,8 @@ __all__ = ["ready_export"]
 def ready_export(model: str | Path) -> Path:
     """The folder of an export of ``model``: it is one, or there is one in the cache, or one is made there now.
 
-    The cache is the folder ``ddim_fast/onnx`` in XDG_CACHE_HOME, or in ``~/.cache``. What was exported from other weights, or by
-    another version of this package, is not used.
+    The cache is the folder ``ddim_fast/onnx`` in XDG_CACHE_HOME, or in ``~/.cache``. What was exported from other weights, or
+    by another version of this package, is not used.
 
     Raises:
         FileNotFoundError: there is no such model.

@@ -36,10 +36,11 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
         *(conditional[:1] if labels else []),
         f"| | `prediction`, out | (N, {image}) float32 | {config.prediction_type} |",
         f"| `{SAMPLER}` | `seeds` | (N,) int64 | from 0 to 2^63 - 1, an image each |",
-        f"| | `x_T` | (M, {image}) float32 | noise to start from; the model draws that of the seeds after the Mth. M is 0 or N |",
+        f"| | `x_T` | (M, {image}) float32 | noise to start from, M = 0 or N; with none, the model draws it |",
         *(conditional if labels else []),
         f"| | `images`, out | (N, {image}) float32 | in [-1, 1], not clipped |",
     ]
+    order = "one after the other" if schedule["unroll"] else "in a loop"
     made = f"By `{command}`, with" if command else "With"
     fused = ["Fused for ONNX Runtime's CUDA provider: it runs nowhere else.", ""] if schedule["optimize"] else []
     return "\n".join(
@@ -48,7 +49,7 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
             "",
             f"A diffusion network ({parameters / 1e6:.1f}M parameters) and its sampler, in {schedule['dtype']}, ONNX opset "
             f"{schedule['opset']}.",
-            f"The sampler: {len(schedule['timesteps'])} steps{' one after the other' if schedule['unroll'] else ' in a loop'}; {chosen}.",
+            f"The sampler: {len(schedule['timesteps'])} steps {order}; {chosen}.",
             "",
             *fused,
             *rows,

@@ -66,9 +66,10 @@ class _Parts(nn.Module):
 
 
 def _group_norm():
-    """How a GroupNorm is written: as InstanceNormalization of its groups, in two passes over the numbers. What later opsets have
-    for it is expanded by ONNX Runtime into more than this, and its LayerNormalization subtracts squares of means."""
-    from onnxscript import FLOAT, opset18 as op
+    """How a GroupNorm is written: as InstanceNormalization of its groups, which ONNX Runtime computes in two passes over the
+    numbers. What later opsets have for it is expanded into more than this; LayerNormalization subtracts squares of means."""
+    from onnxscript import FLOAT
+    from onnxscript import opset18 as op
 
     def group_norm(x: FLOAT, num_groups: int, weight: FLOAT, bias: FLOAT, eps: float = 1e-5, cudnn_enabled: bool = True):
         groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))

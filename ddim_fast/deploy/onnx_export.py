@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -151,8 +152,6 @@ def _save(model: ModelProto, path: Path) -> None:
 def _versions() -> dict[str, str]:
     """Of what made the files."""
     packages: dict[str, Any] = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
-    try:
+    with contextlib.suppress(ModuleNotFoundError):  # needed for int8 only
         packages["onnxruntime"] = version("onnxruntime")
-    except ModuleNotFoundError:
-        pass  # exporting needs it for int8 only
     return {"ddim_fast": __version__, **packages, "python": platform.python_version()}

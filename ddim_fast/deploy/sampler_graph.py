@@ -19,8 +19,8 @@ __all__ = ["sampler_model", "unet_model"]
 def unet_model(config: UNetConfig, condition: ModelProto, denoise: ModelProto) -> ModelProto:
     """The network as one model.
 
-    Inputs: ``x`` (N, C, H, W) float32; ``timesteps`` (N,) int64; for a class-conditional network ``labels`` (N,) int64, of which
-    ``num_classes`` means no label. Output: ``prediction`` like x.
+    Inputs: ``x`` (N, C, H, W) float32; ``timesteps`` (N,) int64; for a class-conditional network ``labels`` (N,) int64, of
+    which ``num_classes`` means no label. Output: ``prediction`` like x.
 
     Args:
         config: the network.

@@ -55,8 +55,8 @@ class Solver(Protocol):
         ...
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
-        """:meth:`step` as arithmetic, on whatever multiplies and adds and has a method ``clip``: tensors, arrays, and the values
-        of a graph that is being built.
+        """:meth:`step` as arithmetic, on whatever multiplies and adds and has a method ``clip``: tensors, arrays, and the
+        values of a graph that is being built.
 
         Args:
             state: as in :meth:`step`.

@@ -20,8 +20,8 @@ class SamplerState:
     Attributes:
         step: its number, from 0.
         timestep: the training timestep at which the network was evaluated.
-        x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array where a sampler
-            works with arrays.
+        x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array where the
+            sampler works with arrays.
     """
 
     step: int
