@@ -68,13 +68,15 @@ def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
         def get_next(self) -> Inputs | None:
             return next(self._inputs, None)
 
+    copy = ModelProto()
+    copy.CopyFrom(model)  # it is changed
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it recommends what is of no use here
     try:
         with tempfile.TemporaryDirectory() as folder:
             quantize_static(
-                model,
+                copy,
                 Path(folder) / "quantised.onnx",
                 Reader(),
                 quant_format=QuantFormat.QDQ,

@@ -74,8 +74,8 @@ class Session:
         """The output, of ``shape``, float32. Tensors of the device are kept from call to call while the shapes stay.
 
         Raises:
-            ValueError: the inputs do not fit the model.
-            RuntimeError: it failed otherwise.
+            ValueError: the model refuses the inputs.
+            RuntimeError: memory ran out.
         """
         with _translated(self._path):
             shapes = (shape, *(array.shape for array in inputs.values()))
@@ -111,8 +111,7 @@ def _translated(path: Path) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (ValueError, RuntimeError)):
             raise
-        text = " ".join(str(error).split()).split(" : ", 3)[-1].removeprefix("FAIL : ")
+        text = " ".join(str(error).split()).split(" : ", 3)[-1].removeprefix("Error in execution: ")
         if "allocate" in text:
             raise RuntimeError(f"out of memory: {text}") from None
-        wrong = type(error).__name__ in ("RuntimeException", "EPFail", "RuntimeError")
-        raise (RuntimeError if wrong else ValueError)(f"{path}: {text}") from None
+        raise ValueError(f"{path}: {text}") from None

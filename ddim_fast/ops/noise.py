@@ -84,7 +84,7 @@ def seeded_noise_numpy(seeds: np.ndarray | Sequence[int], step: int, shape: Sequ
     elements = math.prod(shape)
     block = np.arange((elements + 3) // 4)[None, :]
     uniform = [(word + 0.5) * 2.0**-32 for word in seeded_words(seeds, block, np.zeros_like(block) + step)]
-    normal = np.stack(box_muller(np, uniform), axis=-1).reshape(len(seeds), -1)
+    normal = np.stack(box_muller(np, uniform), axis=-1).reshape(len(seeds), 4 * block.size)
     return normal[:, :elements].astype(np.float32).reshape(len(seeds), *shape)
 
 

@@ -32,6 +32,12 @@ def random_unet(**fields) -> UNet:
     return model.eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def make_unet():
+    """The function that makes such networks; keywords are fields of the config."""
+    return random_unet
+
+
 class Exported(NamedTuple):
     """A network, and its parts in ONNX."""
 
