@@ -40,6 +40,7 @@ def _fused(model: ModelProto, half: bool) -> ModelProto:
     fused = optimizer.optimize_model(copy, model_type="unet", opt_level=0, optimization_options=options, use_gpu=True)
     if half:
         fused.convert_float_to_float16(keep_io_types=True)
+        fused.topological_sort()
     if "com.microsoft" not in {entry.domain for entry in fused.model.opset_import}:
         fused.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return fused.model

