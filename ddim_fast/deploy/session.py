@@ -91,7 +91,8 @@ class Session:
     def _bind(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
         self._shapes = None
         make = onnxruntime.OrtValue
-        self._inputs = {n: make.ortvalue_from_numpy(np.ascontiguousarray(a), self._device, 0) for n, a in inputs.items()}
+        # Copies: on a CPU the tensor is the array that is given, and the next call writes into it.
+        self._inputs = {name: make.ortvalue_from_numpy(np.array(a, order="C"), self._device, 0) for name, a in inputs.items()}
         self._output = make.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0)
         self._binding = self._session.io_binding()
         for name, value in self._inputs.items():

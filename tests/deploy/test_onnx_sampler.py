@@ -83,12 +83,15 @@ def test_a_trajectory_shows_what_torch_shows(exported, export_folder):
         assert_same(found.x0, expected.x0)
 
 
-def test_results_are_not_overwritten_by_the_next_call(export_folder):
-    sampler = OnnxSampler(export_folder)
-    first = sampler.sample(seeds=[1])
-    kept = first.copy()
-    sampler.sample(seeds=[2])
-    np.testing.assert_array_equal(first, kept)
+@pytest.mark.parametrize("steps", [4, 2], ids=["whole", "step by step"])
+def test_calls_overwrite_neither_noise_nor_results(steps, export_folder):
+    sampler = OnnxSampler(export_folder, steps=steps)
+    noise = [np.random.default_rng(k).standard_normal((1, 3, 8, 8), dtype=np.float32) for k in range(2)]
+    kept = [array.copy() for array in noise]
+    images = [sampler.sample(x_T=array) for array in noise]
+    for k in (0, 1):
+        np.testing.assert_array_equal(noise[k], kept[k])
+        np.testing.assert_array_equal(images[k], OnnxSampler(export_folder, steps=steps).sample(x_T=kept[k]))
 
 
 @pytest.mark.parametrize(
