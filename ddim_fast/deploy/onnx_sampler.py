@@ -115,7 +115,7 @@ class OnnxSampler:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         request = self._request(seeds, x_T, labels, guidance)
-        images = np.empty((len(request.x), *self.config.image_shape), np.float32)
+        images = np.empty((len(request.seeds), *self.config.image_shape), np.float32)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             batch = request.part(part)
@@ -140,19 +140,20 @@ class OnnxSampler:
         return self._steps(self._request(seeds, x_T, labels, guidance))
 
     def _whole(self, batch: _Request) -> np.ndarray:
-        inputs = {"seeds": batch.seeds, "x_T": batch.x}
+        x = batch.start(self.config.image_shape)
+        inputs = {"seeds": batch.seeds, "x_T": x}
         if self.config.num_classes is not None:
             guidance = 1.0 if batch.guidance is None else batch.guidance
             inputs |= {"labels": batch.labels, "guidance": np.array(guidance, np.float32)}
-        return self._sampler(inputs, batch.x.shape)
+        return self._sampler(inputs, x.shape)
 
     def _steps(self, batch: _Request) -> Iterator[SamplerState]:
-        count, guided, solver = len(batch.x), batch.guidance is not None, self.solver
+        count, guided, solver = len(batch.seeds), batch.guidance is not None, self.solver
         inputs: dict[str, np.ndarray] = {}
         if self.config.num_classes is not None:
             none = np.full_like(batch.labels, self.config.num_classes)
             inputs["labels"] = np.concatenate([none, batch.labels]) if guided else batch.labels
-        state: tuple[np.ndarray, ...] = (batch.x,) * (1 + solver.memory)
+        state: tuple[np.ndarray, ...] = (batch.start(self.config.image_shape),) * (1 + solver.memory)
         for i, timestep in enumerate(self.timesteps.tolist()):
             x = state[0]
             inputs["x"] = np.concatenate([x, x]) if guided else x
@@ -191,24 +192,27 @@ class OnnxSampler:
         if x_T is not None and len(x_T) != count:
             raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
         seeds = np.array([0] * count if seeds is None else check_seeds(seeds), np.int64)
-        if x_T is None:
-            x_T = seeded_noise_numpy(seeds, INITIAL_NOISE, shape)
         guidance = check_guidance(guidance, labels)
         return _Request(seeds, x_T, _check_labels(labels, count, classes), guidance)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is sampled: seeds, (N,) int64; x, (N, C, H, W) noise; labels, (N,) int64, or None without classes; guidance."""
+    """What is sampled: seeds, (N,) int64; x_T, (N, C, H, W), or None; labels, (N,) int64, or None without classes; guidance."""
 
     seeds: np.ndarray
-    x: np.ndarray
+    x_T: np.ndarray | None
     labels: np.ndarray | None
     guidance: float | None
 
     def part(self, rows: slice) -> _Request:
-        labels = None if self.labels is None else self.labels[rows]
-        return _Request(self.seeds[rows], self.x[rows], labels, self.guidance)
+        """Some of the images."""
+        x_T, labels = (None if array is None else array[rows] for array in (self.x_T, self.labels))
+        return _Request(self.seeds[rows], x_T, labels, self.guidance)
+
+    def start(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The noise to start from; not drawn before it is needed, for a request may be large."""
+        return seeded_noise_numpy(self.seeds, INITIAL_NOISE, shape) if self.x_T is None else self.x_T
 
 
 def _check_labels(labels: Any, count: int, classes: int | None) -> np.ndarray | None:
