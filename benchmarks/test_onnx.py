@@ -37,8 +37,8 @@ def case(request, tmp_path_factory):
 
 
 def _model(name):
-    """What is measured. Weights that were not trained make images of no use when they are taken to predict the noise, larger than
-    any that 8 bits are made for; taken to predict images, they make some of the usual size, at the same cost."""
+    """What is measured. Weights that were not trained, taken to predict the noise, make images larger than any that 8 bits are
+    made for; taken to predict images, they make some of the usual size, at the same cost."""
     model = network(name)
     if name in packaged_models():
         return model
