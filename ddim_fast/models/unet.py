@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             The prediction, as of :meth:`forward`; and the deep features, which the last residual block began with.
         """
         shifts = condition.expand(len(x), -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
-        skip = self.conv_in(x)
+        skip = _alone_as_two(self.conv_in, x)
         if deep is None:
             deep = self._deep_features(skip, shifts)
         last = self.up_blocks[-1]
         h = last.attend(-1, last.resnets[-1](deep, shifts[-1], skip))
-        return self.conv_out(_norm(self.conv_norm_out, h)), deep
+        return _alone_as_two(self.conv_out, _norm(self.conv_norm_out, h)), deep
 
     def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         """From the first convolution's result to all that comes before the last residual block."""
@@ -263,6 +263,18 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
+def _alone_as_two(operator: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """``operator`` on tensors of N images, in such a way that an image is the same to the last bit when it is alone.
+
+    On a CPU, torch's convolutions and attention sum in another order for a single image: small convolutions go to another
+    library, and threads divide the image where they would divide the batch. In eager inference it is given twice, then.
+    """
+    x = images[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1:
+        return operator(*images)
+    return operator(*(t.expand(2, -1, -1, -1) for t in images))[:1]
+
+
 class _RowLinear(nn.Linear):
     """A linear layer on (N, features) embeddings whose row i does not depend on N.
 
@@ -363,7 +375,7 @@ class _Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        attended = attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = _alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -374,7 +386,7 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return _alone_as_two(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class _Upsample(nn.Module):
