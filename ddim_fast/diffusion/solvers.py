@@ -83,10 +83,10 @@ def make_solver(
 
 
 class DDIMUpdate:
-    """A solver without memory: each step is the DDIM operator with coefficients of its own."""
+    """A solver without memory: each step is the DDIM operator with ``coefficients`` of its own, listed in their order."""
 
     def __init__(self, coefficients: list[StepCoefficients], clip: float | None = None) -> None:
-        self._coefficients = coefficients
+        self.coefficients = coefficients
         self.table = np.array(coefficients, dtype=np.float32)
         self.clip = clip
         self.stochastic = any(c.sigma for c in coefficients)
@@ -98,7 +98,7 @@ class DDIMUpdate:
         return (ddim_step(state[0], output, table, self.clip, seeds=seeds if self.stochastic else None, step=index),)
 
     def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
-        return _predict_x0(*self._coefficients[i][:2], x, output, self.clip)
+        return _predict_x0(*self.coefficients[i][:2], x, output, self.clip)
 
 
 class DDIM(DDIMUpdate):
