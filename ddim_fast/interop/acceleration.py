@@ -177,9 +177,8 @@ def restore(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
             _remove_casts(module)
     if isinstance(model_or_pipeline, DiffusionPipeline):
         for name, component in model_or_pipeline.components.items():
-            original = getattr(component, "replaces", None)
-            if isinstance(component, tuple(_SCHEDULERS.values())) and original is not None:
-                setattr(model_or_pipeline, name, original)
+            if isinstance(component, tuple(_SCHEDULERS.values())) and component.replaces is not None:
+                setattr(model_or_pipeline, name, component.replaces)
     return model_or_pipeline
 
 

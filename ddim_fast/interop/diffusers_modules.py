@@ -60,8 +60,10 @@ class FastConv2d(nn.Conv2d):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = converted(self.weight, dtype)
             out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        # Images of one channel count as both layouts, and leave a convolution in the other one.
+        out = out.contiguous(memory_format=torch.channels_last)
         result_dtype = self.__dict__["_fast_result_dtype"]
-        return out if result_dtype is None else out.to(result_dtype)
+        return out if result_dtype is None else out.to(result_dtype).contiguous()
 
 
 class FastLinear(nn.Linear):
@@ -231,7 +233,8 @@ def adopt(
 
     Args:
         dtype: what it computes in; None is its weight's dtype.
-        result_dtype: what it returns; None is that in which it computes.
+        result_dtype: of a network's last convolution, whose result is as the network's caller knows it: of this dtype, and
+            contiguous, as the sample is: only tensors of one layout go through a scheduler's step in a single pass.
     """
     module.__class__ = kind
     module.__dict__.update(_fast_dtype=dtype, _fast_result_dtype=result_dtype)

@@ -71,8 +71,9 @@ class _Entry(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, value: Any) -> _Entry:
         sample = None
-        if weight.device.type == "cpu" and weight.numel():
-            # Dense in memory in whatever order, so this stays inside. A view: it shows what is written later.
+        dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+        if weight.device.type == "cpu" and dense and weight.numel():
+            # In the order of memory. A view: it shows what is written later.
             count = min(SAMPLES, weight.numel())
             sample = weight.detach().as_strided((count,), (weight.numel() // count,))
         return cls(weight.data_ptr(), _version(weight), sample, None if sample is None else sample.clone(), value)
