@@ -168,7 +168,7 @@ def restore(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
     _check_kind(model_or_pipeline)
     for _, model in _networks(model_or_pipeline):
         if vars(model).pop("_fast_engine", None) is not None:
-            model._compiled_call_impl = None
+            vars(model).pop("_compiled_call_impl", None)
         for module in model.modules():
             if type(module) in FAST:
                 give_back(module)
@@ -242,7 +242,7 @@ class _Visit:
         """All of a model."""
         self._visit(model, name)
         if isinstance(model, _DENOISERS) and type(model.conv_out) is FastConv2d:
-            adopt(model.conv_out, FastConv2d, self.dtype, model.conv_out.weight.dtype)
+            adopt(model.conv_out, FastConv2d, self.dtype, is_last=True)
 
     def _visit(self, module: nn.Module, name: str) -> None:
         if isinstance(module, (TimestepEmbedding, nn.Embedding)) or type(module) in FAST:
@@ -289,7 +289,12 @@ class _Visit:
         self._adopt(norm, FastGroupNorm, name, "group_norm_silu")
 
     def _resnet(self, block: ResnetBlock2D, name: str) -> None:
-        children = [(block.norm1, FastGroupNorm), (block.norm2, FastGroupNorm), (block.conv1, FastConv2d), (block.conv2, FastConv2d)]
+        children = [
+            (block.norm1, FastGroupNorm),
+            (block.norm2, FastGroupNorm),
+            (block.conv1, FastConv2d),
+            (block.conv2, FastConv2d),
+        ]
         children += [(block.conv_shortcut, FastConv2d)] if block.conv_shortcut is not None else []
         if type(block) is not ResnetBlock2D:
             reason = "it is a class of its own"
@@ -334,9 +339,7 @@ class _Visit:
         adopt(norm, FastGroupNormSiLU)
         self._adopt(act, PassedOn, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
 
-    def _adopt(
-        self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None
-    ) -> None:
+    def _adopt(self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None) -> None:
         self.report.replaced.append(Accelerated(name, FAST[kind].__name__, by))
         adopt(module, kind, dtype)
 

@@ -62,8 +62,7 @@ class FastConv2d(nn.Conv2d):
             out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         # Images of one channel count as both layouts, and leave a convolution in the other one.
         out = out.contiguous(memory_format=torch.channels_last)
-        result_dtype = self.__dict__["_fast_result_dtype"]
-        return out if result_dtype is None else out.to(result_dtype).contiguous()
+        return out.to(self.weight.dtype).contiguous() if self.__dict__["_fast_is_last"] else out
 
 
 class FastLinear(nn.Linear):
@@ -137,7 +136,12 @@ class FastResnetBlock2D(ResnetBlock2D):
 
     def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
         """Whether the children are still those that were adopted, and no gradient is asked for."""
-        children = ((self.norm1, FastGroupNorm), (self.norm2, FastGroupNorm), (self.conv1, FastConv2d), (self.conv2, FastConv2d))
+        children = (
+            (self.norm1, FastGroupNorm),
+            (self.norm2, FastGroupNorm),
+            (self.conv1, FastConv2d),
+            (self.conv2, FastConv2d),
+        )
         if self.conv_shortcut is not None:
             children = (*children, (self.conv_shortcut, FastConv2d))
         if temb is None and self.time_embedding_norm == "scale_shift":
@@ -226,24 +230,22 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def adopt(
-    module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None, result_dtype: torch.dtype | None = None
-) -> None:
+def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None, *, is_last: bool = False) -> None:
     """Makes ``module``, of the class that ``kind`` takes the place of, one of ``kind``.
 
     Args:
         dtype: what it computes in; None is its weight's dtype.
-        result_dtype: of a network's last convolution, whose result is as the network's caller knows it: of this dtype, and
-            contiguous, as the sample is: only tensors of one layout go through a scheduler's step in a single pass.
+        is_last: a network's last convolution returns what the network's caller expects: its weight's dtype, and, as the sample
+            is contiguous, that layout, since only tensors of one layout go through a scheduler's step in a single pass.
     """
     module.__class__ = kind
-    module.__dict__.update(_fast_dtype=dtype, _fast_result_dtype=result_dtype)
+    module.__dict__.update(_fast_dtype=dtype, _fast_is_last=is_last)
 
 
 def give_back(module: nn.Module) -> None:
     """Makes an adopted module what it was."""
     module.__class__ = FAST[type(module)]
-    del module.__dict__["_fast_dtype"], module.__dict__["_fast_result_dtype"]
+    del module.__dict__["_fast_dtype"], module.__dict__["_fast_is_last"]
     for parameter in module.parameters(recurse=False):
         forget(parameter)
 
