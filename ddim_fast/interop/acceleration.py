@@ -36,6 +36,7 @@ from .diffusers_modules import (
     give_back,
     is_conv3x3,
     is_untouched,
+    parts_of,
 )
 
 from diffusers import (  # isort: skip - the module above says what is wrong where diffusers is missing
@@ -117,8 +118,8 @@ def accelerate(
     them, up to 1.8 times their memory, and made anew when they change (:func:`ddim_fast.ops.derived.derived` says how that is
     noticed). No class of diffusers is touched.
 
-    What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones, and
-    models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its own
+    What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
+    and models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its own
     dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
 
     Args:
@@ -126,8 +127,8 @@ def accelerate(
         dtype: what the denoising network computes in: torch.float32, bfloat16 or float16. The time embedding, the norms'
             statistics, and what it takes and returns keep their dtype, so the sampler's loop does. None is the dtype of its
             weights. An autoencoder stays in its own.
-        engine: ``eager``; ``compiled``, torch.compile of the denoising network without graph breaks; ``captured``, on a GPU, the
-            same replayed from CUDA graphs; ``auto`` is eager.
+        engine: ``eager``; ``compiled``, torch.compile of the denoising network without graph breaks; ``captured``, on a GPU,
+            the same replayed from CUDA graphs; ``auto`` is eager.
 
     Returns:
         What was replaced, what not, and why.
@@ -156,8 +157,8 @@ def accelerate(
 
 
 def restore(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
-    """Undoes :func:`accelerate`: modules, processors, schedulers and layouts are those from before. What was changed since, such
-    as a scheduler or processor set by hand, stays. Nothing happens to what was not accelerated.
+    """Undoes :func:`accelerate`: modules, processors, schedulers and layouts are those from before. What was changed since,
+    such as a scheduler or processor set by hand, stays. Nothing happens to what was not accelerated.
 
     Returns:
         ``model_or_pipeline``.
@@ -192,8 +193,8 @@ def _check_kind(given: Any) -> None:
     else:
         hint = ""
     raise ValueError(
-        "accelerate and restore take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, or a pipeline; "
-        f"got {type(given).__name__}{hint}"
+        "accelerate and restore take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, or a pipeline;"
+        f" got {type(given).__name__}{hint}"
     )
 
 
@@ -289,20 +290,13 @@ class _Visit:
         self._adopt(norm, FastGroupNorm, name, "group_norm_silu")
 
     def _resnet(self, block: ResnetBlock2D, name: str) -> None:
-        children = [
-            (block.norm1, FastGroupNorm),
-            (block.norm2, FastGroupNorm),
-            (block.conv1, FastConv2d),
-            (block.conv2, FastConv2d),
-        ]
-        children += [(block.conv_shortcut, FastConv2d)] if block.conv_shortcut is not None else []
         if type(block) is not ResnetBlock2D:
             reason = "it is a class of its own"
         elif block.upsample is not None or block.downsample is not None:
             reason = "it resamples between norm and convolution"
         elif not isinstance(block.nonlinearity, nn.SiLU):
             reason = f"its nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
-        elif not all(is_untouched(child, kind) for child, kind in children):
+        elif not all(is_untouched(child, kind) for child, kind in parts_of(block)):
             reason = "a norm or convolution in it is left alone"
         else:
             self._adopt(block, FastResnetBlock2D, name, "group_norm_silu, conv3x3")

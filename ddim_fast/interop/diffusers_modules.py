@@ -2,7 +2,7 @@
 
 Each class here is a subclass of the one whose place it takes, and adds nothing that would be saved: an object is moved from one
 to the other by its ``__class__`` alone (see :func:`adopt` and :func:`give_back`), as PyTorch's parametrizations do it. So the
-module stays the same object, with the same parameters, buffers, children and hooks; no class of diffusers or PyTorch is touched.
+module stays the same object, with its parameters, buffers, children and hooks; no class of diffusers or PyTorch is touched.
 
 What they compute, they compute for inference. Where a gradient is recorded, or where a child is no longer what it was (LoRA, a
 hook), a module does what the class does whose place it takes.
@@ -42,6 +42,7 @@ __all__ = [
     "give_back",
     "is_conv3x3",
     "is_untouched",
+    "parts_of",
 ]
 
 
@@ -136,17 +137,9 @@ class FastResnetBlock2D(ResnetBlock2D):
 
     def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
         """Whether the children are still those that were adopted, and no gradient is asked for."""
-        children = (
-            (self.norm1, FastGroupNorm),
-            (self.norm2, FastGroupNorm),
-            (self.conv1, FastConv2d),
-            (self.conv2, FastConv2d),
-        )
-        if self.conv_shortcut is not None:
-            children = (*children, (self.conv_shortcut, FastConv2d))
         if temb is None and self.time_embedding_norm == "scale_shift":
             return False  # an error, which is theirs to raise
-        return all(is_untouched(module, kind) for module, kind in children) and not _records_gradient(
+        return all(is_untouched(module, kind) for module, kind in parts_of(self)) and not _records_gradient(
             x, temb, self.conv1.weight, self.conv2.weight, self.norm1.weight, self.norm2.weight
         )
 
@@ -260,6 +253,12 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
+def parts_of(block: ResnetBlock2D) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The norms and convolutions of a residual block, with the classes they have once they are adopted."""
+    parts = [(block.norm1, FastGroupNorm), (block.norm2, FastGroupNorm), (block.conv1, FastConv2d), (block.conv2, FastConv2d)]
+    return parts if block.conv_shortcut is None else [*parts, (block.conv_shortcut, FastConv2d)]
+
+
 def conv_of(upsample: Upsample2D) -> nn.Module:
     """The convolution of an Upsample2D, which has two names for it."""
     return upsample.conv if upsample.name == "conv" else upsample.Conv2d_0
@@ -276,7 +275,6 @@ def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
     this ``kind``, if given."""
     if kind is not None and type(module) is not kind:
         return False
-    # A compiled network had its hooks when it was compiled.
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
