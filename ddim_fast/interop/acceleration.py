@@ -119,8 +119,8 @@ def accelerate(
     noticed). No class of diffusers is touched.
 
     What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
-    and models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its own
-    dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
+    and models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its
+    own dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
 
     Args:
         model_or_pipeline: a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel, or a pipeline with some of these.

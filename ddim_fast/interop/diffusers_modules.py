@@ -49,6 +49,10 @@ __all__ = [
 class FastConv2d(nn.Conv2d):
     """In channels_last, and in the dtype that :func:`adopt` was given."""
 
+    # LoRA makes layers of its own of the class of the layer they stand beside.
+    _fast_dtype: torch.dtype | None = None
+    _fast_is_last = False
+
     def forward(self, x: Tensor) -> Tensor:
         if _records_gradient(x, self.weight, self.bias):
             forget_weight(self.weight)
@@ -63,11 +67,13 @@ class FastConv2d(nn.Conv2d):
             out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         # Images of one channel count as both layouts, and leave a convolution in the other one.
         out = out.contiguous(memory_format=torch.channels_last)
-        return out.to(self.weight.dtype).contiguous() if self.__dict__["_fast_is_last"] else out
+        return out.to(self.weight.dtype).contiguous() if self._fast_is_last else out
 
 
 class FastLinear(nn.Linear):
     """In the dtype that :func:`adopt` was given."""
+
+    _fast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if _records_gradient(x, self.weight, self.bias):
@@ -232,20 +238,21 @@ def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = 
             is contiguous, that layout, since only tensors of one layout go through a scheduler's step in a single pass.
     """
     module.__class__ = kind
-    module.__dict__.update(_fast_dtype=dtype, _fast_is_last=is_last)
+    module._fast_dtype, module._fast_is_last = dtype, is_last
 
 
 def give_back(module: nn.Module) -> None:
     """Makes an adopted module what it was."""
     module.__class__ = FAST[type(module)]
-    del module.__dict__["_fast_dtype"], module.__dict__["_fast_is_last"]
+    for name in ("_fast_dtype", "_fast_is_last"):
+        vars(module).pop(name, None)
     for parameter in module.parameters(recurse=False):
         forget(parameter)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """What an adopted module computes in."""
-    return module.__dict__["_fast_dtype"] or module.weight.dtype
+    return module._fast_dtype or module.weight.dtype
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
