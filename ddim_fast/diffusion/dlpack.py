@@ -14,7 +14,8 @@ _CPU = 1  # kDLCPU of dlpack.h
 
 def is_foreign(value: Any) -> bool:
     """Whether ``value`` is an array that is neither numpy's nor torch's."""
-    return hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray) and not _is_tensor(value)
+    known = value is None or isinstance(value, (int, float, np.ndarray)) or _is_tensor(value)
+    return not known and hasattr(value, "__dlpack__")
 
 
 def imported(arrays: dict[str, Any], written: str) -> dict[str, Any]:
@@ -35,7 +36,9 @@ def imported(arrays: dict[str, Any], written: str) -> dict[str, Any]:
         try:
             return _by_numpy(arrays, written)
         except ValueError:
-            pass  # torch may hold what numpy does not, and otherwise says why
+            # torch may hold what numpy does not, and otherwise says why; but it writes to what is for reading, too.
+            if _is_for_reading(arrays[written]):
+                raise
     return _by_torch(arrays)
 
 
@@ -49,6 +52,17 @@ def like(result: Any, sample: Any) -> Any:
 def _is_tensor(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_for_reading(array: Any) -> bool:
+    """Whether an array's library says so. Before DLPack 1.0 it could not, and numpy takes all such arrays to be."""
+    if not hasattr(array, "__dlpack__"):
+        return False
+    try:
+        array.__dlpack__(max_version=(1, 0))
+        return not np.from_dlpack(array).flags.writeable
+    except (BufferError, RuntimeError, TypeError):
+        return False
 
 
 def _by_numpy(arrays: dict[str, Any], written: str) -> dict[str, Any]:
