@@ -345,8 +345,11 @@ class _Visit:
         """Leaves a module and all in it as they are. In a network of another dtype it gets its input in its own."""
         self._keep(module, name, why)
         dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-        if self.dtype is not None and dtypes and self.dtype not in dtypes:
+        if self.dtype is None or not dtypes or self.dtype in dtypes:
+            return
+        while module is not None:  # a layer that LoRA wraps may be unwrapped again
             module.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
+            module = getattr(module, "base_layer", None)
 
     def _converts(self, module: nn.Module) -> bool:
         return self.dtype is not None and module.weight.dtype != self.dtype

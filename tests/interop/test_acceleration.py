@@ -378,6 +378,18 @@ class LoRA(nn.Module):
         return result + self.up(self.down(x.to(self.down.weight.dtype))).to(result.dtype)
 
 
+class MadeAlike(nn.Module):
+    """Adapters that are of the class of the layer they stand beside, as peft makes them."""
+
+    def __init__(self, base_layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.thin = type(base_layer)(base_layer.in_channels, base_layer.out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.thin(x.to(self.thin.weight.dtype))
+
+
 def wrap(model: nn.Module) -> list[nn.Module]:
     """Wraps a linear layer and a convolution of a conditional network."""
     attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
@@ -465,8 +477,13 @@ class TestLeftAlone:
         assert sum("LoRA" in left.why for left in report.left_alone) == 2
         assert type(wrapped[0].base_layer) is nn.Linear and type(wrapped[1].base_layer) is nn.Conv2d
         assert error(call(model), plain.double()) < (1e-5 if dtype is None else 3e-2)
+        resnet = model.mid_block.resnets[0]
+        resnet.conv1 = wrapped[1].base_layer  # unloaded
+        without = call(model)
         restore(model)
-        assert torch.equal(call(model), plain)
+        assert error(without, call(model).double()) < (1e-5 if dtype is None else 3e-2)
+        resnet.conv1 = wrapped[1]
+        assert torch.equal(call(restore(model)), plain)
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
     def test_lora_from_later(self, make, dtype):
@@ -478,6 +495,18 @@ class TestLeftAlone:
         assert type(wrapped[1].base_layer) is FastConv2d and not torch.allclose(result, without, atol=1e-3)
         restore(model)
         plain = call(model)
+        assert error(result, plain.double()) < (1e-5 if dtype is None else 3e-2)
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+    def test_adapters_made_of_adopted_layers(self, make, dtype):
+        model, call = make("conditional")
+        accelerate(model, dtype=dtype)
+        resnet = model.mid_block.resnets[0]
+        resnet.conv1 = MadeAlike(resnet.conv1)
+        with torch.no_grad():
+            result = call(model)
+            plain = call(restore(model))
+        assert type(resnet.conv1.thin) is nn.Conv2d
         assert error(result, plain.double()) < (1e-5 if dtype is None else 3e-2)
 
     def test_attention_of_other_kinds(self, make):
