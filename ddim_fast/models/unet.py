@@ -17,6 +17,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from ..ops.attention import attention
+from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import HUB_FILES, load_checkpoint, resolve_model, save_checkpoint
@@ -337,26 +338,10 @@ class _ResnetBlock(nn.Module):
         if self.conv_shortcut is None:
             return self.conv2(h, self.conv2.bias, residual=x if skip is None else torch.cat([x, skip], dim=1))
         weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias
-        residual = _conv1x1(x, weight[:, : x.shape[1]])
+        residual = conv1x1(x, weight[:, : x.shape[1]])
         if skip is not None:
-            residual = _conv1x1(skip, weight[:, x.shape[1] :], residual)
+            residual = conv1x1(skip, weight[:, x.shape[1] :], residual)
         return self.conv2(h, bias, residual=residual)
-
-
-def _conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution and what is to be added to it: in channels_last a matrix product that adds up in place of a pass of its
-    own."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight) if added is None else added + F.conv2d(x, weight)
-    n, _, height, width = x.shape
-    right = weight.flatten(1).t()
-    rows = _rows(x) @ right if added is None else torch.addmm(_rows(added), _rows(x), right)
-    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N H W, C), a view of a channels_last image."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class _Attention(nn.Module):
