@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
     from .diffusion.trajectory import SamplerState
+    from .interop.acceleration import accelerate, restore
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .ops.attention import attention
@@ -27,11 +28,13 @@ __all__ = [
     "SamplerState",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "attention",
     "coefficient_table",
     "ddim_step",
     "fast_ddim_step",
     "group_norm_silu",
+    "restore",
     "seeded_noise",
     "select_timesteps",
 ]
@@ -44,11 +47,13 @@ _HOMES = {
     "SamplerState": "diffusion.trajectory",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "accelerate": "interop.acceleration",
     "attention": "ops.attention",
     "coefficient_table": "diffusion.step",
     "ddim_step": "ops.ddim_step",
     "fast_ddim_step": "diffusion.step",
     "group_norm_silu": "ops.group_norm_silu",
+    "restore": "interop.acceleration",
     "seeded_noise": "ops.noise",
     "select_timesteps": "diffusion.timesteps",
 }

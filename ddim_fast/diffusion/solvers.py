@@ -98,12 +98,12 @@ def make_solver(
 
 
 class DDIMUpdate:
-    """A solver without memory: each step is the DDIM operator with coefficients of its own."""
+    """A solver without memory: each step is the DDIM operator with ``coefficients`` of its own, listed in their order."""
 
     memory = 0
 
     def __init__(self, coefficients: list[StepCoefficients], clip: float | None = None) -> None:
-        self._coefficients = coefficients
+        self.coefficients = coefficients
         self.table = np.array(coefficients, dtype=np.float32)
         self.clip = clip
         self.stochastic = any(c.sigma for c in coefficients)
@@ -124,7 +124,7 @@ class DDIMUpdate:
         return (x + sigma * noise,) if self.stochastic else (x,)
 
     def predict_x0(self, i: int, x: Any, output: Any) -> Any:
-        return _predict_x0(*self._coefficients[i][:2], x, output, self.clip)
+        return _predict_x0(*self.coefficients[i][:2], x, output, self.clip)
 
 
 class DDIM(DDIMUpdate):
