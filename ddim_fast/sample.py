@@ -149,7 +149,10 @@ def _torch_sampler(
     parser: CommandParser, arguments: argparse.Namespace, processes: Processes
 ) -> tuple[Sampler, str, dict[str, str]]:
     """The sampler, the checksum of its weights, and what it runs on."""
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise RuntimeError("torch is not installed; without it there is --engine onnx") from None
 
     from .diffusion.sampler import Sampler
     from .engine import fastest_engine

@@ -88,7 +88,7 @@ class Graph:
         for node in model.graph.node:
             copy = NodeProto()
             copy.CopyFrom(node)
-            copy.name = f"{self._prefix}{name}/{node.name}"
+            copy.name = f"{self._prefix}{name}/{node.name or node.output[0]}"  # an optimiser may leave nodes without a name
             copy.input[:] = [renamed(i) for i in node.input]
             copy.output[:] = [renamed(o) for o in node.output]
             self.nodes.append(copy)

@@ -121,6 +121,12 @@ def test_it_runs_without_torch(exported, tmp_path):
     assert len(pictures(tmp_path / "out")) == 3
 
 
+def test_where_torch_is_missing_the_other_engines_say_so(run, exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = run(sample, "--model", exported / "checkpoint")
+    assert (code, out, err) == (1, "", "error: torch is not installed; without it there is --engine onnx\n")
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
