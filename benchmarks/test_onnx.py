@@ -22,8 +22,8 @@ pytest.importorskip("onnxruntime")
 
 BATCH = 8
 STEPS = {"fashion-mnist": 20, "cifar10-128": 4}  # a step of the large one takes half a second
-# A wrong graph is off by 1 and more. Weights that were not trained amplify what 8 bits change: to 0.2, where the packaged model's
-# images differ by 0.01.
+# A wrong graph is off by 1 and more. Weights that were not trained amplify what 8 bits change, to 0.2, where the packaged
+# model's images differ by 0.01.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.3}
 
 
