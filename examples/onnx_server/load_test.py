@@ -1,7 +1,7 @@
 """Many clients at once, for a while: python load_test.py http://127.0.0.1:8000 --pid PID
 
-Each of them asks for images again and again, now and then for too many. Prints how many were answered and how, how long it took,
-and the server's memory on the way. Fails where anything but images, 413 or 429 came back.
+Each of them asks for images again and again, now and then for too many. Prints how many were answered and how, how long it
+took, and the server's memory on the way. Fails where anything but images, 413 or 429 came back.
 """
 
 from __future__ import annotations
