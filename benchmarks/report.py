@@ -4,8 +4,8 @@
     python benchmarks/report.py run.json --baseline compiled
 
 One row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and its share
-of the copy or matmul rate measured in the same run. Absolute times, or rates, stand in the baseline's column; they mean
-something on a GPU only.
+of the copy or matmul rate measured in the same run, or its error where the implementations differ in it. Absolute times, or
+rates, stand in the baseline's column; they mean something on a GPU only.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def table(run: dict[str, Any], baseline: str) -> str:
 
 
 class _Result(NamedTuple):
-    """How fast an implementation is, in the units of its group: as a number, in words, and as a share of the machine's rate."""
+    """How fast an implementation is, in the units of its group, as a number and in words; and what else is known of it: its
+    share of the machine's rate, or its error."""
 
     speed: float
     absolute: str
-    share: str
+    remark: str
 
 
 def _results(benchmark: dict[str, Any]) -> dict[str, _Result]:
@@ -53,10 +54,9 @@ def _results(benchmark: dict[str, Any]) -> dict[str, _Result]:
     for unit in ("images/s", "evaluations/s"):
         if unit in info:
             shares = info.get("share of matmul", {})
-            return {
-                name: _Result(rate, f"{rate:.1f} {unit}", _share(shares.get(name), "matmul"))
-                for name, rate in info[unit].items()
-            }
+            remarks = {name: _share(shares.get(name), "matmul") for name in info[unit]}
+            remarks |= {name: f"error {error:.3f}" for name, error in info.get("error", {}).items()}
+            return {name: _Result(rate, f"{rate:.1f} {unit}", remarks[name]) for name, rate in info[unit].items()}
     rate = "matmul" if "share of matmul" in info else "copy"
     absolute = f"{info['microseconds']:.1f} us"
     return {
@@ -79,7 +79,7 @@ def _cell(result: _Result | None, baseline: _Result | None, is_baseline: bool) -
     if result is None:
         return "-"
     ratio = f"{result.speed / baseline.speed:.2f}x" if baseline else ""
-    return ", ".join(part for part in (result.absolute if is_baseline else ratio, result.share) if part)
+    return ", ".join(part for part in (result.absolute if is_baseline else ratio, result.remark) if part)
 
 
 def main() -> None:

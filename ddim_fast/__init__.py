@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .diffusion.sampler import Sampler, SamplerState
+    from .diffusion.sampler import Sampler
     from .diffusion.schedule import NoiseSchedule
     from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
+    from .diffusion.trajectory import SamplerState
+    from .interop.acceleration import accelerate, restore
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .ops.attention import attention
@@ -26,11 +28,13 @@ __all__ = [
     "SamplerState",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "attention",
     "coefficient_table",
     "ddim_step",
     "fast_ddim_step",
     "group_norm_silu",
+    "restore",
     "seeded_noise",
     "select_timesteps",
 ]
@@ -40,14 +44,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "diffusion.sampler",
-    "SamplerState": "diffusion.sampler",
+    "SamplerState": "diffusion.trajectory",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "accelerate": "interop.acceleration",
     "attention": "ops.attention",
     "coefficient_table": "diffusion.step",
     "ddim_step": "ops.ddim_step",
     "fast_ddim_step": "diffusion.step",
     "group_norm_silu": "ops.group_norm_silu",
+    "restore": "interop.acceleration",
     "seeded_noise": "ops.noise",
     "select_timesteps": "diffusion.timesteps",
 }

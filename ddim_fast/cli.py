@@ -21,6 +21,7 @@ __all__ = [
     "parse_eta",
     "parse_integers",
     "parse_positive",
+    "parse_spacing",
     "run_command",
     "seed_labels",
     "select_dtype",
@@ -103,6 +104,11 @@ def parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def parse_spacing(text: str) -> str | list[int]:
+    """The name of a spacing, or ``"999,500,0"`` -> [999, 500, 0]."""
+    return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
 
 
 def parse_eta(text: str) -> float | str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["bf16_is_fast", "pick_device"]
 
@@ -13,6 +16,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: the device is not there.
     """
+    import torch  # not above: commands name devices before they know whether torch is needed
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -26,6 +31,8 @@ def pick_device(name: str) -> torch.device:
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware: Ampere or later, or a CPU with AVX-512 BF16 or AMX."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
-from .cli import MODEL_HELP, CommandParser, run_command
+from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, run_command
+from .diffusion.solvers import SOLVERS
+from .diffusion.timesteps import SPACINGS
 from .interop.diffusers_weights import fold_class, save_diffusers
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.unet import UNet
@@ -14,18 +18,34 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
   python -m ddim_fast.export --to diffusers --model ckpt.pth --out cifar10-diffusers
   python -m ddim_fast.export --to diffusers --class 9 --out boots-diffusers
+  python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
+  python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --steps 10 --out small
+  python -m ddim_fast.export --to onnx --unroll --dtype float16 --optimize cuda --out for-cuda
 """
+
+_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def _parser() -> CommandParser:
     p = CommandParser("export", "Convert a model for another program.", _EXAMPLES)
-    p.add_argument("--to", choices=["diffusers"], required=True, help="diffusers: a folder of a DDIMPipeline")
+    p.add_argument("--to", choices=["diffusers", "onnx"], required=True, help=_TO_HELP)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
+    onnx = p.add_argument_group("with --to onnx")
+    onnx.add_argument("--dtype", choices=_DTYPES, default="float32", help="what the network computes in; int8: on CPUs")
+    onnx.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps of the whole sampler")
+    onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
+    onnx.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=f"{', '.join(SPACINGS)}, or timesteps")
+    onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
+    onnx.add_argument("--clip", metavar="R", type=float, help="clip the predicted image at each step (default: never)")
+    onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
+    onnx.add_argument("--opset", metavar="N", type=int, help="version of ONNX's operators (default: 20; 22 for bfloat16)")
+    onnx.add_argument("--optimize", choices=["cuda"], help="fuse for ONNX Runtime's CUDA provider, which alone can run it then")
     return p
 
 
+_TO_HELP = "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler"
 _CLASS_HELP = "of a class-conditional model, one class alone, or 'none' for its samples without a label (default: all)"
 
 
@@ -33,22 +53,57 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     with parser.usage_errors():
+        for name in ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"):
+            if arguments.to != "onnx" and getattr(arguments, name) != parser.get_default(name):
+                raise ValueError(f"--{name} is an option of --to onnx")
         path = resolve_model(arguments.model)
     model = UNet.from_pretrained(path)
-    config, state = model.config, model.state_dict()
     if arguments.label is not None:
         with parser.usage_errors():
-            config, state = fold_class(config, state, None if arguments.label == "none" else arguments.label)
+            config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
+        model = UNet(config).eval()
+        model.load_state_dict(state)
     try:
-        save_diffusers(arguments.out, config, state)
+        (_to_onnx if arguments.to == "onnx" else _to_diffusers)(parser, arguments, model)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
+
+
+def _to_diffusers(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
+    save_diffusers(arguments.out, model.config, model.state_dict())
     print(f"wrote {arguments.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(arguments.out)!r})")
-    if config.num_classes is not None:
+    classes = model.config.num_classes
+    if classes is not None:
         print(
-            f"Its network takes class_labels 0..{config.num_classes - 1}, and {config.num_classes} for no label. "
+            f"Its network takes class_labels 0..{classes - 1}, and {classes} for no label. "
             "A DDIMPipeline gives it none: to sample with one, export with --class."
         )
+
+
+def _to_onnx(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
+    try:
+        from .deploy.onnx_export import export_onnx
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"exporting to ONNX needs {error.name}: pip install 'ddim_fast[onnx]'") from None
+    with parser.usage_errors():
+        export_onnx(
+            arguments.out,
+            model,
+            steps=None if isinstance(parse_spacing(arguments.spacing), list) else arguments.steps,
+            eta=arguments.eta,
+            spacing=parse_spacing(arguments.spacing),
+            solver=arguments.solver,
+            clip_sample_range=arguments.clip,
+            dtype=arguments.dtype,
+            opset=arguments.opset,
+            unroll=arguments.unroll,
+            optimize=arguments.optimize,
+            source=arguments.model,
+            command=shlex.join(["python", "-m", "ddim_fast.export", *sys.argv[1:]]),
+        )
+    print(f"wrote {arguments.out}; python -m ddim_fast.sample --engine onnx --model {arguments.out} samples from it")
+    if arguments.optimize == "cuda":
+        print("It has operators that only ONNX Runtime's CUDA provider has.")
 
 
 def _label(text: str) -> int | str:

@@ -9,16 +9,20 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from .diffusion.sampler import Sampler, SamplerState
+from .diffusion.trajectory import SamplerState
 from .media import to_uint8
 from .outputs import Batches, Output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .deploy.onnx_sampler import OnnxSampler
+    from .diffusion.sampler import Sampler
 
 __all__ = ["Job", "JobStep", "weights_checksum"]
 
@@ -55,7 +59,7 @@ class Job:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler | OnnxSampler,
         batches: Batches,
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
@@ -64,19 +68,20 @@ class Job:
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
-        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once. With a tolerance
-        there is nothing to prepare."""
-        if self.sampler.tolerance is not None:
+        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once."""
+        if self.sampler.engine == "onnx" or self.sampler.tolerance is not None:  # compiled when loaded; nothing to prepare
             return
 
         def compute() -> None:
             seeds, labels = (None if part is None else part[: self._at_once] for part in self._filled(k))
             request = {"seeds": seeds, "labels": labels, "guidance": self.guidance}
-            if self.sampler.engine == "captured":  # all steps are one graph, and there is no part of it to try
+            if self.sampler.runs_whole:  # all steps are one graph, and there is no part of it to try
                 self.sampler.sample(**request, batch_size=self._at_once)
             else:
                 next(self.sampler.trajectory(**request))
             if self.sampler.device.type == "cuda":
+                import torch
+
                 torch.cuda.synchronize(self.sampler.device)
 
         self._within_memory(compute)
@@ -99,7 +104,7 @@ class Job:
                 on_step=self._reporter(k, len(seeds)),
             )
             images = images[: len(self.batches[k][0])]
-            if not torch.isfinite(images).all():
+            if not (abs(images) < float("inf")).all():
                 raise ValueError("the samples are not finite; try --dtype float32")
             return to_uint8(images)
 
@@ -156,6 +161,8 @@ class Job:
             # Not before the error is gone: its traceback holds the tensors of the attempt.
             gc.collect()
             if self.sampler.device.type == "cuda":
+                import torch
+
                 torch.cuda.empty_cache()
             if self._at_once == 1:
                 raise RuntimeError(f"out of memory: {self.sampler.device} has too little for a single image of this network")
@@ -165,6 +172,8 @@ class Job:
 
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 of a network's configuration and weights, in hexadecimal: the same whatever file they were read from."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -173,7 +182,7 @@ def weights_checksum(model: nn.Module) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a CUDA device, in torch's CPU allocator, which has no error class of its own, or elsewhere."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+    """Whether memory ran out. The host's allocator in torch has no error class of its own."""
+    return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
     )

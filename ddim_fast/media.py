@@ -1,27 +1,33 @@
-"""Pictures from tensors: single images, grids and films."""
+"""Pictures from tensors and arrays: single images, grids and films."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from .files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["image_format", "image_grid", "save_gif", "save_image", "to_uint8"]
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
     """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8 on the host, values outside clipped."""
-    scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).round()
-    return np.moveaxis(scaled.byte().cpu().numpy(), -3, -1)
+    if isinstance(images, np.ndarray):
+        pixels = ((images.astype(np.float32).clip(-1, 1) + 1) * np.float32(127.5)).round().astype(np.uint8)
+    else:
+        pixels = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).round().byte().cpu().numpy()
+    return np.moveaxis(pixels, -3, -1)
 
 
-def image_grid(images: Tensor, columns: int = 10, gap: int = 2) -> np.ndarray:
+def image_grid(images: Tensor | np.ndarray, columns: int = 10, gap: int = 2) -> np.ndarray:
     """(N, C, H, W) in [-1, 1] -> one (height, width, C) uint8 picture, ``columns`` images a row on white.
 
     Raises:

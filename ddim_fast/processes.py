@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-
 __all__ = ["Processes"]
 
 T = TypeVar("T")
@@ -37,6 +34,9 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.count > 1:
+            import torch.distributed as dist  # one process alone may do without torch
+
+            self._dist = dist
             store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
             self._store = dist.PrefixStore("ddim_fast", store)
@@ -44,7 +44,7 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         if self.count > 1:
-            dist.destroy_process_group()
+            self._dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
@@ -53,12 +53,18 @@ class Processes:
 
     def device_name(self, name: str) -> str:
         """The device of this process where the user asked for ``name``: each has a GPU of its own, unless one is named."""
+        if self.count == 1:
+            return name
+        import torch
+
         on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-        return f"cuda:{self.local_rank}" if self.count > 1 and on_gpu else name
+        return f"cuda:{self.local_rank}" if on_gpu else name
 
     def share_cores(self) -> None:
         """Divide the machine's cores among its processes. torchrun sets OMP_NUM_THREADS to 1 where the user does not set it."""
         if self.count > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            import torch
+
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))))
 
@@ -77,7 +83,7 @@ class Processes:
             except BaseException as raised:
                 error = raised
         message = [result, error is not None]
-        dist.broadcast_object_list(message, src=0)
+        self._dist.broadcast_object_list(message, src=0)
         if error is not None:
             raise error
         if message[1]:
@@ -98,4 +104,4 @@ class Processes:
             RuntimeError: one of them has ended.
         """
         if self.count > 1:
-            dist.barrier()
+            self._dist.barrier()

@@ -9,11 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
@@ -24,22 +22,24 @@ from .cli import (
     parse_eta,
     parse_integers,
     parse_positive,
+    parse_spacing,
     run_command,
     seed_labels,
     select_dtype,
 )
 from .devices import pick_device
-from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
-from .engine import ENGINES, fastest_engine
 from .jobs import Job, JobStep, weights_checksum
 from .media import image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
-from .models.unet import UNet
 from .outputs import GRID, Batches, NpzFile, Output, PngFolder
 from .processes import Processes
+
+if TYPE_CHECKING:
+    from .deploy.onnx_sampler import OnnxSampler
+    from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
@@ -48,8 +48,12 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png
   python -m ddim_fast.sample --num-images 50000 --out samples.npz
+  python -m ddim_fast.sample --engine onnx --model photos-onnx
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
+
+# torch is imported when it is known to be needed: not with --engine onnx.
+_ENGINES = ("auto", "eager", "compiled", "captured", "onnx")
 
 
 def _parser() -> CommandParser:
@@ -70,9 +74,10 @@ def _parser() -> CommandParser:
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     p.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
-    p.add_argument("--engine", choices=ENGINES, default="auto", help="name the execution, instead of --compile's choice")
+    p.add_argument("--engine", choices=_ENGINES, default="auto", help=_ENGINE_HELP)
     p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--provider", metavar="P", help=_PROVIDER_HELP)
     p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--out", metavar="DIR|FILE.npz", type=Path, help=_OUT_HELP)
     p.add_argument("--grid", metavar="FILE", type=Path, help=_GRID_HELP)
@@ -99,6 +104,13 @@ _COMPILE_HELP = (
     "on a CPU this package's C++ operators, or torch.compile where those were not built"
 )
 _REUSE_HELP = "compute the network's deep features in every Nth step only: faster, and an approximation (default: 1, each step)"
+_ENGINE_HELP = (
+    "name the execution, instead of --compile's choice. onnx: by ONNX Runtime, without torch; MODEL is what export --to onnx "
+    "wrote, whose settings are the defaults then, or is exported at its first use"
+)
+_PROVIDER_HELP = (
+    "with --engine onnx, ONNX Runtime's execution provider, such as cuda or cpu (default: the fastest that is there)"
+)
 _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
     "int8: 8-bit convolutions, for CPUs"
@@ -117,7 +129,53 @@ def main() -> None:
 
 def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
     """Check everything, then sample what is not there yet."""
+    if arguments.engine == "onnx":
+        sampler, checksum, made_on = _onnx_sampler(parser, arguments)
+    else:
+        sampler, checksum, made_on = _torch_sampler(parser, arguments, processes)
+    config = sampler.config
     with parser.usage_errors():
+        labels = seed_labels(arguments.classes, arguments.seeds, config.num_classes)
+        # Before anything is written or computed.
+        sampler.check(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
+        if arguments.tolerance is not None and arguments.trajectory is not None:
+            parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
+        if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
+            parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
+        if arguments.grid is not None:
+            image_format(arguments.grid)
+    channels, height, width = config.image_shape
+    size = min(arguments.batch_size, len(arguments.seeds))
+    batches = Batches(arguments.seeds, labels, size, (height, width, channels))
+    record = {
+        "settings": _settings(arguments, sampler, labels, checksum),
+        "model": arguments.model,
+        "ddim_fast": __version__,
+        **made_on,
+    }
+    path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, record))
+    if missing is not None:
+        _run(sampler, _output(path, batches), missing, arguments, processes)
+    elif processes.is_first and not arguments.quiet:
+        print(f"{path} is finished: it holds these {len(arguments.seeds)} images, made with these settings")
+
+
+def _torch_sampler(
+    parser: CommandParser, arguments: argparse.Namespace, processes: Processes
+) -> tuple[Sampler, str, dict[str, str]]:
+    """The sampler, the checksum of its weights, and what it runs on."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise RuntimeError("torch is not installed; without it there is --engine onnx") from None
+
+    from .diffusion.sampler import Sampler
+    from .engine import fastest_engine
+    from .models.unet import UNet
+
+    with parser.usage_errors():
+        if arguments.provider is not None:
+            raise ValueError("--provider is an option of --engine onnx")
         device = pick_device(processes.device_name(arguments.device))
         folder = resolve_model(arguments.model)
     if device.type == "cuda":
@@ -131,7 +189,7 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             model.to(device),
             steps=arguments.steps,
             eta=arguments.eta,
-            spacing=_spacing(arguments.spacing),
+            spacing=parse_spacing(arguments.spacing),
             solver=arguments.solver,
             engine=fastest_engine(device) if arguments.compile and arguments.engine == "auto" else arguments.engine,
             reuse=arguments.reuse,
@@ -139,34 +197,50 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             clip_sample_range=arguments.clip,
             dtype=select_dtype(arguments.dtype, arguments.compile, device),
         )
-        labels = seed_labels(arguments.classes, arguments.seeds, model.config.num_classes)
-        # This checks the request, before anything is written or computed.
-        sampler.check(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
-        if arguments.tolerance is not None and arguments.trajectory is not None:
-            parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
-        if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
-            parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
-        if arguments.grid is not None:
-            image_format(arguments.grid)
-    channels, height, width = model.config.image_shape
-    size = min(arguments.batch_size, len(arguments.seeds))
-    batches = Batches(arguments.seeds, labels, size, (height, width, channels))
-    record = {
-        "settings": _settings(arguments, sampler, labels, checksum),
-        "model": arguments.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "ddim_fast": __version__,
-        "torch": torch.__version__,
-    }
-    path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, record))
-    if missing is not None:
-        _run(sampler, _output(path, batches), missing, arguments, processes)
-    elif processes.is_first and not arguments.quiet:
-        print(f"{path} is finished: it holds these {len(arguments.seeds)} images, made with these settings")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return sampler, checksum, {"device": name, "torch": torch.__version__}
+
+
+def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple[OnnxSampler, str, dict[str, str]]:
+    """The same by ONNX Runtime. Options that are not given are as the model was exported."""
+    from .deploy.cache import ready_export
+    from .deploy.folder import ExportFolder
+
+    with parser.usage_errors():
+        for option, given in {
+            "--compile": arguments.compile,
+            "--reuse": arguments.reuse > 1,
+            "--device": arguments.device != "auto",
+            "--dtype": arguments.dtype != "auto",
+            "--tolerance": arguments.tolerance is not None,
+        }.items():
+            if given:
+                raise ValueError(f"{option} is not an option of --engine onnx (see --provider, and export --dtype)")
+        resolve_model(arguments.model)
+    folder = ready_export(arguments.model)
+    exported = ExportFolder.open(folder).settings
+    listed = exported["spacing"] if isinstance(exported["spacing"], str) else ",".join(map(str, exported["spacing"]))
+    parser.set_defaults(**{**exported, "steps": exported["steps"] or len(exported["spacing"]), "spacing": listed})
+    vars(arguments).update({name: getattr(parser.parse_args(), name) for name in exported})
+
+    from .deploy.onnx_sampler import OnnxSampler
+    from .deploy.session import onnxruntime
+
+    with parser.usage_errors():
+        sampler = OnnxSampler(
+            folder,
+            steps=arguments.steps,
+            eta=arguments.eta,
+            spacing=parse_spacing(arguments.spacing),
+            solver=arguments.solver,
+            clip_sample_range=arguments.clip,
+            provider=arguments.provider,
+        )
+    return sampler, sampler.folder.identity, {"device": sampler.provider, "onnxruntime": onnxruntime.__version__}
 
 
 def _settings(
-    arguments: argparse.Namespace, sampler: Sampler, labels: list[int] | None, checksum: str
+    arguments: argparse.Namespace, sampler: Sampler | OnnxSampler, labels: list[int] | None, checksum: str
 ) -> dict[str, str | float | None]:
     """What decides the images, by option: the record that an unfinished output is compared with."""
     return {
@@ -186,6 +260,7 @@ def _settings(
         "reuse": arguments.reuse,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
+        **({"provider": sampler.provider} if sampler.engine == "onnx" else {}),
     }
 
 
@@ -229,7 +304,9 @@ def _free_folder(batches: Batches, settings: dict[str, Any]) -> Path:
                 return folder.path
 
 
-def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argparse.Namespace, processes: Processes) -> None:
+def _run(
+    sampler: Sampler | OnnxSampler, output: Output, missing: list[int], arguments: argparse.Namespace, processes: Processes
+) -> None:
     """Sample the missing batches, write the files, and say what was done."""
     batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
     count = batches.count(missing)
@@ -238,8 +315,8 @@ def _run(sampler: Sampler, output: Output, missing: list[int], arguments: argpar
 
     def watch(k: int) -> Callable[[JobStep], None] | None:
         filmed = film is not None and k == 0
-        if sampler.tolerance is not None or (sampler.engine == "captured" and not filmed):
-            return None  # there are no steps in common; and one graph of all is faster than a bar that moves with each
+        if sampler.runs_whole and not filmed:
+            return None  # one graph of all steps is faster than a bar that moves with each; or there are none in common
 
         def on_step(step: JobStep) -> None:
             progress.step(step)
@@ -281,7 +358,7 @@ def _finish(output: Output, grid: Path | None) -> list[Path]:
     return [output.path] if grid is None else [output.path, grid]
 
 
-def _summary(sampler: Sampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace) -> str:
+def _summary(sampler: Sampler | OnnxSampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     if sampler.tolerance is not None:
         return (
@@ -355,12 +432,12 @@ class _Film:
             save_gif(self._path, self._frames, _scale((*images.shape[2:], images.shape[1])))
 
 
-def _first_images(output: Output) -> Tensor:
+def _first_images(output: Output) -> np.ndarray:
     """Those that a grid shows, in [-1, 1]."""
     batches = output.batches
     ks = range(min(len(batches), -(-_GRID_IMAGES // batches.size)))
     pictures = np.concatenate([output.read(k) for k in ks])[:_GRID_IMAGES]
-    return torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1
+    return np.moveaxis(pictures, -1, 1) / np.float32(127.5) - 1
 
 
 def _progress_of(batches: Batches, missing: list[int]) -> str:
@@ -382,10 +459,6 @@ def _listed(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _spacing(text: str) -> str | list[int]:
-    return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
 
 
 if __name__ == "__main__":

@@ -44,16 +44,29 @@ def test_the_example_of_the_operators():
     assert names["h"].shape == (2, 1, 1024, 96) and names["h"].isfinite().all()
 
 
-def test_the_example_with_diffusers(tmp_path):
+@pytest.fixture
+def diffusers_folder(tmp_path):
     pytest.importorskip("diffusers")
     from ddim_fast import UNet, UNetConfig
     from ddim_fast.interop.diffusers_weights import save_diffusers
 
     config = UNetConfig(sample_size=8, base_channels=16, channel_multipliers=(1, 2), norm_num_groups=8, layers_per_block=1)
     save_diffusers(tmp_path / "model", config, UNet(config).state_dict())
-    names: dict = {"folder": str(tmp_path / "model")}
+    return str(tmp_path / "model")
+
+
+def test_the_example_with_diffusers(diffusers_folder):
+    names: dict = {"folder": diffusers_folder}
     exec(EXAMPLES[4], names)
     assert len(names["images"]) == 2 and type(names["pipe"].scheduler).__name__ == "FastDDIMScheduler"
+
+
+def test_the_example_of_acceleration(diffusers_folder, capsys):
+    names: dict = {"folder": diffusers_folder}
+    exec(EXAMPLES[5], names)
+    assert len(names["images"]) == 2 and not names["report"].left_alone
+    assert "ResnetBlock2D by group_norm_silu, conv3x3" in capsys.readouterr().out
+    assert type(names["pipe"].scheduler).__name__ == "DDIMScheduler"
 
 
 def test_the_commands_exist():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .solvers import DDIMUpdate
-from .step import step_coefficients
+from .step import StepCoefficients, step_coefficients
 
-__all__ = ["inversion"]
+__all__ = ["inverse_step", "inversion"]
+
+# inverse_step stops where the error of a step is this share of the image (root mean square), near the rounding of float32;
+# where it has not become smaller in so many evaluations; or after so many in all.
+ENOUGH, PATIENCE, MOST = 1e-6, 8, 60
+
+# Earlier evaluations that it takes into account.
+MEMORY = 3
 
 
 def inversion(timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type: str) -> tuple[np.ndarray, DDIMUpdate]:
@@ -33,3 +43,70 @@ def inversion(timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type
     evaluated = np.concatenate([timesteps[-1:], timesteps[:0:-1]])
     pairs = pairwise(float(level) for level in levels)
     return evaluated, DDIMUpdate([step_coefficients(a, b, 0.0, prediction_type) for a, b in pairs])
+
+
+def inverse_step(step: Callable[[Tensor], Tensor], coefficients: StepCoefficients, y: Tensor) -> Tensor:
+    """The x from which a DDIM step leads to ``y``, where :func:`inversion` takes what the network says of y for what it would
+    say of x. The step is x -> a x + b output(x), so x is the fixed point of x -> x + (y - step(x)) / a (Pan et al. 2023,
+    arXiv 2309.04907), found by Anderson's acceleration (1965; Walker and Ni 2011, SIAM J. Numer. Anal. 49): the plain iteration
+    diverges in the large steps of a short run. Each image stops by itself at the best x it has seen, and does not depend on the
+    batch.
+
+    Args:
+        step: from x, (N, C, H, W) float32, to y.
+        coefficients: those of the step, for which sigma is 0.
+        y: (N, C, H, W) float32.
+
+    Returns:
+        x. Where the iteration does not converge, it is the x that leads nearest to y.
+    """
+    slope = _slope(coefficients)
+    enough = ENOUGH * _size(y)
+    x = best = y
+    least, waiting = torch.full_like(enough, torch.inf), torch.zeros_like(enough)
+    points: list[Tensor] = []
+    corrections: list[Tensor] = []
+    for _ in range(MOST):
+        residual = y - step(x)
+        error = _size(residual)
+        better = error < least
+        best, least = torch.where(better, x, best), torch.where(better, error, least)
+        waiting = torch.where(better, 0, waiting + 1)
+        searching = (least > enough) & (waiting < PATIENCE)
+        if not searching.any():
+            break
+        points, corrections = [*points[-MEMORY:], x], [*corrections[-MEMORY:], residual / slope]
+        x = torch.where(searching, _accelerated(points, corrections), x)
+    return best
+
+
+def _slope(step: StepCoefficients) -> float:
+    """By how much x changes what the step leads to, if it does not change what the network says; of a network that predicts
+    x_0, if it is right about the change."""
+    if step.x0_from_sample == 0 and step.x0_from_output == 1:
+        return -step.prev_from_x0 * step.eps_from_sample / step.eps_from_output
+    return step.prev_from_x0 * step.x0_from_sample + step.prev_from_eps * step.eps_from_sample
+
+
+def _accelerated(points: list[Tensor], corrections: list[Tensor]) -> Tensor:
+    """The next x, from the last ones and how the plain iteration would correct them: of their differences, the combination that
+    explains most of the last correction is taken out of it."""
+    x, correction = points[-1], corrections[-1]
+    if len(points) == 1:
+        return x + correction
+    of_points, of_corrections = (
+        torch.stack([b - a for a, b in pairwise(values)], dim=1).flatten(2).double() for values in (points, corrections)
+    )
+    # Sums over one image at a time, whose order does not depend on the batch.
+    products = (of_corrections[:, :, None] * of_corrections[:, None]).sum(-1)
+    target = (of_corrections * correction.flatten(1)[:, None]).sum(-1)
+    # An image that has stopped has differences of zero.
+    ridge = 1e-10 * products.diagonal(dim1=1, dim2=2).sum(-1) + torch.finfo(torch.float64).tiny
+    weights = torch.linalg.solve(products + ridge[:, None, None] * torch.eye(products.shape[1]).to(products), target)
+    explained = (weights[:, :, None] * (of_points + of_corrections)).sum(1)
+    return x + correction - explained.view_as(x).float()
+
+
+def _size(images: Tensor) -> Tensor:
+    """(N, 1, 1, 1), the root mean square of each image."""
+    return images.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()

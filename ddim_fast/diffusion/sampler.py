@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,44 +16,15 @@ from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from .controlled import solve_controlled
 from .guidance import check_guidance
-from .inversion import inversion
+from .inversion import inverse_step, inversion
+from .operators import LinearOperator
+from .restoration import Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
-from .solvers import Solver, make_solver
+from .solvers import DDIM, make_solver
 from .timesteps import ADAPTIVE, select_timesteps
+from .trajectory import SamplerState
 
 __all__ = ["Sampler", "SamplerState"]
-
-
-@dataclass
-class SamplerState:
-    """One step of a trajectory.
-
-    Attributes:
-        step: its number, from 0.
-        timestep: the training timestep at which the network was evaluated.
-        x: (N, C, H, W) float32, the sample after the step; after the last one, the images.
-    """
-
-    step: int
-    timestep: int
-    x: Tensor
-    _evaluation: tuple[Solver, Tensor, Tensor] = field(repr=False)
-
-    @property
-    def before(self) -> Tensor:
-        """(N, C, H, W) float32, the sample before the step."""
-        return self._evaluation[1]
-
-    @property
-    def output(self) -> Tensor:
-        """(N, C, H, W) float32: what the network returned for :attr:`before` at ``timestep``, guided."""
-        return self._evaluation[2]
-
-    @property
-    def x0(self) -> Tensor:
-        """(N, C, H, W) float32: the images as the network predicted them at ``timestep``. Computed when it is asked for."""
-        solver, x, output = self._evaluation
-        return solver.predict_x0(self.step, x, output)
 
 
 class Sampler:
@@ -132,6 +104,11 @@ class Sampler:
         """Where the network computes."""
         return self._network.device
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether all steps are one call, unless somebody watches them."""
+        return self.engine == "captured" or self.tolerance is not None
+
     def sample(
         self,
         *,
@@ -204,25 +181,99 @@ class Sampler:
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, *, labels: int | Sequence[int] | Tensor | None = None, guidance: float | None = None
+        self,
+        images: Tensor,
+        *,
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """The noise x_T from which deterministic DDIM makes ``images``: the sampler's ODE followed towards more noise along the
         same timesteps (Song et al. 2021, section 4.3 and eq. 14). Its error falls with the number of steps.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
+            labels, guidance: as in :meth:`sample`.
+            exact: solve for the inverse of each step, by five to ten evaluations of the network a step, more where steps are
+                few: the images come back but for rounding. See :func:`ddim_fast.diffusion.inversion.inverse_step`. For the
+                ``ddim`` solver, without clipping or ``reuse``.
 
         Returns:
             (N, C, H, W) float32: ``sampler.sample(x_T=...)`` gives the images back.
 
         Raises:
-            ValueError: the images do not fit the network, or the sampler is stochastic.
+            ValueError: the images do not fit the network, or the sampler has no inverse.
         """
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
         request = _Request.check(self, None, images, labels, guidance)
+        if exact:
+            return self._encode_exactly(request)
         timesteps, engine = self._inversion
         return engine.last(self._run(request, timesteps, engine.one_step.update.table))
+
+    @torch.no_grad()
+    def restore(
+        self,
+        measurement: Tensor,
+        operator: LinearOperator,
+        *,
+        seeds: Sequence[int],
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | None = None,
+        eta: float = 0.85,
+        noise_std: float = 0.0,
+        travel: TimeTravel | None = None,
+    ) -> Tensor:
+        """Images of which ``operator`` makes ``measurement``, filled in by the network: inpainting, super-resolution,
+        colorization, deblurring, by null-space projection (see :mod:`ddim_fast.diffusion.restoration`). Timesteps are the
+        sampler's, its solver and eta are not used.
+
+        Args:
+            measurement: N measurements of images in [-1, 1].
+            operator: what was measured, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.operators`.
+            seeds: N integers, one an image: another seed is another image that explains the same measurement.
+            labels, guidance: as in :meth:`sample`.
+            eta: 0 to 1, the noise of each step.
+            noise_std: standard deviation of the noise in the measurement, in units of images in [-1, 1].
+            travel: :class:`ddim_fast.diffusion.restoration.TimeTravel`, for operators that see little.
+
+        Returns:
+            (N, C, H, W) float32 on the network's device. Without noise, ``operator`` of it is the measurement, to rounding.
+
+        Raises:
+            ValueError: the measurement does not fit the operator, the seeds or the network.
+        """
+        operator = operator.to(self.device)
+        measurement = measurement.to(self.device, torch.float32)
+        if len(measurement) != len(seeds):
+            raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
+        timesteps, table = restoration(
+            self.timesteps,
+            self._levels,
+            self.config.prediction_type,
+            operator,
+            eta=eta,
+            noise_std=noise_std,
+            travel=travel,
+        )
+        update = Restoration(operator, measurement, table, self.solver.clip)
+        seen = tuple(update.seen.shape[1:])
+        if seen != self.config.image_shape:
+            raise ValueError(f"the measurement is of images of shape {seen}, but the network's are {self.config.image_shape}")
+        request = _Request.check(self, seeds, None, labels, guidance)
+        engine = make_engine(self.engine, OneStep(self._network, update))
+        run = dataclasses.replace(self._run(request, timesteps, table), seeds=request.seeds)
+        return engine.last(run)
+
+    def _encode_exactly(self, request: _Request) -> Tensor:
+        if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self._engine.one_step.reuse > 1:
+            raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
+        run = self._run(request, self.timesteps, self.solver.table)
+        x = run.x
+        for index, coefficients in zip(reversed(run.steps.unbind()), reversed(self.solver.coefficients), strict=True):
+            x = inverse_step(lambda x, index=index: self._engine.step((x,), run, index, None)[0][0], coefficients, x)
+        return x
 
     @functools.cached_property
     def _inversion(self) -> tuple[np.ndarray, Engine]:

@@ -6,19 +6,20 @@ is the same few multiply-adds over the images, and the number of the step may be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..ops.ddim_step import ddim_step
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
 __all__ = ["SOLVERS", "DDIMUpdate", "Solver", "make_solver"]
 
-State = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = tuple[Any, ...]
 
 
 class Solver(Protocol):
@@ -27,10 +28,12 @@ class Solver(Protocol):
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.
         table: (S, ...) float32, the coefficients of each step.
+        memory: how many tensors like x the state holds beside it; before the first step each may be x itself.
     """
 
     stochastic: bool
     table: np.ndarray
+    memory: int
 
     def start(self, x: Tensor) -> State:
         """The state before the first step: ``x``, (N, C, H, W) float32, and whatever the solver remembers."""
@@ -51,7 +54,19 @@ class Solver(Protocol):
         """
         ...
 
-    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        """:meth:`step` as arithmetic, on whatever multiplies and adds and has a method ``clip``: tensors, arrays, and the
+        values of a graph that is being built.
+
+        Args:
+            state: as in :meth:`step`.
+            output: the network's output.
+            row: the numbers of the step, from :attr:`table`.
+            noise: standard normal, like x, where ``stochastic``.
+        """
+        ...
+
+    def predict_x0(self, i: int, x: Any, output: Any) -> Any:
         """x_0 as the network predicts it at timestep i of the run, clipped as the solver clips it."""
         ...
 
@@ -83,10 +98,12 @@ def make_solver(
 
 
 class DDIMUpdate:
-    """A solver without memory: each step is the DDIM operator with coefficients of its own."""
+    """A solver without memory: each step is the DDIM operator with ``coefficients`` of its own, listed in their order."""
+
+    memory = 0
 
     def __init__(self, coefficients: list[StepCoefficients], clip: float | None = None) -> None:
-        self._coefficients = coefficients
+        self.coefficients = coefficients
         self.table = np.array(coefficients, dtype=np.float32)
         self.clip = clip
         self.stochastic = any(c.sigma for c in coefficients)
@@ -95,10 +112,19 @@ class DDIMUpdate:
         return (x,)
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        from ..ops.ddim_step import ddim_step  # not above: the solvers serve programs without torch
+
         return (ddim_step(state[0], output, table, self.clip, seeds=seeds if self.stochastic else None, step=index),)
 
-    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
-        return _predict_x0(*self._coefficients[i][:2], x, output, self.clip)
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        x0_from_sample, x0_from_output, eps_from_sample, eps_from_output, from_x0, from_eps, sigma = row
+        (x,) = state
+        x0 = _predict_x0(x0_from_sample, x0_from_output, x, output, self.clip)
+        x = from_x0 * x0 + from_eps * (eps_from_sample * x + eps_from_output * output)
+        return (x + sigma * noise,) if self.stochastic else (x,)
+
+    def predict_x0(self, i: int, x: Any, output: Any) -> Any:
+        return _predict_x0(*self.coefficients[i][:2], x, output, self.clip)
 
 
 class DDIM(DDIMUpdate):
@@ -129,8 +155,11 @@ class _MultiStep:
         with np.errstate(divide="ignore"):
             self._lambda = np.log(self._alpha) - np.log(self._sigma)
 
-    def predict_x0(self, i: int, x: Tensor, output: Tensor) -> Tensor:
+    def predict_x0(self, i: int, x: Any, output: Any) -> Any:
         return _predict_x0(*self._reading[i], x, output, self.clip)
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        return self.combine(state, output, table.index_select(0, index.reshape(1))[0].unbind())
 
     def _first_order(self, i: int) -> tuple[float, float]:
         """(a, b) such that a x + b x_0 is the first-order step from i to i + 1: DDIM's. b is alpha (1 - e^-h)."""
@@ -146,6 +175,8 @@ class _MultiStep:
 class DPMSolverPlusPlus2M(_MultiStep):
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), its first and last steps of first order."""
 
+    memory = 1
+
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
         rows = []
@@ -156,11 +187,11 @@ class DPMSolverPlusPlus2M(_MultiStep):
         self.table = np.array(rows, dtype=np.float32)
 
     def start(self, x: Tensor) -> State:
-        return x, torch.zeros_like(x)
+        return x, x.new_zeros(x.shape)
 
-    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         x, previous = state
-        *reading, from_x, from_x0, from_previous = _row(table, index)
+        *reading, from_x, from_x0, from_previous = row
         x0 = _predict_x0(*reading, x, output, self.clip)
         return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
@@ -168,6 +199,8 @@ class DPMSolverPlusPlus2M(_MultiStep):
 class UniPC(_MultiStep):
     """UniPC of second order with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 8): each network evaluation also corrects
     the step that led to it. First and last predictions are of first order."""
+
+    memory = 3
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
@@ -195,11 +228,10 @@ class UniPC(_MultiStep):
         return float(b_1 - rho), float(rho / ratio)
 
     def start(self, x: Tensor) -> State:
-        return x, x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+        return x, x.clone(), x.new_zeros(x.shape), x.new_zeros(x.shape)
 
-    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         x, x_before, previous, older = state
-        row = _row(table, index)
         x0 = _predict_x0(*row[:2], x, output, self.clip)
         from_before, from_previous, from_older, from_x0 = row[2:6]
         x = from_before * x_before + from_previous * previous + from_older * older + from_x0 * x0
@@ -214,12 +246,6 @@ def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:
     return list(pairwise(float(a) for a in alphas_cumprod))
 
 
-def _row(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-    return table.index_select(0, index.reshape(1))[0].unbind()
-
-
-def _predict_x0(
-    from_sample: float | Tensor, from_output: float | Tensor, x: Tensor, output: Tensor, clip: float | None
-) -> Tensor:
+def _predict_x0(from_sample: Any, from_output: Any, x: Any, output: Any, clip: float | None) -> Any:
     x0 = from_sample * x + from_output * output
-    return x0 if clip is None else x0.clamp(-clip, clip)
+    return x0 if clip is None else x0.clip(-clip, clip)

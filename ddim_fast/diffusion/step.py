@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..ops.noise import check_seeds
+from .dlpack import imported, is_foreign, like
 
 if TYPE_CHECKING:
     import torch
@@ -24,29 +25,34 @@ __all__ = [
     "step_coefficients",
 ]
 
+# torch's, numpy's, or of another library that has __dlpack__.
+Array: TypeAlias = Any
+
 SIGMA_HAT = "sigma-hat"
 
 
 def fast_ddim_step(
-    sample: Tensor | np.ndarray,
-    model_output: Tensor | np.ndarray,
-    alphas_cumprod_t: float | Tensor | np.ndarray,
-    alphas_cumprod_prev: float | Tensor | np.ndarray,
+    sample: Array,
+    model_output: Array,
+    alphas_cumprod_t: float | Array,
+    alphas_cumprod_prev: float | Array,
     *,
     eta: float | str = 0.0,
-    noise: Tensor | np.ndarray | None = None,
-    seeds: Tensor | np.ndarray | Sequence[int] | None = None,
+    noise: Array | None = None,
+    seeds: Array | Sequence[int] | None = None,
     step: int = 0,
     prediction_type: str = "epsilon",
     clip_sample_range: float | None = None,
-    unconditional_output: Tensor | np.ndarray | None = None,
+    unconditional_output: Array | None = None,
     guidance: float | None = None,
-    out: Tensor | np.ndarray | None = None,
+    out: Array | None = None,
     out_dtype: torch.dtype | np.dtype | None = None,
-) -> Tensor | np.ndarray:
+) -> Array:
     """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop, in one pass over memory.
 
-    Works on torch tensors, and on numpy arrays without torch being installed.
+    Works on torch tensors, on numpy arrays without torch being installed, and on the arrays of any library that shares them
+    through DLPack (``__dlpack__`` and ``__dlpack_device__``: JAX, CuPy, ...), which are not copied. numpy computes on those, or
+    torch where numpy cannot hold them: on a GPU, or in bfloat16.
 
     Args:
         sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
@@ -66,14 +72,30 @@ def fast_ddim_step(
             the step is taken with unconditional + guidance (model_output - unconditional).
         guidance: the scale of it.
         out: where the result goes, of the sample's shape; may be one of the inputs. A new tensor by default.
-        out_dtype: of that new tensor; the sample's by default.
+        out_dtype: of that new tensor; the sample's by default. A numpy dtype where numpy computes, else one of torch.
 
     Returns:
-        x_prev.
+        x_prev: ``out`` itself where it is given, otherwise an array of the sample's library. Of libraries known through DLPack
+        alone it is that only if they follow the array API standard (``__array_namespace__``, with ``from_dlpack``); for others
+        it is the array of numpy or torch that was computed, which they can take in turn.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, a value is out of range, or noise is missing.
+        ValueError: shapes, dtypes or devices differ, a value is out of range, noise is missing, or an array cannot be shared.
     """
+    arrays = {
+        "sample": sample,
+        "model_output": model_output,
+        "alphas_cumprod_t": alphas_cumprod_t,
+        "alphas_cumprod_prev": alphas_cumprod_prev,
+        "noise": noise,
+        "seeds": seeds,
+        "unconditional_output": unconditional_output,
+        "out": out,
+    }
+    if any(is_foreign(array) for array in arrays.values()):
+        options = {"eta": eta, "step": step, "prediction_type": prediction_type, "clip_sample_range": clip_sample_range}
+        result = fast_ddim_step(**imported(arrays, "out"), **options, guidance=guidance, out_dtype=out_dtype)
+        return like(result, sample) if out is None else out
     stochastic = check_eta(eta) != 0
     if stochastic and noise is None and seeds is None:
         raise ValueError(f"eta = {eta} needs noise, or seeds to make it from")

@@ -114,14 +114,6 @@ class Network:
     ) -> tuple[Tensor, Tensor | None]:
         """The prediction at step ``index`` as by a call, and the deep features that it was made with: ``deep``, from what this
         method returned for earlier steps of the same images, or new ones where that is None. None if the network has none."""
-        # On a CPU, torch sends small convolutions of a single image to another library, which sums in another order and is
-        # slower by more than the second image costs: a batch of one is evaluated as two, so that every batch has the same bits.
-        if x.device.type == "cpu" and len(x) == 1 and not torch.compiler.is_compiling():
-            prediction, deep = self._evaluate(x.expand(2, -1, -1, -1), conditions, index, deep)
-            return prediction[:1], deep
-        return self._evaluate(x, conditions, index, deep)
-
-    def _evaluate(self, x: Tensor, conditions: Conditions, index: Tensor, deep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
         # images of one channel count as channels_last already, but do not tell the first convolution so.
         dtype = self._dtype if self._converts else None

@@ -73,6 +73,7 @@ class _FastScheduler:
     passed over less often.
 
     Attributes:
+        replaces: the scheduler in whose place :func:`ddim_fast.accelerate` put this one.
         _direction: 1 where the timesteps rise, -1 where they fall.
         _made: the timesteps as set_timesteps made them, on their device.
         _listed: their values.
@@ -81,6 +82,7 @@ class _FastScheduler:
         _known: coefficients computed so far, by what they depend on.
     """
 
+    replaces: Any = None
     _direction: int
     _made: Tensor | None = None
     _listed: Sequence[int] = ()

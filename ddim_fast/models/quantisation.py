@@ -62,7 +62,9 @@ class _Seen:
         """A hook before the module's forward."""
         self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
         components = conv3x3_components(self.x, upsample=self.upsample)
-        self.values.append(components[:, :: max(1, components.shape[1] // VALUES)].abs())
+        # At random, because every so-manieth one may well be the left edge of each image.
+        chosen = torch.randint(components.shape[1], (VALUES,), generator=torch.Generator().manual_seed(len(self.values)))
+        self.values.append(components[:, chosen].abs())
 
 
 def _quantise(module: Conv3x3, seen: _Seen) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from ..ops.attention import attention
+from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import HUB_FILES, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
@@ -110,7 +111,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             if labels is not None:
                 raise ValueError("labels were given, but this network is unconditional")
         else:
-            null = torch.full((len(embedding),), self.config.num_classes, device=embedding.device)
+            null = torch.full((embedding.shape[0],), self.config.num_classes, device=embedding.device)
             embedding = embedding + self.class_embedding(null if labels is None else labels)
         activated = F.silu(embedding)
         # The convolution before the addition leaves its bias to it.
@@ -136,13 +137,13 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         Returns:
             The prediction, as of :meth:`forward`; and the deep features, which the last residual block began with.
         """
-        shifts = condition.expand(len(x), -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
-        skip = self.conv_in(x)
+        shifts = condition.expand(x.shape[0], -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
+        skip = _alone_as_two(self.conv_in, x)
         if deep is None:
             deep = self._deep_features(skip, shifts)
         last = self.up_blocks[-1]
         h = last.attend(-1, last.resnets[-1](deep, shifts[-1], skip))
-        return self.conv_out(_norm(self.conv_norm_out, h)), deep
+        return _alone_as_two(self.conv_out, _norm(self.conv_norm_out, h)), deep
 
     def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         """From the first convolution's result to all that comes before the last residual block."""
@@ -269,6 +270,18 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
+def _alone_as_two(operator: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """``operator`` on tensors of N images, in such a way that an image is the same to the last bit when it is alone.
+
+    On a CPU, torch's convolutions and attention sum in another order for a single image: small convolutions go to another
+    library, and threads divide the image where they would divide the batch. In eager inference it is given twice, then.
+    """
+    x = images[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1:
+        return operator(*images)
+    return operator(*(t.expand(2, -1, -1, -1) for t in images))[:1]
+
+
 class _RowLinear(nn.Linear):
     """A linear layer on (N, features) embeddings whose row i does not depend on N.
 
@@ -331,26 +344,10 @@ class _ResnetBlock(nn.Module):
         if self.conv_shortcut is None:
             return self.conv2(h, self.conv2.bias, residual=x if skip is None else torch.cat([x, skip], dim=1))
         weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias
-        residual = _conv1x1(x, weight[:, : x.shape[1]])
+        residual = conv1x1(x, weight[:, : x.shape[1]])
         if skip is not None:
-            residual = _conv1x1(skip, weight[:, x.shape[1] :], residual)
+            residual = conv1x1(skip, weight[:, x.shape[1] :], residual)
         return self.conv2(h, bias, residual=residual)
-
-
-def _conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution and what is to be added to it: in channels_last a matrix product that adds up in place of a pass of its
-    own."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight) if added is None else added + F.conv2d(x, weight)
-    n, _, height, width = x.shape
-    right = weight.flatten(1).t()
-    rows = _rows(x) @ right if added is None else torch.addmm(_rows(added), _rows(x), right)
-    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N H W, C), a view of a channels_last image."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class _Attention(nn.Module):
@@ -369,7 +366,7 @@ class _Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        attended = attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = _alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -380,7 +377,7 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return _alone_as_two(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class _Upsample(nn.Module):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .derived import converted, derived, forget
 from .dispatch import Implementation, choose
 
-__all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]
+__all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_of", "conv3x3_reference", "prepare_conv3x3"]
 
 Prepared = tuple[Tensor, ...]
 
@@ -49,6 +50,26 @@ def conv3x3(
         return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
     _check(call)
     return (_registered if torch.compiler.is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
+
+
+def conv3x3_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
+) -> Tensor:
+    """:func:`conv3x3` with weights that it prepares by itself when it first meets them, and again when they have changed (see
+    :func:`ddim_fast.ops.derived.derived`): for networks whose weights belong to somebody else.
+
+    ``weight`` may have another dtype than ``x``, which the result has. Where a gradient is recorded, nothing is prepared, and
+    what was is dropped.
+    """
+    if torch.compiler.is_exporting() or _records_gradient(_Call(x, None, bias, residual, upsample), weight):
+        if not torch.compiler.is_compiling():
+            forget(weight)
+        return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    if not torch.compiler.is_compiling():
+        return _run_of(x, weight, bias, residual, upsample)
+    if _is_prepared(x.device, x.dtype, *weight.shape[:2]):
+        return _registered_of(x, weight, bias, residual, upsample)
+    return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
 
 
 def conv3x3_reference(
@@ -193,6 +214,34 @@ def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual
     return out
 
 
+@torch.library.custom_op("ddim_fast::conv3x3_of", mutates_args=())
+def _registered_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    """:func:`conv3x3_of` as torch.compile sees it: the weights are prepared when it runs."""
+    return _run_of(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
+
+
+@_registered_of.register_fake
+def _(x, weight, bias, residual, upsample) -> Tensor:
+    return _empty_result(x, weight.transpose(0, 1), upsample)
+
+
+@torch.compiler.assume_constant_result
+def _is_prepared(device: torch.device, dtype: torch.dtype, channels_out: int, channels_in: int) -> bool:
+    """Whether weights of this shape are worth preparing; asked while compiling, when there are no weights to look at."""
+    request = _Weight(torch.empty(channels_out, channels_in, 3, 3, device=device), dtype, None)
+    return choose("conv3x3", IMPLEMENTATIONS, request).backend == "native"
+
+
+def _run_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    def prepare() -> Prepared | None:
+        return prepare_conv3x3(weight.detach(), x.dtype)
+
+    prepared = derived(weight, ("conv3x3", x.dtype), prepare)
+    if prepared is None:
+        weight = converted(weight, x.dtype)
+    return conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepared)
+
+
 def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:
     n, _, height, width = x.shape
     scale = 2 if upsample else 1
@@ -200,8 +249,9 @@ def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _records_gradient(call: _Call) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (call.x, call.bias, call.residual))
+def _records_gradient(call: _Call, weight: Tensor | None = None) -> bool:
+    tensors = (call.x, call.bias, call.residual, weight)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(call: _Call) -> None:

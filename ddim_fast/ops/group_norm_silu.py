@@ -164,7 +164,8 @@ def _reference(call: _Call) -> Tensor:
     if call.pre_shift is not None:
         v = v + call.pre_shift.to(v.dtype)[:, :, None, None]
     weight, bias = call.weight, call.bias
-    if weight.dtype == v.dtype or v.device.type == "cpu":  # on a CPU, PyTorch takes float32 weights with bfloat16 images
+    # On a CPU, PyTorch takes float32 weights with bfloat16 images; what it exports then is no graph of ONNX.
+    if weight.dtype == v.dtype or (v.device.type == "cpu" and not torch.compiler.is_exporting()):
         y = F.group_norm(v, call.num_groups, weight, bias, call.eps)
     else:
         y = F.group_norm(v.float(), call.num_groups, weight.float(), bias.float(), call.eps).to(v.dtype)

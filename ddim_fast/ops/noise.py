@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["INITIAL_NOISE", "check_seeds", "philox4x32", "seeded_noise", "seeded_noise_numpy"]
+__all__ = [
+    "INITIAL_NOISE",
+    "box_muller",
+    "check_seeds",
+    "philox4x32",
+    "seeded_noise",
+    "seeded_noise_numpy",
+    "seeded_words",
+]
 
 # The step number under which x_T is drawn; sampling steps count from 0.
 INITIAL_NOISE = 0xFFFFFFFF
@@ -65,8 +73,8 @@ def seeded_noise(
     elements = math.prod(shape)
     block = torch.arange((elements + 3) // 4, device=device)[None, :]
     # float64: the same float32 comes out however a device vectorises log and cos, up to the rarest of ties.
-    uniform = [(word.double() + 0.5) * 2.0**-32 for word in _words(seeds, block, torch.zeros_like(block) + step)]
-    normal = torch.stack(_box_muller(torch, uniform), dim=-1)
+    uniform = [(word.double() + 0.5) * 2.0**-32 for word in seeded_words(seeds, block, torch.zeros_like(block) + step)]
+    normal = torch.stack(box_muller(torch, uniform), dim=-1)
     return normal.flatten(1)[:, :elements].float().reshape(len(seeds), *shape)
 
 
@@ -75,8 +83,8 @@ def seeded_noise_numpy(seeds: np.ndarray | Sequence[int], step: int, shape: Sequ
     seeds = np.asarray(seeds, dtype=np.int64)[:, None]
     elements = math.prod(shape)
     block = np.arange((elements + 3) // 4)[None, :]
-    uniform = [(word + 0.5) * 2.0**-32 for word in _words(seeds, block, np.zeros_like(block) + step)]
-    normal = np.stack(_box_muller(np, uniform), axis=-1).reshape(len(seeds), -1)
+    uniform = [(word + 0.5) * 2.0**-32 for word in seeded_words(seeds, block, np.zeros_like(block) + step)]
+    normal = np.stack(box_muller(np, uniform), axis=-1).reshape(len(seeds), 4 * block.size)
     return normal[:, :elements].astype(np.float32).reshape(len(seeds), *shape)
 
 
@@ -92,13 +100,21 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def _words(seeds: Any, block: Any, step: Any) -> tuple[Any, ...]:
+def seeded_words(seeds: Any, block: Any, step: Any) -> tuple[Any, ...]:
+    """The four words of each block of each image: int64, of shape (N, blocks).
+
+    Args:
+        seeds: (N, 1) int64.
+        block: (1, blocks) int64, their numbers.
+        step: the number of the step, like ``block`` or one for all.
+    """
     zero = block & 0
     return philox4x32((block, step, zero, zero), (seeds & _MASK, (seeds >> 32) & _MASK))
 
 
-def _box_muller(library: Any, uniform: list[Any]) -> list[Any]:
-    """Four independent normals from four numbers of (0, 1), with the functions of torch or numpy."""
+def box_muller(library: Any, uniform: list[Any]) -> list[Any]:
+    """Four independent normals from four numbers of (0, 1), with the functions sqrt, log, cos and sin of ``library``: torch,
+    numpy, or another that has them."""
     normal = []
     for u, v in (uniform[:2], uniform[2:]):
         radius, angle = library.sqrt(-2 * library.log(u)), 2 * math.pi * v

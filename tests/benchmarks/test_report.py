@@ -40,13 +40,15 @@ def test_ratios_stand_beside_the_baselines_times():
 def test_implementations_timed_in_turns_are_columns_of_one_row():
     unet = {"evaluations/s": {"ours bf16": 30.0, "theirs fp32": 12.0}, "share of matmul": {"ours bf16": 0.75}}
     sampler = {"evaluations/s": {"ours bf16": 80.0, "theirs fp32": 20.0}, "images/s": {"ours bf16": 8.0, "theirs fp32": 2.0}}
-    groups = {"unet": unet, "sampler": sampler}
+    rough = {"images/s": {"ours bf16": 6.0, "theirs fp32": 2.0}, "error": {"ours bf16": 0.0123, "theirs fp32": 0.01}}
+    groups = {"unet": unet, "sampler": sampler, "rough": rough}
     run = {"benchmarks": [{"group": group, "extra_info": info} for group, info in groups.items()]}
     assert table(run, "theirs fp32").splitlines() == [
         "| | theirs fp32 | ours bf16 |",
         "|---|---|---|",
         "| unet | 12.0 evaluations/s | 2.50x, 75% of matmul |",
         "| sampler | 2.0 images/s | 4.00x |",
+        "| rough | 2.0 images/s, error 0.010 | 3.00x, error 0.012 |",
     ]
 
 

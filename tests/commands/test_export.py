@@ -89,7 +89,7 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
     "arguments,message",
     [
         ([], "--to"),
-        (["--to", "onnx"], "--to"),
+        (["--to", "tensorrt"], "--to"),
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
         (["--class", "boot"], "'boot' is neither a class number nor 'none'"),
         (["--class", "-1"], "--class"),

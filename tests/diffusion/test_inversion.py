@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast import Sampler, seeded_noise
+from ddim_fast import Sampler, UNet, seeded_noise
+from ddim_fast.diffusion.inversion import inverse_step
+from ddim_fast.diffusion.step import StepCoefficients
 
 SHAPE = (3, 8, 8)
 
@@ -54,3 +56,37 @@ def test_labels_and_guidance_reach_the_network(fake_network):
     for i in range(4):
         for j in range(i):
             assert not torch.allclose(codes[i], codes[j], atol=1e-3)
+
+
+@pytest.mark.parametrize("steps,prediction_type", [(3, "epsilon"), (10, "epsilon"), (10, "v_prediction"), (10, "sample")])
+def test_exact_inversion_gives_the_images_back(steps, prediction_type, fake_network):
+    sampler = Sampler(fake_network(prediction_type=prediction_type, num_classes=4), steps=steps, spacing="linear")
+    images = seeded_noise([1, 2], 7, SHAPE) * 0.2  # within what the fake network, a tanh, can predict
+    options = {"labels": [1, 3], "guidance": 1.5}
+    latents = sampler.encode(images, **options, exact=True)
+    torch.testing.assert_close(sampler.sample(x_T=latents, **options), images, atol=1e-3, rtol=0)
+    plain = sampler.sample(x_T=sampler.encode(images, **options), **options)
+    assert (plain - images).abs().max() > 0.01, "the inversion by Euler's steps would do as well"
+
+
+def test_exact_inversion_of_the_packaged_model():
+    """To rounding in few steps, each image as if it were alone."""
+    sampler = Sampler(UNet.from_pretrained("fashion-mnist"), steps=5)
+    images = Sampler(sampler.model, steps=10).sample(seeds=[0, 1], labels=[3, 9]).clamp(-1, 1)
+    latents = sampler.encode(images, labels=[3, 9], exact=True)
+    errors = (sampler.sample(x_T=latents, labels=[3, 9]) - images).square().mean((1, 2, 3)) / 4
+    assert errors.max() < 1e-6
+    assert torch.equal(sampler.encode(images[1:], labels=[9], exact=True)[0], latents[1])
+
+
+def test_exact_inversion_of_a_step_that_has_none_is_the_nearest():
+    """x -> |x| never leads to -1."""
+    nearest = inverse_step(torch.abs, StepCoefficients(1, 0, 1, 0, 0, 1, 0), torch.full((1, 1, 2, 2), -1.0))
+    assert nearest.isfinite().all() and nearest.abs().max() <= 1
+
+
+@pytest.mark.parametrize("options", [{"solver": "unipc"}, {"clip_sample_range": 1.0}])
+def test_what_has_no_exact_inverse_is_refused(options, fake_network):
+    sampler = Sampler(fake_network(), steps=3, **options)
+    with pytest.raises(ValueError, match=r"encode\(exact=True\) inverts steps of the ddim solver, without clipping"):
+        sampler.encode(torch.zeros(1, *SHAPE), exact=True)

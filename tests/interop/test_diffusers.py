@@ -563,6 +563,20 @@ class TestConfigs:
         }
         assert_same(ours.alphas_cumprod, theirs.alphas_cumprod)
 
+    def test_a_config_passes_through_every_compatible_scheduler(self):
+        config = FastDDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, compat="exact", clip_sample=False).config
+        passed = 0
+        for kind in FastDDIMScheduler().compatibles:
+            try:
+                between = kind.from_config(config)
+            except ImportError:  # it needs a library that is not installed
+                continue
+            after = FastDDIMScheduler.from_config(between.config).config
+            own = {name: value for name, value in config.items() if not name.startswith("_")}
+            assert {name: after[name] for name in own} == own, kind
+            passed += 1
+        assert passed > 5
+
     def test_compatible_schedulers_are_those_of_diffusers(self):
         assert set(FastDDIMScheduler().compatibles) == set(DDIMScheduler().compatibles)
         assert DDIMInverseScheduler in FastDDIMInverseScheduler().compatibles

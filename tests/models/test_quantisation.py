@@ -56,6 +56,16 @@ def test_sensitive_convolutions_keep_their_precision(small_unet, monkeypatch):
     assert 0 < nearer < farther
 
 
+def test_limits_are_those_of_the_whole_image():
+    """Not of its left edge, which is where every sixteenth tile of this size lies."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 128, 32, 32)
+    x[..., :3] *= 0.1
+    model = torch.nn.Sequential(Conv3x3(128, 16))
+    model[0].prepare(torch.float32)
+    assert quantise(model, lambda: model(x))["0"] < 0.03
+
+
 def test_each_error_is_that_of_its_convolution(small_unet):
     model = small_unet.for_inference(torch.float32)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor(300)

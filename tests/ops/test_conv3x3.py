@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddim_fast.ops import native
-from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_components, conv3x3_reference, prepare_conv3x3
+from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_components, conv3x3_of, conv3x3_reference, prepare_conv3x3
 
 HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
 
@@ -240,3 +240,48 @@ def test_lesser_processors_compute_the_same(cpu):
     environment = os.environ | {"DDIM_FAST_CPU": cpu, "DDIM_FAST_BACKEND": "native"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "True", result.stderr
+
+
+class TestWeightsOfSomebodyElse:
+    """conv3x3_of: prepared by itself, never stale."""
+
+    @needs_native
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("upsample", [False, True])
+    def test_has_the_bits_of_prepared_weights(self, dtype, upsample):
+        x, weight, bias = make(*SHAPES[1], dtype)
+        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+        for _ in range(2):
+            assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
+        weight.mul_(2)
+        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+        assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_weights_that_nobody_prepares_are_converted(self, dtype, monkeypatch):
+        monkeypatch.delenv("DDIM_FAST_BACKEND")
+        x, weight, bias = make(2, 3, 5, 4, 6)
+        residual = torch.randn(2, 5, 4, 6).to(dtype)
+        result = conv3x3_of(x.to(dtype), weight, bias, residual=residual)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, conv3x3_reference(x.to(dtype), weight.to(dtype), bias, residual=residual))
+
+    def test_gradients_are_pytorchs(self, monkeypatch):
+        monkeypatch.delenv("DDIM_FAST_BACKEND")
+        gradients = []
+        for function in (conv3x3_of, conv3x3_reference):
+            x, weight, bias = (t.requires_grad_() for t in make(*SHAPES[0]))
+            function(x, weight, bias).square().sum().backward()
+            gradients.append((x.grad, weight.grad, bias.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+    @needs_native
+    def test_compiles_without_a_break_and_is_a_proper_operator(self):
+        x, weight, bias = make(*SHAPES[1])
+        residual = torch.randn(3, 48, 7, 5).to(memory_format=torch.channels_last)
+        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_of.default, (x, weight, bias, residual, False))
+        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_of.default, (x, weight, None, None, True))
+        compiled = torch.compile(conv3x3_of, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))
+        weight.data.mul_(2)
+        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))

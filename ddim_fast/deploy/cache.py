@@ -1,0 +1,62 @@
+"""Exports made at first use, kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from .. import __version__
+from ..models.checkpoint import resolve_model
+from .folder import is_export
+
+__all__ = ["ready_export"]
+
+
+def ready_export(model: str | Path) -> Path:
+    """The folder of an export of ``model``: it is one, or there is one in the cache, or one is made there now.
+
+    The cache is the folder ``ddim_fast/onnx`` in XDG_CACHE_HOME, or in ``~/.cache``. What was exported from other weights, or
+    by another version of this package, is not used.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        RuntimeError: it has to be exported, and what that needs is not installed.
+    """
+    path = Path(resolve_model(model))
+    if is_export(path):
+        return path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{str(model)!r} is not here: give a folder, such as `python -m ddim_fast.export --to onnx` writes"
+        )
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "ddim_fast" / "onnx" / f"{path.stem}-{_digest(path)[:16]}"
+    if is_export(folder):
+        return folder
+    try:
+        from ..models.unet import UNet
+        from .onnx_export import export_onnx
+    except ImportError as error:
+        raise RuntimeError(
+            f"{str(model)!r} is exported to ONNX at its first use, which needs {error.name or error}: install it, or export on "
+            "another machine (python -m ddim_fast.export --to onnx) and give the folder"
+        ) from None
+    print(f"exporting {model} to ONNX, once: {folder}", file=sys.stderr)
+    try:
+        export_onnx(folder, UNet.from_pretrained(path), source=str(model))
+    except OSError:
+        if not is_export(folder):  # or else another process was faster
+            raise
+    return folder
+
+
+def _digest(path: Path) -> str:
+    """Of a checkpoint's files, and of this package's version."""
+    digest = hashlib.sha256(__version__.encode())
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.name}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""The folder that an export writes, and how it is read again: with neither torch nor the package onnx.
+
+unet.onnx       the network                     sampler.onnx   the whole sampler
+config.json     what the network is, as in a checkpoint
+schedule.json   the sampler's settings, timesteps and coefficients, and how the files were made
+README.md       for people                      SHA256SUMS     of all the others, as sha256sum writes them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_write
+from ..models.checkpoint import load_config, naming, read_json
+from ..models.config import UNetConfig
+
+__all__ = ["CHECKSUMS", "SAMPLER", "SCHEDULE", "UNET", "ExportFolder", "is_export", "write_checksums"]
+
+UNET, SAMPLER, SCHEDULE, CHECKSUMS = "unet.onnx", "sampler.onnx", "schedule.json", "SHA256SUMS"
+
+# Of schedule.json.
+_FIELDS = {"settings": dict, "dtype": str, "timesteps": list, "versions": dict}
+_SETTINGS = {"steps", "eta", "spacing", "solver", "clip"}
+
+
+def is_export(path: Path) -> bool:
+    """Whether ``path`` is a folder of this kind."""
+    return (path / SCHEDULE).is_file() or (path / UNET).is_file()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write ``SHA256SUMS`` of everything else in ``folder``."""
+    files = sorted(p.name for p in folder.iterdir() if p.name != CHECKSUMS)
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in files]
+    atomic_write(folder / CHECKSUMS, "".join(lines).encode())
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """An export, its description checked; the models themselves are when :meth:`model` is asked for them.
+
+    Attributes:
+        path: the folder.
+        config: the network.
+        schedule: what schedule.json holds.
+        identity: a checksum of everything in it.
+    """
+
+    path: Path
+    config: UNetConfig
+    schedule: dict[str, Any]
+    identity: str
+
+    @classmethod
+    def open(cls, path: Path) -> ExportFolder:
+        """Read a folder's description.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or was changed, or a name leads out of the folder.
+        """
+        sums = _checksums(path)
+        for name in ("config.json", SCHEDULE):
+            _verify(path, sums, name)
+        schedule = read_json(path / SCHEDULE)
+        with naming(path / SCHEDULE):
+            for name, kind in _FIELDS.items():
+                if not isinstance(schedule.get(name), kind):
+                    raise ValueError(f"{name!r} is missing or is not what an export writes")
+            if set(schedule["settings"]) != _SETTINGS:
+                raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
+        identity = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()
+        return cls(path, load_config(path), schedule, identity)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sampler's: steps, eta, spacing, solver and clip."""
+        return self.schedule["settings"]
+
+    def model(self, name: str) -> Path:
+        """The path of one of the models, after it was compared with its checksum, and external data of it as well.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it was changed.
+        """
+        sums = _checksums(self.path)
+        for part in (name, *(other for other in sums if other.startswith(f"{name}."))):
+            _verify(self.path, sums, part)
+        return self.path / name
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """By name, the checksums that ``SHA256SUMS`` lists."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not an export to ONNX: it has no {CHECKSUMS}")
+    sums = {}
+    with naming(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+            if match is None:
+                raise ValueError(f"{line[:80]!r} is not a checksum and a name")
+            if Path(match[2]).name != match[2] or match[2] == "..":
+                raise ValueError(f"{match[2]!r} leads out of the folder")
+            sums[match[2]] = match[1]
+    return sums
+
+
+def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}")
+    if name not in sums:
+        raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
+    if _sha256(file) != sums[name]:
+        raise ValueError(f"{file}: damaged or changed: its checksum is not that of {CHECKSUMS}; export or copy it again")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""Sampling from an export to ONNX, by ONNX Runtime. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..diffusion.guidance import check_guidance
+from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.solvers import DDIMUpdate, make_solver
+from ..diffusion.timesteps import select_timesteps
+from ..diffusion.trajectory import SamplerState
+from ..models.checkpoint import DEFAULT_MODEL
+from ..ops.ddim_step_numpy import ddim_step_numpy
+from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise_numpy
+from .cache import ready_export
+from .folder import SAMPLER, UNET, ExportFolder
+from .session import Session, pick_provider
+
+__all__ = ["AS_EXPORTED", "OnnxSampler"]
+
+AS_EXPORTED = "as exported"
+
+
+class _Device(NamedTuple):
+    """Where results are: in the host's memory, wherever the network runs."""
+
+    type: str = "cpu"
+
+
+class OnnxSampler:
+    """:class:`ddim_fast.Sampler` without torch: the same seeds give the same images, but for rounding.
+
+    With the settings it was exported with, an export's whole sampler is one call of ONNX Runtime. With others, or when somebody
+    watches the steps, the exported network is called once a step.
+
+    Args:
+        model: a folder written by ``python -m ddim_fast.export --to onnx``; or a packaged model or a checkpoint, which is
+            exported at its first use, for which torch is needed then, and kept in the user's cache.
+        steps, eta, spacing, solver, clip_sample_range: as of :class:`ddim_fast.Sampler`; each is as it was exported, unless it
+            is given.
+        provider: ONNX Runtime's execution provider, ``cuda`` or ``cpu`` for instance; None is the fastest that is there.
+        cuda_graph: whether, on CUDA, steps are replayed as a CUDA graph.
+
+    Attributes:
+        config: the network.
+        timesteps: (S,) int64 array, noisiest first.
+        provider: ONNX Runtime's name of where the network runs.
+        dtype: what the network computes in, by name.
+        runs_whole: whether all steps are one call, unless somebody watches them.
+
+    Raises:
+        FileNotFoundError: there is no such model, or a file of it is missing.
+        ValueError: a file is damaged, a setting is out of range, or the provider is not there or cannot run the model.
+    """
+
+    engine = "onnx"
+    device = _Device()
+    tolerance = None  # its steps are fixed
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        steps: int | str | None = AS_EXPORTED,
+        eta: float | str = AS_EXPORTED,
+        spacing: str | Sequence[int] = AS_EXPORTED,
+        solver: str = AS_EXPORTED,
+        clip_sample_range: float | str | None = AS_EXPORTED,
+        provider: str | None = None,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.provider = pick_provider(provider)
+        self.folder = ExportFolder.open(ready_export(model))
+        self.config = config = self.folder.config
+        self.dtype: str = self.folder.schedule["dtype"]
+        if self.dtype == "bfloat16" and self.provider == "CPUExecutionProvider":
+            raise ValueError(
+                f"{self.folder.path} is a bfloat16 model, which ONNX Runtime cannot run on a CPU; export it as float32 or int8"
+            )
+        given = {"steps": steps, "eta": eta, "spacing": spacing, "solver": solver, "clip": clip_sample_range}
+        exported = self.folder.settings
+        chosen = {name: exported[name] if value == AS_EXPORTED else value for name, value in given.items()}
+        if not isinstance(chosen["spacing"], str):
+            chosen |= {"spacing": [int(t) for t in chosen["spacing"]], "steps": None}
+        self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
+        self._cuda_graph = cuda_graph
+        schedule = NoiseSchedule.from_config(config)
+        self.timesteps = select_timesteps(schedule, chosen["steps"], chosen["spacing"])
+        levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
+        self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
+
+    def sample(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        x_T: np.ndarray | None = None,
+        labels: int | Sequence[int] | np.ndarray | None = None,
+        guidance: float | None = None,
+        batch_size: int = 64,
+        on_step: Callable[[SamplerState], None] | None = None,
+    ) -> np.ndarray:
+        """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors.
+
+        Returns:
+            (N, C, H, W) float32 in [-1, 1] as the network was trained, not clipped.
+
+        Raises:
+            ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        request = self._request(seeds, x_T, labels, guidance)
+        images = np.empty((len(request.seeds), *self.config.image_shape), np.float32)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            batch = request.part(part)
+            if self.runs_whole and on_step is None:
+                images[part] = self._whole(batch)
+            else:
+                for state in self._steps(batch):
+                    if on_step is not None:
+                        on_step(state)
+                images[part] = state.x
+        return images
+
+    def trajectory(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        x_T: np.ndarray | None = None,
+        labels: int | Sequence[int] | np.ndarray | None = None,
+        guidance: float | None = None,
+    ) -> Iterator[SamplerState]:
+        """The states of one batch, one after each step; arguments as of :meth:`sample`."""
+        return self._steps(self._request(seeds, x_T, labels, guidance))
+
+    def check(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        x_T: np.ndarray | None = None,
+        labels: int | Sequence[int] | np.ndarray | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
+        self._request(seeds, x_T, labels, guidance)
+
+    def _whole(self, batch: _Request) -> np.ndarray:
+        x = batch.start(self.config.image_shape)
+        inputs = {"seeds": batch.seeds, "x_T": x}
+        if self.config.num_classes is not None:
+            guidance = 1.0 if batch.guidance is None else batch.guidance
+            inputs |= {"labels": batch.labels, "guidance": np.array(guidance, np.float32)}
+        return self._sampler(inputs, x.shape)
+
+    def _steps(self, batch: _Request) -> Iterator[SamplerState]:
+        count, guided, solver = len(batch.seeds), batch.guidance is not None, self.solver
+        inputs: dict[str, np.ndarray] = {}
+        if self.config.num_classes is not None:
+            none = np.full_like(batch.labels, self.config.num_classes)
+            inputs["labels"] = np.concatenate([none, batch.labels]) if guided else batch.labels
+        state: tuple[np.ndarray, ...] = (batch.start(self.config.image_shape),) * (1 + solver.memory)
+        for i, timestep in enumerate(self.timesteps.tolist()):
+            x = state[0]
+            inputs["x"] = np.concatenate([x, x]) if guided else x
+            inputs["timesteps"] = np.full(len(inputs["x"]), timestep)
+            output = self._network(inputs, inputs["x"].shape)
+            if guided:
+                unconditional, conditional = output[:count], output[count:]
+                output = unconditional + np.float32(batch.guidance) * (conditional - unconditional)
+            if isinstance(solver, DDIMUpdate):
+                seeds = batch.seeds if solver.stochastic else None
+                state = (ddim_step_numpy(x, output, solver.table[i], solver.clip, seeds=seeds, step=i),)
+            else:
+                state = solver.combine(state, output, solver.table[i])
+            yield SamplerState(i, timestep, state[0], (solver, x, output))
+
+    @functools.cached_property
+    def _sampler(self) -> Session:
+        return Session(self.folder.model(SAMPLER), self.provider)
+
+    @functools.cached_property
+    def _network(self) -> Session:
+        return Session(self.folder.model(UNET), self.provider, cuda_graph=self._cuda_graph)
+
+    def _request(self, seeds: Any, x_T: Any, labels: Any, guidance: float | None) -> _Request:
+        """What is asked for, checked."""
+        shape, classes = self.config.image_shape, self.config.num_classes
+        if seeds is None and x_T is None:
+            raise ValueError("sampling starts from seeds or from x_T; give one of them")
+        if seeds is None and self.solver.stochastic:
+            raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
+        if x_T is not None:
+            x_T = np.ascontiguousarray(x_T, np.float32)
+            if x_T.shape[1:] != shape:
+                raise ValueError(f"expected images of shape (N, {', '.join(map(str, shape))}); got {x_T.shape}")
+        count = len(x_T if seeds is None else seeds)
+        if x_T is not None and len(x_T) != count:
+            raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
+        seeds = np.array([0] * count if seeds is None else check_seeds(seeds), np.int64)
+        guidance = check_guidance(guidance, labels)
+        return _Request(seeds, x_T, _check_labels(labels, count, classes), guidance)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is sampled: seeds, (N,) int64; x_T, (N, C, H, W), or None; labels, (N,) int64, or None without classes; guidance."""
+
+    seeds: np.ndarray
+    x_T: np.ndarray | None
+    labels: np.ndarray | None
+    guidance: float | None
+
+    def part(self, rows: slice) -> _Request:
+        """Some of the images."""
+        x_T, labels = (None if array is None else array[rows] for array in (self.x_T, self.labels))
+        return _Request(self.seeds[rows], x_T, labels, self.guidance)
+
+    def start(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The noise to start from; not drawn before it is needed, for a request may be large."""
+        return seeded_noise_numpy(self.seeds, INITIAL_NOISE, shape) if self.x_T is None else self.x_T
+
+
+def _check_labels(labels: Any, count: int, classes: int | None) -> np.ndarray | None:
+    if classes is None:
+        if labels is not None:
+            raise ValueError("the network is unconditional: it takes no class labels")
+        return None
+    if labels is None:
+        return np.full(count, classes, np.int64)
+    checked = np.asarray(labels)
+    if not np.issubdtype(checked.dtype, np.integer) and checked.size:
+        raise ValueError(f"class labels are whole numbers; got {checked.dtype}")
+    checked = np.broadcast_to(checked, (count,)) if checked.ndim == 0 else checked
+    if checked.shape != (count,):
+        raise ValueError(f"{len(checked)} class labels do not fit {count} images")
+    bad = checked[(checked < 0) | (checked >= classes)]
+    if len(bad):
+        raise ValueError(f"class {int(bad[0])} is out of range: the network has classes 0..{classes - 1}")
+    return checked.astype(np.int64)

@@ -1,0 +1,92 @@
+"""8-bit convolutions in ONNX, for CPUs: static scales, found on the network's own inputs."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+
+from ..diffusion.sampler import Sampler
+from ..ops.noise import INITIAL_NOISE, seeded_noise
+
+__all__ = ["calibration", "quantise"]
+
+# What scales are found on: so many images, from seeds that nobody asks for, at so many of the steps at most.
+IMAGES, STEPS = 8, 20
+
+Inputs = dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
+    """What the network is called with while it samples a few images, of all classes and of none.
+
+    Args:
+        sampler: in float32.
+        conditions: (S, rows, K), as of :func:`ddim_fast.deploy.sampler_graph.sampler_model`.
+    """
+    classes = sampler.config.num_classes
+    seeds = [2**62 + i for i in range(IMAGES)]
+    labels = None if classes is None else np.arange(IMAGES) * classes // IMAGES
+    rows = np.zeros(IMAGES, np.int64) if classes is None else labels.copy()
+    if classes is not None:
+        rows[-1] = classes  # no class; its images come from that of the last one
+    x = seeded_noise(seeds, INITIAL_NOISE, sampler.config.image_shape, sampler.device)
+    every = -(-len(sampler.timesteps) // STEPS)
+    inputs = []
+    for state in sampler.trajectory(seeds=seeds, labels=labels):
+        if state.step % every == 0:
+            inputs.append({"x": x.cpu().numpy(), "condition": conditions[state.step][rows]})
+        x = state.x
+    return inputs
+
+
+def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
+    """``model`` with convolutions of 8-bit numbers: pixels in 256 levels between the least and the largest that was seen, and
+    weights in 255, of a scale for each output channel. The first and the last convolution, attention and the norms stay as they
+    are.
+
+    Args:
+        model: the network without its embeddings, in float32.
+        inputs: what it is called with.
+
+    Returns:
+        The model in ONNX's QDQ form.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._inputs = iter(inputs)
+
+        def get_next(self) -> Inputs | None:
+            return next(self._inputs, None)
+
+    copy = ModelProto()
+    copy.CopyFrom(model)  # it is changed
+    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it recommends what is of no use here
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            quantize_static(
+                copy,
+                Path(folder) / "quantised.onnx",
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                nodes_to_exclude=[convolutions[0], convolutions[-1]],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=model.ByteSize() > 2**30,
+            )
+            return onnx.load(Path(folder) / "quantised.onnx")
+    finally:
+        logging.root.setLevel(level)

@@ -1,0 +1,118 @@
+"""A model in ONNX Runtime: where it runs, and calls whose tensors stay where they are. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import onnxruntime
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("this needs onnxruntime: pip install 'ddim_fast[onnx]', or onnxruntime alone") from None
+
+__all__ = ["Session", "pick_provider"]
+
+# Those that are chosen where nobody names one, the fastest first. TensorRT and the like compile for minutes: by name only.
+_PREFERRED = ("CUDA", "ROCM", "Dml", "CPU")
+
+
+def pick_provider(name: str | None = None) -> str:
+    """ONNX Runtime's name of an execution provider.
+
+    Args:
+        name: ``cuda``, ``cpu``, ``tensorrt`` ..., or as ONNX Runtime calls it; None is the fastest that is there.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    there = {p.removesuffix("ExecutionProvider"): p for p in onnxruntime.get_available_providers()}
+    if name is None:
+        return next(there[p] for p in _PREFERRED if p in there)
+    for short, provider in there.items():
+        if name.lower() in (short.lower(), provider.lower()):
+            return provider
+    raise ValueError(f"provider {name!r} is not there: this onnxruntime has {', '.join(p.lower() for p in there)}")
+
+
+class Session:
+    """A model that is ready to run.
+
+    Args:
+        path: the model's file.
+        provider: where it runs, as :func:`pick_provider` returned it.
+        cuda_graph: on CUDA, capture the model in a CUDA graph for each set of shapes and replay it. The model must be without
+            control flow.
+
+    Raises:
+        ValueError: the file is no model, external data of it is missing or lies elsewhere, or the provider cannot run it.
+    """
+
+    def __init__(self, path: Path, provider: str, *, cuda_graph: bool = False) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors are raised
+        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores alone
+        self._device = {"CUDAExecutionProvider": "cuda"}.get(provider, "cpu")
+        captured = cuda_graph and self._device == "cuda"
+        settings = {"enable_cuda_graph": "1"} if captured else {}
+        providers = [(provider, settings)]
+        if provider != "CPUExecutionProvider" and not captured:
+            providers.append(("CPUExecutionProvider", {}))  # for what the other one has not; a CUDA graph can have none of that
+        with _translated(path):
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        if provider not in self._session.get_providers():
+            raise ValueError(f"{path.name}: {provider} was asked for, but it does not start here (a library of it is missing)")
+        self._path = path
+        self._shapes: tuple | None = None
+        self._graphs = 0
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The output, of ``shape``, float32. Tensors of the device are kept from call to call while the shapes stay.
+
+        Raises:
+            ValueError: the model refuses the inputs.
+            RuntimeError: memory ran out.
+        """
+        with _translated(self._path):
+            shapes = (shape, *(array.shape for array in inputs.values()))
+            if shapes != self._shapes:
+                self._bind(inputs, shape)
+                self._shapes = shapes
+            else:
+                for name, array in inputs.items():
+                    self._inputs[name].update_inplace(np.ascontiguousarray(array))
+            self._session.run_with_iobinding(self._binding, self._options)
+            return np.array(self._output.numpy())
+
+    def _bind(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+        self._shapes = None
+        make = onnxruntime.OrtValue
+        # Copies: on a CPU the tensor is the array that is given, and the next call writes into it.
+        self._inputs = {name: make.ortvalue_from_numpy(np.array(a, order="C"), self._device, 0) for name, a in inputs.items()}
+        self._output = make.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0)
+        self._binding = self._session.io_binding()
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(self._session.get_outputs()[0].name, self._output)
+        self._options = onnxruntime.RunOptions()
+        if self._device == "cuda":
+            self._options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+            self._graphs += 1
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Inside, what ONNX Runtime raises is about a model file, and becomes one line. Its classes have no base but Exception."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (ValueError, RuntimeError)):
+            raise
+        text = " ".join(str(error).split()).split(" : ", 3)[-1].removeprefix("Error in execution: ")
+        if "allocate" in text:
+            raise RuntimeError(f"out of memory: {text}") from None
+        raise ValueError(f"{path}: {text}") from None

@@ -1,0 +1,200 @@
+"""Linear operators that restoration inverts: what a measurement has seen of an image.
+
+Each knows its pseudo-inverse A^+, for which A A^+ A = A: A^+ A keeps what A sees of an image, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Blur", "CompressedSensing", "Downscale", "Grey", "LinearOperator", "Mask"]
+
+
+class LinearOperator(nn.Module):
+    """A, a call; its tensors are buffers, which ``.to(device)`` moves.
+
+    Attributes:
+        gain: the standard deviation of a pixel of A^+ n (root mean square over the pixels), n being noise of variance 1.
+    """
+
+    gain: float = 1.0
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [-1, 1] -> N measurements."""
+
+    @abstractmethod
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        """N measurements -> (N, C, H, W)."""
+
+
+class Mask(LinearOperator):
+    """Inpainting: pixels that are known. The others are 0 in the measurement.
+
+    Args:
+        known: (H, W), True where the image is known.
+
+    Raises:
+        ValueError: it is not two-dimensional.
+    """
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        if known.ndim != 2:
+            raise ValueError(f"a mask has the shape (H, W) of an image; got {tuple(known.shape)}")
+        self.register_buffer("known", known.float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != self.known.shape:
+            raise ValueError(f"a mask of {_size(self.known)} pixels does not fit images of {_size(images)}")
+        return images * self.known
+
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        return self(measurement)
+
+
+class Downscale(LinearOperator):
+    """Super-resolution: the mean of each square of ``factor`` x ``factor`` pixels.
+
+    Raises:
+        ValueError: the factor is no whole number above 1, or, in a call, does not divide the image's sides.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2:
+            raise ValueError(f"a scale factor is a whole number of 2 or more; got {factor!r}")
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        if any(side % self.factor for side in images.shape[-2:]):
+            raise ValueError(f"images of {_size(images)} pixels cannot be divided by the scale factor {self.factor}")
+        return F.avg_pool2d(images, self.factor)
+
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        return F.interpolate(measurement, scale_factor=self.factor, mode="nearest")
+
+
+class Grey(LinearOperator):
+    """Colorization: the mean of the ``channels``, (N, 1, H, W).
+
+    Raises:
+        ValueError: there is one channel only, which leaves nothing to restore.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError("the model makes grey images: there are no colours to restore")
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(1, keepdim=True)
+
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        return measurement.expand(-1, self.channels, -1, -1)
+
+
+class Blur(LinearOperator):
+    """Deblurring: a Gaussian of standard deviation ``sigma`` pixels along each side, the image being mirrored at its edges.
+
+    Frequencies that the blur leaves less than ``smallest`` of count as unseen: to bring them back would be to amplify rounding.
+
+    Args:
+        size: the images' height and width.
+        sigma: in pixels.
+        smallest: singular values of the blur along a side below this are taken for 0.
+
+    Raises:
+        ValueError: sigma is not positive.
+    """
+
+    def __init__(self, size: tuple[int, int], sigma: float, smallest: float = 0.03) -> None:
+        super().__init__()
+        if not sigma > 0 or not math.isfinite(sigma):
+            raise ValueError(f"the blur's sigma must be a positive number of pixels; got {sigma!r}")
+        gain = 1.0
+        for side, length in zip(("rows", "columns"), size, strict=True):
+            u, s, vt = np.linalg.svd(_gaussian(length, sigma))
+            kept = s > smallest
+            blur, inverse = (u * np.where(kept, s, 0)) @ vt, (vt.T * np.divide(1, s, out=np.zeros_like(s), where=kept)) @ u.T
+            gain *= math.sqrt(np.square(inverse).sum() / length)
+            self.register_buffer(f"blur_{side}", torch.from_numpy(blur).float())
+            self.register_buffer(f"inverse_{side}", torch.from_numpy(inverse).float())
+        self.gain = gain
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (len(self.blur_rows), len(self.blur_columns)):
+            raise ValueError(f"a blur of {len(self.blur_rows)}x{len(self.blur_columns)} does not fit images of {_size(images)}")
+        return self.blur_rows @ images @ self.blur_columns.T
+
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        return self.inverse_rows @ measurement @ self.inverse_columns.T
+
+
+class CompressedSensing(LinearOperator):
+    """A share of the Walsh-Hadamard coefficients of each channel, its pixels' signs having been drawn at random: an orthonormal
+    transform that spreads every pixel over all of them.
+
+    Args:
+        size: the images' height and width; their product must be a power of 2.
+        ratio: the share of coefficients that is measured.
+        seed: of the signs, and of the choice.
+
+    Raises:
+        ValueError: the size or the ratio does not serve.
+    """
+
+    def __init__(self, size: tuple[int, int], ratio: float, seed: int = 0) -> None:
+        super().__init__()
+        pixels = math.prod(size)
+        if pixels & (pixels - 1):
+            raise ValueError(f"compressed sensing needs a number of pixels that is a power of 2; got {size[0]}x{size[1]}")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"the ratio of compressed sensing must lie in (0, 1]; got {ratio!r}")
+        generator = torch.Generator().manual_seed(seed)
+        self.size = size
+        self.register_buffer("signs", torch.randint(0, 2, (pixels,), generator=generator).float() * 2 - 1)
+        self.register_buffer("chosen", torch.randperm(pixels, generator=generator)[: max(1, round(ratio * pixels))])
+        self.gain = math.sqrt(len(self.chosen) / pixels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != tuple(self.size):
+            raise ValueError(f"the measurement is of images of {self.size[0]}x{self.size[1]}, not {_size(images)}")
+        return _hadamard(images.flatten(2) * self.signs).index_select(2, self.chosen)
+
+    def pseudo_inverse(self, measurement: Tensor) -> Tensor:
+        spread = measurement.new_zeros(*measurement.shape[:2], len(self.signs)).index_copy(2, self.chosen, measurement)
+        return (_hadamard(spread) * self.signs).unflatten(2, self.size)
+
+
+def _gaussian(length: int, sigma: float) -> np.ndarray:
+    """(length, length): the blur of a row of pixels that is mirrored, each end pixel being repeated, as often as it takes."""
+    reach = math.ceil(4 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    matrix = np.zeros((length, length))
+    for row in range(length):
+        mirrored = np.arange(row - reach, row + reach + 1) % (2 * length)
+        np.add.at(matrix[row], np.minimum(mirrored, 2 * length - 1 - mirrored), weights / weights.sum())
+    return matrix
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform along the last dimension, its own inverse."""
+    length = x.shape[-1]
+    half = 1
+    while half < length:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        half *= 2
+    return x / math.sqrt(length)
+
+
+def _size(images: Tensor) -> str:
+    return "x".join(map(str, images.shape[-2:]))

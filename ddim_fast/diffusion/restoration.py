@@ -1,0 +1,132 @@
+"""Restoration: images that explain a measurement of them, by a network that was not trained for it.
+
+Of x_0 as the network predicts it, each step keeps the part that a linear operator A does not see, and takes the other part
+from the measurement: x_0 + A^+ (y - A x_0) (Wang, Yu and Zhang 2023, DDNM, arXiv 2212.00490, eq. 13). With noise in the
+measurement, it takes a share of that which shrinks with the noise of the step (ibid., eq. 17 to 19, "DDNM+"). Time travel goes
+back a few steps and takes them again, so that the two parts agree better (ibid., algorithm 3; Lugmayr et al. 2022, RePaint).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..ops.ddim_step import ddim_step
+from .operators import LinearOperator
+from .step import step_coefficients
+
+__all__ = ["Restoration", "TimeTravel", "restoration"]
+
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TimeTravel:
+    """Every ``length`` steps are taken ``repeats`` times: at their end noise is added, up to where they began.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    length: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("length", self.length), ("repeats", self.repeats)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"time travel needs a {name} of 1 or more; got {value!r}")
+
+    def steps(self, count: int) -> Iterator[tuple[int, int]]:
+        """For each step of a run over ``count`` timesteps: the number of its timestep, and that of the timestep at whose noise
+        level it ends, which is ``count`` for no noise."""
+        for first in range(0, count, self.length):
+            last = min(first + self.length, count) - 1
+            for repeat in range(self.repeats):
+                for i in range(first, last + 1):
+                    again = i == last and repeat < self.repeats - 1
+                    yield i, first if again else i + 1
+
+
+def restoration(
+    timesteps: np.ndarray,
+    alphas_cumprod: np.ndarray,
+    prediction_type: str,
+    operator: LinearOperator,
+    *,
+    eta: float = 0.85,
+    noise_std: float = 0.0,
+    travel: TimeTravel | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of a restoration.
+
+    Args:
+        timesteps: (S,) of the sampler, noisiest first.
+        alphas_cumprod: (S + 1,) their noise levels, then 1.
+        prediction_type: what the network predicts.
+        operator: whose gain says what becomes of the measurement's noise.
+        eta: the noise of each step, 0 to 1 (eq. 16 of Song et al. 2021).
+        noise_std: standard deviation of the measurement's noise.
+        travel: time travel; None for none.
+
+    Returns:
+        The timesteps at which the network is evaluated, in order, and a (steps, 10) float32 table: the coefficients of
+        :func:`ddim_fast.ddim_step` from x and the corrected x_0, two that read x_0 from x and the network's output, and the
+        share of the measurement.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if not noise_std >= 0 or not math.isfinite(noise_std):
+        raise ValueError(f"noise_std must be a number of 0 or more; got {noise_std!r}")
+    evaluated, rows = [], []
+    levels = [float(level) for level in alphas_cumprod]
+    for i, end in (travel or TimeTravel()).steps(len(timesteps)):
+        start, reached = levels[i], levels[i + 1]
+        reading = step_coefficients(start, reached, eta, prediction_type)[:2]
+        step = step_coefficients(start, reached, eta, "sample")
+        # Going back is one Gaussian more, q(x_end | x_reached): both steps are one.
+        kept = levels[end] / reached
+        to_x0, to_eps = math.sqrt(kept) * step.prev_from_x0, math.sqrt(kept) * step.prev_from_eps
+        sigma = math.sqrt(kept * step.sigma**2 + (1 - kept))
+        # What the measurement's noise adds to x is left out of the step's; where it is more than that, a share of it is taken.
+        seen = to_x0 * operator.gain * noise_std
+        share, sigma = (1.0, math.sqrt(sigma**2 - seen**2)) if seen <= sigma else (sigma / seen, 0.0)
+        evaluated.append(timesteps[i])
+        rows.append((*step[:4], to_x0, to_eps, sigma, *reading, share))
+    return np.array(evaluated), np.array(rows, dtype=np.float32)
+
+
+class Restoration:
+    """A solver's part of a step, which keeps to a measurement.
+
+    Args:
+        operator: A, on the device of the run.
+        measurement: y for the N images of a run, there too.
+        table: what :func:`restoration` returns.
+        clip: clip the network's x_0 to [-r, r]; None does not.
+    """
+
+    stochastic = True
+
+    def __init__(self, operator: LinearOperator, measurement: Tensor, table: np.ndarray, clip: float | None = None) -> None:
+        self.operator = operator
+        self.seen = operator.pseudo_inverse(measurement)
+        self.table = table
+        self.clip = clip
+
+    def start(self, x: Tensor) -> State:
+        return (x,)
+
+    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
+        (x,) = state
+        from_sample, from_output, share = table.index_select(0, index.reshape(1))[0, 7:].unbind()
+        x0 = from_sample * x + from_output * output
+        if self.clip is not None:
+            x0 = x0.clamp(-self.clip, self.clip)
+        # In this order x_0 where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
+        x0 = x0 - share * self.operator.pseudo_inverse(self.operator(x0)) + share * self.seen
+        return (ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index),)

@@ -1,0 +1,46 @@
+"""What a sampler shows of itself while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .solvers import Solver
+
+__all__ = ["SamplerState"]
+
+
+@dataclass
+class SamplerState:
+    """One step of a trajectory.
+
+    Attributes:
+        step: its number, from 0.
+        timestep: the training timestep at which the network was evaluated.
+        x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array where the
+            sampler works with arrays.
+    """
+
+    step: int
+    timestep: int
+    x: Tensor
+    _evaluation: tuple[Solver, Any, Any] = field(repr=False)
+
+    @property
+    def before(self) -> Tensor:
+        """(N, C, H, W) float32, the sample before the step."""
+        return self._evaluation[1]
+
+    @property
+    def output(self) -> Tensor:
+        """(N, C, H, W) float32: what the network returned for :attr:`before` at ``timestep``, guided."""
+        return self._evaluation[2]
+
+    @property
+    def x0(self) -> Tensor:
+        """(N, C, H, W) float32: the images as the network predicted them at ``timestep``. Computed when it is asked for."""
+        solver, x, output = self._evaluation
+        return solver.predict_x0(self.step, x, output)

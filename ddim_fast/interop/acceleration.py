@@ -1,0 +1,439 @@
+"""Other people's networks by our operators: one line before, one line after.
+
+>>> report = ddim_fast.accelerate(pipe, dtype=torch.bfloat16)
+>>> print(report)
+>>> images = pipe(batch_size=8, num_inference_steps=20).images
+>>> ddim_fast.restore(pipe)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine import ENGINES, select_engine
+from ..models.unet import UNet
+from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
+from .diffusers_modules import (
+    FAST,
+    CastInputs,
+    FastAttnProcessor,
+    FastConv2d,
+    FastGroupNorm,
+    FastGroupNormSiLU,
+    FastLayerNorm,
+    FastLinear,
+    FastResnetBlock2D,
+    FastUpsample2D,
+    PassedOn,
+    adopt,
+    conv_of,
+    give_back,
+    is_conv3x3,
+    is_untouched,
+    parts_of,
+)
+
+from diffusers import (  # isort: skip - the module above says what is wrong where diffusers is missing
+    AutoencoderKL,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+
+__all__ = ["Accelerated", "LeftAlone", "Report", "accelerate", "restore"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DENOISERS = (UNet2DModel, UNet2DConditionModel)
+# They make an image once, and what digits they lose is seen in it: accelerated in their own dtype.
+_AUTOENCODERS = (AutoencoderKL, VQModel)
+_SCHEDULERS = {DDIMScheduler: FastDDIMScheduler, DDIMInverseScheduler: FastDDIMInverseScheduler}
+# Where nothing but conv_act follows conv_norm_out.
+_WITH_OUTPUT_LAYERS = (*_DENOISERS, Encoder, Decoder)
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """One thing replaced: its name in the model or pipeline, its class, and what computes it now."""
+
+    name: str
+    kind: str
+    by: str
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One thing not replaced: its name, its class, and why."""
+
+    name: str
+    kind: str
+    why: str
+
+
+@dataclass
+class Report:
+    """What :func:`accelerate` did; printed, a summary.
+
+    Attributes:
+        engine: how the network is executed.
+        replaced, left_alone: in the order in which they were met.
+    """
+
+    engine: str
+    replaced: list[Accelerated] = field(default_factory=list)
+    left_alone: list[LeftAlone] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain dictionaries, lists and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"accelerated {len(self.replaced)} modules, engine {self.engine}"]
+        lines += _grouped("replaced", [(r.kind, r.by, r.name) for r in self.replaced], "by")
+        lines += _grouped("left alone", [(r.kind, r.why, r.name) for r in self.left_alone], "because")
+        return "\n".join(lines)
+
+
+def accelerate(
+    model_or_pipeline: nn.Module | DiffusionPipeline, *, dtype: torch.dtype | None = None, engine: str = "eager"
+) -> Report:
+    """Has a network of diffusers compute by the operators of this package, in place, until :func:`restore`.
+
+    Replaced are residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
+    in a pipeline, a DDIMScheduler or DDIMInverseScheduler. No weight is changed, moved or renamed: parameters, ``state_dict``,
+    ``save_pretrained``, ``.to(...)``, LoRA and seeds are as before. What is made of the weights for inference is kept beside
+    them, up to 1.8 times their memory, and made anew when they change (:func:`ddim_fast.ops.derived.derived` says how that is
+    noticed). No class of diffusers is touched.
+
+    What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
+    and models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its
+    own dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
+
+    Args:
+        model_or_pipeline: a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel, or a pipeline with some of these.
+        dtype: what the denoising network computes in: torch.float32, bfloat16 or float16. The time embedding, the norms'
+            statistics, and what it takes and returns keep their dtype, so the sampler's loop does. None is the dtype of its
+            weights. An autoencoder stays in its own.
+        engine: ``eager``; ``compiled``, torch.compile of the denoising network without graph breaks; ``captured``, on a GPU,
+            the same replayed from CUDA graphs; ``auto`` is eager.
+
+    Returns:
+        What was replaced, what not, and why.
+
+    Raises:
+        ValueError: there is nothing here to accelerate, or an option is unknown or cannot be served.
+
+    Accelerated already, it is restored first: the last call's options count.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16, or None; got {dtype!r}")
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    _check_kind(model_or_pipeline)
+    components = dict(_networks(model_or_pipeline))
+    for model in components.values():
+        if isinstance(model, _DENOISERS):
+            engine = select_engine(engine, model.device)
+    restore(model_or_pipeline)
+    report = Report("eager" if engine == "auto" else engine)
+    for name, model in components.items():
+        _accelerate_model(name, model, dtype, report)
+    if isinstance(model_or_pipeline, DiffusionPipeline):
+        _replace_schedulers(model_or_pipeline, report)
+    return report
+
+
+def restore(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
+    """Undoes :func:`accelerate`: modules, processors, schedulers and layouts are those from before. What was changed since,
+    such as a scheduler or processor set by hand, stays. Nothing happens to what was not accelerated.
+
+    Returns:
+        ``model_or_pipeline``.
+
+    Raises:
+        ValueError: it is neither a model nor a pipeline of diffusers.
+    """
+    _check_kind(model_or_pipeline)
+    for _, model in _networks(model_or_pipeline):
+        if vars(model).pop("_fast_engine", None) is not None:
+            vars(model).pop("_compiled_call_impl", None)
+        for module in model.modules():
+            if type(module) in FAST:
+                give_back(module)
+            if isinstance(module, Attention) and isinstance(module.processor, FastAttnProcessor):
+                module.set_processor(module.processor.original)
+            _remove_casts(module)
+    if isinstance(model_or_pipeline, DiffusionPipeline):
+        for name, component in model_or_pipeline.components.items():
+            if isinstance(component, tuple(_SCHEDULERS.values())) and component.replaces is not None:
+                setattr(model_or_pipeline, name, component.replaces)
+    return model_or_pipeline
+
+
+def _check_kind(given: Any) -> None:
+    if isinstance(given, (DiffusionPipeline, *_DENOISERS, *_AUTOENCODERS)):
+        return
+    if isinstance(given, UNet):
+        hint = "; a ddim_fast.UNet is made of these operators already, and ddim_fast.Sampler takes its dtype and engine"
+    elif isinstance(given, torch._dynamo.eval_frame.OptimizedModule):
+        hint = "; what torch.compile returned comes too late: accelerate the model itself, then compile it"
+    else:
+        hint = ""
+    raise ValueError(
+        "accelerate and restore take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, or a pipeline;"
+        f" got {type(given).__name__}{hint}"
+    )
+
+
+def _networks(given: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
+    """The networks served here, with their names: of a model itself that is empty."""
+    components = given.components.items() if isinstance(given, DiffusionPipeline) else [("", given)]
+    for name, component in components:
+        if isinstance(component, (*_DENOISERS, *_AUTOENCODERS)):
+            yield name, component
+
+
+def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, report: Report) -> None:
+    reason = _why_not_model(model)
+    if reason is not None:
+        report.left_alone.append(LeftAlone(name, type(model).__name__, reason))
+        return
+    denoises = isinstance(model, _DENOISERS)
+    _Visit(dtype if denoises else None, report).model(model, name)
+    if denoises and report.engine != "eager":
+        _set_engine(model, report.engine)
+
+
+def _why_not_model(model: nn.Module) -> str | None:
+    if hasattr(model, "_hf_hook") or "forward" in vars(model) or hasattr(model, "_diffusers_hook"):
+        return "a hook moves or changes its weights (offloading, layerwise casting): accelerate it without"
+    if any(p.is_meta for p in model.parameters()):
+        return "some of its weights are not in memory (offloading)"
+    if model._compiled_call_impl is not None:
+        return "it is compiled already: accelerate it first, then compile"
+    return None
+
+
+class _Visit:
+    """One walk through a model.
+
+    Args:
+        dtype: what the model shall compute in, None for its own.
+        report: gets what is replaced and what is not.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, report: Report) -> None:
+        self.dtype = dtype
+        self.report = report
+
+    def model(self, model: nn.Module, name: str) -> None:
+        """All of a model."""
+        self._visit(model, name)
+        if isinstance(model, _DENOISERS) and type(model.conv_out) is FastConv2d:
+            adopt(model.conv_out, FastConv2d, self.dtype, is_last=True)
+
+    def _visit(self, module: nn.Module, name: str) -> None:
+        if isinstance(module, (TimestepEmbedding, nn.Embedding)) or type(module) in FAST:
+            return  # small and exact; or met before, under another name
+        reason = _why_closed(module)
+        if reason is not None:
+            self._leave(module, name, reason)
+            return
+        leaf = {nn.Conv2d: self._conv, nn.Linear: self._linear, nn.LayerNorm: self._layer_norm, nn.GroupNorm: self._group_norm}
+        if type(module) in leaf:
+            leaf[type(module)](module, name)
+            return
+        if any(True for _ in module.parameters(recurse=False)):
+            self._leave(module, name, "it is none of the classes served here")
+            return
+        for child_name, child in module.named_children():
+            if not (isinstance(module, ResnetBlock2D) and child_name == "time_emb_proj"):  # small and exact, too
+                self._visit(child, f"{name}.{child_name}" if name else child_name)
+        for kind, block in ((ResnetBlock2D, self._resnet), (Upsample2D, self._upsample), (Attention, self._attention)):
+            if isinstance(module, kind):
+                block(module, name)
+        if isinstance(module, _WITH_OUTPUT_LAYERS):
+            self._output_norm(module, name)
+
+    def _conv(self, conv: nn.Conv2d, name: str) -> None:
+        if conv.padding_mode != "zeros":
+            self._leave(conv, name, f"its padding_mode is {conv.padding_mode}")
+            return
+        by = "conv3x3" if is_conv3x3(conv) else "PyTorch in channels_last"
+        self._adopt(conv, FastConv2d, name, by, self.dtype)
+
+    def _linear(self, linear: nn.Linear, name: str) -> None:
+        if self._converts(linear):
+            self._adopt(linear, FastLinear, name, f"PyTorch in {self.dtype}", self.dtype)
+
+    def _layer_norm(self, norm: nn.LayerNorm, name: str) -> None:
+        if norm.weight is not None and self._converts(norm):
+            self._adopt(norm, FastLayerNorm, name, f"PyTorch in {self.dtype}")
+
+    def _group_norm(self, norm: nn.GroupNorm, name: str) -> None:
+        if norm.weight is None:
+            self._leave(norm, name, "it has no weight and bias")
+            return
+        self._adopt(norm, FastGroupNorm, name, "group_norm_silu")
+
+    def _resnet(self, block: ResnetBlock2D, name: str) -> None:
+        if type(block) is not ResnetBlock2D:
+            reason = "it is a class of its own"
+        elif block.upsample is not None or block.downsample is not None:
+            reason = "it resamples between norm and convolution"
+        elif not isinstance(block.nonlinearity, nn.SiLU):
+            reason = f"its nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
+        elif not all(is_untouched(child, kind) for child, kind in parts_of(block)):
+            reason = "a norm or convolution in it is left alone"
+        else:
+            self._adopt(block, FastResnetBlock2D, name, "group_norm_silu, conv3x3")
+            return
+        self._keep(block, name, reason)
+
+    def _upsample(self, block: Upsample2D, name: str) -> None:
+        if (
+            type(block) is Upsample2D
+            and block.use_conv
+            and block.interpolate
+            and not block.use_conv_transpose
+            and block.norm is None
+            and is_untouched(conv_of(block), FastConv2d)
+            and is_conv3x3(conv_of(block))
+        ):
+            self._adopt(block, FastUpsample2D, name, "conv3x3")
+        else:
+            self._keep(block, name, "it does not enlarge by repetition before a 3x3 convolution")
+
+    def _attention(self, attn: Attention, name: str) -> None:
+        reason = _why_not_attention(attn)
+        if reason is not None:
+            self._keep(attn, name, reason)
+            return
+        attn.set_processor(FastAttnProcessor(attn.processor))
+        self.report.replaced.append(Accelerated(name, "Attention", "attention"))
+
+    def _output_norm(self, module: nn.Module, name: str) -> None:
+        """The norm before the last convolution, and its SiLU."""
+        norm, act = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
+        if norm is None or type(act) is not nn.SiLU or not is_untouched(norm, FastGroupNorm) or not is_untouched(act):
+            return
+        adopt(norm, FastGroupNormSiLU)
+        self._adopt(act, PassedOn, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
+
+    def _adopt(self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None) -> None:
+        self.report.replaced.append(Accelerated(name, FAST[kind].__name__, by))
+        adopt(module, kind, dtype)
+
+    def _keep(self, module: nn.Module, name: str, why: str) -> None:
+        """Leaves a module as it is, while its children may have been replaced."""
+        self.report.left_alone.append(LeftAlone(name, type(module).__name__, why))
+
+    def _leave(self, module: nn.Module, name: str, why: str) -> None:
+        """Leaves a module and all in it as they are. In a network of another dtype it gets its input in its own."""
+        self._keep(module, name, why)
+        dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+        if self.dtype is None or not dtypes or self.dtype in dtypes:
+            return
+        while module is not None:  # a layer that LoRA wraps may be unwrapped again
+            module.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
+            module = getattr(module, "base_layer", None)
+
+    def _converts(self, module: nn.Module) -> bool:
+        return self.dtype is not None and module.weight.dtype != self.dtype
+
+
+def _why_closed(module: nn.Module) -> str | None:
+    """Why nothing in a module may be replaced, or None."""
+    if hasattr(module, "base_layer"):
+        return "it is LoRA-wrapped"
+    if "forward" in vars(module):
+        return "its forward is somebody else's (a hook)"
+    if hasattr(module, "parametrizations"):
+        return "its weights are parametrized"
+    for parameter in module.parameters(recurse=False):
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            return "its weights are quantised"
+    return None
+
+
+def _why_not_attention(attn: Attention) -> str | None:
+    processor = type(attn.processor)
+    if type(attn) is not Attention:
+        return "it is a class of its own"
+    if processor not in (AttnProcessor, AttnProcessor2_0):
+        return f"its processor is {processor.__name__}"
+    if processor is AttnProcessor and (not attn.scale_qk or attn.upcast_attention or attn.upcast_softmax):
+        return "its processor does not scale, or computes in float32"  # AttnProcessor2_0 knows neither
+    # What the processors in question have no place for.
+    others = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
+    for option in others:
+        if getattr(attn, option) is not None:
+            return f"it has {option}"
+    return None
+
+
+def _replace_schedulers(pipe: DiffusionPipeline, report: Report) -> None:
+    served = {name for name, _ in _networks(pipe)}
+    for name, component in pipe.components.items():
+        kind = type(component)
+        if kind in _SCHEDULERS:
+            fast = _SCHEDULERS[kind].from_config(component.config)
+            if not torch.equal(fast.alphas_cumprod, component.alphas_cumprod.cpu()):
+                report.left_alone.append(LeftAlone(name, kind.__name__, "its alphas_cumprod are not those of its config"))
+                continue
+            if component.num_inference_steps is not None:
+                fast.set_timesteps(component.num_inference_steps, component.timesteps.device)
+            fast.replaces = component
+            setattr(pipe, name, fast)
+            report.replaced.append(Accelerated(name, kind.__name__, _SCHEDULERS[kind].__name__))
+        elif name not in served and component is not None and hasattr(component, "config"):
+            report.left_alone.append(LeftAlone(name, kind.__name__, "it is none of the classes served here"))
+
+
+def _set_engine(model: nn.Module, engine: str) -> None:
+    """torch.compile of the model, in place."""
+    model._fast_engine = engine
+    if engine == "compiled":
+        model.compile(fullgraph=True)
+        return
+    model.compile(fullgraph=True, mode="max-autotune")
+    model._compiled_call_impl = functools.partial(_replayed, model._compiled_call_impl)
+
+
+def _replayed(compiled: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call whose result outlives the next replay of its CUDA graph."""
+    torch.compiler.cudagraph_mark_step_begin()
+    result = compiled(*args, **kwargs)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, result)
+
+
+def _remove_casts(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, CastInputs):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _grouped(title: str, rows: list[tuple[str, str, str]], link: str) -> list[str]:
+    """Lines of (class, reason, name), those of one class and reason together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kind, reason, name in rows:
+        groups.setdefault((kind, reason), []).append(name)
+    lines = [f"{title}:"] if groups else []
+    for (kind, reason), names in groups.items():
+        shown = ", ".join(n for n in names[:3] if n) + (", ..." if len(names) > 3 else "")
+        lines.append(f"  {len(names):4d} {kind} {link} {reason}" + (f" ({shown})" if shown else ""))
+    return lines

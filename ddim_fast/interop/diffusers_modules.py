@@ -1,0 +1,295 @@
+"""The modules of diffusers' networks, computed by our operators.
+
+Each class here is a subclass of the one whose place it takes, and adds nothing that would be saved: an object is moved from one
+to the other by its ``__class__`` alone (see :func:`adopt` and :func:`give_back`), as PyTorch's parametrizations do it. So the
+module stays the same object, with its parameters, buffers, children and hooks; no class of diffusers or PyTorch is touched.
+
+What they compute, they compute for inference. Where a gradient is recorded, or where a child is no longer what it was (LoRA, a
+hook), a module does what the class does whose place it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from ..ops.attention import attention
+from ..ops.conv1x1 import conv1x1
+from ..ops.conv3x3 import conv3x3_of
+from ..ops.derived import converted, forget
+from ..ops.group_norm_silu import group_norm_silu
+
+__all__ = [
+    "FAST",
+    "CastInputs",
+    "FastAttnProcessor",
+    "FastConv2d",
+    "FastGroupNorm",
+    "FastGroupNormSiLU",
+    "FastLayerNorm",
+    "FastLinear",
+    "FastResnetBlock2D",
+    "FastUpsample2D",
+    "PassedOn",
+    "adopt",
+    "conv_of",
+    "give_back",
+    "is_conv3x3",
+    "is_untouched",
+    "parts_of",
+]
+
+
+class FastConv2d(nn.Conv2d):
+    """In channels_last, and in the dtype that :func:`adopt` was given."""
+
+    # LoRA makes layers of its own of the class of the layer they stand beside.
+    _fast_dtype: torch.dtype | None = None
+    _fast_is_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _records_gradient(x, self.weight, self.bias):
+            forget_weight(self.weight)
+            return super().forward(x.to(self.weight.dtype))
+        dtype = compute_dtype(self)
+        x = x.to(dtype, memory_format=torch.channels_last)
+        if is_conv3x3(self):
+            out = conv3x3_of(x, self.weight, self.bias)
+        else:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            weight = converted(self.weight, dtype)
+            out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        # Images of one channel count as both layouts, and leave a convolution in the other one.
+        out = out.contiguous(memory_format=torch.channels_last)
+        return out.to(self.weight.dtype).contiguous() if self._fast_is_last else out
+
+
+class FastLinear(nn.Linear):
+    """In the dtype that :func:`adopt` was given."""
+
+    _fast_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _records_gradient(x, self.weight, self.bias):
+            forget_weight(self.weight)
+            return super().forward(x.to(self.weight.dtype))
+        dtype = compute_dtype(self)
+        return F.linear(x.to(dtype), converted(self.weight, dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class FastLayerNorm(nn.LayerNorm):
+    """Of input whose dtype is not the parameters', in the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """By our operator where there are images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return norm_silu(self, x, silu=False)
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class FastGroupNormSiLU(nn.GroupNorm):
+    """A norm and the SiLU after it, in one pass; :class:`PassedOn` then takes the place of the SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_silu(self, x)
+
+
+class PassedOn(nn.SiLU):
+    """The SiLU that :class:`FastGroupNormSiLU` has computed already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FastResnetBlock2D(ResnetBlock2D):
+    """A residual block in two norms and two convolutions: the first bias, the time embedding, both SiLUs, the shortcut's bias
+    and the sum are done in passing."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._is_served(input_tensor, temb):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = input_tensor.to(compute_dtype(self.conv1))
+        h = conv3x3_of(norm_silu(self.norm1, x), self.conv1.weight)
+        numbers = {"pre_shift": self.conv1.bias}
+        if self.time_emb_proj is not None and temb is not None:
+            embedded = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+            if self.time_embedding_norm == "default":
+                numbers["pre_shift"] = embedded + self.conv1.bias
+            else:
+                numbers["scale"], numbers["shift"] = embedded.chunk(2, dim=1)
+        rows = {name: values.expand(len(x), -1) for name, values in numbers.items()}
+        h = self.dropout(norm_silu(self.norm2, h, **rows))
+        shortcut, bias = self.conv_shortcut, self.conv2.bias
+        if shortcut is None:
+            residual = x
+        else:
+            residual = conv1x1(x, converted(shortcut.weight, x.dtype))
+            bias = bias if shortcut.bias is None else bias + shortcut.bias
+        out = conv3x3_of(h, self.conv2.weight, bias, residual=residual)
+        return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+    def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
+        """Whether the children are still those that were adopted, and no gradient is asked for."""
+        if temb is None and self.time_embedding_norm == "scale_shift":
+            return False  # an error, which is theirs to raise
+        return all(is_untouched(module, kind) for module, kind in parts_of(self)) and not _records_gradient(
+            x, temb, self.conv1.weight, self.conv2.weight, self.norm1.weight, self.norm2.weight
+        )
+
+
+class FastUpsample2D(Upsample2D):
+    """Enlarged in the convolution, so that the large image is never written."""
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        conv = conv_of(self)
+        doubled = tuple(2 * size for size in hidden_states.shape[2:])
+        served = (output_size is None or tuple(output_size) == doubled) and is_untouched(conv, FastConv2d)
+        if args or kwargs or not served or _records_gradient(hidden_states, conv.weight, conv.bias):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return conv3x3_of(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
+
+
+class FastAttnProcessor(AttnProcessor2_0):
+    """Attention by our operator, and the norm before it.
+
+    Attributes:
+        original: the processor whose place it takes, and which serves what this one does not: masks.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        is_image = hidden_states.ndim == 4
+        normed = attn.group_norm is not None
+        if attention_mask is not None or args or kwargs or (normed and not (is_image and is_untouched(attn.group_norm))):
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        tokens = norm_silu(attn.group_norm, hidden_states, silu=False) if normed else hidden_states
+        if is_image:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        others = tokens if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(tokens), attn.to_k(others), attn.to_v(others))
+        q, k, v = (p.to(projected[0].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for p in projected)
+        out = attention(q, k, v).transpose(1, 2).flatten(2)
+        for layer in attn.to_out:
+            out = layer(out)
+        if is_image:
+            out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+class CastInputs:
+    """A forward pre-hook for a module that is left alone in a network of another dtype: it gets its input in its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(map(self._cast, args)), {name: self._cast(value) for name, value in kwargs.items()}
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# Of an adopted module: the class that it had.
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    FastConv2d: nn.Conv2d,
+    FastLinear: nn.Linear,
+    FastLayerNorm: nn.LayerNorm,
+    FastGroupNorm: nn.GroupNorm,
+    FastGroupNormSiLU: nn.GroupNorm,
+    PassedOn: nn.SiLU,
+    FastResnetBlock2D: ResnetBlock2D,
+    FastUpsample2D: Upsample2D,
+}
+
+
+def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None, *, is_last: bool = False) -> None:
+    """Makes ``module``, of the class that ``kind`` takes the place of, one of ``kind``.
+
+    Args:
+        dtype: what it computes in; None is its weight's dtype.
+        is_last: a network's last convolution returns what the network's caller expects: its weight's dtype, and, as the sample
+            is contiguous, that layout, since only tensors of one layout go through a scheduler's step in a single pass.
+    """
+    module.__class__ = kind
+    module._fast_dtype, module._fast_is_last = dtype, is_last
+
+
+def give_back(module: nn.Module) -> None:
+    """Makes an adopted module what it was."""
+    module.__class__ = FAST[type(module)]
+    for name in ("_fast_dtype", "_fast_is_last"):
+        vars(module).pop(name, None)
+    for parameter in module.parameters(recurse=False):
+        forget(parameter)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """What an adopted module computes in."""
+    return module._fast_dtype or module.weight.dtype
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
+    """GroupNorm and SiLU with the parameters of ``norm``."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+
+
+def parts_of(block: ResnetBlock2D) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The norms and convolutions of a residual block, with the classes they have once they are adopted."""
+    parts = [(block.norm1, FastGroupNorm), (block.norm2, FastGroupNorm), (block.conv1, FastConv2d), (block.conv2, FastConv2d)]
+    return parts if block.conv_shortcut is None else [*parts, (block.conv_shortcut, FastConv2d)]
+
+
+def conv_of(upsample: Upsample2D) -> nn.Module:
+    """The convolution of an Upsample2D, which has two names for it."""
+    return upsample.conv if upsample.name == "conv" else upsample.Conv2d_0
+
+
+def is_conv3x3(conv: nn.Conv2d) -> bool:
+    """Whether it is one of those that our operator is for."""
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether nobody watches or changes what ``module`` does, so that it need not be called itself; and whether it is of just
+    this ``kind``, if given."""
+    if kind is not None and type(module) is not kind:
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+
+
+def forget_weight(weight: Tensor) -> None:
+    """Drops what was made of a weight for inference; compiled code made nothing."""
+    if not torch.compiler.is_compiling():
+        forget(weight)
+
+
+def _records_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

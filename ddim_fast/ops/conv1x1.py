@@ -1,0 +1,34 @@
+"""The 1x1 convolution of a U-Net's shortcuts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["conv1x1"]
+
+
+def conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution and what is to be added to it: in channels_last a matrix product that adds up in place of a pass of its
+    own.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, C, 1, 1), in the dtype of ``x``.
+        added: (N, K, H, W), or None.
+
+    Returns:
+        (N, K, H, W).
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight) if added is None else added + F.conv2d(x, weight)
+    n, _, height, width = x.shape
+    right = weight.flatten(1).t()
+    rows = _rows(x) @ right if added is None else torch.addmm(_rows(added), _rows(x), right)
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N H W, C), a view of a channels_last image."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)

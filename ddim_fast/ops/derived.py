@@ -1,0 +1,90 @@
+"""What inference makes of a weight once: kept beside the weight, and made anew when that has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["converted", "derived", "forget"]
+
+Value = TypeVar("Value")
+
+# Of a weight, as many elements as this are compared with what they were, evenly spread.
+SAMPLES = 64
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def derived(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
+    """``make()``, or what it returned at an earlier call with the same ``weight`` and ``key`` if the weight has not changed.
+
+    That it changed is seen by its address, by PyTorch's count of in-place operations and, because a write through ``.data`` (as
+    an exponential moving average or a merged LoRA makes it) is not counted, on a CPU by a sample of its elements. Not seen: a
+    write through ``.data`` that spares all of these, or one on a GPU, where to look would be to wait for it; :func:`forget` is
+    for them.
+
+    Args:
+        weight: a parameter; it does not stay alive for this.
+        key: what else the result depends on, hashable: what it is and its dtype.
+        make: must not return the weight or a view of it.
+    """
+    values = _known.get(weight)
+    if values is None:
+        values = _known[weight] = {}
+    entry = values.get(key)
+    if entry is None or not entry.holds_for(weight):
+        entry = values[key] = _Entry.of(weight, make())
+    return entry.value
+
+
+def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype`` and, if it is a convolution's, in channels_last, for inference: made once, but for compiled code,
+    which converts at every call."""
+    layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+
+    def convert() -> Tensor:
+        return weight.detach().to(dtype, memory_format=layout, copy=True)
+
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=layout):
+        return weight
+    if torch.compiler.is_compiling():
+        return weight.to(dtype)
+    return derived(weight, ("converted", dtype), convert)
+
+
+def forget(weight: Tensor) -> None:
+    """Drops all that was made of ``weight``."""
+    _known.pop(weight, None)
+
+
+class _Entry(NamedTuple):
+    address: int
+    version: int | None
+    sample: Tensor | None
+    sampled: Tensor | None
+    value: Any
+
+    @classmethod
+    def of(cls, weight: Tensor, value: Any) -> _Entry:
+        sample = None
+        dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+        if weight.device.type == "cpu" and dense and weight.numel():
+            # In the order of memory. A view: it shows what is written later.
+            count = min(SAMPLES, weight.numel())
+            sample = weight.detach().as_strided((count,), (weight.numel() // count,))
+        return cls(weight.data_ptr(), _version(weight), sample, None if sample is None else sample.clone(), value)
+
+    def holds_for(self, weight: Tensor) -> bool:
+        return (
+            weight.data_ptr() == self.address
+            and _version(weight) == self.version
+            and (self.sample is None or torch.equal(self.sample, self.sampled))
+        )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

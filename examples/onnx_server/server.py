@@ -1,0 +1,191 @@
+"""An HTTP service that samples images from an export to ONNX, without torch.
+
+    python server.py --model FOLDER --port 8000
+    curl -X POST localhost:8000/images -H 'content-type: application/json' -d '{"seeds": [1, 2], "class": 9}' -o images.png
+
+One worker samples; requests that wait while it does are sampled together next. What it cannot do soon it refuses: 413 where a
+request asks for too many images or is too long, 422 where it makes no sense, 429 where too much is waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from ddim_fast.deploy import OnnxSampler
+from ddim_fast.media import image_grid
+
+LARGEST_BODY = 16_384  # bytes
+
+
+class Images(BaseModel):
+    """What is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seeds: list[int] = Field(min_length=1, description="one image a seed")
+    label: int | None = Field(None, alias="class", description="for all of them; none by default")
+
+
+@dataclass
+class _Waiting:
+    request: Images
+    result: asyncio.Future[np.ndarray]
+
+
+class Worker:
+    """Samples for all requests, one batch after the other.
+
+    Args:
+        sampler: makes the images.
+        batch: images at once, and the most that one request gets.
+        queue: images that may wait.
+        guidance: for those that have a class.
+    """
+
+    def __init__(self, sampler: OnnxSampler, batch: int, queue: int, guidance: float | None) -> None:
+        self.sampler, self.batch, self.queue, self.guidance = sampler, batch, queue, guidance
+        self.waiting: deque[_Waiting] = deque()
+        self.images = 0  # waiting
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1)
+
+    async def sample(self, request: Images) -> np.ndarray:
+        """The images of one request, (N, C, H, W) float32.
+
+        Raises:
+            HTTPException: it is refused.
+        """
+        count = len(request.seeds)
+        if count > self.batch:
+            raise HTTPException(413, f"{count} images are more than {self.batch}, the most of one request")
+        try:  # what the sampler itself would refuse, before it waits
+            self.sampler.trajectory(seeds=request.seeds, labels=request.label)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        if self.images + count > self.queue:
+            raise HTTPException(429, f"{self.images} images are waiting; try again", headers={"Retry-After": "1"})
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+        self.waiting.append(waiting)
+        self.images += count
+        self._arrived.set()
+        return await waiting.result
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self.waiting:
+                await self._serve(self._next_batch())
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The first of those that wait, and as many more as fit, with a class as it or without one as it."""
+        chosen: list[_Waiting] = []
+        room, labelled = self.batch, self.waiting[0].request.label is not None
+        while self.waiting:
+            request = self.waiting[0].request
+            if len(request.seeds) > room or (request.label is not None) != labelled:
+                break
+            room -= len(request.seeds)
+            self.images -= len(request.seeds)
+            chosen.append(self.waiting.popleft())
+        return [w for w in chosen if not w.result.cancelled()]
+
+    async def _serve(self, chosen: list[_Waiting]) -> None:
+        if not chosen:
+            return
+        seeds = [seed for w in chosen for seed in w.request.seeds]
+        labels = None
+        if chosen[0].request.label is not None:
+            labels = [w.request.label for w in chosen for _ in w.request.seeds]
+        guidance = None if labels is None else self.guidance
+
+        def compute() -> np.ndarray:
+            return self.sampler.sample(seeds=seeds, labels=labels, guidance=guidance, batch_size=self.batch)
+
+        try:
+            images = await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+        except Exception as error:
+            for w in chosen:
+                if not w.result.done():
+                    w.result.set_exception(error)
+            return
+        start = 0
+        for w in chosen:
+            stop = start + len(w.request.seeds)
+            if not w.result.done():
+                w.result.set_result(images[start:stop])
+            start = stop
+
+
+def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance: float | None = None) -> FastAPI:
+    """The service; arguments as of :class:`Worker`."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.worker = Worker(sampler, batch, queue, guidance)
+        task = asyncio.create_task(app.state.worker.run())
+        yield
+        task.cancel()  # uvicorn has waited for the answers by then
+
+    app = FastAPI(title="ddim_fast", lifespan=lifespan)
+
+    @app.middleware("http")
+    async def limit(request: Request, call_next):
+        length = request.headers.get("content-length", "")
+        if request.method == "POST" and not length.isdecimal():
+            return JSONResponse({"detail": "a request needs a Content-Length"}, 411)
+        if request.method == "POST" and int(length) > LARGEST_BODY:
+            return JSONResponse({"detail": f"a request has at most {LARGEST_BODY} bytes"}, 413)
+        return await call_next(request)
+
+    @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    async def images(request: Images) -> Response:
+        """The images side by side, as one PNG."""
+        grid = image_grid(await app.state.worker.sample(request), gap=0)
+        buffer = io.BytesIO()
+        Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid).save(buffer, "PNG")
+        return Response(buffer.getvalue(), media_type="image/png")
+
+    @app.get("/health")
+    async def health() -> dict[str, object]:
+        return {"status": "ok", "waiting": app.state.worker.images, "provider": sampler.provider, "dtype": sampler.dtype}
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve images sampled from an export to ONNX.")
+    parser.add_argument("--model", default="fashion-mnist", help="what export --to onnx wrote (default: the packaged model)")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that is there)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images sampled at once, the most of a request (default: 16)")
+    parser.add_argument("--queue", type=int, default=64, help="images that may wait (default: 64)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale for images with a class")
+    arguments = parser.parse_args()
+    try:
+        sampler = OnnxSampler(arguments.model, provider=arguments.provider)
+        sampler.sample(seeds=[0])  # the first run is slower
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    app = make_app(sampler, batch=arguments.batch, queue=arguments.queue, guidance=arguments.guidance)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddim_fast.ops.conv1x1 import conv1x1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("added", [False, True])
+def test_is_the_convolution_and_the_sum(layout, added):
+    x = torch.randn(2, 6, 5, 3, dtype=torch.float64).to(memory_format=layout)
+    weight = torch.randn(4, 6, 1, 1, dtype=torch.float64)
+    other = torch.randn(2, 4, 5, 3, dtype=torch.float64).to(memory_format=layout)
+    result = conv1x1(x, weight, other if added else None)
+    torch.testing.assert_close(result, F.conv2d(x, weight) + (other if added else 0))
+    assert result.is_contiguous(memory_format=layout)

@@ -1,0 +1,90 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from ddim_fast.ops.derived import converted, derived, forget
+
+
+@pytest.fixture(params=["contiguous", "channels_last", "one element"])
+def weight(request):
+    shape = (1,) if request.param == "one element" else (40, 30, 3, 3)
+    weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    return weight.to(memory_format=torch.channels_last) if request.param == "channels_last" else weight
+
+
+def counted(weight):
+    """A function that says how often something was made of ``weight``."""
+    made = []
+
+    def use() -> int:
+        assert derived(weight, "sum", lambda: made.append(1) or weight.sum()) == weight.sum()
+        return len(made)
+
+    return use
+
+
+def test_it_is_made_once(weight):
+    use = counted(weight)
+    assert [use() for _ in range(3)] == [1, 1, 1]
+
+
+def test_each_key_has_its_own(weight):
+    assert derived(weight, 1, lambda: "a") == "a" and derived(weight, 2, lambda: "b") == "b"
+    assert derived(weight, 1, lambda: "c") == "a"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.data.add_(1),
+        lambda w: w.view(-1)[-1:].add_(1) if w.is_contiguous() else w[-1, -1, -1, -1].add_(1),
+        lambda w: setattr(w, "data", w.data.clone()),
+        lambda w: forget(w),
+    ],
+    ids=["in place", "through data", "one element", "other memory", "forgotten"],
+)
+def test_it_is_made_anew_when_the_weight_changes(weight, change):
+    use = counted(weight)
+    use()
+    change(weight)
+    assert [use(), use()] == [2, 2]
+
+
+def test_of_weights_that_count_no_changes():
+    with torch.inference_mode():
+        weight = torch.ones(100)
+    use = counted(weight)
+    assert [use(), use()] == [1, 1]
+    with torch.inference_mode():
+        weight.mul_(2)
+    assert use() == 2
+
+
+def test_of_weights_that_overlap_themselves():
+    weight = torch.ones(1).expand(1000)
+    assert counted(weight)() == 1
+
+
+def test_it_keeps_no_weight_alive():
+    weight = nn.Parameter(torch.ones(10))
+    gone, value_gone = weakref.ref(weight), weakref.ref(derived(weight, 0, lambda: torch.ones(3)))
+    del weight
+    gc.collect()
+    assert gone() is None and value_gone() is None
+
+
+def test_converted():
+    weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+    narrow = converted(weight, torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16 and narrow.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(narrow, weight.bfloat16()) and not narrow.requires_grad
+    assert converted(weight, torch.bfloat16) is narrow
+    wide = converted(weight, torch.float32)
+    assert torch.equal(wide, weight) and wide.data_ptr() != weight.data_ptr()
+    assert converted(wide, torch.float32) is wide  # nothing to convert
+    matrix = nn.Parameter(torch.randn(4, 4))
+    assert converted(matrix, torch.float32) is matrix
