@@ -20,8 +20,8 @@ class LinearOperator(nn.Module):
     """A, a call; its tensors are buffers, which ``.to(device)`` moves.
 
     Attributes:
-        gain: the standard deviation of a pixel of A^+ n (root mean square over the pixels that A sees), n being noise of variance
-            1.
+        gain: the standard deviation of a pixel of A^+ n, n being noise of variance 1: root mean square over the pixels that A
+            sees.
     """
 
     gain: float = 1.0
