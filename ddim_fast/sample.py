@@ -236,6 +236,7 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
             clip_sample_range=arguments.clip,
             provider=arguments.provider,
         )
+    sampler.load()  # before anything is written
     return sampler, sampler.folder.identity, {"device": sampler.provider, "onnxruntime": onnxruntime.__version__}
 
 

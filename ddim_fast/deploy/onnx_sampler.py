@@ -151,6 +151,14 @@ class OnnxSampler:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
         self._request(seeds, x_T, labels, guidance)
 
+    def load(self) -> None:
+        """Read and check the model that :meth:`sample` calls, which otherwise happens at its first image.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        _ = self._sampler if self.runs_whole else self._network
+
     def _whole(self, batch: _Request) -> np.ndarray:
         x = batch.start(self.config.image_shape)
         inputs = {"seeds": batch.seeds, "x_T": x}

@@ -134,6 +134,7 @@ def test_where_torch_is_missing_the_other_engines_say_so(run, exported, monkeypa
         (["--compile"], "--compile is not an option of --engine onnx"),
         (["--dtype", "int8"], "--dtype is not an option of --engine onnx"),
         (["--device", "cpu"], "--device is not an option of --engine onnx"),
+        (["--tolerance", "0.1"], "--tolerance is not an option of --engine onnx"),
         (["--reuse", "2"], "--reuse is not an option of --engine onnx"),
         (["--class", "10"], "class 10 is out of range"),
         (["--steps", "0"], "steps must be a whole number"),
@@ -173,6 +174,7 @@ def test_a_damaged_export_is_one_line_and_exit_code_1(run, exported, tmp_path):
     (folder / "sampler.onnx").write_bytes((folder / "sampler.onnx").read_bytes()[:-10])
     code, out, err = run(sample, "--engine", "onnx", "--model", folder, "--quiet")
     assert code == 1 and "sampler.onnx: damaged or changed" in err and err.count("\n") == 1 and out == ""
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_without_the_packages_exporting_says_what_is_missing(run, exported, tmp_path, monkeypatch):
