@@ -59,7 +59,7 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
     Args:
         spec: one of
 
-            - a folder of image files; where it holds folders, each is a class, labelled in the order of their names;
+            - an image file, or a folder of them; where it holds folders, each is a class, labelled in the order of their names;
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), in the layout of the
               Hugging Face Hub: a column ``image`` (or ``img``) of encoded images, optionally ``label`` (or ``fine_label``);
             - a folder with ``train-images-idx3-ubyte`` and its labels, gzipped or not, or one such image file (IDX, as
@@ -94,11 +94,13 @@ def _open(spec: str) -> Iterator[_Row]:
         return _read_parquet([path])
     if path.is_file() and "idx3" in path.name:
         return _read_idx(path)
+    if path.is_file() and path.suffix.lower() in _SUFFIXES:
+        return iter([(str(path), _decode(str(path), path.read_bytes()), None)])
     if matches := sorted(glob.glob(spec)):
         return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
         return _read_hub(spec)
-    raise FileNotFoundError(f"no images at {spec!r}: not a folder, Parquet or IDX file, or hub data set (owner/name)")
+    raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
 def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> ImageSet:
