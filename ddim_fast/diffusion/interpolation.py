@@ -1,0 +1,51 @@
+"""Between two points of the noise that DDIM starts from, along the sphere on which it lies (Song et al. 2021, section 5.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["slerp", "slerp_grid"]
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical linear interpolation (Shoemake 1985; Song et al. 2021, eq. 67):
+
+        sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b,    cos(theta) = a . b / (|a| |b|)
+
+    Args:
+        a, b: noise of one shape, such as (C, H, W).
+        t: (T,), 0 for a to 1 for b.
+
+    Returns:
+        (T, ...) in the dtype of ``a``; at t = 0 and 1 exactly a and b. Where both point the same way, the straight line; where
+        they point opposite ways there is no shortest arc, and the result is the straight line as well.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"there is no way from noise of shape {tuple(a.shape)} to {tuple(b.shape)}")
+    x, y = a.double(), b.double()
+    t = t.to(x).view(-1, *[1] * a.ndim)
+    cosine = (x * y).sum() / (x.norm() * y.norm()).clamp(min=torch.finfo(torch.float64).tiny)
+    theta = torch.acos(cosine.clamp(-1, 1))
+    if torch.sin(theta) < 1e-6:
+        return ((1 - t) * x + t * y).to(a.dtype)
+    between = (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta)
+    between = torch.where(t == 0, x, torch.where(t == 1, y, between))
+    return between.to(a.dtype)
+
+
+def slerp_grid(corners: Tensor, rows: int, columns: int) -> Tensor:
+    """Between four corners: along both sides first, then across.
+
+    Args:
+        corners: (4, ...) noise: top left, top right, bottom left, bottom right.
+
+    Returns:
+        (rows * columns, ...), a row after the other.
+    """
+    down, across = torch.linspace(0, 1, rows), torch.linspace(0, 1, columns)
+    left, right = slerp(corners[0], corners[2], down), slerp(corners[1], corners[3], down)
+    return torch.cat([slerp(a, b, across) for a, b in zip(left, right, strict=True)])

@@ -1,0 +1,113 @@
+"""The way from one image to another: ``python -m ddim_fast.interpolate A.png B.png``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cli import DTYPES, MODEL_HELP, CommandParser, parse_positive, parse_spacing, run_command, select_dtype
+from .devices import pick_device
+from .diffusion.interpolation import slerp, slerp_grid
+from .diffusion.sampler import Sampler
+from .files import atomic_folder
+from .media import image_grid, save_gif, save_image, to_uint8
+from .models.checkpoint import DEFAULT_MODEL, resolve_model, write_json
+from .models.unet import UNet
+from .ops.noise import INITIAL_NOISE, seeded_noise
+from .training.data import load_images, to_unit_range
+
+_EXAMPLES = """\
+  python -m ddim_fast.interpolate seed:3 seed:13 --class 3
+  python -m ddim_fast.interpolate a.png b.png --frames 16 --exact --out between
+  python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class 5 --out corners
+"""
+
+_ENDS_HELP = "two ends, or the four corners of a square: each an image file, which is encoded, or seed:N"
+_FRAMES_HELP = "images from end to end, both included; of four corners, along each side"
+_EXACT_HELP = "encode images by exact inversion, so that the ends are the images themselves"
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("interpolate", "The images between images, by way of the noise that they come from.", _EXAMPLES)
+    p.add_argument("ends", nargs="+", metavar="END", help=_ENDS_HELP)
+    p.add_argument("--frames", metavar="N", type=parse_positive, default=9, help=_FRAMES_HELP)
+    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
+    p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
+    p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help="how the timesteps are chosen, as of sample")
+    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=int, help="class of all images (default: none)")
+    p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
+    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help="a new or empty folder")
+    p.add_argument("--quiet", action="store_true", help="no summary")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    if len(arguments.ends) not in (2, 4):
+        parser.error(f"give two ends, or four corners; got {len(arguments.ends)}")
+    if arguments.frames < 2:
+        parser.error(f"--frames must be at least 2, for both ends; got {arguments.frames}")
+    with parser.usage_errors():
+        device = pick_device(arguments.device)
+        folder = resolve_model(arguments.model)
+    model = UNet.from_pretrained(folder)
+    with parser.usage_errors():
+        sampler = Sampler(
+            model.to(device),
+            steps=arguments.steps,
+            spacing=parse_spacing(arguments.spacing),
+            dtype=select_dtype(arguments.dtype, False, device),
+        )
+        noise = torch.stack([_noise(end, sampler, arguments) for end in arguments.ends])
+    frames = arguments.frames
+    x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
+    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size).cpu()
+    if not images.isfinite().all():
+        raise ValueError("the images are not finite; try --dtype float32")
+    try:
+        with atomic_folder(arguments.out) as out:
+            _write(out, images, arguments)
+    except FileExistsError as error:
+        parser.error(f"--out: {error}")
+    if not arguments.quiet:
+        print(f"{len(images)} images, {' to '.join(arguments.ends)}; see {arguments.out}")
+
+
+def _noise(end: str, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:
+    """(C, H, W) on the host: what the sampler makes the end from."""
+    config = sampler.config
+    if end.startswith("seed:"):
+        if not end[5:].isdecimal():
+            raise ValueError(f"{end!r} is no seed: write it as seed:7")
+        sampler.check(seeds=[int(end[5:])], labels=arguments.label, guidance=arguments.guidance)
+        return seeded_noise([int(end[5:])], INITIAL_NOISE, config.image_shape)[0]
+    found = load_images(end, config.in_channels, config.sample_size).images
+    if len(found) != 1:
+        raise ValueError(f"an end is one image or a seed; {end!r} holds {len(found)} images")
+    image = to_unit_range(found).contiguous()
+    return sampler.encode(image, labels=arguments.label, guidance=arguments.guidance, exact=arguments.exact)[0].cpu()
+
+
+def _write(out: Path, images: Tensor, arguments: argparse.Namespace) -> None:
+    """A numbered PNG each, all in one picture, and of two ends a film that goes there and back."""
+    scale, digits = max(1, 64 // images.shape[-1]), len(str(len(images) - 1))
+    pictures = to_uint8(images)
+    for i, picture in enumerate(pictures):
+        save_image(out / f"{i:0{digits}d}.png", picture)
+    save_image(out / "grid.png", image_grid(images, columns=arguments.frames), scale)
+    if len(arguments.ends) == 2:
+        save_gif(out / "film.gif", [*pictures, *pictures[-2::-1]], scale, hold=800)
+    names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
+    write_json(out / "interpolation.json", {name: getattr(arguments, name) for name in names})
+
+
+if __name__ == "__main__":
+    run_command(main)
