@@ -20,7 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
-from .cli import MODEL_HELP, CommandParser, parse_eta, parse_integers, parse_positive, run_command, seed_labels, select_dtype
+from .cli import (
+    DTYPES,
+    MODEL_HELP,
+    CommandParser,
+    parse_eta,
+    parse_integers,
+    parse_positive,
+    run_command,
+    seed_labels,
+    select_dtype,
+)
 from .devices import pick_device
 from .diffusion.adaptive import fit_timesteps
 from .diffusion.sampler import Sampler
@@ -93,7 +103,7 @@ def _parser() -> CommandParser:
         "--compile", action="store_true", help="the fastest execution on the device, as for python -m ddim_fast.sample"
     )
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16", "int8"], default="auto", help=_DTYPE_HELP)
+    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--inception", metavar="PATH", type=Path, help=_INCEPTION_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
     p.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 
 from .. import __version__
+from ..files import cache_folder
 from ..models.checkpoint import resolve_model
 from .folder import is_export
 
@@ -17,8 +17,8 @@ __all__ = ["ready_export"]
 def ready_export(model: str | Path) -> Path:
     """The folder of an export of ``model``: it is one, or there is one in the cache, or one is made there now.
 
-    The cache is the folder ``ddim_fast/onnx`` in XDG_CACHE_HOME, or in ``~/.cache``. What was exported from other weights, or
-    by another version of this package, is not used.
+    The cache is ``onnx`` in :func:`ddim_fast.files.cache_folder`. What was exported from other weights, or by another version
+    of this package, is not used.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -31,8 +31,7 @@ def ready_export(model: str | Path) -> Path:
         raise FileNotFoundError(
             f"{str(model)!r} is not here: give a folder, such as `python -m ddim_fast.export --to onnx` writes"
         )
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "ddim_fast" / "onnx" / f"{path.stem}-{_digest(path)[:16]}"
+    folder = cache_folder() / "onnx" / f"{path.stem}-{_digest(path)[:16]}"
     if is_export(folder):
         return folder
     try:

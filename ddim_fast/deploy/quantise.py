@@ -13,7 +13,6 @@ import torch
 from onnx import ModelProto
 
 from ..diffusion.sampler import Sampler
-from ..ops.noise import INITIAL_NOISE, seeded_noise
 
 __all__ = ["calibration", "quantise"]
 
@@ -37,13 +36,11 @@ def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
     rows = np.zeros(IMAGES, np.int64) if classes is None else labels.copy()
     if classes is not None:
         rows[-1] = classes  # no class; its images come from that of the last one
-    x = seeded_noise(seeds, INITIAL_NOISE, sampler.config.image_shape, sampler.device)
     every = -(-len(sampler.timesteps) // STEPS)
     inputs = []
     for state in sampler.trajectory(seeds=seeds, labels=labels):
         if state.step % every == 0:
-            inputs.append({"x": x.cpu().numpy(), "condition": conditions[state.step][rows]})
-        x = state.x
+            inputs.append({"x": state.before.cpu().numpy(), "condition": conditions[state.step][rows]})
     return inputs
 
 

@@ -62,7 +62,7 @@ class _Seen:
         """A hook before the module's forward."""
         self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
         components = conv3x3_components(self.x, upsample=self.upsample)
-        # At random, because every so-manieth one may well be the left edge of each image.
+        # At random: taken at even distances, they may all lie on the left edges of the images.
         chosen = torch.randint(components.shape[1], (VALUES,), generator=torch.Generator().manual_seed(len(self.values)))
         self.values.append(components[:, chosen].abs())
 
