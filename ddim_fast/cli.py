@@ -10,14 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .diffusion.step import SIGMA_HAT
+from .models.checkpoint import DEFAULT_MODEL, resolve_model
 
 if TYPE_CHECKING:
     import torch
+
+    from .diffusion.sampler import Sampler
 
 __all__ = [
     "DTYPES",
     "MODEL_HELP",
     "CommandParser",
+    "add_sampler_options",
+    "make_sampler",
     "parse_eta",
     "parse_integers",
     "parse_positive",
@@ -153,3 +158,35 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     if name == "auto":
         return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
     return getattr(torch, name)
+
+
+def add_sampler_options(parser: CommandParser) -> None:
+    """The options of a command that encodes and decodes, which :func:`make_sampler` reads."""
+    parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
+    parser.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
+    parser.add_argument(
+        "--spacing", metavar="NAME|LIST", default="quadratic", help="how the timesteps are chosen, as of sample"
+    )
+    parser.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
+    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
+
+
+def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> Sampler:
+    """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
+    from .devices import pick_device
+    from .diffusion.sampler import Sampler
+    from .models.unet import UNet
+
+    with parser.usage_errors():
+        device = pick_device(arguments.device)
+        folder = resolve_model(arguments.model)
+    model = UNet.from_pretrained(folder)
+    with parser.usage_errors():
+        return Sampler(
+            model.to(device),
+            steps=arguments.steps,
+            spacing=parse_spacing(arguments.spacing),
+            dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+        )

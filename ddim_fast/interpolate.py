@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cli import DTYPES, MODEL_HELP, CommandParser, parse_positive, parse_spacing, run_command, select_dtype
-from .devices import pick_device
+from .cli import CommandParser, add_sampler_options, make_sampler, parse_positive, run_command
 from .diffusion.interpolation import slerp, slerp_grid
 from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_gif, save_image, to_uint8
-from .models.checkpoint import DEFAULT_MODEL, resolve_model, write_json
-from .models.unet import UNet
+from .models.checkpoint import write_json
 from .ops.noise import INITIAL_NOISE, seeded_noise
 from .training.data import load_images, to_unit_range
 
@@ -34,15 +32,9 @@ def _parser() -> CommandParser:
     p = CommandParser("interpolate", "The images between images, by way of the noise that they come from.", _EXAMPLES)
     p.add_argument("ends", nargs="+", metavar="END", help=_ENDS_HELP)
     p.add_argument("--frames", metavar="N", type=parse_positive, default=9, help=_FRAMES_HELP)
-    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
-    p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help="how the timesteps are chosen, as of sample")
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N", type=int, help="class of all images (default: none)")
-    p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
-    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
-    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no summary")
     return p
@@ -55,30 +47,27 @@ def main() -> None:
         parser.error(f"give two ends, or four corners; got {len(arguments.ends)}")
     if arguments.frames < 2:
         parser.error(f"--frames must be at least 2, for both ends; got {arguments.frames}")
+    sampler = make_sampler(parser, arguments)
     with parser.usage_errors():
-        device = pick_device(arguments.device)
-        folder = resolve_model(arguments.model)
-    model = UNet.from_pretrained(folder)
-    with parser.usage_errors():
-        sampler = Sampler(
-            model.to(device),
-            steps=arguments.steps,
-            spacing=parse_spacing(arguments.spacing),
-            dtype=select_dtype(arguments.dtype, False, device),
-        )
         noise = torch.stack([_noise(end, sampler, arguments) for end in arguments.ends])
-    frames = arguments.frames
-    x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
-    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size).cpu()
-    if not images.isfinite().all():
-        raise ValueError("the images are not finite; try --dtype float32")
     try:
         with atomic_folder(arguments.out) as out:
+            images = _between(noise, sampler, arguments)
             _write(out, images, arguments)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
     if not arguments.quiet:
         print(f"{len(images)} images, {' to '.join(arguments.ends)}; see {arguments.out}")
+
+
+def _between(noise: Tensor, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:
+    """The images from one of two ends to the other, or of the square between four corners."""
+    frames = arguments.frames
+    x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
+    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size).cpu()
+    if not images.isfinite().all():
+        raise ValueError("the images are not finite; try --dtype float32")
+    return images
 
 
 def _noise(end: str, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:

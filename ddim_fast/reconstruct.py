@@ -10,13 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import DTYPES, MODEL_HELP, CommandParser, parse_positive, parse_spacing, run_command, select_dtype
-from .devices import pick_device
+from .cli import CommandParser, add_sampler_options, make_sampler, run_command
 from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_image
-from .models.checkpoint import DEFAULT_MODEL, resolve_model, write_json
-from .models.unet import UNet
+from .models.checkpoint import write_json
 from .training.data import ImageSet, load_images, to_unit_range
 
 _EXAMPLES = """\
@@ -38,15 +36,9 @@ _EXACT_HELP = "invert each step exactly, which takes five to ten times as long, 
 def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
-    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps, of encoding and of decoding")
-    p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help="how the timesteps are chosen, as of sample")
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
-    p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale, both ways (default: none)")
-    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
-    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
@@ -55,20 +47,12 @@ def _parser() -> CommandParser:
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
+    sampler = make_sampler(parser, arguments)
     with parser.usage_errors():
-        device = pick_device(arguments.device)
-        folder = resolve_model(arguments.model)
-    model = UNet.from_pretrained(folder)
-    with parser.usage_errors():
-        sampler = Sampler(
-            model.to(device),
-            steps=arguments.steps,
-            spacing=parse_spacing(arguments.spacing),
-            dtype=select_dtype(arguments.dtype, False, device),
-        )
-        data = [load_images(spec, model.config.in_channels, model.config.sample_size) for spec in arguments.images]
+        config = sampler.config
+        data = [load_images(spec, config.in_channels, config.sample_size) for spec in arguments.images]
         images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
-        labels = _labels(arguments.label, data, model.config.num_classes)
+        labels = _labels(arguments.label, data, config.num_classes)
         sampler.check(x_T=images, labels=labels, guidance=arguments.guidance)
     try:
         with atomic_folder(arguments.out) as out:

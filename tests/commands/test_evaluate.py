@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import torch
 from PIL import Image
 
 from ddim_fast import evaluate
-from ddim_fast.cli import run_command
 from ddim_fast.evaluation.inception import FeatureNetwork
 
 
@@ -41,17 +41,9 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in this process -> (exit code, stdout, stderr)."""
+def run(run_here, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--quiet", "--out", str(tmp_path / "out"), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_command(evaluate.main)
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
+    return functools.partial(run_here, evaluate, "--quiet", "--out", tmp_path / "out")
 
 
 def rows(tmp_path, kind):

@@ -1,4 +1,4 @@
-import sys
+import functools
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 from diffusers import DDIMPipeline
 
 from ddim_fast import UNet, UNetConfig, export, sample
-from ddim_fast.cli import run_command
 
 
 @pytest.fixture
@@ -26,18 +25,8 @@ def unconditional(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; returns its exit code, stdout and stderr."""
-
-    def run(*arguments, command=export):
-        (tmp_path / "here").mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / "here")
-        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_command(command.main)
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
+def run(run_here):
+    return functools.partial(run_here, export)
 
 
 def load(folder):
@@ -56,11 +45,11 @@ def test_a_pipeline_of_diffusers_is_written(run, unconditional, tmp_path):
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all() and images.std() > 0.01
 
 
-def test_what_is_written_samples_like_what_was_read(run, checkpoint, tmp_path):
+def test_what_is_written_samples_like_what_was_read(run, run_here, checkpoint, tmp_path):
     run("--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "theirs")
     for model in ("checkpoint", "theirs"):
         options = ("--steps", 2, "--seeds", "0,5", "--class", "3", "--out", tmp_path / f"{model}-images")
-        code, _, err = run("--model", tmp_path / model, *options, "--quiet", command=sample)
+        code, _, err = run_here(sample, "--model", tmp_path / model, *options, "--quiet")
         assert (code, err) == (0, "")
     for name in ("000000.png", "000005.png"):
         images = [(tmp_path / f"{model}-images" / name).read_bytes() for model in ("checkpoint", "theirs")]
@@ -132,10 +121,10 @@ def _with_code(path):
     ids=["garbage", "no network", "code"],
 )
 @pytest.mark.parametrize("command", [export, sample], ids=["export", "sample"])
-def test_a_bad_file_is_one_line_and_exit_code_1(command, write, message, run, tmp_path):
+def test_a_bad_file_is_one_line_and_exit_code_1(command, write, message, run_here, tmp_path):
     write(tmp_path / "model.ckpt")
     to = ["--to", "diffusers"] if command is export else []
-    code, out, err = run(*to, "--model", tmp_path / "model.ckpt", "--out", tmp_path / "out", command=command)
+    code, out, err = run_here(command, *to, "--model", tmp_path / "model.ckpt", "--out", tmp_path / "out")
     assert code == 1
     assert message in err and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "out").exists() and not (tmp_path / "executed").exists()

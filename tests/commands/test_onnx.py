@@ -11,25 +11,9 @@ import pytest
 from PIL import Image
 
 from ddim_fast import export, sample
-from ddim_fast.cli import run_command
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; returns its exit code, stdout and stderr."""
-
-    def run(command, *arguments):
-        (tmp_path / "here").mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / "here")
-        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_command(command.main)
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +65,14 @@ def test_the_folder_describes_itself(exported):
 
 
 @pytest.mark.parametrize("options", [[], ["--steps", 2, "--eta", 0, "--solver", "unipc"], ["--guidance", 2]], ids=str)
-def test_the_images_are_those_of_torch(options, run, exported, tmp_path):
+def test_the_images_are_those_of_torch(options, run_here, exported, tmp_path):
     request = ["--seeds", "0-4", "--batch-size", 2]
-    code, out, err = run(sample, "--engine", "onnx", "--model", exported / "onnx", *request, *options, "--out", tmp_path / "o")
+    code, out, err = run_here(
+        sample, "--engine", "onnx", "--model", exported / "onnx", *request, *options, "--out", tmp_path / "o"
+    )
     assert code == 0 and "5 images of" in out and ", onnx, float32: " in out and "5/5 images" in err
     as_exported = [] if "--steps" in options else ["--steps", 3, "--eta", 1]
-    code, _, err = run(
+    code, _, err = run_here(
         sample, "--model", exported / "checkpoint", *request, *as_exported, *options, "--out", tmp_path / "t", "--quiet"
     )
     assert (code, err) == (0, "")
@@ -95,15 +81,15 @@ def test_the_images_are_those_of_torch(options, run, exported, tmp_path):
     assert max(np.abs(found[name] - expected[name]).max() for name in found) <= 1
 
 
-def test_jobs_films_and_archives_are_made_as_with_torch(run, exported, tmp_path):
+def test_jobs_films_and_archives_are_made_as_with_torch(run_here, exported, tmp_path):
     options = ["--engine", "onnx", "--model", exported / "onnx", "--num-images", 5, "--batch-size", 2]
-    assert run(sample, *options, "--out", tmp_path / "a.npz", "--trajectory", tmp_path / "a.gif", "--quiet") == (0, "", "")
+    assert run_here(sample, *options, "--out", tmp_path / "a.npz", "--trajectory", tmp_path / "a.gif", "--quiet") == (0, "", "")
     with np.load(tmp_path / "a.npz") as npz:
         assert npz["arr_0"].shape == (5, 8, 8, 3) and npz["arr_1"].tolist() == [0, 1, 2, 3, 4]
     assert Image.open(tmp_path / "a.gif").n_frames >= 2  # equal ones are joined
-    code, out, _ = run(sample, *options, "--out", tmp_path / "a.npz")
+    code, out, _ = run_here(sample, *options, "--out", tmp_path / "a.npz")
     assert code == 0 and "is finished" in out
-    code, _, err = run(sample, *options, "--out", tmp_path / "a.npz", "--steps", 2)
+    code, _, err = run_here(sample, *options, "--out", tmp_path / "a.npz", "--steps", 2)
     assert code == 2 and "--steps 3, not 2" in err
 
 
@@ -121,9 +107,9 @@ def test_it_runs_without_torch(exported, tmp_path):
     assert len(pictures(tmp_path / "out")) == 3
 
 
-def test_where_torch_is_missing_the_other_engines_say_so(run, exported, monkeypatch):
+def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    code, out, err = run(sample, "--model", exported / "checkpoint")
+    code, out, err = run_here(sample, "--model", exported / "checkpoint")
     assert (code, out, err) == (1, "", "error: torch is not installed; without it there is --engine onnx\n")
 
 
@@ -143,9 +129,9 @@ def test_where_torch_is_missing_the_other_engines_say_so(run, exported, monkeypa
     ],
     ids=str,
 )
-def test_a_wrong_option_of_sample_is_one_line_and_exit_code_2(arguments, message, run, exported):
+def test_a_wrong_option_of_sample_is_one_line_and_exit_code_2(arguments, message, run_here, exported):
     model = "checkpoint" if "eager" in arguments else "onnx"
-    code, out, err = run(sample, "--engine", "onnx", "--model", exported / model, *arguments)
+    code, out, err = run_here(sample, "--engine", "onnx", "--model", exported / model, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
 
 
@@ -161,27 +147,27 @@ def test_a_wrong_option_of_sample_is_one_line_and_exit_code_2(arguments, message
     ],
     ids=str,
 )
-def test_a_wrong_option_of_export_is_one_line_and_exit_code_2(arguments, message, run, exported, tmp_path):
+def test_a_wrong_option_of_export_is_one_line_and_exit_code_2(arguments, message, run_here, exported, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "kept").write_text("")
-    code, out, err = run(export, "--to", "onnx", "--model", exported / "checkpoint", "--out", "out", *arguments)
+    code, out, err = run_here(export, "--to", "onnx", "--model", exported / "checkpoint", "--out", "out", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert [p.name for p in (tmp_path / "here").iterdir()] == ["kept"]
 
 
-def test_a_damaged_export_is_one_line_and_exit_code_1(run, exported, tmp_path):
+def test_a_damaged_export_is_one_line_and_exit_code_1(run_here, exported, tmp_path):
     folder = shutil.copytree(exported / "onnx", tmp_path / "onnx")
     (folder / "sampler.onnx").write_bytes((folder / "sampler.onnx").read_bytes()[:-10])
-    code, out, err = run(sample, "--engine", "onnx", "--model", folder, "--quiet")
+    code, out, err = run_here(sample, "--engine", "onnx", "--model", folder, "--quiet")
     assert code == 1 and "sampler.onnx: damaged or changed" in err and err.count("\n") == 1 and out == ""
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_without_the_packages_exporting_says_what_is_missing(run, exported, tmp_path, monkeypatch):
+def test_without_the_packages_exporting_says_what_is_missing(run_here, exported, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("ddim_fast.deploy.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    code, _, err = run(export, "--to", "onnx", "--model", exported / "checkpoint", "--out", tmp_path / "out")
+    code, _, err = run_here(export, "--to", "onnx", "--model", exported / "checkpoint", "--out", tmp_path / "out")
     assert code == 1 and "exporting to ONNX needs onnx: pip install 'ddim_fast[onnx]'" in err and err.count("\n") == 1
 
 

@@ -1,5 +1,5 @@
+import functools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -8,21 +8,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_fast import Sampler, UNet, reconstruct
-from ddim_fast.cli import run_command
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in a folder of its own; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["reconstruct", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_command(reconstruct.main)
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
+def run(run_here):
+    return functools.partial(run_here, reconstruct)
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +31,35 @@ def errors_of(folder):
     return np.array(json.loads((folder / "errors.json").read_text())["errors"])
 
 
-def test_the_error_falls_with_the_steps_and_vanishes_with_exact(run, pictures, tmp_path):
+def test_the_error_falls_with_the_steps_and_vanishes_with_exact(run, pictures, here):
     for steps, out in ((5, "five"), (20, "twenty")):
         code, text, _ = run(pictures, "--steps", steps, "--out", out)
         assert code == 0 and f"2 images encoded and decoded in {steps} steps: mean squared error" in text
     code, text, _ = run(pictures, "--steps", 5, "--exact", "--out", "exact")
     assert code == 0 and "in 5 steps, exactly: " in text
-    five, twenty, exact = (errors_of(tmp_path / out) for out in ("five", "twenty", "exact"))
+    five, twenty, exact = (errors_of(here / out) for out in ("five", "twenty", "exact"))
     assert (twenty < five).all() and (exact < 1e-6).all()
 
 
-def test_the_latents_are_those_of_the_sampler(run, pictures, tmp_path):
+def test_the_latents_are_those_of_the_sampler(run, pictures, here):
     assert run(pictures, "--steps", 4, "--guidance", 1.5, "--batch-size", 1, "--quiet") == (0, "", "")
-    saved = load_file(tmp_path / "reconstruction" / "latents.safetensors")
+    saved = load_file(here / "reconstruction" / "latents.safetensors")
     assert saved["labels"].tolist() == [3, 9] and saved["x_T"].shape == (2, 1, 32, 32)
     sampler = Sampler(UNet.from_pretrained("fashion-mnist"), steps=4)
     again = sampler.sample(x_T=saved["x_T"], labels=saved["labels"], guidance=1.5)
     images = [np.asarray(Image.open(pictures / name / "a.png")) for name in ("3", "9")]
     difference = (again[:, 0] / 2 + 0.5) - torch.tensor(np.stack(images)) / 255
-    np.testing.assert_allclose(difference.square().mean((1, 2)), errors_of(tmp_path / "reconstruction"), rtol=1e-3)
+    np.testing.assert_allclose(difference.square().mean((1, 2)), errors_of(here / "reconstruction"), rtol=1e-3)
     # Original, noise and reconstruction of both, in three rows.
-    assert Image.open(tmp_path / "reconstruction" / "comparison.png").size == (2 * (2 + 2 * 34), 2 * (2 + 3 * 34))
+    assert Image.open(here / "reconstruction" / "comparison.png").size == (2 * (2 + 2 * 34), 2 * (2 + 3 * 34))
 
 
-def test_files_and_a_class_by_hand(run, pictures, tmp_path):
+def test_files_and_a_class_by_hand(run, pictures, here):
     files = [pictures / "3" / "a.png", pictures / "9" / "a.png"]
     assert run(*files, "--steps", 2, "--quiet") == (0, "", "")
-    assert "labels" not in load_file(tmp_path / "reconstruction" / "latents.safetensors")
+    assert "labels" not in load_file(here / "reconstruction" / "latents.safetensors")
     assert run(files[0], "--steps", 2, "--class", 5, "--out", "five", "--quiet") == (0, "", "")
-    assert load_file(tmp_path / "five" / "latents.safetensors")["labels"].tolist() == [5]
+    assert load_file(here / "five" / "latents.safetensors")["labels"].tolist() == [5]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +75,9 @@ def test_files_and_a_class_by_hand(run, pictures, tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, pictures, tmp_path):
-    text = tmp_path / "text.png"
+def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, pictures, here):
+    text = here / "text.png"
     text.write_text("no picture")
     code, out, err = run(*(a.format(pictures=pictures, text=text) for a in arguments))
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert [p.name for p in tmp_path.iterdir()] == ["text.png"]
+    assert [p.name for p in here.iterdir()] == ["text.png"]

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from ddim_fast import sample
-from ddim_fast.cli import run_command
 
 
 @pytest.fixture
@@ -21,18 +21,8 @@ def checkpoint(small_unet, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        (tmp_path / "here").mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / "here")
-        monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_command(sample.main)
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
+def run(run_here):
+    return functools.partial(run_here, sample)
 
 
 def test_writes_an_image_a_seed_and_a_grid(run, checkpoint, tmp_path):

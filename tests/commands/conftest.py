@@ -1,0 +1,29 @@
+"""What the tests of commands share: how one is run."""
+
+import sys
+
+import pytest
+
+from ddim_fast.cli import run_command
+
+
+@pytest.fixture
+def here(tmp_path):
+    """The folder in which commands run."""
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """Run a command, which is a module, in ``here`` and in this process; returns its exit code, stdout and stderr."""
+
+    def run(command, *arguments):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "here")
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run_command(command.main)
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
