@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..diffusion.guidance import check_guidance
+from ..diffusion.request import check_request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
-from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise_numpy
+from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
 from .cache import ready_export
 from .folder import SAMPLER, UNET, ExportFolder
 from .session import Session, pick_provider
@@ -199,21 +199,15 @@ class OnnxSampler:
 
     def _request(self, seeds: Any, x_T: Any, labels: Any, guidance: float | None) -> _Request:
         """What is asked for, checked."""
-        shape, classes = self.config.image_shape, self.config.num_classes
-        if seeds is None and x_T is None:
-            raise ValueError("sampling starts from seeds or from x_T; give one of them")
-        if seeds is None and self.solver.stochastic:
-            raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
-        if x_T is not None:
-            x_T = np.ascontiguousarray(x_T, np.float32)
-            if x_T.shape[1:] != shape:
-                raise ValueError(f"expected images of shape (N, {', '.join(map(str, shape))}); got {x_T.shape}")
-        count = len(x_T if seeds is None else seeds)
-        if x_T is not None and len(x_T) != count:
-            raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
-        seeds = np.array([0] * count if seeds is None else check_seeds(seeds), np.int64)
-        guidance = check_guidance(guidance, labels)
-        return _Request(seeds, x_T, _check_labels(labels, count, classes), guidance)
+        x_T = None if x_T is None else np.ascontiguousarray(x_T, np.float32)
+        checked = check_request(
+            self.config, stochastic=self.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
+        )
+        labels, classes = checked.labels, self.config.num_classes
+        if labels is None and classes is not None:
+            labels = np.full(checked.count, classes, np.int64)
+        seeds = np.array([0] * checked.count if checked.seeds is None else checked.seeds, np.int64)
+        return _Request(seeds, x_T, labels, checked.guidance)
 
 
 @dataclass(frozen=True)
@@ -233,22 +227,3 @@ class _Request:
     def start(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise to start from; not drawn before it is needed, for a request may be large."""
         return seeded_noise_numpy(self.seeds, INITIAL_NOISE, shape) if self.x_T is None else self.x_T
-
-
-def _check_labels(labels: Any, count: int, classes: int | None) -> np.ndarray | None:
-    if classes is None:
-        if labels is not None:
-            raise ValueError("the network is unconditional: it takes no class labels")
-        return None
-    if labels is None:
-        return np.full(count, classes, np.int64)
-    checked = np.asarray(labels)
-    if not np.issubdtype(checked.dtype, np.integer) and checked.size:
-        raise ValueError(f"class labels are whole numbers; got {checked.dtype}")
-    checked = np.broadcast_to(checked, (count,)) if checked.ndim == 0 else checked
-    if checked.shape != (count,):
-        raise ValueError(f"{len(checked)} class labels do not fit {count} images")
-    bad = checked[(checked < 0) | (checked >= classes)]
-    if len(bad):
-        raise ValueError(f"class {int(bad[0])} is out of range: the network has classes 0..{classes - 1}")
-    return checked.astype(np.int64)

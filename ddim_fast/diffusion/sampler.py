@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
-from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
+from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
-from .guidance import check_guidance
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
+from .request import check_request
 from .restoration import Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
 from .solvers import DDIM, make_solver
@@ -401,23 +401,16 @@ class _Request:
         labels: int | Sequence[int] | Tensor | None,
         guidance: float | None,
     ) -> _Request:
-        config, device = sampler.config, sampler.device
-        if seeds is None and x_T is None:
-            raise ValueError("sampling starts from seeds or from x_T; give one of them")
-        if seeds is None and sampler.solver.stochastic:
-            raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
-        if x_T is not None:
-            if tuple(x_T.shape[1:]) != config.image_shape:
-                raise ValueError(
-                    f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}"
-                )
-            x_T = x_T.to(device, torch.float32).contiguous()
-        count = len(x_T if seeds is None else seeds)
-        if x_T is not None and len(x_T) != count:
-            raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
-        if seeds is not None:
-            seeds = torch.tensor(check_seeds(seeds), dtype=torch.int64, device=device)
-        return cls(seeds, x_T, _check_labels(labels, count, config.num_classes, device), check_guidance(guidance, labels))
+        device = sampler.device
+        checked = check_request(
+            sampler.config, stochastic=sampler.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
+        )
+        return cls(
+            None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
+            None if x_T is None else x_T.to(device, torch.float32).contiguous(),
+            None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
+            checked.guidance,
+        )
 
     def __len__(self) -> int:
         return len(self.x_T if self.seeds is None else self.seeds)
@@ -432,22 +425,3 @@ class _Request:
 
     def _map(self, f) -> _Request:
         return _Request(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
-
-
-def _check_labels(
-    labels: int | Sequence[int] | Tensor | None, count: int, num_classes: int | None, device: torch.device
-) -> Tensor | None:
-    if labels is None:
-        return None
-    if num_classes is None:
-        raise ValueError("the network is unconditional: it takes no class labels")
-    checked = torch.as_tensor(labels)
-    if checked.is_floating_point() or checked.dtype == torch.bool:
-        raise ValueError(f"class labels are whole numbers; got {checked.dtype}")
-    checked = checked.expand(count) if checked.ndim == 0 else checked
-    if checked.shape != (count,):
-        raise ValueError(f"{len(checked)} class labels do not fit {count} images")
-    bad = checked[(checked < 0) | (checked >= num_classes)]
-    if len(bad):
-        raise ValueError(f"class {int(bad[0])} is out of range: the network has classes 0..{num_classes - 1}")
-    return checked.to(device, torch.int64)
