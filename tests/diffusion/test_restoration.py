@@ -67,6 +67,14 @@ def test_a_step_is_algorithm_1_in_plain_words(fake_network):
     torch.testing.assert_close(restored, x, atol=1e-4, rtol=1e-4)
 
 
+def test_the_compiled_engine_restores_the_same(fake_network):
+    operator = Downscale(2)
+    y = operator(seeded_noise(SEEDS, 9, SHAPE))
+    eager, compiled = (Sampler(fake_network(), steps=3, engine=engine) for engine in ("eager", "compiled"))
+    expected = eager.restore(y, operator, seeds=SEEDS)
+    torch.testing.assert_close(compiled.restore(y, operator, seeds=SEEDS), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_time_travel_goes_back_and_comes_again(fake_network):
     assert list(TimeTravel().steps(3)) == [(0, 1), (1, 2), (2, 3)]
     assert list(TimeTravel(2, 2).steps(3)) == [(0, 1), (1, 0), (0, 1), (1, 2), (2, 2), (2, 3)]
