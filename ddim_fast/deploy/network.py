@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx
 import torch
@@ -13,6 +13,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from ..models.unet import UNet
+from .quiet import errors_only
 
 __all__ = ["export_network"]
 
@@ -94,16 +95,9 @@ def _part(model: ModelProto, inputs: Sequence[str], output: str) -> ModelProto:
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-class _quiet(warnings.catch_warnings):
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Without the exporter's talk of packages that are not needed, and of its own future."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with errors_only("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._log = logging.getLogger("torch.onnx")
-        self._level = self._log.level
-        self._log.setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        self._log.setLevel(self._level)
-        super().__exit__(*error)
+        yield

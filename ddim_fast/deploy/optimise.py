@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 
 from onnx import ModelProto, helper
+
+from .quiet import errors_only
 
 __all__ = ["fuse_for_cuda"]
 
@@ -19,14 +20,9 @@ def fuse_for_cuda(model: ModelProto, half: bool) -> ModelProto:
         model: the network without its embeddings, in float32.
         half: convert what lies between the inputs and the output to float16; the fused norms compute in float32 all the same.
     """
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        # Its progress bar says nothing of use, and of its own operators it complains.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return _fused(model, half)
-    finally:
-        logging.root.setLevel(level)
+    # Its progress bar says nothing of use, and of its own operators it complains.
+    with errors_only(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        return _fused(model, half)
 
 
 def _fused(model: ModelProto, half: bool) -> ModelProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from onnx import ModelProto
 
 from ..diffusion.sampler import Sampler
+from .quiet import errors_only
 
 __all__ = ["calibration", "quantise"]
 
@@ -68,22 +68,17 @@ def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)  # it is changed
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it recommends what is of no use here
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            quantize_static(
-                copy,
-                Path(folder) / "quantised.onnx",
-                Reader(),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv"],
-                nodes_to_exclude=[convolutions[0], convolutions[-1]],
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=model.ByteSize() > 2**30,
-            )
-            return onnx.load(Path(folder) / "quantised.onnx")
-    finally:
-        logging.root.setLevel(level)
+    with errors_only(), tempfile.TemporaryDirectory() as folder:  # it recommends what is of no use here
+        quantize_static(
+            copy,
+            Path(folder) / "quantised.onnx",
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_exclude=[convolutions[0], convolutions[-1]],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=model.ByteSize() > 2**30,
+        )
+        return onnx.load(Path(folder) / "quantised.onnx")
