@@ -7,7 +7,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .diffusion.step import SIGMA_HAT
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
@@ -15,13 +16,17 @@ from .models.checkpoint import DEFAULT_MODEL, resolve_model
 if TYPE_CHECKING:
     import torch
 
+    from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
+
+    AnySampler = Sampler | LatentSampler
 
 __all__ = [
     "DTYPES",
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
+    "load_sampler",
     "make_sampler",
     "parse_eta",
     "parse_integers",
@@ -173,20 +178,38 @@ def add_sampler_options(parser: CommandParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
 
 
-def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> Sampler:
+def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> AnySampler:
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
     from .devices import pick_device
-    from .diffusion.sampler import Sampler
-    from .models.unet import UNet
 
     with parser.usage_errors():
         device = pick_device(arguments.device)
-        folder = resolve_model(arguments.model)
+    return load_sampler(
+        parser,
+        arguments.model,
+        device,
+        steps=arguments.steps,
+        spacing=parse_spacing(arguments.spacing),
+        dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+    )
+
+
+def load_sampler(parser: CommandParser, name: str, device: torch.device, **options: Any) -> AnySampler:
+    """The sampler of a checkpoint; in latent space, if an autoencoder lies beside it.
+
+    Args:
+        name: the model, as of ``--model``.
+        options: of :class:`ddim_fast.Sampler`.
+    """
+    from .diffusion.latent import LatentSampler
+    from .diffusion.sampler import Sampler
+    from .interop.autoencoder import AUTOENCODER, load_autoencoder
+    from .models.unet import UNet
+
+    with parser.usage_errors():
+        folder = resolve_model(name)
     model = UNet.from_pretrained(folder)
     with parser.usage_errors():
-        return Sampler(
-            model.to(device),
-            steps=arguments.steps,
-            spacing=parse_spacing(arguments.spacing),
-            dtype=select_dtype(arguments.dtype, compiled=False, device=device),
-        )
+        sampler = Sampler(model.to(device), **options)
+    autoencoder = Path(folder, AUTOENCODER)
+    return LatentSampler(sampler, load_autoencoder(autoencoder)) if autoencoder.is_dir() else sampler

@@ -14,7 +14,6 @@ from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_gif, save_image, to_uint8
 from .models.checkpoint import write_json
-from .ops.noise import INITIAL_NOISE, seeded_noise
 from .training.data import load_images, to_unit_range
 
 _EXAMPLES = """\
@@ -72,13 +71,12 @@ def _between(noise: Tensor, sampler: Sampler, arguments: argparse.Namespace) -> 
 
 def _noise(end: str, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:
     """(C, H, W) on the host: what the sampler makes the end from."""
-    config = sampler.config
     if end.startswith("seed:"):
         if not end[5:].isdecimal():
             raise ValueError(f"{end!r} is no seed: write it as seed:7")
         sampler.check(seeds=[int(end[5:])], labels=arguments.label, guidance=arguments.guidance)
-        return seeded_noise([int(end[5:])], INITIAL_NOISE, config.image_shape)[0]
-    found = load_images(end, config.in_channels, config.sample_size).images
+        return sampler.noise([int(end[5:])])[0].cpu()
+    found = load_images(end, *sampler.image_shape[:2]).images
     if len(found) != 1:
         raise ValueError(f"an end is one image or a seed; {end!r} holds {len(found)} images")
     image = to_unit_range(found).contiguous()

@@ -170,14 +170,18 @@ class Job:
             tqdm.write(f"out of memory: going on with {self._at_once} images a network call", file=sys.stderr)
 
 
-def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 of a network's configuration and weights, in hexadecimal: the same whatever file they were read from."""
+def weights_checksum(*models: nn.Module) -> str:
+    """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
     import torch
 
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest = hashlib.sha256()
+    for model in models:
+        config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+        # In diffusers' configs these say where a network is from.
+        digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

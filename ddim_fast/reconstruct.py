@@ -49,11 +49,10 @@ def main() -> None:
     arguments = parser.parse_args()
     sampler = make_sampler(parser, arguments)
     with parser.usage_errors():
-        config = sampler.config
-        data = [load_images(spec, config.in_channels, config.sample_size) for spec in arguments.images]
+        data = [load_images(spec, *sampler.image_shape[:2]) for spec in arguments.images]
         images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
-        labels = _labels(arguments.label, data, config.num_classes)
-        sampler.check(x_T=images, labels=labels, guidance=arguments.guidance)
+        labels = _labels(arguments.label, data, sampler.config.num_classes)
+        sampler.check(seeds=range(len(images)), labels=labels, guidance=arguments.guidance)
     try:
         with atomic_folder(arguments.out) as out:
             errors = _reconstruct(sampler, images, labels, arguments, out)

@@ -19,6 +19,7 @@ from .cli import (
     DTYPES,
     MODEL_HELP,
     CommandParser,
+    load_sampler,
     parse_eta,
     parse_integers,
     parse_positive,
@@ -38,8 +39,8 @@ from .outputs import GRID, Batches, NpzFile, Output, PngFolder
 from .processes import Processes
 
 if TYPE_CHECKING:
+    from .cli import AnySampler
     from .deploy.onnx_sampler import OnnxSampler
-    from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
@@ -133,9 +134,8 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         sampler, checksum, made_on = _onnx_sampler(parser, arguments)
     else:
         sampler, checksum, made_on = _torch_sampler(parser, arguments, processes)
-    config = sampler.config
     with parser.usage_errors():
-        labels = seed_labels(arguments.classes, arguments.seeds, config.num_classes)
+        labels = seed_labels(arguments.classes, arguments.seeds, sampler.config.num_classes)
         # Before anything is written or computed.
         sampler.check(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
         if arguments.tolerance is not None and arguments.trajectory is not None:
@@ -144,7 +144,7 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             parser.error(f"--trajectory writes a GIF; got {str(arguments.trajectory)!r}")
         if arguments.grid is not None:
             image_format(arguments.grid)
-    channels, height, width = config.image_shape
+    channels, height, width = sampler.image_shape
     size = min(arguments.batch_size, len(arguments.seeds))
     batches = Batches(arguments.seeds, labels, size, (height, width, channels))
     record = {
@@ -162,43 +162,39 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
 
 def _torch_sampler(
     parser: CommandParser, arguments: argparse.Namespace, processes: Processes
-) -> tuple[Sampler, str, dict[str, str]]:
+) -> tuple[AnySampler, str, dict[str, str]]:
     """The sampler, the checksum of its weights, and what it runs on."""
     try:
         import torch
     except ModuleNotFoundError:
         raise RuntimeError("torch is not installed; without it there is --engine onnx") from None
 
-    from .diffusion.sampler import Sampler
     from .engine import fastest_engine
-    from .models.unet import UNet
 
     with parser.usage_errors():
         if arguments.provider is not None:
             raise ValueError("--provider is an option of --engine onnx")
         device = pick_device(processes.device_name(arguments.device))
-        folder = resolve_model(arguments.model)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         processes.share_cores()
-    model = UNet.from_pretrained(folder)
-    checksum = weights_checksum(model)
-    with parser.usage_errors():
-        sampler = Sampler(
-            model.to(device),
-            steps=arguments.steps,
-            eta=arguments.eta,
-            spacing=parse_spacing(arguments.spacing),
-            solver=arguments.solver,
-            engine=fastest_engine(device) if arguments.compile and arguments.engine == "auto" else arguments.engine,
-            reuse=arguments.reuse,
-            tolerance=arguments.tolerance,
-            clip_sample_range=arguments.clip,
-            dtype=select_dtype(arguments.dtype, arguments.compile, device),
-        )
+    sampler = load_sampler(
+        parser,
+        arguments.model,
+        device,
+        steps=arguments.steps,
+        eta=arguments.eta,
+        spacing=parse_spacing(arguments.spacing),
+        solver=arguments.solver,
+        engine=fastest_engine(device) if arguments.compile and arguments.engine == "auto" else arguments.engine,
+        reuse=arguments.reuse,
+        tolerance=arguments.tolerance,
+        clip_sample_range=arguments.clip,
+        dtype=select_dtype(arguments.dtype, arguments.compile, device),
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return sampler, checksum, {"device": name, "torch": torch.__version__}
+    return sampler, weights_checksum(*sampler.networks), {"device": name, "torch": torch.__version__}
 
 
 def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple[OnnxSampler, str, dict[str, str]]:
@@ -241,7 +237,7 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
 
 
 def _settings(
-    arguments: argparse.Namespace, sampler: Sampler | OnnxSampler, labels: list[int] | None, checksum: str
+    arguments: argparse.Namespace, sampler: AnySampler | OnnxSampler, labels: list[int] | None, checksum: str
 ) -> dict[str, str | float | None]:
     """What decides the images, by option: the record that an unfinished output is compared with."""
     return {
@@ -306,7 +302,7 @@ def _free_folder(batches: Batches, settings: dict[str, Any]) -> Path:
 
 
 def _run(
-    sampler: Sampler | OnnxSampler, output: Output, missing: list[int], arguments: argparse.Namespace, processes: Processes
+    sampler: AnySampler | OnnxSampler, output: Output, missing: list[int], arguments: argparse.Namespace, processes: Processes
 ) -> None:
     """Sample the missing batches, write the files, and say what was done."""
     batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
@@ -359,7 +355,9 @@ def _finish(output: Output, grid: Path | None) -> list[Path]:
     return [output.path] if grid is None else [output.path, grid]
 
 
-def _summary(sampler: Sampler | OnnxSampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace) -> str:
+def _summary(
+    sampler: AnySampler | OnnxSampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace
+) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     if sampler.tolerance is not None:
         return (

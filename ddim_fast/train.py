@@ -15,12 +15,16 @@ from tqdm import tqdm
 
 from .cli import CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
+from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .files import atomic_write
+from .interop.autoencoder import AUTOENCODER, load_autoencoder
 from .media import image_grid, save_image
-from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
+from .models.autoencoder import Autoencoder
+from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
-from .training.data import load_images
+from .training.data import load_images, to_unit_range
+from .training.latents import encoded, latent_space
 from .training.loop import Trainer, TrainingOptions
 
 _EXAMPLES = """\
@@ -29,6 +33,8 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data fashion-mnist/ --preset grey-32 --class-conditional --no-flip --out runs/fashion
   python -m ddim_fast.train --data photos/ --recipe fast --steps 20000 --out runs/soon
   python -m ddim_fast.train --out runs/photos --resume
+  python -m ddim_fast.train --data faces/ --preset autoencoder --set sample_size=64 --recipe fast --out runs/faces-autoencoder
+  python -m ddim_fast.train --data faces/ --latents runs/faces-autoencoder --set base_channels=64 --out runs/faces
   python -m ddim_fast.sample --model runs/photos
 """
 
@@ -62,10 +68,11 @@ def _parser() -> CommandParser:
     p.add_argument(
         "--preset",
         metavar="NAME",
-        choices=preset_names(),
+        choices=(*preset_names(), AUTOENCODER),
         default="cifar10-64",
-        help=f"the network: {', '.join(preset_names())}",
+        help=f"the network: {', '.join(preset_names())}; or {AUTOENCODER}, a network to train others in the latent space of",
     )
+    p.add_argument("--latents", metavar="DIR", help=_LATENTS_HELP)
     p.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -115,6 +122,12 @@ def _parser() -> CommandParser:
     return p
 
 
+_LATENTS_HELP = (
+    "train on the latents of the autoencoder in this folder, an earlier run's or one saved by diffusers, of which the "
+    "checkpoint gets a copy; size and channels of the preset are then the latents'"
+)
+
+
 def _recipe_help() -> str:
     fast = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in _RECIPES["fast"].items())
     return f"defaults of the options below: ddpm, those of the papers, or fast, for shorter runs: {fast}"
@@ -145,25 +158,59 @@ def main() -> None:
 
     with parser.usage_errors():
         device = pick_device(arguments.device)
-        config = UNetConfig.preset(arguments.preset, **_overrides(arguments))
         options = _options(arguments, device)
-    data = load_images(arguments.data, config.in_channels, config.sample_size)
-    if arguments.class_conditional:
-        if data.labels is None:
-            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
-        config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
-
+        if arguments.latents is not None and arguments.preset == AUTOENCODER:
+            raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
     torch.manual_seed(options.seed)
-    trainer = Trainer(UNet(config).to(device), data, options)
+    if arguments.preset == AUTOENCODER:
+        trainer, codec = _autoencoder_trainer(parser, arguments, device, options), None
+    else:
+        trainer, codec = _unet_trainer(parser, arguments, device, options)
     if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
     atomic_write(record, (json.dumps(remembered, indent=2) + "\n").encode())
-    _train(trainer, arguments)
+    if codec is not None:
+        codec.autoencoder.save_pretrained(arguments.out / AUTOENCODER)
+    _train(trainer, arguments, codec)
 
 
-def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
+def _autoencoder_trainer(
+    parser: CommandParser, arguments: argparse.Namespace, device: torch.device, options: TrainingOptions
+) -> Trainer:
+    with parser.usage_errors():
+        if arguments.class_conditional:
+            raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
+        config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
+    data = load_images(arguments.data, config.in_channels, config.sample_size)
+    return Trainer(Autoencoder(config).to(device), data, options)
+
+
+def _unet_trainer(
+    parser: CommandParser, arguments: argparse.Namespace, device: torch.device, options: TrainingOptions
+) -> tuple[Trainer, LatentCodec | None]:
+    """What trains a U-Net, and the autoencoder whose latents it learns, if it does."""
+    codec = None
+    with parser.usage_errors():
+        overrides = _overrides(arguments)
+        if arguments.latents is not None:
+            copied = arguments.out / AUTOENCODER
+            codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(arguments.latents)).to(device))
+            image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
+            overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
+        config = UNetConfig.preset(arguments.preset, **overrides)
+    data = load_images(arguments.data, *(config.image_shape if codec is None else image_shape)[:2])
+    if arguments.class_conditional:
+        if data.labels is None:
+            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
+        config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
+    if codec is not None:
+        data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
+    return Trainer(UNet(config).to(device), data, options), codec
+
+
+def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec | None) -> None:
     """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids."""
     out, options = arguments.out, trainer.options
     _forget_after(out / "stats.jsonl", trainer.step)
@@ -202,8 +249,11 @@ def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
             if last or step.step % arguments.save_every == 0:
                 trainer.save(out)
             if last or step.step % arguments.sample_every == 0:
-                _save_grid(trainer, out / "samples" / f"{step.step:07d}.png")
-    print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+                _save_grid(trainer, codec, out / "samples" / f"{step.step:07d}.png")
+    if isinstance(trainer.model, Autoencoder):
+        print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
+    else:
+        print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -213,13 +263,21 @@ def _forget_after(path: Path, step: int) -> None:
         atomic_write(path, "".join(line + "\n" for line in kept).encode())
 
 
-def _save_grid(trainer: Trainer, path: Path) -> None:
-    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress."""
+def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
+    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress. Of an
+    autoencoder, the first images of the data above what it makes of them."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(trainer.model, Autoencoder):
+        originals = to_unit_range(trainer.data.images[:10])
+        averaged = LatentCodec(trainer.averaged_model())
+        save_image(path, image_grid(torch.cat([originals, averaged.decode(averaged.encode(originals))])))
+        return
     seeds, num_classes = range(40), trainer.model.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    images = Sampler(trainer.averaged_model(), steps=20).sample(seeds=seeds, labels=labels, batch_size=20)
-    path.parent.mkdir(exist_ok=True)
-    save_image(path, image_grid(images))
+    sampler = Sampler(trainer.averaged_model(), steps=20)
+    if codec is not None:
+        sampler = LatentSampler(sampler, codec.autoencoder)
+    save_image(path, image_grid(sampler.sample(seeds=seeds, labels=labels, batch_size=20)))
 
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
@@ -229,20 +287,26 @@ def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOpt
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the configuration that options change."""
-    overrides: dict[str, Any] = {}
+    """The fields of a U-Net's configuration that options change."""
+    fields = _set_fields(arguments)
+    for name in ("dropout", "prediction_type"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
+    return fields
+
+
+def _set_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says."""
+    fields: dict[str, Any] = {}
     for item in arguments.set:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE; got {item!r}")
         try:
-            overrides[key] = json.loads(value)
+            fields[key] = json.loads(value)
         except json.JSONDecodeError:
-            overrides[key] = value
-    for name in ("dropout", "prediction_type"):
-        if getattr(arguments, name) is not None:
-            overrides[name] = getattr(arguments, name)
-    return overrides
+            fields[key] = value
+    return fields
 
 
 if __name__ == "__main__":

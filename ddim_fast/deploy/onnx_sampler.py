@@ -49,6 +49,7 @@ class OnnxSampler:
 
     Attributes:
         config: the network.
+        image_shape: (C, H, W) of the images.
         timesteps: (S,) int64 array, noisiest first.
         provider: ONNX Runtime's name of where the network runs.
         dtype: what the network computes in, by name.
@@ -78,6 +79,7 @@ class OnnxSampler:
         self.provider = pick_provider(provider)
         self.folder = ExportFolder.open(ready_export(model))
         self.config = config = self.folder.config
+        self.image_shape = config.image_shape
         self.dtype: str = self.folder.schedule["dtype"]
         if self.dtype == "bfloat16" and self.provider == "CPUExecutionProvider":
             raise ValueError(

@@ -105,6 +105,16 @@ class Sampler:
         return self._network.device
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.config.image_shape
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that decides what an image is made of."""
+        return (self.model,)
+
+    @property
     def runs_whole(self) -> bool:
         """Whether all steps are one call, unless somebody watches them."""
         return self.engine == "captured" or self.tolerance is not None
@@ -167,6 +177,10 @@ class Sampler:
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
         return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance))
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The x_T (N, C, H, W) that :meth:`sample` starts from."""
+        return self._initial(_Request.check(self, seeds, None, None, None))
 
     def check(
         self,

@@ -1,4 +1,5 @@
-"""A checkpoint is a folder: config.json (:class:`UNetConfig`) and model.safetensors (one tensor a parameter).
+"""A checkpoint is a folder: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`) and model.safetensors (one tensor
+a parameter).
 
 Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
 """
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files import atomic_write
-from .config import UNetConfig
+from .config import AutoencoderConfig, UNetConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,8 @@ __all__ = [
     "write_json",
     "write_safetensors",
 ]
+
+C = TypeVar("C", UNetConfig, AutoencoderConfig)
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
@@ -74,7 +77,7 @@ class Checkpoint:
     """
 
     path: Path
-    config: UNetConfig
+    config: UNetConfig | AutoencoderConfig
     tensors: dict[str, Tensor]
     stored_name: Callable[[str], str] = str
 
@@ -127,17 +130,17 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     )
 
 
-def load_config(folder: Path) -> UNetConfig:
+def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:
     """The configuration in ``folder``.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it is not JSON, or not a :class:`UNetConfig`; the message names the file and the key.
+        ValueError: it is not JSON, or not of that kind; the message names the file and the key.
     """
     path = folder / "config.json"
     values = read_json(path)
     with naming(path):
-        return UNetConfig.from_dict(values)
+        return kind.from_dict(values)
 
 
 def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
@@ -166,7 +169,7 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     return Checkpoint(weights, load_config(path), read_safetensors(weights))
 
 
-def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
+def save_checkpoint(folder: Path, config: UNetConfig | AutoencoderConfig, state: dict[str, Tensor]) -> None:
     """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all. Timesteps that were fitted
     to earlier weights in that folder are removed: they are not for these."""
     folder.mkdir(parents=True, exist_ok=True)

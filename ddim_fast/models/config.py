@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import sys
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "UNetConfig", "preset_names"]
+__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "UNetConfig", "preset_names"]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
+C = TypeVar("C", bound="_Config")
+
+
+class _Config:
+    """Fields that a JSON file holds, each one checked."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _field_types(type(self)).items():
+            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing."""
+        fields = _field_types(cls)
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
+        if "sample_size" not in values:
+            raise ValueError("the configuration lacks 'sample_size'")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(_Config):
     """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
     DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
 
@@ -66,8 +94,7 @@ class UNetConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, _FIELD_TYPES[field.name], getattr(self, field.name)))
+        super().__post_init__()
         for name in (
             "sample_size",
             "in_channels",
@@ -148,24 +175,63 @@ class UNetConfig:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls.from_dict({**_PRESETS[name], **overrides})
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing."""
-        unknown = sorted(set(values) - set(_FIELD_TYPES))
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], _FIELD_TYPES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
-        if "sample_size" not in values:
-            raise ValueError("the configuration lacks 'sample_size'")
-        return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(_Config):
+    """The small convolutional autoencoder of :class:`ddim_fast.Autoencoder`.
 
+    Attributes:
+        sample_size: height and width of the images, in pixels; a multiple of 2**(levels - 1).
+        in_channels: image channels.
+        latent_channels: of the latents, which are smaller by 2**(levels - 1) along each side.
+        base_channels: width C of the first level.
+        channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
+        layers_per_block: residual blocks a level.
+        norm_num_groups, norm_eps: of every GroupNorm.
 
-_FIELD_TYPES = typing.get_type_hints(UNetConfig)
+    Raises:
+        ValueError: a field has an impossible value; the message names the field.
+    """
+
+    sample_size: int
+    in_channels: int = 3
+    latent_channels: int = 4
+    base_channels: int = 32
+    channel_multipliers: tuple[int, ...] = (1, 2, 4)
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sample_size", "in_channels", "latent_channels", "base_channels", "layers_per_block", "norm_num_groups"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        multipliers = self.channel_multipliers
+        _require(
+            bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", multipliers, "one positive integer a level"
+        )
+        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        right = f"a multiple of {self.factor}, for {len(multipliers)} levels"
+        _require(self.sample_size % self.factor == 0, "sample_size", self.sample_size, right)
+        for width in self.level_channels:
+            right = f"a divisor of every level's width, {width} among them"
+            _require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, right)
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent's side stands for."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Width of each level, from the full resolution down."""
+        return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return (self.in_channels, self.sample_size, self.sample_size)
+
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-64": {"sample_size": 32, "base_channels": 64},
@@ -187,6 +253,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def preset_names() -> tuple[str, ...]:
     """The names :meth:`UNetConfig.preset` knows."""
     return tuple(_PRESETS)
+
+
+@functools.cache
+def _field_types(config: type[_Config]) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 def _checked(name: str, expected: Any, value: Any) -> Any:

@@ -23,7 +23,7 @@ from ..ops.group_norm_silu import group_norm_silu
 from .checkpoint import HUB_FILES, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
 from .config import UNetConfig
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "alone_as_two"]
 
 _MODEL_CARD = """\
 ---
@@ -138,12 +138,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             The prediction, as of :meth:`forward`; and the deep features, which the last residual block began with.
         """
         shifts = condition.expand(x.shape[0], -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
-        skip = _alone_as_two(self.conv_in, x)
+        skip = alone_as_two(self.conv_in, x)
         if deep is None:
             deep = self._deep_features(skip, shifts)
         last = self.up_blocks[-1]
         h = last.attend(-1, last.resnets[-1](deep, shifts[-1], skip))
-        return _alone_as_two(self.conv_out, _norm(self.conv_norm_out, h)), deep
+        return alone_as_two(self.conv_out, _norm(self.conv_norm_out, h)), deep
 
     def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         """From the first convolution's result to all that comes before the last residual block."""
@@ -270,7 +270,7 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
-def _alone_as_two(operator: Callable[..., Tensor], *images: Tensor) -> Tensor:
+def alone_as_two(operator: Callable[..., Tensor], *images: Tensor) -> Tensor:
     """``operator`` on tensors of N images, in such a way that an image is the same to the last bit when it is alone.
 
     On a CPU, torch's convolutions and attention sum in another order for a single image: small convolutions go to another
@@ -366,7 +366,7 @@ class _Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        attended = _alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
+        attended = alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -377,7 +377,7 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _alone_as_two(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return alone_as_two(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class _Upsample(nn.Module):

@@ -30,7 +30,7 @@ class ImageSet:
     """Images in memory.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; or float32, for what a network learns as it is: latents.
         labels: (N,) int64 class labels, or None where the data has none.
     """
 

@@ -9,19 +9,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.schedule import NoiseSchedule
 from ..files import atomic_write
+from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
 from .data import ImageSet, to_unit_range
 from .ema import EMA
-from .loss import DenoisingLoss
+from .loss import AutoencoderLoss, DenoisingLoss
 
 __all__ = ["Trainer", "TrainingOptions", "TrainingStep"]
+
+M = TypeVar("M", UNet, Autoencoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,8 @@ class TrainingStep:
     lr: float
 
 
-class Trainer:
-    """Trains ``model`` on ``data``; iterate :meth:`run`.
+class Trainer(Generic[M]):
+    """Trains ``model``, a U-Net or an autoencoder, on ``data``; iterate :meth:`run`.
 
     Every random number of step n comes from a generator seeded by (seed, n), so a run that stops and resumes equals one
     that never stopped.
@@ -97,27 +101,26 @@ class Trainer:
         ValueError: the labels do not fit the network, or the data is not the network's size.
     """
 
-    def __init__(self, model: UNet, data: ImageSet, options: TrainingOptions) -> None:
+    def __init__(self, model: M, data: ImageSet, options: TrainingOptions) -> None:
         config = model.config
+        self._num_classes = config.num_classes if isinstance(model, UNet) else None
         if tuple(data.images.shape[1:]) != config.image_shape:
             raise ValueError(
                 f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}"
             )
-        if config.num_classes is not None:
+        if self._num_classes is not None:
             if data.labels is None:
                 raise ValueError("the network is class-conditional, but the data has no labels")
             low, high = int(data.labels.min()), int(data.labels.max())
-            if low < 0 or high >= config.num_classes:
-                raise ValueError(f"labels must be in 0..{config.num_classes - 1}; the data has {low}..{high}")
+            if low < 0 or high >= self._num_classes:
+                raise ValueError(f"labels must be in 0..{self._num_classes - 1}; the data has {low}..{high}")
         self.model = model.to(memory_format=torch.channels_last)
         self.data = data.to(model.device)
         self.options = options
         self.step = 0
         self.ema = EMA(model, options.ema)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-        self._loss = DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, options.min_snr_gamma).to(
-            model.device
-        )
+        self._loss = self._make_loss().to(model.device)
         self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True) if options.compile else self._loss_of
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -141,7 +144,7 @@ class Trainer:
             self.step += 1
             yield TrainingStep(self.step, loss.detach(), grad_norm, lr)
 
-    def averaged_model(self) -> UNet:
+    def averaged_model(self) -> M:
         """A copy of the network with the averaged weights, in eval mode."""
         model = copy.deepcopy(self.model)
         model.load_state_dict(self.ema.state_dict())
@@ -149,6 +152,8 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
+        if isinstance(self.model, Autoencoder):
+            self._fit_scale()
         save_checkpoint(folder, self.model.config, self.ema.state_dict())
         buffer = io.BytesIO()
         torch.save(
@@ -185,6 +190,20 @@ class Trainer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
 
+    def _fit_scale(self) -> None:
+        """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
+        averaged = self.averaged_model()
+        averaged.fit_scale(to_unit_range(self.data.images[:1000]))
+        for name in ("latent_mean", "latent_std"):
+            for weights in (self.model.state_dict(), self.ema.state_dict()):
+                weights[name].copy_(getattr(averaged, name))
+
+    def _make_loss(self) -> nn.Module:
+        if isinstance(self.model, Autoencoder):
+            return AutoencoderLoss()
+        config = self.model.config
+        return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)
+
     def _loss_of(self, images: Tensor, labels: Tensor | None) -> Tensor:
         autocast = torch.autocast(images.device.type, torch.bfloat16) if self.options.bf16 else contextlib.nullcontext()
         with autocast:
@@ -203,17 +222,17 @@ class Trainer:
             first, size = first + len(parts[-1]), size - len(parts[-1])
         index = torch.cat(parts).to(self.data.images.device)
         device = self.model.device
-        labels = None if self.model.config.num_classes is None else self.data.labels[index].to(device)
+        labels = None if self._num_classes is None else self.data.labels[index].to(device)
         return self.data.images[index].to(device), labels
 
     def _augment(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        images = to_unit_range(images)
+        images = to_unit_range(images) if images.dtype == torch.uint8 else images
         if self.options.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
             images = torch.where(mirrored, images.flip(3), images)
         if labels is not None and self.options.label_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.options.label_dropout
-            labels = torch.where(dropped, self.model.config.num_classes, labels)
+            labels = torch.where(dropped, self._num_classes, labels)
         return images, labels
 
     def _learning_rate(self, step: int) -> float:

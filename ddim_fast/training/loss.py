@@ -1,4 +1,4 @@
-"""The denoising loss."""
+"""What is minimised: the denoising loss of a diffusion model, and that of an autoencoder for one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.schedule import NoiseSchedule
+from ..models.autoencoder import Autoencoder
 
-__all__ = ["DenoisingLoss"]
+__all__ = ["AutoencoderLoss", "DenoisingLoss"]
 
 
 class DenoisingLoss(nn.Module):
@@ -58,6 +59,28 @@ class DenoisingLoss(nn.Module):
             "sample": lambda: images,
         }[self.prediction_type]()
         return (self.weight[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+class AutoencoderLoss(nn.Module):
+    """Mean absolute error of the images from latents drawn at random, and their Kullback-Leibler divergence from the normal
+    distribution, in small part, which keeps them smooth (Kingma and Welling 2014; Rombach et al. 2022, section 3.1). Of that
+    paper's loss the perceptual and adversarial parts are left out, which need networks of their own.
+
+    Args:
+        kl_weight: of the divergence's mean over the latents' numbers.
+    """
+
+    def __init__(self, kl_weight: float = 1e-4) -> None:
+        super().__init__()
+        self.kl_weight = kl_weight
+
+    def forward(self, model: Autoencoder, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of one batch, a 0-dim fp32 tensor. Noise comes from torch's default generator; labels are not used."""
+        mean, log_variance = (part.float() for part in model.posterior(images))
+        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        error = (model.decoder(latents).float() - images).abs().mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return error + self.kl_weight * divergence
 
 
 def _fp32(table: np.ndarray) -> Tensor:

@@ -1,0 +1,172 @@
+"""Diffusion in the latent space of an autoencoder (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.unet import alone_as_two
+from .sampler import Sampler
+from .trajectory import SamplerState
+
+__all__ = ["LatentCodec", "LatentSampler", "LatentState"]
+
+# Images that the autoencoder takes at once where nobody says how many.
+_AT_ONCE = 64
+
+
+class LatentCodec:
+    """An autoencoder as two functions of tensors, whose latents are as a network for them was trained.
+
+    Args:
+        autoencoder: :class:`ddim_fast.Autoencoder`; diffusers' ``AutoencoderKL``, whose latents are the means of its
+            distributions, shifted and scaled as its config says; its ``AutoencoderTiny``; or another module whose ``encode``
+            and ``decode`` take and return tensors. It is put in eval mode, and computes on the device and in the dtype of its
+            parameters.
+    """
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        self.autoencoder = autoencoder.eval()
+        config = getattr(autoencoder, "config", None)
+        fields = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
+        shift, scale, mean, std = (getattr(config, name, None) for name in fields)
+        self._shift = _per_channel(mean or [shift or 0.0])
+        self._scale = (scale or 1.0) / _per_channel(std or [1.0])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
+        """(N, C, H, W) images in [-1, 1] -> (N, c, h, w) float32, on the autoencoder's device."""
+        latents = self._call(self.autoencoder.encode, images, batch_size)
+        return ((latents - self._shift.to(latents.device)) * self._scale.to(latents.device)).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
+        """The images of latents, (N, C, H, W) float32; not clipped."""
+        x = latents / self._scale.to(latents.device) + self._shift.to(latents.device)
+        return self._call(self.autoencoder.decode, x, batch_size).contiguous()
+
+    def _call(self, function: Callable[[Tensor], Any], x: Tensor, batch_size: int) -> Tensor:
+        """``function`` of the autoencoder, some images at a time."""
+        like = next(self.autoencoder.parameters())
+        parts = [alone_as_two(lambda x: _tensor(function(x)), part.to(like)).float() for part in x.split(batch_size)]
+        return torch.cat(parts)
+
+
+class LatentSampler:
+    """A sampler of latents, and the autoencoder that makes images of them: what a :class:`Sampler` does for images of the
+    network's own size, in the autoencoder's. Attributes that are not named here are the sampler's.
+
+    Args:
+        sampler: of a network that was trained on the autoencoder's latents.
+        autoencoder: one that :class:`LatentCodec` takes. It is moved to the sampler's device.
+
+    Attributes:
+        image_shape: (C, H, W) of the images.
+
+    Raises:
+        ValueError: the autoencoder does not decode latents of the network's shape.
+    """
+
+    def __init__(self, sampler: Sampler, autoencoder: nn.Module) -> None:
+        self.sampler = sampler
+        self.codec = LatentCodec(autoencoder.to(sampler.device))
+        shape = sampler.config.image_shape
+        try:
+            self.image_shape = tuple(self.codec.decode(torch.zeros(1, *shape, device=sampler.device)).shape[1:])
+        except RuntimeError as error:
+            raise ValueError(f"the autoencoder does not decode the network's latents, of shape {shape}: {error}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":  # not set yet: a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that decides what an image is made of."""
+        return (*self.sampler.networks, self.codec.autoencoder)
+
+    def sample(
+        self, *, batch_size: int = _AT_ONCE, on_step: Callable[[LatentState], None] | None = None, **request: Any
+    ) -> Tensor:
+        """Images (N, C, H, W), as :meth:`Sampler.sample` returns them. Its arguments; ``x_T`` is of the latents' shape."""
+
+        def report(state: SamplerState) -> None:
+            on_step(LatentState(state, self.decode))
+
+        latents = self.sampler.sample(batch_size=batch_size, on_step=None if on_step is None else report, **request)
+        return self.decode(latents, batch_size)
+
+    def trajectory(self, **request: Any) -> Iterator[LatentState]:
+        """The states of one batch, one after each step; arguments as in :meth:`Sampler.trajectory`."""
+        for state in self.sampler.trajectory(**request):
+            yield LatentState(state, self.decode)
+
+    def encode(self, images: Tensor, **options: Any) -> Tensor:
+        """The noise (N, latent shape) from which deterministic DDIM makes the latents of ``images``; arguments as in
+        :meth:`Sampler.encode`. What the autoencoder loses of an image does not come back."""
+        return self.sampler.encode(self.latents(images), **options)
+
+    def latents(self, images: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
+        """The autoencoder's latents of (N, C, H, W) images in [-1, 1], as the network knows them.
+
+        Raises:
+            ValueError: the images are not of ``image_shape``.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"expected images of shape (N, {expected}); got {tuple(images.shape)}")
+        return self.codec.encode(images, batch_size) if len(images) else torch.empty(0, *self.config.image_shape)
+
+    def decode(self, latents: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
+        """The images of (N, c, h, w) latents, (N, C, H, W) float32; not clipped."""
+        return self.codec.decode(latents, batch_size) if len(latents) else torch.empty(0, *self.image_shape)
+
+
+@dataclass
+class LatentState:
+    """One step of a trajectory in latent space, as :class:`SamplerState`; images are decoded when they are asked for.
+
+    Attributes:
+        latent: the state of the latents.
+    """
+
+    latent: SamplerState
+    _decode: Callable[[Tensor], Tensor]
+
+    @property
+    def step(self) -> int:
+        """Its number, from 0."""
+        return self.latent.step
+
+    @property
+    def timestep(self) -> int:
+        """The training timestep at which the network was evaluated."""
+        return self.latent.timestep
+
+    @property
+    def x(self) -> Tensor:
+        """(N, C, H, W): the sample after the step, decoded."""
+        return self._decode(self.latent.x)
+
+    @property
+    def x0(self) -> Tensor:
+        """(N, C, H, W): the images as the network predicted them, decoded."""
+        return self._decode(self.latent.x0)
+
+
+def _per_channel(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers)[:, None, None]
+
+
+def _tensor(result: Any) -> Tensor:
+    """What an autoencoder returned: a tensor, or diffusers' output objects."""
+    if isinstance(result, Tensor):
+        return result
+    if hasattr(result, "latent_dist"):
+        return result.latent_dist.mode()
+    return result.latents if hasattr(result, "latents") else result.sample

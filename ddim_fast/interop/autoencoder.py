@@ -1,0 +1,41 @@
+"""The autoencoder beside a checkpoint of latent diffusion: ours, or one of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..models.autoencoder import Autoencoder
+from ..models.checkpoint import read_json
+
+__all__ = ["AUTOENCODER", "load_autoencoder"]
+
+# The folder beside a U-Net's files.
+AUTOENCODER = "autoencoder"
+
+# A config never names code: only these classes of diffusers are loaded.
+_DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny")
+
+
+def load_autoencoder(folder: Path) -> nn.Module:
+    """A :class:`ddim_fast.Autoencoder`, or diffusers' ``AutoencoderKL`` or ``AutoencoderTiny`` as its ``save_pretrained`` wrote
+    it, on the CPU, in float32 and eval mode. Nothing in it is ever executed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, holds another kind of network, or diffusers is needed and not installed.
+    """
+    name = read_json(folder / "config.json").get("_class_name")
+    if name is None:
+        return Autoencoder.from_pretrained(folder)
+    if name not in _DIFFUSERS:
+        raise ValueError(f"{folder / 'config.json'}: {name!r} is no autoencoder that serves here; {', '.join(_DIFFUSERS)} do")
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(f"{folder} is an autoencoder of diffusers, which is not installed: pip install diffusers") from None
+    try:
+        return getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except Exception as error:  # diffusers raises those of its dependencies too; each means the same to the user
+        raise ValueError(f"{folder}: not a whole {name} of diffusers ({error})") from None
