@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .diffusion.step import SIGMA_HAT
-from .models.checkpoint import DEFAULT_MODEL, resolve_model
+from .models.checkpoint import AUTOENCODER, DEFAULT_MODEL, local_model, resolve_model
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ __all__ = [
     "parse_integers",
     "parse_positive",
     "parse_spacing",
+    "pixel_model",
     "run_command",
     "seed_labels",
     "select_dtype",
@@ -203,13 +204,30 @@ def load_sampler(parser: CommandParser, name: str, device: torch.device, **optio
     """
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
-    from .interop.autoencoder import AUTOENCODER, load_autoencoder
+    from .interop.autoencoder import load_autoencoder
     from .models.unet import UNet
 
     with parser.usage_errors():
-        folder = resolve_model(name)
+        resolve_model(name)
+    folder = local_model(name)
     model = UNet.from_pretrained(folder)
     with parser.usage_errors():
         sampler = Sampler(model.to(device), **options)
-    autoencoder = Path(folder, AUTOENCODER)
-    return LatentSampler(sampler, load_autoencoder(autoencoder)) if autoencoder.is_dir() else sampler
+    if not (folder / AUTOENCODER).is_dir():
+        return sampler
+    return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))
+
+
+def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
+    """The folder or file of a model of images themselves, for what is not done in latent space.
+
+    Args:
+        name: the model, as of ``--model``.
+        instead: what to do with a model of latents.
+    """
+    with parser.usage_errors():
+        resolve_model(name)
+    path = local_model(name)
+    if (path / AUTOENCODER).is_dir():
+        parser.error(f"--model {name} is a model of an autoencoder's latents, not of images: {instead}")
+    return path

@@ -27,6 +27,7 @@ from .cli import (
     parse_eta,
     parse_integers,
     parse_positive,
+    pixel_model,
     run_command,
     seed_labels,
     select_dtype,
@@ -51,7 +52,7 @@ from .evaluation.weights import default_weights, fetch_weights
 from .files import cache_folder
 from .jobs import weights_checksum
 from .media import to_uint8
-from .models.checkpoint import DEFAULT_MODEL, resolve_model, save_timesteps
+from .models.checkpoint import DEFAULT_MODEL, save_timesteps
 from .models.unet import UNet
 from .processes import Processes
 from .training.data import ImageSet, load_images, to_unit_range
@@ -288,13 +289,12 @@ def _measure_images(parser: CommandParser, work: _Work) -> None:
 
 def _measure_model(parser: CommandParser, work: _Work) -> None:
     arguments, device = work.arguments, work.device
-    with parser.usage_errors():
-        folder = resolve_model(arguments.model)
+    folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
     model = model.to(device)
     if arguments.fit_timesteps:
-        _fit(parser, work, model, Path(folder))
+        _fit(parser, work, model, folder)
     with parser.usage_errors():
         samplers = list(_samplers(arguments, model))
         for _, make in samplers:

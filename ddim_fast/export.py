@@ -7,11 +7,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, run_command
+from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, pixel_model, run_command
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import SPACINGS
 from .interop.diffusers_weights import fold_class, save_diffusers
-from .models.checkpoint import DEFAULT_MODEL, resolve_model
+from .models.checkpoint import DEFAULT_MODEL
 from .models.unet import UNet
 
 _EXAMPLES = """\
@@ -56,7 +56,7 @@ def main() -> None:
         for name in ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"):
             if arguments.to != "onnx" and getattr(arguments, name) != parser.get_default(name):
                 raise ValueError(f"--{name} is an option of --to onnx")
-        path = resolve_model(arguments.model)
+    path = pixel_model(parser, arguments.model, "sampling in latent space needs torch")
     model = UNet.from_pretrained(path)
     if arguments.label is not None:
         with parser.usage_errors():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .cli import CommandParser, add_sampler_options, make_sampler, parse_positive, run_command
 from .diffusion.interpolation import slerp, slerp_grid
-from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_gif, save_image, to_uint8
 from .models.checkpoint import write_json
 from .training.data import load_images, to_unit_range
+
+if TYPE_CHECKING:
+    from .cli import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3
@@ -59,7 +62,7 @@ def main() -> None:
         print(f"{len(images)} images, {' to '.join(arguments.ends)}; see {arguments.out}")
 
 
-def _between(noise: Tensor, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:
+def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:
     """The images from one of two ends to the other, or of the square between four corners."""
     frames = arguments.frames
     x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
@@ -69,7 +72,7 @@ def _between(noise: Tensor, sampler: Sampler, arguments: argparse.Namespace) -> 
     return images
 
 
-def _noise(end: str, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:
+def _noise(end: str, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:
     """(C, H, W) on the host: what the sampler makes the end from."""
     if end.startswith("seed:"):
         if not end[5:].isdecimal():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -11,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import CommandParser, add_sampler_options, make_sampler, run_command
-from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_image
 from .models.checkpoint import write_json
 from .training.data import ImageSet, load_images, to_unit_range
+
+if TYPE_CHECKING:
+    from .cli import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.reconstruct photo.png --class 9
@@ -66,7 +69,9 @@ def main() -> None:
         )
 
 
-def _reconstruct(sampler: Sampler, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace, out: Path) -> Tensor:
+def _reconstruct(
+    sampler: AnySampler, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace, out: Path
+) -> Tensor:
     """Writes the latents, the error of each image and a picture; returns the errors."""
     latents, decoded = [], []
     with tqdm(total=len(images), unit=" images", disable=arguments.quiet) as bar:
@@ -83,8 +88,9 @@ def _reconstruct(sampler: Sampler, images: Tensor, labels: Tensor | None, argume
     settings = {name: str(getattr(arguments, name)) for name in ("model", "steps", "spacing", "exact", "guidance")}
     save_file({"x_T": noise} | ({} if labels is None else {"labels": labels}), out / "latents.safetensors", settings)
     write_json(out / "errors.json", {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
-    # Noise of three standard deviations is black or white.
-    rows = torch.cat([images[:_SHOWN], noise[:_SHOWN] / 3, again[:_SHOWN]])
+    # Noise of three standard deviations is black or white; that of latents is no picture.
+    shown = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
+    rows = torch.cat([part[:_SHOWN] for part in shown])
     save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
     return errors
 

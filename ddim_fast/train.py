@@ -18,9 +18,10 @@ from .devices import bf16_is_fast, pick_device
 from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .files import atomic_write
-from .interop.autoencoder import AUTOENCODER, load_autoencoder
+from .interop.autoencoder import load_autoencoder
 from .media import image_grid, save_image
 from .models.autoencoder import Autoencoder
+from .models.checkpoint import AUTOENCODER
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
 from .training.data import load_images, to_unit_range
@@ -270,7 +271,8 @@ def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
     if isinstance(trainer.model, Autoencoder):
         originals = to_unit_range(trainer.data.images[:10])
         averaged = LatentCodec(trainer.averaged_model())
-        save_image(path, image_grid(torch.cat([originals, averaged.decode(averaged.encode(originals))])))
+        both = torch.cat([originals, averaged.decode(averaged.encode(originals))])
+        save_image(path, image_grid(both, columns=len(originals)))
         return
     seeds, num_classes = range(40), trainer.model.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..files import cache_folder
-from ..models.checkpoint import resolve_model
+from ..models.checkpoint import AUTOENCODER, resolve_model
 from .folder import is_export
 
 __all__ = ["ready_export"]
@@ -22,6 +22,7 @@ def ready_export(model: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such model.
+        ValueError: it is a model of latents, whose autoencoder would not be exported.
         RuntimeError: it has to be exported, and what that needs is not installed.
     """
     path = Path(resolve_model(model))
@@ -31,6 +32,8 @@ def ready_export(model: str | Path) -> Path:
         raise FileNotFoundError(
             f"{str(model)!r} is not here: give a folder, such as `python -m ddim_fast.export --to onnx` writes"
         )
+    if (path / AUTOENCODER).is_dir():
+        raise ValueError(f"{model} is a model of an autoencoder's latents: it is sampled with torch, not by ONNX Runtime")
     folder = cache_folder() / "onnx" / f"{path.stem}-{_digest(path)[:16]}"
     if is_export(folder):
         return folder

@@ -221,6 +221,8 @@ class Sampler:
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
         request = _Request.check(self, None, images, labels, guidance)
+        if not len(request):
+            return request.x_T
         if exact:
             return self._encode_exactly(request)
         timesteps, engine = self._inversion

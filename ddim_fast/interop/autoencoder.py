@@ -9,10 +9,7 @@ from torch import nn
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import read_json
 
-__all__ = ["AUTOENCODER", "load_autoencoder"]
-
-# The folder beside a U-Net's files.
-AUTOENCODER = "autoencoder"
+__all__ = ["load_autoencoder"]
 
 # A config never names code: only these classes of diffusers are loaded.
 _DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny")

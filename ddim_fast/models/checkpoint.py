@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "AUTOENCODER",
     "DEFAULT_MODEL",
     "HUB_FILES",
     "Checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_timesteps",
+    "local_model",
     "naming",
     "packaged_models",
     "read_json",
@@ -48,10 +50,13 @@ C = TypeVar("C", UNetConfig, AutoencoderConfig)
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
 
+# The folder, beside the files of a network, of the autoencoder whose latents it was trained on.
+AUTOENCODER = "autoencoder"
+
 # What a Hub repository is asked for: a checkpoint of ours, or one of diffusers. Not its pickles: most hold the weights twice.
 HUB_FILES = tuple(
     folder + name
-    for folder in ("", "unet/", "scheduler/")
+    for folder in ("", "unet/", "scheduler/", f"{AUTOENCODER}/")
     for name in (
         "model_index.json",
         "config.json",
@@ -128,6 +133,27 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
         f"unknown model {text!r}: neither a folder or file nor a packaged model "
         f"({', '.join(packaged_models()) or 'there are none'})"
     )
+
+
+def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """The folder or file that :func:`resolve_model` means, that of a Hub id once it is downloaded.
+
+    Args:
+        hub_options: for a Hub id: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    path = Path(resolve_model(name))
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES), **hub_options))
+    except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason}") from error
 
 
 def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import HUB_FILES, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
+from .checkpoint import load_checkpoint, load_timesteps, local_model, save_checkpoint
 from .config import UNetConfig
 
 __all__ = ["UNet", "alone_as_two"]
@@ -215,9 +215,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             FileNotFoundError: there is no such model, or a file of it is missing.
             ValueError: a file is damaged or does not belong to this architecture; the message names the file and the tensor.
         """
-        path = Path(resolve_model(pretrained_model_name_or_path))
-        if not path.exists():
-            path = _download(str(path), hub_options)
+        path = local_model(pretrained_model_name_or_path, **hub_options)
         checkpoint = load_checkpoint(path, config)
         with torch.device("meta"):
             model = cls(checkpoint.config)
@@ -244,15 +242,6 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         nn.init.zeros_(self.conv_out.bias)
         if self.config.num_classes is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
-
-
-def _download(model_id: str, hub_options: dict[str, Any]) -> Path:
-    """A folder with the checkpoint of a Hub repository."""
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=list(HUB_FILES), **hub_options))
-    except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"cannot get model {model_id!r} from the Hugging Face Hub: {reason}") from error
 
 
 def sinusoidal_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
@@ -310,9 +299,16 @@ class Conv3x3(nn.Conv2d):
         """For images in ``dtype``; ``limits`` as of :func:`prepare_conv3x3`."""
         self.prepared = prepare_conv3x3(self.weight, dtype, limits)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
+    ) -> Tensor:
         """Without a bias but the one that is given; options as of :func:`conv3x3`."""
-        return conv3x3(x, self.weight, bias, prepared=self.prepared, **options)
+
+        def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return conv3x3(x, self.weight, bias, residual=residual, upsample=upsample, prepared=self.prepared)
+
+        images = (x,) if residual is None else (x, residual)
+        return alone_as_two(convolve, *images) if self.prepared is None else convolve(*images)
 
 
 class _TimeEmbedding(nn.Module):

@@ -24,9 +24,7 @@ def latent_space(codec: LatentCodec, size: int | None) -> tuple[tuple[int, int, 
     factor = codec.decode(torch.zeros(1, config.latent_channels, 8, 8)).shape[-1] // 8
     if size is None:
         if getattr(config, "sample_size", None) is None:
-            raise ValueError(
-                f"the autoencoder's config names no sample_size: give --set sample_size=N, images' size / {factor}"
-            )
+            raise ValueError(f"the autoencoder names no size of images: give --set sample_size=N for images of {factor} * N")
         size = config.sample_size // factor
     return (config.in_channels, size * factor, size * factor), (config.latent_channels, size, size)
 

@@ -454,7 +454,7 @@ def test_from_the_hub_come_all_files_but_pickles_and_variants(form, request, tmp
             shutil.copy(folder / name, tmp_path / "hub" / name)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("ddim_fast.models.unet.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert_same_tensors(UNet.from_pretrained("someone/network").state_dict(), UNet.from_pretrained(folder).state_dict())
     assert not [p for p in (tmp_path / "hub").rglob("*") if p.is_file() and p.read_bytes() == b"large"]
 
