@@ -1,0 +1,211 @@
+"""A local web page on a model: ``python -m ddim_fast.demo``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .cli import MODEL_HELP, CommandParser, load_sampler, run_command
+from .devices import pick_device
+from .diffusion.interpolation import slerp
+from .diffusion.operators import Mask
+from .diffusion.sampler import Sampler
+from .media import image_grid, to_uint8
+from .models.checkpoint import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    import gradio
+
+_EXAMPLES = """\
+  python -m ddim_fast.demo
+  python -m ddim_fast.demo --model runs/photos --port 8000
+"""
+
+_MAX_STEPS = 100
+_MAX_IMAGES = 20
+
+# Width of an image on the page, in pixels, about.
+_SHOWN = 512
+
+# Gradio's list of classes has no "none": this number stands for it.
+_NO_CLASS = -1
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("demo", "A web page, on this machine alone: sample, interpolate, and inpaint.", _EXAMPLES)
+    p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
+    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="where it listens; 0.0.0.0 is for everybody")
+    p.add_argument("--port", metavar="N", type=int, default=7860, help="where it listens; 0 takes a free one")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    if not 0 <= arguments.port < 2**16:
+        parser.error(f"--port must be in 0..65535; got {arguments.port}")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that a page was opened
+    try:
+        import gradio
+    except ImportError:
+        raise RuntimeError("the page needs Gradio: pip install 'ddim_fast[demo]'") from None
+    with parser.usage_errors():
+        device = pick_device(arguments.device)
+    studio = Studio(functools.partial(load_sampler, parser, arguments.model, device))
+    page = make_page(studio, arguments.model)
+    # Gradio's own fonts would be fetched from the network.
+    theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")
+    where = {"server_name": arguments.host, "server_port": arguments.port or None}
+    _, url, _ = page.launch(**where, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
+    print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
+class Studio:
+    """What the page computes: pictures, (height, width, channels) uint8.
+
+    Args:
+        load: makes a sampler of the model, given options of :class:`ddim_fast.Sampler`.
+    """
+
+    def __init__(self, load: Any) -> None:
+        # Steps are few in a visit; each sampler is a copy of the network.
+        self._sampler = functools.lru_cache(maxsize=4)(lambda steps: load(steps=steps))
+        sampler = self._sampler(20)
+        self.num_classes: int | None = sampler.config.num_classes
+        self.image_shape: tuple[int, int, int] = sampler.image_shape
+        self.can_inpaint = isinstance(sampler, Sampler)
+
+    def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
+        """``count`` images of consecutive seeds, in a grid."""
+        seeds = range(int(seed), int(seed) + int(count))
+        return self._picture(self._sampler(int(steps)).sample(seeds=seeds, **self._condition(label, guidance)))
+
+    def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
+        """The images from one seed's to another's."""
+        sampler = self._sampler(int(steps))
+        x_T = slerp(*sampler.noise([int(first), int(second)]), torch.linspace(0, 1, int(frames)))
+        return self._picture(sampler.sample(x_T=x_T, **self._condition(label, guidance)))
+
+    def example(self, seed: int, label: int) -> np.ndarray:
+        """One image, to paint on."""
+        return self.sample(20, seed, 1, label, 2.0)
+
+    def inpaint(self, painted: dict[str, Any], steps: int, seed: int, label: int) -> np.ndarray:
+        """The image with what was painted over made anew.
+
+        Args:
+            painted: of Gradio's editor: ``background``, the picture, and ``layers``, what was painted, by its opacity.
+        """
+        if painted["background"] is None:
+            raise ValueError("there is no image: take one of the model's, or upload one")
+        image = self._small(painted["background"])
+        opacity = [np.asarray(_square(layer.getchannel("A"), self.image_shape[1])) for layer in painted["layers"]]
+        unknown = np.any(opacity, axis=0)
+        if not unknown.any():
+            raise ValueError("nothing is painted over: paint where the model is to make the image anew")
+        mask = Mask(torch.from_numpy(~unknown))
+        options = {"labels": self._condition(label, None)["labels"], "seeds": [int(seed)]}
+        return self._picture(self._sampler(int(steps)).restore(mask(image[None]), mask, **options))
+
+    def _small(self, image: Image.Image) -> Tensor:
+        """(C, H, W) in [-1, 1], of the model's size."""
+        channels, size, _ = self.image_shape
+        pixels = np.atleast_3d(np.array(_square(image.convert("L" if channels == 1 else "RGB"), size)))
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+    def _condition(self, label: int, guidance: float | None) -> dict[str, Any]:
+        """Class and guidance, as the sampler takes them."""
+        return {"labels": None, "guidance": None} if label == _NO_CLASS else {"labels": label, "guidance": guidance}
+
+    def _picture(self, images: Tensor) -> np.ndarray:
+        """In a grid, enlarged."""
+        picture = image_grid(images.cpu(), columns=5) if len(images) > 1 else to_uint8(images.cpu())[0]
+        scale = max(1, _SHOWN // self.image_shape[2] // (2 if len(images) > 1 else 1))
+        return np.kron(picture, np.ones((scale, scale, 1), np.uint8)).repeat(3 // picture.shape[2], axis=2)
+
+
+def make_page(studio: Studio, name: str) -> gradio.Blocks:
+    """The page, not yet served."""
+    import gradio as gr
+
+    def told(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        """What a person did wrong is shown on the page."""
+
+        def call(*values: Any) -> np.ndarray:
+            try:
+                return function(*values)
+            except ValueError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+        return call
+
+    def steps() -> gr.Slider:
+        return gr.Slider(1, _MAX_STEPS, value=20, step=1, label="Steps")
+
+    def seed(label: str = "Seed", value: int = 0) -> gr.Number:
+        return gr.Number(value, precision=0, minimum=0, label=label)
+
+    def label() -> gr.Dropdown:
+        classes = [("none", _NO_CLASS), *((str(i), i) for i in range(studio.num_classes or 0))]
+        return gr.Dropdown(classes, value=classes[-1][1], label="Class", visible=studio.num_classes is not None)
+
+    def guidance() -> gr.Slider:
+        return gr.Slider(1, 5, value=2, step=0.5, label="Guidance", visible=studio.num_classes is not None)
+
+    def result(name: str) -> gr.Image:
+        return gr.Image(label="Result", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id=name)
+
+    with gr.Blocks(title="ddim_fast", analytics_enabled=False) as page:
+        gr.Markdown(f"# ddim_fast\nDDIM with the model `{name}`")
+        with gr.Tab("Sample"), gr.Row():
+            with gr.Column():
+                count = gr.Slider(1, _MAX_IMAGES, value=10, step=1, label="Images")
+                inputs = [steps(), seed(), count, label(), guidance()]
+                go = gr.Button("Sample", variant="primary")
+            go.click(told(studio.sample), inputs, result("sampled"))
+        with gr.Tab("Interpolate"), gr.Row():
+            with gr.Column():
+                count = gr.Slider(2, _MAX_IMAGES, value=10, step=1, label="Frames")
+                inputs = [steps(), seed("From seed", 3), seed("To seed", 13), count, label(), guidance()]
+                go = gr.Button("Interpolate", variant="primary")
+            go.click(told(studio.interpolate), inputs, result("interpolated"))
+        with gr.Tab("Inpaint", visible=studio.can_inpaint), gr.Row():
+            with gr.Column():
+                first, chosen = seed(), label()
+                take = gr.Button("Take an image of the model's")
+                editor = gr.ImageEditor(
+                    label="Paint over what is to be made anew",
+                    type="pil",
+                    format="png",
+                    sources=("upload", "clipboard"),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(default_size=40, colors=["#ff4000"], color_mode="fixed"),
+                    canvas_size=(_SHOWN, _SHOWN),
+                    buttons=[],
+                )
+                take.click(told(studio.example), [first, chosen], editor)
+                inputs = [editor, steps(), seed("Seed of the new part", 1), chosen]
+                go = gr.Button("Inpaint", variant="primary")
+            go.click(told(studio.inpaint), inputs, result("inpainted"))
+    return page
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """The middle of an image, each pixel the mean of those that it covers: what was enlarged comes back exactly."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side))
+
+
+if __name__ == "__main__":
+    run_command(main)

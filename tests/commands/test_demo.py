@@ -1,0 +1,152 @@
+import contextlib
+import functools
+import io
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_fast import Sampler, UNet, demo
+from ddim_fast.demo import Studio
+
+SCALE = 16  # of one image on the page
+
+
+def small(picture: np.ndarray, scale: int = SCALE) -> np.ndarray:
+    """A picture of the page in the model's own pixels, which are squares there."""
+    pixels = picture[::scale, ::scale]
+    assert np.array_equal(pixels.repeat(scale, 0).repeat(scale, 1), picture)
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return Studio(functools.partial(Sampler, UNet.from_pretrained("fashion-mnist")))
+
+
+def painted(background: np.ndarray, *boxes: tuple[int, int, int, int]) -> dict:
+    """What Gradio's editor gives: boxes (left, top, right, bottom) painted over."""
+    layer = np.zeros((*background.shape[:2], 4), np.uint8)
+    for left, top, right, bottom in boxes:
+        layer[top:bottom, left:right] = (255, 64, 0, 255)
+    return {"background": Image.fromarray(background), "layers": [Image.fromarray(layer, "RGBA")]}
+
+
+def test_one_image_is_that_of_its_seed(studio):
+    picture = studio.sample(5, 7, 1, 9, 2.0)
+    assert picture.shape == (512, 512, 3) and picture.dtype == np.uint8
+    expected = Sampler(UNet.from_pretrained("fashion-mnist"), steps=5).sample(seeds=[7], labels=9, guidance=2.0)
+    pixels = ((expected[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    assert np.array_equal(small(picture), pixels[..., None].repeat(3, axis=2))
+
+
+def test_the_ends_of_an_interpolation_are_the_seeds_images(studio):
+    frames = studio.interpolate(3, 4, 8, 5, -1, 2.0)
+    assert frames.shape == (8 * 36, 8 * (2 + 5 * 34), 3)  # five images in a row, between gaps of two pixels
+    first, last = (studio.sample(3, seed, 1, -1, 2.0) for seed in (4, 8))
+    tiles = small(frames, 8)[2:-2]
+    assert np.array_equal(tiles[:, 2:34], small(first)) and np.array_equal(tiles[:, -34:-2], small(last))
+
+
+def test_inpainting_keeps_what_is_not_painted_over(studio):
+    image = studio.example(0, 9)
+    # Half a pixel of the model's counts as painted.
+    result = studio.inpaint(painted(image, (10 * SCALE - 8, 12 * SCALE, 20 * SCALE, 18 * SCALE)), 5, 1, 9)
+    before, after = small(image), small(result)
+    changed = (before != after).any(axis=2)
+    assert changed[12:18, 9:20].mean() > 0.5
+    changed[12:18, 9:20] = False
+    assert not changed.any()
+
+
+def test_what_cannot_be_inpainted(studio):
+    with pytest.raises(ValueError, match="there is no image"):
+        studio.inpaint({"background": None, "layers": []}, 5, 1, 9)
+    with pytest.raises(ValueError, match="nothing is painted over"):
+        studio.inpaint(painted(studio.example(0, 9)), 5, 1, 9)
+
+
+def test_wrong_options(run_here):
+    code, out, error = run_here(demo, "--port", "70000")
+    assert (code, out) == (2, "") and "--port must be in 0..65535; got 70000" in error and error.count("\n") == 1
+    pytest.importorskip("gradio")
+    code, out, error = run_here(demo, "--model", "nowhere")
+    assert (code, out) == (2, "") and "unknown model 'nowhere'" in error and error.count("\n") == 1
+
+
+@contextlib.contextmanager
+def served():
+    """The page's address, while it is served by the command."""
+    command = [sys.executable, "-m", "ddim_fast.demo", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
+        try:
+            yield re.search(r"http://\S+", server.stdout.readline())[0]
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+    assert server.returncode == 0  # Ctrl-C ends the page
+
+
+def picture(page, result: str) -> np.ndarray:
+    """The result that a tab shows, once there is one."""
+    image = page.locator(f"#{result} img")
+    image.wait_for(timeout=60_000)
+    return np.asarray(Image.open(io.BytesIO(page.request.get(image.get_attribute("src")).body())).convert("RGB"))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_page_in_a_browser(studio):
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    # Only this machine is asked for anything: Chromium's own connections are off, and the page has none.
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+    with served() as address, playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--enable-unsafe-swiftshader", *quiet]
+        )
+        page = browser.new_page(viewport={"width": 1200, "height": 1200})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+
+        panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Sample", exact=True))
+        panel.get_by_role("spinbutton", name="Steps").fill("4")
+        panel.get_by_role("spinbutton", name="Images").fill("1")
+        panel.get_by_role("button", name="Sample", exact=True).click()
+        assert np.array_equal(picture(page, "sampled"), studio.sample(4, 0, 1, 9, 2.0))
+
+        page.get_by_role("tab", name="Interpolate").click()
+        panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Interpolate", exact=True))
+        panel.get_by_role("spinbutton", name="Steps").fill("3")
+        panel.get_by_role("spinbutton", name="Frames").fill("5")
+        panel.get_by_role("button", name="Interpolate", exact=True).click()
+        assert np.array_equal(picture(page, "interpolated"), studio.interpolate(3, 3, 13, 5, 9, 2.0))
+
+        page.get_by_role("tab", name="Inpaint").click()
+        panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Inpaint", exact=True))
+        panel.get_by_role("button", name="Inpaint", exact=True).click()
+        page.get_by_text("there is no image").wait_for(timeout=30_000)
+        panel.get_by_role("button", name="Take an image of the model's").click()
+        page.wait_for_function("document.querySelector('canvas')?.width > 0")
+        time.sleep(3)  # until the editor shows it, which no element of the page tells
+        box = panel.locator("canvas").first.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x - 40, y)
+        page.mouse.down()
+        page.mouse.move(x + 40, y, steps=10)
+        page.mouse.up()
+        time.sleep(1)
+        panel.get_by_role("spinbutton", name="Steps").fill("5")
+        panel.get_by_role("button", name="Inpaint", exact=True).click()
+        before, after = small(studio.example(0, 9)), small(picture(page, "inpainted"))
+        browser.close()
+    rows, columns = np.nonzero((before != after).any(axis=2))
+    # A stroke across the middle is made anew, what is above and below it is as it was.
+    assert len(rows) > 20 and rows.min() >= 8 and rows.max() <= 23 and columns.max() - columns.min() >= 8
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
