@@ -73,6 +73,16 @@ def test_the_compiled_engine_restores_the_same(fake_network):
     eager, compiled = (Sampler(fake_network(), steps=3, engine=engine) for engine in ("eager", "compiled"))
     expected = eager.restore(y, operator, seeds=SEEDS)
     torch.testing.assert_close(compiled.restore(y, operator, seeds=SEEDS), expected, atol=1e-4, rtol=1e-4)
+    # Another measurement takes the same compiled step; another operator has its own.
+    compiling = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiling > 0
+    torch.testing.assert_close(
+        compiled.restore(-y, operator, seeds=[1, 2]), eager.restore(-y, operator, seeds=[1, 2]), atol=1e-4, rtol=1e-4
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiling
+    mask = Mask(known_half())
+    known = compiled.restore(mask(torch.ones(2, *SHAPE)), mask, seeds=SEEDS)[..., :4]
+    assert torch.equal(known, torch.ones_like(known))
 
 
 def test_time_travel_goes_back_and_comes_again(fake_network):
