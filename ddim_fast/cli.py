@@ -22,7 +22,10 @@ __all__ = [
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
+    "image_labels",
+    "list_integers",
     "make_sampler",
+    "parse_class",
     "parse_eta",
     "parse_integers",
     "parse_positive",
@@ -100,6 +103,17 @@ def parse_integers(text: str) -> list[int]:
     return numbers
 
 
+def list_integers(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 8] -> "0-3,8", what :func:`parse_integers` takes."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def parse_positive(text: str) -> int:
     """A whole number of at least 1.
 
@@ -149,6 +163,30 @@ def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> 
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
 
 
+def parse_class(text: str) -> str:
+    """A class number, or ``none``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
+    return text
+
+
+def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int | None) -> list[int] | None:
+    """One label an image: the chosen class, or its own, where all images and the model have classes; None for no class.
+
+    Args:
+        chosen: what :func:`parse_class` returned, or None where nothing was chosen.
+        own: of each image, its label or None.
+        num_classes: of the model.
+    """
+    if chosen is not None and chosen != "none":
+        return [int(chosen)] * len(own)  # one that the model has not is told by the sampler
+    return None if chosen == "none" or num_classes is None or None in own else list(own)
+
+
 def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
     """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
     import torch
@@ -173,7 +211,7 @@ def add_sampler_options(parser: CommandParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
 
 
-def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> Sampler:
+def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: str = "auto") -> Sampler:
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
     from .devices import pick_device
     from .diffusion.sampler import Sampler
@@ -189,4 +227,5 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> Sample
             steps=arguments.steps,
             spacing=parse_spacing(arguments.spacing),
             dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+            engine=engine,
         )

@@ -126,6 +126,22 @@ class Output(abc.ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / self.record_name, {**record, "finished": False})
 
+    def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:
+        """Begin a job, or get ready to go on with one.
+
+        Args:
+            there: what :meth:`record` returned, and :meth:`check` let pass.
+            record: that of a job that begins now.
+
+        Returns:
+            The batches to make; None where the job is finished.
+        """
+        if there is None:
+            self.begin(record)
+        self.remove_remains()
+        missing = self.missing()
+        return None if there is not None and there["finished"] and not missing else missing
+
     def note(self, **fields: Any) -> None:
         """Write these fields into the record."""
         write_json(self.folder / self.record_name, {**self.record(), **fields})
@@ -135,7 +151,7 @@ class Output(abc.ABC):
 
         Args:
             record: what :meth:`record` returned.
-            settings: by option, such as ``{"steps": 20}``.
+            settings: by option, such as ``{"steps": 20}``, or by positional argument, such as ``{"IMAGES": ...}``.
 
         Raises:
             ValueError: what is there was made with other settings (the message names the option and both values), or nobody
@@ -151,7 +167,7 @@ class Output(abc.ABC):
             old, new = there.get(option), settings.get(option)
             if old != new:
                 raise ValueError(
-                    f"{self.path} was begun with --{option} {_shown(old)}, not {_shown(new)}; "
+                    f"{self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
                     "give the same settings to go on with it, or choose another --out"
                 )
 
@@ -285,6 +301,10 @@ def _checked_record(record: Any) -> dict[str, Any]:
     if not isinstance(fields.get("settings"), dict) or not isinstance(fields.get("finished"), bool):
         raise ValueError("not the record of a sampling job")
     return fields
+
+
+def _named(option: str) -> str:
+    return option if option.isupper() else f"--{option}"
 
 
 def _shown(value: Any) -> str:

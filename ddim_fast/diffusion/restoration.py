@@ -9,19 +9,43 @@ back a few steps and takes them again, so that the two parts agree better (ibid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from ..ops.ddim_step import ddim_step
+from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .operators import LinearOperator
 from .step import step_coefficients
 
-__all__ = ["Restoration", "TimeTravel", "restoration"]
+__all__ = ["Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]
 
 State = tuple[Tensor, ...]
+
+# The step number under which a measurement's noise is drawn; those of sampling count from 0.
+_MEASUREMENT_NOISE = INITIAL_NOISE - 1
+
+
+def measure(operator: LinearOperator, images: Tensor, noise_std: float, seeds: Sequence[int]) -> Tensor:
+    """y = A x + n.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        noise_std: standard deviation of n, which is Gaussian.
+        seeds: N integers, of the noise.
+
+    Returns:
+        N measurements.
+    """
+    clean = operator(images)
+    return clean + noise_std * seeded_noise(seeds, _MEASUREMENT_NOISE, clean.shape[1:], clean.device) if noise_std else clean
+
+
+def inconsistency(operator: LinearOperator, images: Tensor, measurement: Tensor) -> Tensor:
+    """(N,) the largest ``|A x - y|`` of each image."""
+    return (operator(images) - measurement.to(images)).abs().flatten(1).amax(dim=1)
 
 
 @dataclass(frozen=True)

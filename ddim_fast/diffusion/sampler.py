@@ -249,7 +249,21 @@ class Sampler:
         measurement = measurement.to(self.device, torch.float32)
         if len(measurement) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
-        timesteps, table = restoration(
+        timesteps, table = self.restoration_steps(operator, eta=eta, noise_std=noise_std, travel=travel)
+        seen = operator.pseudo_inverse(measurement)
+        shape = tuple(seen.shape[1:])
+        if shape != self.config.image_shape:
+            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.config.image_shape}")
+        request = _Request.check(self, seeds, None, labels, guidance)
+        run = self._run(request, timesteps, table)
+        return self._restoring(operator).last(dataclasses.replace(run, x=torch.cat([run.x, seen], dim=1), seeds=request.seeds))
+
+    def restoration_steps(
+        self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; arguments and errors as there,
+        see :func:`ddim_fast.diffusion.restoration.restoration`."""
+        return restoration(
             self.timesteps,
             self._levels,
             self.config.prediction_type,
@@ -258,13 +272,6 @@ class Sampler:
             noise_std=noise_std,
             travel=travel,
         )
-        seen = operator.pseudo_inverse(measurement)
-        shape = tuple(seen.shape[1:])
-        if shape != self.config.image_shape:
-            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.config.image_shape}")
-        request = _Request.check(self, seeds, None, labels, guidance)
-        run = self._run(request, timesteps, table)
-        return self._restoring(operator).last(dataclasses.replace(run, x=torch.cat([run.x, seen], dim=1), seeds=request.seeds))
 
     def _restoring(self, operator: LinearOperator) -> Engine:
         """The engine of restorations, kept for more measurements by the same operator: it may have compiled the step."""

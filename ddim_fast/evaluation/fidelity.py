@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["peak_signal_to_noise", "require_similarity", "structural_similarity"]
+__all__ = ["check_similarity", "peak_signal_to_noise", "structural_similarity"]
 
-# What counts for no difference at all, so that means stay finite.
+# What equality counts for, so that means stay finite.
 _IDENTICAL = 100.0
+
+# Pixels a side of the window of SSIM.
+_WINDOW = 11
 
 
 def peak_signal_to_noise(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -27,27 +30,29 @@ def structural_similarity(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray
     """SSIM with the Gaussian window and the constants of Wang et al. 2004, by scikit-image; the mean over colours.
 
     Args:
-        pictures, truth: (N, H, W, C) uint8, at least 11 pixels on each side.
+        pictures, truth: (N, H, W, C) uint8.
 
     Returns:
         (N,) float64, 1 for equality.
 
     Raises:
-        ValueError: scikit-image is missing, or the pictures are smaller.
+        ValueError: as :func:`check_similarity`.
     """
-    require_similarity()
+    check_similarity(pictures.shape[1:3])
     from skimage.metrics import structural_similarity as similarity
 
-    if min(pictures.shape[1:3]) < 11:
-        raise ValueError(
-            f"SSIM looks through a window of 11x11 pixels; these pictures are {pictures.shape[1]}x{pictures.shape[2]}"
-        )
     options = {"channel_axis": -1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return np.array([similarity(a, b, **options) for a, b in zip(pictures, truth, strict=True)])
 
 
-def require_similarity() -> None:
-    """Raises what :func:`structural_similarity` raises where scikit-image is missing."""
+def check_similarity(size: tuple[int, int]) -> None:
+    """See that :func:`structural_similarity` can look at pictures of ``size``, height and width.
+
+    Raises:
+        ValueError: they are smaller than its window, or scikit-image is missing.
+    """
+    if min(size) < _WINDOW:
+        raise ValueError(f"SSIM looks through a window of {_WINDOW}x{_WINDOW} pixels; these pictures are {size[0]}x{size[1]}")
     try:
         import skimage.metrics  # noqa: F401
     except ImportError:
