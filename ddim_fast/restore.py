@@ -263,20 +263,19 @@ def _run(job: RestorationJob, output: PngFolder, missing: list[int], quiet: bool
     count, there = len(job.names), len(job.names) - job.batches.count(missing)
     if there and not quiet:
         print(f"{output.path} holds {there} of {count} images; going on")
-    started = time.perf_counter()
     try:
+        started = time.perf_counter()
         with tqdm(total=count, initial=there, unit=" images", disable=quiet) as bar:
             for k in missing:
                 job.restore(k, output)
                 bar.update(job.batches.count([k]))
+        seconds = time.perf_counter() - started
+        save_image(output.path / _PICTURE, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
+        means = job.finish(output)
     except KeyboardInterrupt:
         done = count - job.batches.count(output.missing())
         print(f"stopped: {output.path} holds {done} of {count} images; the same command goes on with it", file=sys.stderr)
         raise
-    seconds = time.perf_counter() - started
-    picture = job.comparison(output)
-    save_image(output.path / _PICTURE, picture, scale=max(1, 64 // job.batches.image_shape[0]))
-    means = job.finish(output)
     if not quiet:
         evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
         print(f"{count} images restored by {evaluations} network evaluations each in {seconds:.1f} s; see {output.path}")

@@ -15,6 +15,14 @@ def here(tmp_path):
 
 
 @pytest.fixture
+def checkpoint(small_unet, tmp_path):
+    """The folder of a small random model of 16x16 RGB images of ten classes."""
+    folder = tmp_path / "checkpoint"
+    small_unet.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
     """Run a command, which is a module, in ``here`` and in this process; returns its exit code, stdout and stderr."""
 
