@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..outputs import PICTURES
 
-__all__ = ["ImageSet", "fit_image", "load_images", "native_shape", "read_images", "to_unit_range"]
+__all__ = ["ImageSet", "fit_image", "image_files", "load_images", "native_shape", "read_images", "to_unit_range"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -141,6 +141,12 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
+def image_files(folder: Path) -> set[Path]:
+    """The images in a folder and in those inside it, without what a command of this package made to show them all."""
+    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
+    return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+
+
 def _decode(name: str, data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
@@ -152,10 +158,7 @@ def _decode(name: str, data: bytes) -> Image.Image:
 
 def _read_folder(folder: Path) -> Iterator[Row]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
-    # A picture of all images that a command has made is none of them.
-    files -= {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
-    for path in sorted(files):
+    for path in sorted(image_files(folder)):
         parts = path.relative_to(folder).parts
         yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None
 
