@@ -1,5 +1,8 @@
 """What the tests of commands share: how one is run."""
 
+import contextlib
+import itertools
+import os
 import sys
 
 import pytest
@@ -35,3 +38,23 @@ def run_here(monkeypatch, capsys, tmp_path):
         return (stop.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A context in which Ctrl-C is pressed just before file number ``moment``, from 0, comes to its place."""
+
+    @contextlib.contextmanager
+    def interrupted_at(moment):
+        replace, files = os.replace, itertools.count()
+
+        def replace_or_stop(*places):
+            if next(files) == moment:
+                raise KeyboardInterrupt
+            replace(*places)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_stop)
+            yield
+
+    return interrupted_at
