@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from tqdm import tqdm
+
 from .diffusion.step import SIGMA_HAT
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from .diffusion.sampler import Sampler
+    from .outputs import Output
 
 __all__ = [
     "DTYPES",
@@ -23,6 +26,7 @@ __all__ = [
     "CommandParser",
     "add_sampler_options",
     "image_labels",
+    "job_progress",
     "list_integers",
     "make_sampler",
     "parse_class",
@@ -84,6 +88,30 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def job_progress(output: Output, missing: Sequence[int], what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar of a job that fills ``output``, and a line on how to go on where it is interrupted.
+
+    Args:
+        missing: the batches to make.
+        what: they hold, such as ``images``.
+
+    Yields:
+        A function to call with the number of each batch that is made.
+    """
+    total = len(output.batches.seeds)
+    there = total - output.batches.count(missing)
+    if there and not quiet:
+        print(f"{output.folder} holds {there} of {total} {what}; going on")
+    try:
+        with tqdm(total=total, initial=there, unit=f" {what}", disable=quiet) as bar:
+            yield lambda k: bar.update(output.batches.count([k]))
+    except KeyboardInterrupt:
+        there = total - output.batches.count(output.missing())
+        print(f"stopped: {output.folder} holds {there} of {total} {what}; the same command goes on with it", file=sys.stderr)
+        raise
 
 
 def parse_integers(text: str) -> list[int]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import __version__
-from .cli import CommandParser, add_sampler_options, make_sampler, parse_positive, run_command
+from .cli import CommandParser, add_sampler_options, job_progress, make_sampler, parse_positive, run_command
 from .diffusion.interpolation import slerp, slerp_grid
 from .diffusion.sampler import Sampler
 from .files import atomic_folder
@@ -132,22 +130,11 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
     missing = output.prepare(there, {"settings": settings, "model": arguments.model, "ddim_fast": __version__})
     frames = len(job.batches.seeds)
     if missing is not None:
-        _run_video(job, output, missing, arguments.quiet)
+        with job_progress(output, missing, "frames", arguments.quiet) as made:
+            job.run(missing, output, made)
+            output.finish()
     if not arguments.quiet:
         print(f"{frames} frames, {frames - count} of them new; see {arguments.out}")
-
-
-def _run_video(job: VideoJob, output: PngFolder, missing: list[int], quiet: bool) -> None:
-    batches = job.batches
-    total = len(batches.seeds)
-    try:
-        with tqdm(total=total, initial=total - batches.count(missing), unit=" frames", disable=quiet) as bar:
-            job.run(missing, output, lambda k: bar.update(batches.count([k])))
-        output.finish()
-    except KeyboardInterrupt:
-        done = total - batches.count(output.missing())
-        print(f"stopped: {output.folder} holds {done} of {total} frames; the same command goes on with it", file=sys.stderr)
-        raise
 
 
 def _between(noise: Tensor, sampler: Sampler, arguments: argparse.Namespace) -> Tensor:

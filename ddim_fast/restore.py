@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import __version__
 from .cli import (
     CommandParser,
     add_sampler_options,
     image_labels,
+    job_progress,
     list_integers,
     make_sampler,
     parse_class,
@@ -260,25 +258,15 @@ def _read(
 
 def _run(job: RestorationJob, output: PngFolder, missing: list[int], quiet: bool) -> None:
     """Restore the missing batches, write the files, and say what was done."""
-    count, there = len(job.names), len(job.names) - job.batches.count(missing)
-    if there and not quiet:
-        print(f"{output.path} holds {there} of {count} images; going on")
-    try:
-        started = time.perf_counter()
-        with tqdm(total=count, initial=there, unit=" images", disable=quiet) as bar:
-            for k in missing:
-                job.restore(k, output)
-                bar.update(job.batches.count([k]))
-        seconds = time.perf_counter() - started
+    with job_progress(output, missing, "images", quiet) as made:
+        for k in missing:
+            job.restore(k, output)
+            made(k)
         save_image(output.path / _PICTURE, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
         means = job.finish(output)
-    except KeyboardInterrupt:
-        done = count - job.batches.count(output.missing())
-        print(f"stopped: {output.path} holds {done} of {count} images; the same command goes on with it", file=sys.stderr)
-        raise
     if not quiet:
         evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
-        print(f"{count} images restored by {evaluations} network evaluations each in {seconds:.1f} s; see {output.path}")
+        print(f"{len(job.names)} images restored by {evaluations} network evaluations each; see {output.path}")
         print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in means.items()))
 
 
