@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
     from .diffusion.trajectory import SamplerState
-    from .interop.acceleration import accelerate, restore
+    from .interop.acceleration import accelerate, unaccelerate
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .ops.attention import attention
@@ -34,9 +34,9 @@ __all__ = [
     "ddim_step",
     "fast_ddim_step",
     "group_norm_silu",
-    "restore",
     "seeded_noise",
     "select_timesteps",
+    "unaccelerate",
 ]
 
 __version__ = "0.1.0"
@@ -53,9 +53,9 @@ _HOMES = {
     "ddim_step": "ops.ddim_step",
     "fast_ddim_step": "diffusion.step",
     "group_norm_silu": "ops.group_norm_silu",
-    "restore": "interop.acceleration",
     "seeded_noise": "ops.noise",
     "select_timesteps": "diffusion.timesteps",
+    "unaccelerate": "interop.acceleration",
 }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tqdm import tqdm
+
 from .diffusion.step import SIGMA_HAT
 from .models.checkpoint import AUTOENCODER, DEFAULT_MODEL, local_model, resolve_model
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
+    from .outputs import Output
 
     AnySampler = Sampler | LatentSampler
 
@@ -26,8 +29,12 @@ __all__ = [
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
+    "image_labels",
+    "job_progress",
+    "list_integers",
     "load_sampler",
     "make_sampler",
+    "parse_class",
     "parse_eta",
     "parse_integers",
     "parse_positive",
@@ -89,6 +96,30 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+@contextlib.contextmanager
+def job_progress(output: Output, missing: Sequence[int], what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar of a job that fills ``output``, and a line on how to go on where it is interrupted.
+
+    Args:
+        missing: the batches to make.
+        what: they hold, such as ``images``.
+
+    Yields:
+        A function to call with the number of each batch that is made.
+    """
+    total = len(output.batches.seeds)
+    there = total - output.batches.count(missing)
+    if there and not quiet:
+        print(f"{output.folder} holds {there} of {total} {what}; going on")
+    try:
+        with tqdm(total=total, initial=there, unit=f" {what}", disable=quiet) as bar:
+            yield lambda k: bar.update(output.batches.count([k]))
+    except KeyboardInterrupt:
+        there = total - output.batches.count(output.missing())
+        print(f"stopped: {output.folder} holds {there} of {total} {what}; the same command goes on with it", file=sys.stderr)
+        raise
+
+
 def parse_integers(text: str) -> list[int]:
     """``"0-3,8"`` -> [0, 1, 2, 3, 8].
 
@@ -104,6 +135,17 @@ def parse_integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def list_integers(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 8] -> "0-3,8", what :func:`parse_integers` takes."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def parse_positive(text: str) -> int:
@@ -155,6 +197,30 @@ def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> 
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
 
 
+def parse_class(text: str) -> str:
+    """A class number, or ``none``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
+    return text
+
+
+def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int | None) -> list[int] | None:
+    """One label an image: the chosen class, or its own, where all images and the model have classes; None for no class.
+
+    Args:
+        chosen: what :func:`parse_class` returned, or None where nothing was chosen.
+        own: of each image, its label or None.
+        num_classes: of the model.
+    """
+    if chosen is not None and chosen != "none":
+        return [int(chosen)] * len(own)  # one that the model has not is told by the sampler
+    return None if chosen == "none" or num_classes is None or None in own else list(own)
+
+
 def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
     """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
     import torch
@@ -179,7 +245,7 @@ def add_sampler_options(parser: CommandParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
 
 
-def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> AnySampler:
+def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: str = "auto") -> AnySampler:
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
     from .devices import pick_device
 
@@ -192,6 +258,7 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace) -> AnySam
         steps=arguments.steps,
         spacing=parse_spacing(arguments.spacing),
         dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+        engine=engine,
     )
 
 

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cli import CommandParser, add_sampler_options, make_sampler, parse_positive, run_command
+from . import __version__
+from .cli import CommandParser, add_sampler_options, job_progress, make_sampler, parse_positive, run_command
 from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder
+from .jobs import weights_checksum
 from .media import image_grid, save_gif, save_image, to_uint8
 from .models.checkpoint import write_json
+from .outputs import PngFolder
 from .training.data import load_images, to_unit_range
+from .video import RECORD, VIDEO_SUFFIXES, VideoFile, frame_rate
+from .video_job import VideoJob, scan_frames
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -23,28 +28,48 @@ _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3
   python -m ddim_fast.interpolate a.png b.png --frames 16 --exact --out between
   python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class 5 --out corners
+  python -m ddim_fast.interpolate --video clip.mp4 --factor 4 --out slow.mp4
 """
 
+# Frames a second of a film that does not say.
+_RATE = 12
+
 _ENDS_HELP = "two ends, or the four corners of a square: each an image file, which is encoded, or seed:N"
-_FRAMES_HELP = "images from end to end, both included; of four corners, along each side"
+_FRAMES_HELP = "images from end to end, both included; of four corners, along each side (default: 9)"
+_VIDEO_HELP = "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it"
+_FACTOR_HELP = "of a film, how many times as many frames it gets (default: 2)"
+_FPS_HELP = f"frames a second of a GIF or MP4 (default: so that it lasts as long as before; a folder counts as {_RATE})"
+_OUT_HELP = (
+    "a new or empty folder; of a film, a folder, or a .gif or .mp4 file, and the same command goes on with an unfinished one"
+)
 _EXACT_HELP = "encode images by exact inversion, so that the ends are the images themselves"
 
 
 def _parser() -> CommandParser:
     p = CommandParser("interpolate", "The images between images, by way of the noise that they come from.", _EXAMPLES)
-    p.add_argument("ends", nargs="+", metavar="END", help=_ENDS_HELP)
-    p.add_argument("--frames", metavar="N", type=parse_positive, default=9, help=_FRAMES_HELP)
+    p.add_argument("ends", nargs="*", metavar="END", help=_ENDS_HELP)
+    p.add_argument("--frames", metavar="N", type=parse_positive, help=_FRAMES_HELP)
+    p.add_argument("--video", metavar="FILM", type=Path, help=_VIDEO_HELP)
+    p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
+    p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N", type=int, help="class of all images (default: none)")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no summary")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help=_OUT_HELP)
+    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
+    if arguments.video is not None:
+        _interpolate_video(parser, arguments)
+        return
+    for option in ("factor", "fps"):
+        if getattr(arguments, option) is not None:
+            parser.error(f"--{option} is an option of --video")
+    arguments.frames = 9 if arguments.frames is None else arguments.frames
     if len(arguments.ends) not in (2, 4):
         parser.error(f"give two ends, or four corners; got {len(arguments.ends)}")
     if arguments.frames < 2:
@@ -60,6 +85,58 @@ def main() -> None:
         parser.error(f"--out: {error}")
     if not arguments.quiet:
         print(f"{len(images)} images, {' to '.join(arguments.ends)}; see {arguments.out}")
+
+
+def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """Check everything, then make the frames that are not there yet."""
+    with parser.usage_errors():
+        if arguments.ends or arguments.frames is not None:
+            raise ValueError("--video takes the place of the ends and of --frames")
+        factor = 2 if arguments.factor is None else arguments.factor
+        if factor < 2:
+            raise ValueError(f"--factor must be at least 2, for a new frame between each two; got {factor}")
+        if arguments.fps is not None and not 0 < arguments.fps < float("inf"):
+            raise ValueError(f"--fps must be a positive number; got {arguments.fps}")
+        if arguments.out.suffix and arguments.out.suffix.lower() not in VIDEO_SUFFIXES:
+            raise ValueError(f"--out: a film is a folder, or a file {' or '.join(VIDEO_SUFFIXES)}; got {str(arguments.out)!r}")
+        count, checksum = scan_frames(arguments.video)
+    sampler = make_sampler(parser, arguments)
+    job = VideoJob(
+        sampler, arguments.video, count, factor, arguments.batch_size, arguments.exact, arguments.label, arguments.guidance
+    )
+    settings = {
+        "video": f"sha256:{checksum}",
+        "factor": factor,
+        "exact": arguments.exact,
+        "model": f"sha256:{weights_checksum(*sampler.networks)}",
+        "steps": arguments.steps,
+        "spacing": arguments.spacing,
+        "class": arguments.label,
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "dtype": arguments.dtype,
+        "device": sampler.device.type,
+    }
+    with parser.usage_errors():
+        sampler.check(seeds=[0], labels=arguments.label, guidance=arguments.guidance)
+        if arguments.out.suffix:
+            rate = arguments.fps or factor * (frame_rate(arguments.video) or _RATE)
+            output = VideoFile(arguments.out, job.batches, rate)
+        elif arguments.fps is not None:
+            raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
+        else:
+            output = PngFolder(arguments.out, job.batches, record_name=RECORD)
+    there = output.record()
+    with parser.usage_errors():
+        output.check(there, settings)
+    missing = output.prepare(there, {"settings": settings, "model": arguments.model, "ddim_fast": __version__})
+    frames = len(job.batches.seeds)
+    if missing is not None:
+        with job_progress(output, missing, "frames", arguments.quiet) as made:
+            job.run(missing, output, made)
+            output.finish()
+    if not arguments.quiet:
+        print(f"{frames} frames, {frames - count} of them new; see {arguments.out}")
 
 
 def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:

@@ -1,8 +1,8 @@
-"""Where the images of a sampling job go: a folder of PNG files, or one .npz file.
+"""Where the images of a job go: a folder of PNG files, or one .npz file.
 
 Either is filled batch by batch, in any order and by any number of processes. A file of a batch is there whole or not at all, so
-what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies ``sampling.json``, the
-settings they are made with: images of other settings are never added to them.
+what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies a record such as
+``sampling.json``, the settings they are made with: images of other settings are never added to them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from .files import atomic_write
 from .media import save_image
 from .models.checkpoint import naming, write_json
 
-__all__ = ["GRID", "RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
+__all__ = ["GRID", "PICTURES", "RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
 
 RECORD = "sampling.json"
 GRID = "grid.png"
+
+# The record of each kind of job that fills a folder, and the pictures of all its images that lie beside them.
+PICTURES = {RECORD: (GRID,), "restoration.json": ("comparison.png",), "video.json": ()}
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -55,9 +58,13 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.seeds) // self.size)
 
+    def part(self, k: int) -> slice:
+        """Which images batch k is."""
+        return slice(k * self.size, (k + 1) * self.size)
+
     def __getitem__(self, k: int) -> tuple[Sequence[int], Sequence[int] | None]:
         """Seeds and labels of batch k."""
-        part = slice(k * self.size, (k + 1) * self.size)
+        part = self.part(k)
         return self.seeds[part], None if self.labels is None else self.labels[part]
 
     def count(self, ks: Iterable[int]) -> int:
@@ -72,10 +79,11 @@ class Output(abc.ABC):
         path: what the user named.
         folder: where the batches and their record are written.
         batches: the images that belong in it.
+        record_name: the name of the record's file.
     """
 
-    def __init__(self, path: Path, folder: Path, batches: Batches) -> None:
-        self.path, self.folder, self.batches = path, folder, batches
+    def __init__(self, path: Path, folder: Path, batches: Batches, record_name: str = RECORD) -> None:
+        self.path, self.folder, self.batches, self.record_name = path, folder, batches, record_name
 
     @abc.abstractmethod
     def files(self, k: int) -> list[Path]:
@@ -102,12 +110,12 @@ class Output(abc.ABC):
         """Remove half-written files of a process that was killed."""
 
     def record(self) -> dict[str, Any] | None:
-        """What ``sampling.json`` says, or None where nothing has begun.
+        """What the record says, or None where nothing has begun.
 
         Raises:
             ValueError: it is damaged; the message names the file.
         """
-        path = self.folder / RECORD
+        path = self.folder / self.record_name
         if not path.exists():
             return None
         with naming(path):
@@ -116,14 +124,34 @@ class Output(abc.ABC):
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder, with its record of an unfinished job."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / RECORD, {**record, "finished": False})
+        write_json(self.folder / self.record_name, {**record, "finished": False})
+
+    def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:
+        """Begin a job, or get ready to go on with one.
+
+        Args:
+            there: what :meth:`record` returned, and :meth:`check` let pass.
+            record: that of a job that begins now.
+
+        Returns:
+            The batches to make; None where the job is finished.
+        """
+        if there is None:
+            self.begin(record)
+        self.remove_remains()
+        missing = self.missing()
+        return None if there is not None and there["finished"] and not missing else missing
+
+    def note(self, **fields: Any) -> None:
+        """Write these fields into the record."""
+        write_json(self.folder / self.record_name, {**self.record(), **fields})
 
     def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
         """See that images made with ``settings`` may be added to what is there.
 
         Args:
             record: what :meth:`record` returned.
-            settings: by option, such as ``{"steps": 20}``.
+            settings: by option, such as ``{"steps": 20}``, or by positional argument, such as ``{"IMAGES": ...}``.
 
         Raises:
             ValueError: what is there was made with other settings (the message names the option and both values), or nobody
@@ -132,14 +160,14 @@ class Output(abc.ABC):
         if record is None:
             strangers = (file for k in range(len(self.batches)) for file in self.files(k) if file.exists())
             if stranger := next(strangers, None):
-                raise ValueError(f"{stranger} exists, and no {RECORD} says how it was made; choose another --out")
+                raise ValueError(f"{stranger} exists, and no {self.record_name} says how it was made; choose another --out")
             return
         there = record["settings"]
         for option in [*settings, *(there.keys() - settings.keys())]:
             old, new = there.get(option), settings.get(option)
             if old != new:
                 raise ValueError(
-                    f"{self.path} was begun with --{option} {_shown(old)}, not {_shown(new)}; "
+                    f"{self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
                     "give the same settings to go on with it, or choose another --out"
                 )
 
@@ -149,20 +177,29 @@ class Output(abc.ABC):
 
 
 class PngFolder(Output):
-    """A folder with a PNG a seed, ``000012.png`` for seed 12.
+    """A folder with a PNG a seed, ``000012.png`` for seed 12, or with one a name.
+
+    Args:
+        names: of the files, without ``.png``; None for the seeds.
+        record_name: one of :data:`PICTURES`.
 
     Raises:
-        ValueError: a seed is named twice.
+        ValueError: a seed or a name is given twice.
     """
 
-    def __init__(self, path: Path, batches: Batches) -> None:
-        super().__init__(path, path, batches)
-        seed, times = Counter(batches.seeds).most_common(1)[0]
+    def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None, record_name: str = RECORD) -> None:
+        super().__init__(path, path, batches, record_name)
+        self.names = [f"{seed:06d}" for seed in batches.seeds] if names is None else names
+        twice, times = Counter(batches.seeds if names is None else names).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"--seeds names {seed} {times} times: a folder holds one image a seed, a .npz file holds them all")
+            if names is None:
+                raise ValueError(
+                    f"--seeds names {twice} {times} times: a folder holds one image a seed, a .npz file holds them all"
+                )
+            raise ValueError(f"{times} images would be {twice}.png in {path}; restore them into different folders")
 
     def files(self, k: int) -> list[Path]:
-        return [self.folder / f"{seed:06d}.png" for seed in self.batches[k][0]]
+        return [self.folder / f"{name}.png" for name in self.names[self.batches.part(k)]]
 
     def is_whole(self, k: int, file: Path) -> bool:
         try:
@@ -184,13 +221,13 @@ class PngFolder(Output):
         return np.stack(pictures)
 
     def finish(self) -> None:
-        write_json(self.folder / RECORD, {**self.record(), "finished": True})
+        self.note(finished=True)
 
     def remove_remains(self) -> None:
+        ours = {*(f"{name}.png" for name in self.names), self.record_name, *PICTURES[self.record_name]}
         for file in self.folder.iterdir():
-            if re.fullmatch(
-                rf"\.(\d{{6,}}\.png|{re.escape(GRID)}|{re.escape(RECORD)})\.\w{{8}}", file.name
-            ):  # see atomic_write
+            remains = re.fullmatch(r"\.(.+)\.\w{8}", file.name)  # see atomic_write
+            if remains and remains[1] in ours:
                 file.unlink()
 
 
@@ -264,6 +301,10 @@ def _checked_record(record: Any) -> dict[str, Any]:
     if not isinstance(fields.get("settings"), dict) or not isinstance(fields.get("finished"), bool):
         raise ValueError("not the record of a sampling job")
     return fields
+
+
+def _named(option: str) -> str:
+    return option if option.isupper() else f"--{option}"
 
 
 def _shown(value: Any) -> str:

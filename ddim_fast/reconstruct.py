@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import CommandParser, add_sampler_options, make_sampler, run_command
+from .cli import CommandParser, add_sampler_options, image_labels, make_sampler, parse_class, run_command
 from .files import atomic_folder
 from .media import image_grid, save_image
 from .models.checkpoint import write_json
-from .training.data import ImageSet, load_images, to_unit_range
+from .training.data import load_images, to_unit_range
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -41,7 +42,7 @@ def _parser() -> CommandParser:
     p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
-    p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
@@ -54,7 +55,8 @@ def main() -> None:
     with parser.usage_errors():
         data = [load_images(spec, *sampler.image_shape[:2]) for spec in arguments.images]
         images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
-        labels = _labels(arguments.label, data, sampler.config.num_classes)
+        own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
+        labels = image_labels(arguments.label, own, sampler.config.num_classes)
         sampler.check(seeds=range(len(images)), labels=labels, guidance=arguments.guidance)
     try:
         with atomic_folder(arguments.out) as out:
@@ -70,7 +72,7 @@ def main() -> None:
 
 
 def _reconstruct(
-    sampler: AnySampler, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace, out: Path
+    sampler: AnySampler, images: Tensor, labels: Sequence[int] | None, arguments: argparse.Namespace, out: Path
 ) -> Tensor:
     """Writes the latents, the error of each image and a picture; returns the errors."""
     latents, decoded = [], []
@@ -86,28 +88,15 @@ def _reconstruct(
         raise ValueError("the reconstructions are not finite; try --dtype float32")
     errors = ((again - images) / 2).double().square().mean(dim=(1, 2, 3))
     settings = {name: str(getattr(arguments, name)) for name in ("model", "steps", "spacing", "exact", "guidance")}
-    save_file({"x_T": noise} | ({} if labels is None else {"labels": labels}), out / "latents.safetensors", settings)
+    save_file(
+        {"x_T": noise} | ({} if labels is None else {"labels": torch.tensor(labels)}), out / "latents.safetensors", settings
+    )
     write_json(out / "errors.json", {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
     # Noise of three standard deviations is black or white; that of latents is no picture.
     shown = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
     rows = torch.cat([part[:_SHOWN] for part in shown])
     save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
     return errors
-
-
-def _labels(chosen: str | None, data: list[ImageSet], classes: int | None) -> Tensor | None:
-    """One class an image, or None for no class."""
-    if chosen is not None and chosen != "none":
-        return torch.full((sum(map(len, data)),), int(chosen))  # one that the model has not is told by the sampler
-    if chosen == "none" or classes is None or any(part.labels is None for part in data):
-        return None
-    return torch.cat([part.labels for part in data])
-
-
-def _label(text: str) -> str:
-    if text != "none" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
-    return text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .cli import (
     DTYPES,
     MODEL_HELP,
     CommandParser,
+    list_integers,
     load_sampler,
     parse_eta,
     parse_integers,
@@ -242,11 +243,11 @@ def _settings(
     """What decides the images, by option: the record that an unfinished output is compared with."""
     return {
         "model": f"sha256:{checksum}",
-        "seeds": _listed(arguments.seeds),
+        "seeds": list_integers(arguments.seeds),
         "class": "none" if labels is None else arguments.classes,
         "steps": arguments.steps,
         # A fit can be made anew: then these are other timesteps.
-        "spacing": _listed(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
+        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
         "tolerance": arguments.tolerance,
         "solver": arguments.solver,
         "eta": arguments.eta,
@@ -277,11 +278,8 @@ def _prepare(
     for file in (arguments.grid, arguments.trajectory):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    if there is None:
-        output.begin(record)
-    output.remove_remains()
-    missing = output.missing()
-    if there is not None and there["finished"] and not missing:
+    missing = output.prepare(there, record)
+    if missing is None:
         return output.path, None
     if len(missing) < len(batches) and not arguments.quiet:
         print(f"{output.path} holds {_progress_of(batches, missing)} images; going on")
@@ -447,17 +445,6 @@ def _progress_of(batches: Batches, missing: list[int]) -> str:
 def _scale(image_shape: tuple[int, int, int]) -> int:
     """How many pixels wide a pixel of a small image is shown."""
     return max(1, 64 // image_shape[1])
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 3, 8] -> "0-3,8", what parse_integers takes."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,22 @@ def test_another_npz_file_is_refused(tmp_path):
         output.record()
 
 
+def test_a_folder_of_names(tmp_path):
+    folder = PngFolder(tmp_path, batches(3), ["boot", "coat-1", "bag.small"], "restoration.json")
+    images = fill(folder)
+    np.testing.assert_array_equal(folder.read(1), images[2:])
+    for name in (".coat-1.png.abcd_123", ".restoration.json.abcd1234", ".comparison.png.abcd1234", ".grid.png.abcd1234"):
+        (tmp_path / name).touch()
+    assert folder.prepare(folder.record(), {}) == []
+    folder.note(images={"boot": 1}, finished=True)
+    assert folder.record() == {"settings": SETTINGS, "images": {"boot": 1}, "finished": True}
+    assert folder.prepare(folder.record(), {}) is None
+    names = {"boot.png", "coat-1.png", "bag.small.png", "restoration.json", ".grid.png.abcd1234"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    with pytest.raises(ValueError, match=r"2 images would be bag\.png"):
+        PngFolder(tmp_path, batches(3), ["bag", "boot", "bag"])
+
+
 def test_remains_of_a_killed_process_are_removed(tmp_path):
     folder, file = PngFolder(tmp_path / "a", batches()), NpzFile(tmp_path / "a.npz", batches())
     fill(folder)

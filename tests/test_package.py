@@ -1,5 +1,6 @@
 """What importing the package promises."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -35,3 +36,14 @@ def test_every_public_name_is_there_and_documented(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         _ = ddim_fast.nonesuch
+
+
+@pytest.mark.parametrize("name", ddim_fast.__all__)
+def test_no_public_name_is_a_module_too(name):
+    """Importing ``ddim_fast.NAME`` would set the package's attribute to the module, and hide what is public."""
+    assert importlib.util.find_spec(f"ddim_fast.{name}") is None
+
+
+def test_accelerating_and_the_command_restore_live_together():
+    code = "import ddim_fast.restore; print(ddim_fast.unaccelerate.__name__, callable(ddim_fast.restore.main))"
+    assert _python(code) == "unaccelerate True\n"

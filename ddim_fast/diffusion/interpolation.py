@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-__all__ = ["slerp", "slerp_grid"]
+__all__ = ["between_all", "slerp", "slerp_grid"]
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -35,6 +37,19 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     between = (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta)
     between = torch.where(t == 0, x, torch.where(t == 1, y, between))
     return between.to(a.dtype)
+
+
+def between_all(points: Tensor, factor: int) -> Tensor:
+    """Points that divide the way from each point to the next into ``factor`` equal parts, by :func:`slerp`.
+
+    Args:
+        points: (N, ...) noise.
+
+    Returns:
+        ((N - 1) (factor - 1), ...), without the points themselves.
+    """
+    t = torch.linspace(0, 1, factor + 1)[1:-1]
+    return torch.cat([slerp(a, b, t) for a, b in itertools.pairwise(points)])
 
 
 def slerp_grid(corners: Tensor, rows: int, columns: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,6 +51,28 @@ class Mask(LinearOperator):
         if known.ndim != 2:
             raise ValueError(f"a mask has the shape (H, W) of an image; got {tuple(known.shape)}")
         self.register_buffer("known", known.float())
+
+    @classmethod
+    def outside(cls, size: tuple[int, int], rectangles: Sequence[tuple[int, int, int, int]]) -> Mask:
+        """All pixels are known but those of some rectangles.
+
+        Args:
+            size: height and width of the images.
+            rectangles: left, top, width and height of each, in pixels.
+
+        Raises:
+            ValueError: a rectangle is empty, or leaves the image.
+        """
+        known = torch.ones(size, dtype=torch.bool)
+        for left, top, width, height in rectangles:
+            inside = left >= 0 and top >= 0 and left + width <= size[1] and top + height <= size[0]
+            if not inside or width < 1 or height < 1:
+                raise ValueError(
+                    f"the rectangle {left},{top},{width},{height} (left, top, width, height) does not lie in an image of "
+                    f"{size[1]} pixels by {size[0]}"
+                )
+            known[top : top + height, left : left + width] = False
+        return cls(known)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.known.shape:

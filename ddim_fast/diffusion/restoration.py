@@ -9,19 +9,43 @@ back a few steps and takes them again, so that the two parts agree better (ibid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from ..ops.ddim_step import ddim_step
+from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .operators import LinearOperator
 from .step import step_coefficients
 
-__all__ = ["Restoration", "TimeTravel", "restoration"]
+__all__ = ["Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]
 
 State = tuple[Tensor, ...]
+
+# The step number under which a measurement's noise is drawn; those of sampling count from 0.
+_MEASUREMENT_NOISE = INITIAL_NOISE - 1
+
+
+def measure(operator: LinearOperator, images: Tensor, noise_std: float, seeds: Sequence[int]) -> Tensor:
+    """y = A x + n.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        noise_std: standard deviation of n, which is Gaussian.
+        seeds: N integers, of the noise.
+
+    Returns:
+        N measurements.
+    """
+    clean = operator(images)
+    return clean + noise_std * seeded_noise(seeds, _MEASUREMENT_NOISE, clean.shape[1:], clean.device) if noise_std else clean
+
+
+def inconsistency(operator: LinearOperator, images: Tensor, measurement: Tensor) -> Tensor:
+    """(N,) the largest ``|A x - y|`` of each image."""
+    return (operator(images) - measurement.to(images)).abs().flatten(1).amax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -101,32 +125,30 @@ def restoration(
 
 
 class Restoration:
-    """A solver's part of a step, which keeps to a measurement.
+    """A solver's part of a step, which keeps to a measurement y. It serves one run after the other: its coefficients are what
+    :func:`restoration` returns, and A^+ y goes into a run with the noise, as further channels of x.
 
     Args:
-        operator: A, on the device of the run.
-        measurement: y for the N images of a run, there too.
-        table: what :func:`restoration` returns.
+        operator: A, on the device of the runs.
         clip: clip the network's x_0 to [-r, r]; None does not.
     """
 
     stochastic = True
 
-    def __init__(self, operator: LinearOperator, measurement: Tensor, table: np.ndarray, clip: float | None = None) -> None:
+    def __init__(self, operator: LinearOperator, clip: float | None = None) -> None:
         self.operator = operator
-        self.seen = operator.pseudo_inverse(measurement)
-        self.table = table
         self.clip = clip
 
     def start(self, x: Tensor) -> State:
-        return (x,)
+        noise, seen = x.chunk(2, dim=1)
+        return noise.contiguous(), seen.contiguous()
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
-        (x,) = state
+        x, seen = state
         from_sample, from_output, share = table.index_select(0, index.reshape(1))[0, 7:].unbind()
         x0 = from_sample * x + from_output * output
         if self.clip is not None:
             x0 = x0.clamp(-self.clip, self.clip)
         # In this order x_0 where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
-        x0 = x0 - share * self.operator.pseudo_inverse(self.operator(x0)) + share * self.seen
-        return (ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index),)
+        x0 = x0 - share * self.operator.pseudo_inverse(self.operator(x0)) + share * seen
+        return ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index), seen

@@ -98,6 +98,7 @@ class Sampler:
         if dtype == torch.int8:
             self._network.quantise(self._sample_for_calibration)
         self._engine = make_engine(self.engine, OneStep(self._network, self.solver, reuse))
+        self._last_restoring: Engine | None = None
 
     @property
     def device(self) -> torch.device:
@@ -264,7 +265,21 @@ class Sampler:
         measurement = measurement.to(self.device, torch.float32)
         if len(measurement) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
-        timesteps, table = restoration(
+        timesteps, table = self.restoration_steps(operator, eta=eta, noise_std=noise_std, travel=travel)
+        seen = operator.pseudo_inverse(measurement)
+        shape = tuple(seen.shape[1:])
+        if shape != self.config.image_shape:
+            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.config.image_shape}")
+        request = _Request.check(self, seeds, None, labels, guidance)
+        run = self._run(request, timesteps, table)
+        return self._restoring(operator).last(dataclasses.replace(run, x=torch.cat([run.x, seen], dim=1), seeds=request.seeds))
+
+    def restoration_steps(
+        self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; arguments and errors as there,
+        see :func:`ddim_fast.diffusion.restoration.restoration`."""
+        return restoration(
             self.timesteps,
             self._levels,
             self.config.prediction_type,
@@ -273,14 +288,14 @@ class Sampler:
             noise_std=noise_std,
             travel=travel,
         )
-        update = Restoration(operator, measurement, table, self.solver.clip)
-        seen = tuple(update.seen.shape[1:])
-        if seen != self.config.image_shape:
-            raise ValueError(f"the measurement is of images of shape {seen}, but the network's are {self.config.image_shape}")
-        request = _Request.check(self, seeds, None, labels, guidance)
-        engine = make_engine(self.engine, OneStep(self._network, update))
-        run = dataclasses.replace(self._run(request, timesteps, table), seeds=request.seeds)
-        return engine.last(run)
+
+    def _restoring(self, operator: LinearOperator) -> Engine:
+        """The engine of restorations, kept for more measurements by the same operator: it may have compiled the step."""
+        engine = self._last_restoring
+        if engine is None or engine.one_step.update.operator is not operator:
+            update = Restoration(operator, self.solver.clip)
+            engine = self._last_restoring = make_engine(self.engine, OneStep(self._network, update))
+        return engine
 
     def _encode_exactly(self, request: _Request) -> Tensor:
         if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self._engine.one_step.reuse > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import naming
-from ..outputs import RECORD
+from ..outputs import PICTURES
 from ..training.data import load_images, native_shape
 
 __all__ = ["open_archive", "read_array", "read_pictures"]
@@ -39,10 +39,11 @@ def read_pictures(spec: str, image_shape: tuple[int, int, int] | None = None) ->
         if image_shape is not None and pictures.shape[1:] != image_shape:
             raise ValueError(f"{path}: its pictures are {_size(tuple(pictures.shape[1:]))}, not {_size(image_shape)}")
         return pictures
-    if (path / RECORD).is_file():
-        with naming(path / RECORD):
-            if json.loads((path / RECORD).read_bytes()).get("finished") is not True:
-                raise ValueError("sampling into this folder has not finished; the same command goes on with it")
+    for record in (path / name for name in PICTURES):
+        if record.is_file():
+            with naming(record):
+                if json.loads(record.read_bytes()).get("finished") is not True:
+                    raise ValueError("the job that fills this folder has not finished; the same command goes on with it")
     if image_shape is None:
         image_shape = native_shape(spec)
         if image_shape[1] != image_shape[2]:

@@ -3,7 +3,7 @@
 >>> report = ddim_fast.accelerate(pipe, dtype=torch.bfloat16)
 >>> print(report)
 >>> images = pipe(batch_size=8, num_inference_steps=20).images
->>> ddim_fast.restore(pipe)
+>>> ddim_fast.unaccelerate(pipe)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
-__all__ = ["Accelerated", "LeftAlone", "Report", "accelerate", "restore"]
+__all__ = ["Accelerated", "LeftAlone", "Report", "accelerate", "unaccelerate"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DENOISERS = (UNet2DModel, UNet2DConditionModel)
@@ -110,7 +110,7 @@ class Report:
 def accelerate(
     model_or_pipeline: nn.Module | DiffusionPipeline, *, dtype: torch.dtype | None = None, engine: str = "eager"
 ) -> Report:
-    """Has a network of diffusers compute by the operators of this package, in place, until :func:`restore`.
+    """Has a network of diffusers compute by the operators of this package, in place, until :func:`unaccelerate`.
 
     Replaced are residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
     in a pipeline, a DDIMScheduler or DDIMInverseScheduler. No weight is changed, moved or renamed: parameters, ``state_dict``,
@@ -136,7 +136,7 @@ def accelerate(
     Raises:
         ValueError: there is nothing here to accelerate, or an option is unknown or cannot be served.
 
-    Accelerated already, it is restored first: the last call's options count.
+    Accelerated already, that is undone first: the last call's options count.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16, or None; got {dtype!r}")
@@ -147,7 +147,7 @@ def accelerate(
     for model in components.values():
         if isinstance(model, _DENOISERS):
             engine = select_engine(engine, model.device)
-    restore(model_or_pipeline)
+    unaccelerate(model_or_pipeline)
     report = Report("eager" if engine == "auto" else engine)
     for name, model in components.items():
         _accelerate_model(name, model, dtype, report)
@@ -156,7 +156,7 @@ def accelerate(
     return report
 
 
-def restore(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
+def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
     """Undoes :func:`accelerate`: modules, processors, schedulers and layouts are those from before. What was changed since,
     such as a scheduler or processor set by hand, stays. Nothing happens to what was not accelerated.
 
@@ -193,8 +193,8 @@ def _check_kind(given: Any) -> None:
     else:
         hint = ""
     raise ValueError(
-        "accelerate and restore take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, or a pipeline;"
-        f" got {type(given).__name__}{hint}"
+        "accelerate and unaccelerate take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, or a "
+        f"pipeline; got {type(given).__name__}{hint}"
     )
 
 

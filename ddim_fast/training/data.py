@@ -18,9 +18,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..outputs import GRID, RECORD
+from ..outputs import PICTURES
 
-__all__ = ["ImageSet", "load_images", "native_shape", "to_unit_range"]
+__all__ = ["ImageSet", "fit_image", "image_files", "load_images", "native_shape", "read_images", "to_unit_range"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -70,21 +70,23 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
         FileNotFoundError: there is nothing at ``spec``.
         ValueError: it holds no images, damaged ones, or images of different sizes.
     """
-    return _collect(_open(spec), spec, channels, size)
+    return _collect(read_images(spec), spec, channels, size)
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
     """(channels, height, width) of the first image of a data set, as it is stored; ``spec`` and errors as for
     :func:`load_images`."""
-    for _, image, _ in _open(spec):
+    for _, image, _ in read_images(spec):
         return (1 if image.mode in ("1", "L") else 3, image.height, image.width)
     raise ValueError(f"no images in {spec!r}")
 
 
-_Row = tuple[str, Image.Image, int | None]
+Row = tuple[str, Image.Image, int | None]
 
 
-def _open(spec: str) -> Iterator[_Row]:
+def read_images(spec: str) -> Iterator[Row]:
+    """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
+    number), the image, and its class label or None. ``spec`` and errors as for :func:`load_images`."""
     path = Path(spec)
     if path.is_dir():
         parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
@@ -103,7 +105,7 @@ def _open(spec: str) -> Iterator[_Row]:
     raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
-def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> ImageSet:
+def _collect(rows: Iterable[Row], spec: str, channels: int, size: int) -> ImageSet:
     images, labels = [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:
@@ -116,7 +118,7 @@ def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> Image
             )
         if label is not None and not isinstance(label, int):
             raise ValueError(f"{name}: class labels must be whole numbers; got {label!r}")
-        images.append(_fit(image, channels, size))
+        images.append(fit_image(image, channels, size))
         labels.append(label)
     if not images:
         raise ValueError(f"no images in {spec!r}")
@@ -124,8 +126,8 @@ def _collect(rows: Iterable[_Row], spec: str, channels: int, size: int) -> Image
     return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None)
 
 
-def _fit(image: Image.Image, channels: int, size: int) -> np.ndarray:
-    """(channels, size, size) uint8."""
+def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
+    """(channels, size, size) uint8: what :func:`load_images` makes of one image."""
     image = image.convert("L" if channels == 1 else "RGB")
     width, height = image.size
     side = min(width, height)
@@ -139,6 +141,12 @@ def _fit(image: Image.Image, channels: int, size: int) -> np.ndarray:
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
+def image_files(folder: Path) -> set[Path]:
+    """The images in a folder and in those inside it, without what a command of this package made to show them all."""
+    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
+    return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+
+
 def _decode(name: str, data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
@@ -148,17 +156,14 @@ def _decode(name: str, data: bytes) -> Image.Image:
         raise ValueError(f"{name}: not a readable image ({error})") from None
 
 
-def _read_folder(folder: Path) -> Iterator[_Row]:
+def _read_folder(folder: Path) -> Iterator[Row]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
-    if (folder / RECORD).exists():
-        files.discard(folder / GRID)  # a picture of the samples is none of them
-    for path in sorted(files):
+    for path in sorted(image_files(folder)):
         parts = path.relative_to(folder).parts
         yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None
 
 
-def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
+def _read_parquet(paths: list[Path]) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet as pq
@@ -189,7 +194,7 @@ def _pick(file: Any, names: tuple[str, ...]) -> str | None:
     return next((n for n in names if n in file.schema_arrow.names), None)
 
 
-def _read_idx(path: Path) -> Iterator[_Row]:
+def _read_idx(path: Path) -> Iterator[Row]:
     images = _idx_array(path, rank=3)
     label_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _idx_array(label_path, rank=1) if label_path.is_file() and label_path != path else None
@@ -213,7 +218,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
         raise ValueError(f"{path}: not a whole IDX file ({error})") from None
 
 
-def _read_hub(name: str) -> Iterator[_Row]:
+def _read_hub(name: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:

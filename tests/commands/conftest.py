@@ -1,5 +1,8 @@
 """What the tests of commands share: how one is run."""
 
+import contextlib
+import itertools
+import os
 import sys
 
 import pytest
@@ -15,6 +18,14 @@ def here(tmp_path):
 
 
 @pytest.fixture
+def checkpoint(small_unet, tmp_path):
+    """The folder of a small random model of 16x16 RGB images of ten classes."""
+    folder = tmp_path / "checkpoint"
+    small_unet.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
     """Run a command, which is a module, in ``here`` and in this process; returns its exit code, stdout and stderr."""
 
@@ -27,3 +38,23 @@ def run_here(monkeypatch, capsys, tmp_path):
         return (stop.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A context in which Ctrl-C is pressed just before file number ``moment``, from 0, comes to its place."""
+
+    @contextlib.contextmanager
+    def interrupted_at(moment):
+        replace, files = os.replace, itertools.count()
+
+        def replace_or_stop(*places):
+            if next(files) == moment:
+                raise KeyboardInterrupt
+            replace(*places)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_stop)
+            yield
+
+    return interrupted_at

@@ -14,13 +14,6 @@ from ddim_fast import sample
 
 
 @pytest.fixture
-def checkpoint(small_unet, tmp_path):
-    folder = tmp_path / "checkpoint"
-    small_unet.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def run(run_here):
     return functools.partial(run_here, sample)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddim_fast.diffusion.interpolation import slerp, slerp_grid
+from ddim_fast.diffusion.interpolation import between_all, slerp, slerp_grid
 
 
 def noise(*seeds):
@@ -47,3 +47,11 @@ def test_a_grid_has_its_corners():
 def test_shapes_that_differ_are_named():
     with pytest.raises(ValueError, match=r"no way from noise of shape \(1, 2\) to \(2, 2\)"):
         slerp(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(1))
+
+
+def test_between_all_divides_each_way_into_equal_parts():
+    points = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    between = between_all(points, 4)
+    assert between.shape == (6, 2, 4, 4) and between_all(points, 2).shape == (2, 2, 4, 4)
+    whole = slerp(points[1], points[2], torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(between[3:], whole)

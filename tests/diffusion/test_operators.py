@@ -79,3 +79,16 @@ def test_compressed_sensing_of_everything_loses_nothing():
 def test_what_does_not_fit_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_mask_of_rectangles():
+    rectangles = Mask.outside((4, 6), [(1, 0, 2, 3), (5, 3, 1, 1)])
+    known = torch.ones(4, 6)
+    known[0:3, 1:3] = known[3, 5] = 0
+    assert torch.equal(rectangles(torch.ones(1, 1, 4, 6)), known[None, None])
+
+
+@pytest.mark.parametrize("rectangle", [(3, 0, 4, 1), (0, 2, 1, 3), (0, 0, 0, 2), (-1, 0, 2, 2)])
+def test_a_rectangle_lies_in_the_image(rectangle):
+    with pytest.raises(ValueError, match="does not lie in an image of 6 pixels by 4"):
+        Mask.outside((4, 6), [(0, 0, 1, 1), rectangle])

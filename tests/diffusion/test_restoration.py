@@ -4,7 +4,7 @@ import torch
 
 from ddim_fast import Sampler, UNet, seeded_noise
 from ddim_fast.diffusion.operators import CompressedSensing, Downscale, Mask
-from ddim_fast.diffusion.restoration import TimeTravel, restoration
+from ddim_fast.diffusion.restoration import TimeTravel, inconsistency, measure, restoration
 from ddim_fast.diffusion.step import step_coefficients
 
 SHAPE = (3, 8, 8)
@@ -73,6 +73,16 @@ def test_the_compiled_engine_restores_the_same(fake_network):
     eager, compiled = (Sampler(fake_network(), steps=3, engine=engine) for engine in ("eager", "compiled"))
     expected = eager.restore(y, operator, seeds=SEEDS)
     torch.testing.assert_close(compiled.restore(y, operator, seeds=SEEDS), expected, atol=1e-4, rtol=1e-4)
+    # Another measurement takes the same compiled step; another operator has its own.
+    compiling = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiling > 0
+    torch.testing.assert_close(
+        compiled.restore(-y, operator, seeds=[1, 2]), eager.restore(-y, operator, seeds=[1, 2]), atol=1e-4, rtol=1e-4
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiling
+    mask = Mask(known_half())
+    known = compiled.restore(mask(torch.ones(2, *SHAPE)), mask, seeds=SEEDS)[..., :4]
+    assert torch.equal(known, torch.ones_like(known))
 
 
 def test_time_travel_goes_back_and_comes_again(fake_network):
@@ -142,3 +152,18 @@ def test_noise_in_the_measurement_is_not_taken_for_detail():
 def test_what_does_not_fit_is_named(call, message, fake_network):
     with pytest.raises(ValueError, match=message):
         call(Sampler(fake_network(), steps=3))
+
+
+def test_a_measurement_has_the_noise_of_its_seed():
+    images, operator = seeded_noise(range(200), 9, SHAPE), Downscale(2)
+    y = measure(operator, images, 0.3, range(200))
+    assert (y - operator(images)).std().item() == pytest.approx(0.3, rel=0.03)
+    torch.testing.assert_close(y[5:6], measure(operator, images[5:6], 0.3, [5]))
+    assert torch.equal(measure(operator, images, 0.0, range(200)), operator(images))
+
+
+def test_inconsistency_is_the_largest_of_each_image():
+    images, mask = torch.zeros(2, *SHAPE), Mask(known_half())
+    y = mask(images)
+    images[0, 1, 2, 3], images[0, 0, 0, 0], images[1, :, :, 5] = -0.5, 0.25, 9.0
+    assert inconsistency(mask, images, y).tolist() == [0.5, 0.0]

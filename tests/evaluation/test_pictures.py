@@ -25,15 +25,16 @@ def test_an_npz_file_and_a_folder_are_read_as_they_are(tmp_path):
         read_pictures(str(tmp_path / "a.npz"), (1, 16, 16))
 
 
-def test_a_folder_of_samples_is_read_without_its_grid(tmp_path):
+@pytest.mark.parametrize("job,picture", [("sampling", "grid.png"), ("restoration", "comparison.png")])
+def test_the_folder_of_a_job_is_read_without_the_picture_of_all(job, picture, tmp_path):
     for i in range(2):
         Image.fromarray(pixels(8, 8)).save(tmp_path / f"{i:06d}.png")
-    Image.fromarray(pixels(20, 20)).save(tmp_path / "grid.png")
+    Image.fromarray(pixels(20, 20)).save(tmp_path / picture)
     record = {"settings": {}, "finished": True}
-    (tmp_path / "sampling.json").write_text(json.dumps(record))
+    (tmp_path / f"{job}.json").write_text(json.dumps(record))
     assert read_pictures(str(tmp_path)).shape == (2, 1, 8, 8)
-    (tmp_path / "sampling.json").write_text(json.dumps(record | {"finished": False}))
-    with pytest.raises(ValueError, match=r"sampling\.json.*not finished"):
+    (tmp_path / f"{job}.json").write_text(json.dumps(record | {"finished": False}))
+    with pytest.raises(ValueError, match=rf"{job}\.json.*not finished"):
         read_pictures(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""accelerate() and restore() on diffusers' networks and pipelines."""
+"""accelerate() and unaccelerate() on diffusers' networks and pipelines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ddim_fast
-from ddim_fast import UNet, UNetConfig, accelerate, restore
+from ddim_fast import UNet, UNetConfig, accelerate, unaccelerate
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -151,7 +151,7 @@ class TestTheSameResult:
         assert accelerate(model, engine="compiled").engine == "compiled"
         torch.testing.assert_close(call(model), plain, rtol=1e-4, atol=1e-5)
         assert model._compiled_call_impl is not None
-        restore(model)
+        unaccelerate(model)
         assert model._compiled_call_impl is None and torch.equal(call(model), plain)
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
@@ -207,19 +207,19 @@ class TestTheSameResult:
             "Upsample2D",
             "SiLU",
         } and not report.left_alone
-        restore(vae)
+        unaccelerate(vae)
         assert all(torch.equal(result, expected) for result, expected in zip(call(), plain, strict=True))
 
 
 class TestReversible:
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("name", ["scale and shift", "conditional"])
-    def test_restored_is_the_original_bit_for_bit(self, make, name, dtype):
+    def test_unaccelerated_is_the_original_bit_for_bit(self, make, name, dtype):
         model, call = make(name)
         plain, before = call(model), places(model)
         accelerate(model, dtype=dtype)
         assert not torch.equal(call(model), plain)
-        assert restore(model) is model
+        assert unaccelerate(model) is model
         assert_same_places(places(model), before)
         assert torch.equal(call(model), plain)
 
@@ -256,8 +256,8 @@ class TestReversible:
         accelerate(model, dtype=torch.bfloat16, engine="compiled")
         accelerate(model)
         assert torch.equal(call(model), expected)
-        restore(model)
-        restore(model)
+        unaccelerate(model)
+        unaccelerate(model)
         assert_same_places(places(model), before)
         assert torch.equal(call(model), plain)
 
@@ -268,8 +268,8 @@ class TestReversible:
         fast = call(model)
         other = copy.deepcopy(model)
         assert torch.equal(call(other), fast)
-        restore(model)
-        assert torch.equal(call(other), fast) and torch.equal(call(restore(other)), plain)
+        unaccelerate(model)
+        assert torch.equal(call(other), fast) and torch.equal(call(unaccelerate(other)), plain)
 
     def test_no_class_is_touched(self, make):
         model, _ = make("unet")
@@ -298,7 +298,7 @@ class TestChangesAreSeen:
             for parameter in model.parameters():
                 self.CHANGES[change](parameter)
         changed = call(model)
-        fresh = copy.deepcopy(restore(model))
+        fresh = copy.deepcopy(unaccelerate(model))
         accelerate(fresh, dtype=torch.bfloat16)
         assert torch.equal(changed, call(fresh))
 
@@ -339,7 +339,7 @@ class TestChangesAreSeen:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
         with torch.no_grad():
             result = call(model.eval())
-            restore(model)
+            unaccelerate(model)
             assert torch.equal(call(model), call(plain.eval()))
             assert error(result, call(plain).double()) < (1e-5 if dtype is None else 3e-2)
 
@@ -361,7 +361,7 @@ class TestChangesAreSeen:
         processor = AttnProcessor()
         model.set_attn_processor(processor)
         torch.testing.assert_close(call(model), expected, rtol=1e-4, atol=1e-5)
-        restore(model)
+        unaccelerate(model)
         assert set(model.attn_processors.values()) == {processor}
 
 
@@ -465,7 +465,7 @@ class TestLeftAlone:
         assert type(model.mid_block.resnets[0]) is diffusers.models.resnet.ResnetBlock2D
         assert type(model.mid_block.resnets[1]) is FastResnetBlock2D
         assert error(call(model), plain.double()) < (1e-5 if dtype is None else 3e-2)
-        restore(model)
+        unaccelerate(model)
         assert torch.equal(call(model), plain) and not model.get_submodule(name)._forward_pre_hooks
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
@@ -480,10 +480,10 @@ class TestLeftAlone:
         resnet = model.mid_block.resnets[0]
         resnet.conv1 = wrapped[1].base_layer  # unloaded
         without = call(model)
-        restore(model)
+        unaccelerate(model)
         assert error(without, call(model).double()) < (1e-5 if dtype is None else 3e-2)
         resnet.conv1 = wrapped[1]
-        assert torch.equal(call(restore(model)), plain)
+        assert torch.equal(call(unaccelerate(model)), plain)
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
     def test_lora_from_later(self, make, dtype):
@@ -493,7 +493,7 @@ class TestLeftAlone:
         wrapped = wrap(model)
         result = call(model)
         assert type(wrapped[1].base_layer) is FastConv2d and not torch.allclose(result, without, atol=1e-3)
-        restore(model)
+        unaccelerate(model)
         plain = call(model)
         assert error(result, plain.double()) < (1e-5 if dtype is None else 3e-2)
 
@@ -505,7 +505,7 @@ class TestLeftAlone:
         resnet.conv1 = MadeAlike(resnet.conv1)
         with torch.no_grad():
             result = call(model)
-            plain = call(restore(model))
+            plain = call(unaccelerate(model))
         assert type(resnet.conv1.thin) is nn.Conv2d
         assert error(result, plain.double()) < (1e-5 if dtype is None else 3e-2)
 
@@ -526,7 +526,7 @@ class TestLeftAlone:
         assert left == {"its processor is Own", "its processor does not scale, or computes in float32"}
         assert [isinstance(block.processor, FastAttnProcessor) for block in blocks[:4]] == [False, True, False, True]
         torch.testing.assert_close(call(model), plain, rtol=1e-4, atol=1e-5)
-        restore(model)
+        unaccelerate(model)
         assert [type(block.processor) for block in blocks[:4]] == [Own, AttnProcessor, AttnProcessor, AttnProcessor2_0]
 
     def test_models_that_somebody_moves(self, make):
@@ -562,7 +562,7 @@ class TestPipelines:
         report = accelerate(pipe, dtype=dtype)
         assert error(self.images(pipe), plain.double()) < tolerance
         assert type(pipe.scheduler) is FastDDIMScheduler and report.replaced[-1].name == "scheduler"
-        assert restore(pipe) is pipe and pipe.scheduler is scheduler
+        assert unaccelerate(pipe) is pipe and pipe.scheduler is scheduler
         assert torch.equal(self.images(pipe), plain)
 
     def test_saved_and_loaded(self, make, tmp_path):
@@ -597,12 +597,12 @@ class TestPipelines:
         pipe = self.pipe(make)
         accelerate(pipe)
         pipe.scheduler = own = diffusers.DDPMScheduler()
-        restore(pipe)
+        unaccelerate(pipe)
         assert pipe.scheduler is own
         own = FastDDIMScheduler()
         pipe.scheduler = own
         accelerate(pipe)
-        assert restore(pipe).scheduler is own
+        assert unaccelerate(pipe).scheduler is own
 
     def test_the_other_components(self, make):
         class Both(diffusers.DiffusionPipeline):
@@ -618,7 +618,7 @@ class TestPipelines:
         assert type(vae.decoder.mid_block.resnets[0]) is FastResnetBlock2D
         assert [left.name for left in report.left_alone] == ["guide"]
         assert any(entry.name == "vae.decoder.mid_block.resnets.0" for entry in report.replaced)
-        restore(pipe)
+        unaccelerate(pipe)
         assert type(pipe.inverse_scheduler) is diffusers.DDIMInverseScheduler
         assert type(vae.decoder.mid_block.resnets[0]) is diffusers.models.resnet.ResnetBlock2D
 
@@ -652,7 +652,7 @@ class TestTheReport:
     )
     def test_what_is_no_network_is_an_error(self, given, message):
         thing = given()
-        for function in (accelerate, restore):
+        for function in (accelerate, unaccelerate):
             with pytest.raises(ValueError, match=message):
                 function(thing)
 
@@ -673,4 +673,4 @@ class TestTheReport:
         assert_same_places(places(model), before)
 
     def test_the_public_names(self):
-        assert ddim_fast.accelerate is accelerate and {"accelerate", "restore"} <= set(ddim_fast.__all__)
+        assert ddim_fast.accelerate is accelerate and {"accelerate", "unaccelerate"} <= set(ddim_fast.__all__)

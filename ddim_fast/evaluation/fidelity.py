@@ -1,0 +1,59 @@
+"""How close pictures are to the true ones, picture by picture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["check_similarity", "peak_signal_to_noise", "structural_similarity"]
+
+# What equality counts for, so that means stay finite.
+_IDENTICAL = 100.0
+
+# Pixels a side of the window of SSIM.
+_WINDOW = 11
+
+
+def peak_signal_to_noise(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """PSNR, 10 log10(255^2 / MSE).
+
+    Args:
+        pictures, truth: (N, H, W, C) uint8.
+
+    Returns:
+        (N,) float64 in dB; at most 100, which stands for equality.
+    """
+    errors = np.square(pictures.astype(np.float64) - truth).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(errors, 255**2 / 10 ** (_IDENTICAL / 10)))
+
+
+def structural_similarity(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """SSIM with the Gaussian window and the constants of Wang et al. 2004, by scikit-image; the mean over colours.
+
+    Args:
+        pictures, truth: (N, H, W, C) uint8.
+
+    Returns:
+        (N,) float64, 1 for equality.
+
+    Raises:
+        ValueError: as :func:`check_similarity`.
+    """
+    check_similarity(pictures.shape[1:3])
+    from skimage.metrics import structural_similarity as similarity
+
+    options = {"channel_axis": -1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return np.array([similarity(a, b, **options) for a, b in zip(pictures, truth, strict=True)])
+
+
+def check_similarity(size: tuple[int, int]) -> None:
+    """See that :func:`structural_similarity` can look at pictures of ``size``, height and width.
+
+    Raises:
+        ValueError: they are smaller than its window, or scikit-image is missing.
+    """
+    if min(size) < _WINDOW:
+        raise ValueError(f"SSIM looks through a window of {_WINDOW}x{_WINDOW} pixels; these pictures are {size[0]}x{size[1]}")
+    try:
+        import skimage.metrics  # noqa: F401
+    except ImportError:
+        raise ValueError("SSIM needs scikit-image: pip install 'ddim_fast[restore]'") from None

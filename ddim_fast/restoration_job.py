@@ -1,0 +1,116 @@
+"""A restoration job: batches of degraded images from the network to the disk, with figures of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diffusion.operators import LinearOperator
+from .diffusion.restoration import inconsistency
+from .diffusion.sampler import Sampler
+from .evaluation.fidelity import peak_signal_to_noise, structural_similarity
+from .media import image_grid, to_uint8
+from .outputs import Batches, PngFolder
+
+__all__ = ["RestorationJob"]
+
+# A picture of more is no longer one to look at.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class RestorationJob:
+    """Degraded images, each to be restored once a seed.
+
+    Attributes:
+        sampler: restores them.
+        operator: what has happened to them.
+        steps: options of :meth:`ddim_fast.Sampler.restoration_steps`.
+        guidance: scale of classifier-free guidance, or None.
+        measurement: what is left of each image.
+        truth: (N, H, W, C) uint8, the images as they were; None where nobody knows.
+        image: for each restored image, the number of the degraded one.
+        names: of the restored images.
+        batches: their seeds and labels.
+    """
+
+    sampler: Sampler
+    operator: LinearOperator
+    steps: dict[str, Any]
+    guidance: float | None
+    measurement: Tensor
+    truth: np.ndarray | None
+    image: Sequence[int]
+    names: Sequence[str]
+    batches: Batches
+
+    def restore(self, k: int, output: PngFolder) -> None:
+        """Restore batch k; its pictures go to ``output``, and before them the figures of each, by name, into the record:
+        ``inconsistency``, the largest ``|A x - y|`` before rounding to 8 bits; and where the truth is known, of the rounded
+        pictures ``psnr`` and ``ssim``, and both ``_of_pseudo_inverse``.
+
+        Raises:
+            ValueError: the images are not finite.
+        """
+        seeds, labels = self.batches[k]
+        count, measurement = len(seeds), self.measurement[self.image[self.batches.part(k)]]
+        # What is compiled is so for one number of images: a last, smaller batch is filled up with its last image.
+        size = count if self.sampler.engine == "eager" else self.batches.size
+        which = [min(i, count - 1) for i in range(size)]
+        restored = self.sampler.restore(
+            measurement[which],
+            self.operator,
+            seeds=[seeds[i] for i in which],
+            labels=None if labels is None else [labels[i] for i in which],
+            guidance=self.guidance,
+            **self.steps,
+        )[:count]
+        if not restored.isfinite().all():
+            raise ValueError("the restored images are not finite; try --dtype float32")
+        pictures, names = to_uint8(restored), self.names[self.batches.part(k)]
+        figures = {"inconsistency": inconsistency(self.operator, restored, measurement).tolist(), **self._fidelity(k, pictures)}
+        rows = (dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True))
+        output.note(images={**output.record()["images"], **dict(zip(names, rows, strict=True))})
+        output.write(k, pictures)
+
+    def finish(self, output: PngFolder) -> dict[str, float]:
+        """Note that all is there, and the mean of each figure, of inconsistencies the largest; returns these."""
+        rows = [output.record()["images"][name] for name in self.names]
+        means = {name: (max if name == "inconsistency" else np.mean)([row[name] for row in rows]) for name in rows[0]}
+        means = {name: float(mean) for name, mean in means.items()}
+        output.note(overall=means, finished=True)
+        return means
+
+    def comparison(self, output: PngFolder) -> np.ndarray:
+        """(height, width, C) uint8: the first images in rows, as they were given, where that is a picture of its own, by the
+        pseudo-inverse alone, restored, and as they were, where that is known."""
+        shown = slice(0, _SHOWN)
+        given, seen = self.measurement[self.image[shown]], self._pseudo_inverse(shown).cpu()
+        rows = [seen] if given.shape != seen.shape or torch.equal(given, seen) else [given, seen]
+        batches = range(min(len(self.batches), -(-_SHOWN // self.batches.size)))
+        pictures = [np.concatenate([output.read(k) for k in batches])[shown]]
+        if self.truth is not None:
+            pictures.append(self.truth[self.image[shown]])
+        sheet = np.concatenate([*map(to_uint8, rows), *pictures])
+        return image_grid(np.moveaxis(sheet, -1, 1) / np.float32(127.5) - 1, columns=len(given))
+
+    def _fidelity(self, k: int, pictures: np.ndarray) -> dict[str, list[float]]:
+        if self.truth is None:
+            return {}
+        part = self.batches.part(k)
+        truth, baseline = self.truth[self.image[part]], to_uint8(self._pseudo_inverse(part))
+        return {
+            "psnr": peak_signal_to_noise(pictures, truth).tolist(),
+            "psnr_of_pseudo_inverse": peak_signal_to_noise(baseline, truth).tolist(),
+            "ssim": structural_similarity(pictures, truth).tolist(),
+            "ssim_of_pseudo_inverse": structural_similarity(baseline, truth).tolist(),
+        }
+
+    def _pseudo_inverse(self, part: slice) -> Tensor:
+        """(n, C, H, W): what the degraded images say without a network."""
+        return self.operator.pseudo_inverse(self.measurement[self.image[part]].to(self.sampler.device))

@@ -1,0 +1,291 @@
+"""Restore images by a model that was not trained for it: ``python -m ddim_fast.restore --task TASK IMAGES``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__
+from .cli import (
+    CommandParser,
+    add_sampler_options,
+    image_labels,
+    job_progress,
+    list_integers,
+    make_sampler,
+    parse_class,
+    parse_integers,
+    parse_positive,
+    run_command,
+)
+from .diffusion.operators import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
+from .diffusion.restoration import TimeTravel, measure
+from .diffusion.sampler import Sampler
+from .engine import ENGINES
+from .evaluation.fidelity import check_similarity
+from .jobs import weights_checksum
+from .media import save_image
+from .outputs import PICTURES, Batches, PngFolder
+from .restoration_job import RestorationJob
+from .training.data import fit_image, read_images, to_unit_range
+
+_EXAMPLES = """\
+  python -m ddim_fast.restore --task inpaint photos/ --mask mask.png
+  python -m ddim_fast.restore --task super-resolution thumbnails/ --factor 4 --travel 1 3
+  python -m ddim_fast.restore --task deblur blurred.png --sigma 1.5 --seeds 0-7
+  python -m ddim_fast.restore --task inpaint photos/ --rectangle 8,8,16,16 --degrade --out figures
+"""
+
+RECORD = "restoration.json"
+(_PICTURE,) = PICTURES[RECORD]
+
+# Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
+_ROUNDING = 2 / 255 / 12**0.5
+
+# What an image has lost, and which options say how.
+_TASKS = {
+    "inpaint": ("mask", "rectangle"),
+    "super-resolution": ("factor",),
+    "colorize": (),
+    "deblur": ("sigma",),
+    "compressed-sensing": ("ratio",),
+}
+
+_IMAGES_HELP = (
+    "image files, or data sets: folders, Parquet or IDX files. Without --degrade they are restored as they are and must have "
+    "the size that the task asks for; with it they are brought to the model's size"
+)
+_MASK_HELP = "inpaint: a picture of the model's size, white where the images are to be filled in"
+_RECTANGLE_HELP = "inpaint: left, top, width and height of what is to be filled in, in pixels; may be given several times"
+_FACTOR_HELP = "super-resolution: how many times larger the images become (default: 2)"
+_RATIO_HELP = "compressed-sensing: the share of coefficients that is measured (default: 0.25)"
+_DEGRADE_HELP = (
+    "the images are clean ones: degrade them first, and report PSNR and SSIM of the restored ones (needs scikit-image; "
+    "compressed-sensing is only there with it)"
+)
+_NOISE_HELP = (
+    "standard deviation of the noise in the degraded images, as images in [-1, 1]; with --degrade, it is added "
+    "(default: 0; to deblur files, 0.0023, what rounding to 8 bits adds)"
+)
+_TRAVEL_HELP = "time travel: take every LENGTH steps REPEATS times, which takes that many times as long (default: none)"
+_SEEDS_HELP = "restore each image once a seed: another seed is another image that explains the same one"
+_CLASS_HELP = (
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them)"
+)
+_OUT_HELP = "a folder for a PNG an image; the same command goes on with an unfinished one"
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("restore", "Restore images: fill in what a mask, a blur or a small size has taken away.", _EXAMPLES)
+    p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
+    p.add_argument("--task", choices=_TASKS, required=True, help="what is restored")
+    p.add_argument("--mask", metavar="FILE", type=Path, help=_MASK_HELP)
+    p.add_argument("--rectangle", metavar="X,Y,W,H", type=_rectangle, action="append", help=_RECTANGLE_HELP)
+    p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
+    p.add_argument("--sigma", metavar="X", type=float, help="deblur: standard deviation of the Gaussian blur, in pixels")
+    p.add_argument("--ratio", metavar="X", type=float, help=_RATIO_HELP)
+    p.add_argument("--degrade", action="store_true", help=_DEGRADE_HELP)
+    p.add_argument("--num-images", metavar="N", type=parse_positive, help="the first N images only")
+    p.add_argument("--noise-std", metavar="X", type=float, help=_NOISE_HELP)
+    p.add_argument("--eta", metavar="X", type=float, default=1.0, help="noise of the steps, 0 to 1")
+    p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
+    p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
+    add_sampler_options(p)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
+    p.add_argument("--engine", choices=ENGINES, default="auto", help="how the steps are executed, as of sample")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help=_OUT_HELP)
+    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    return p
+
+
+def main() -> None:
+    """Check everything, then restore what is not there yet."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    with parser.usage_errors():
+        _check(arguments)
+    sampler = make_sampler(parser, arguments, arguments.engine)
+    with parser.usage_errors():
+        job, settings = _job(arguments, sampler)
+        output = PngFolder(arguments.out, job.batches, job.names, RECORD)
+        if Path(_PICTURE).stem in job.names:
+            raise ValueError(f"an image is called {_PICTURE}, as is the picture of all images in --out; rename it")
+    there = output.record()
+    with parser.usage_errors():
+        output.check(there, settings)
+    record = {"settings": settings, "model": arguments.model, "ddim_fast": __version__, "torch": torch.__version__}
+    missing = output.prepare(there, {**record, "images": {}})
+    if missing is not None:
+        _run(job, output, missing, arguments.quiet)
+    elif not arguments.quiet:
+        print(f"{output.path} is finished: it holds these {len(job.names)} images, made with these settings")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """See that the options fit together; what is left open gets its default."""
+    for task, options in _TASKS.items():
+        for option in options:
+            if task != arguments.task and getattr(arguments, option) is not None:
+                raise ValueError(f"--{option} is an option of --task {task}, not of {arguments.task}")
+    if arguments.task == "inpaint" and (arguments.mask is None) == (arguments.rectangle is None):
+        raise ValueError("--task inpaint needs either --mask or --rectangle, for what is to be filled in")
+    if arguments.task == "deblur" and arguments.sigma is None:
+        raise ValueError("--task deblur needs --sigma, the standard deviation of the blur in pixels")
+    if arguments.task == "compressed-sensing" and not arguments.degrade:
+        raise ValueError("--task compressed-sensing needs --degrade: there are no files of such measurements")
+    if arguments.noise_std is None:
+        arguments.noise_std = _ROUNDING if arguments.task == "deblur" and not arguments.degrade else 0.0
+    arguments.factor = arguments.factor or 2
+    arguments.ratio = 0.25 if arguments.ratio is None else arguments.ratio
+
+
+def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJob, dict[str, str | float | None]]:
+    """What the options describe, and what of them decides the result.
+
+    Raises:
+        ValueError: an option or an image does not fit.
+    """
+    config, seeds = sampler.config, arguments.seeds
+    operator = _operator(arguments, config.image_shape)
+    travel = None if arguments.travel is None else TimeTravel(*arguments.travel)
+    steps = {"eta": arguments.eta, "noise_std": arguments.noise_std, "travel": travel}
+    sampler.restoration_steps(operator, **steps)
+    if arguments.degrade:
+        check_similarity(config.image_shape[1:])
+    names, pictures, own = _read(arguments, operator, config.image_shape)
+    measurement = to_unit_range(pictures).contiguous()
+    if arguments.degrade:
+        measurement = measure(operator, measurement, arguments.noise_std, range(len(names)))
+    elif arguments.task == "inpaint":
+        measurement = operator(measurement)  # whatever the files have where they are to be filled in
+    image = [i for i in range(len(names)) for _ in seeds]
+    labels = image_labels(arguments.label, own, config.num_classes)
+    batches = Batches(
+        seeds * len(names),
+        None if labels is None else [labels[i] for i in image],
+        min(arguments.batch_size, len(image)),
+        (*config.image_shape[1:], config.in_channels),
+    )
+    sampler.check(seeds=batches.seeds, labels=batches.labels, guidance=arguments.guidance)
+    job = RestorationJob(
+        sampler,
+        operator,
+        steps,
+        arguments.guidance,
+        measurement,
+        np.moveaxis(pictures.numpy(), 1, -1) if arguments.degrade else None,
+        image,
+        [names[i] if len(seeds) == 1 else f"{names[i]}-{seed}" for i, seed in zip(image, batches.seeds, strict=True)],
+        batches,
+    )
+    return job, {
+        "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
+        "task": arguments.task,
+        "degrade": arguments.degrade,
+        "mask": f"sha256:{_checksum(operator.known.numpy())}" if isinstance(operator, Mask) else None,
+        **{name: getattr(arguments, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[arguments.task]},
+        "noise-std": arguments.noise_std,
+        "eta": arguments.eta,
+        "travel": arguments.travel,
+        "seeds": list_integers(seeds),
+        "model": f"sha256:{weights_checksum(*sampler.networks)}",
+        "steps": arguments.steps,
+        "spacing": arguments.spacing,
+        "class": None if labels is None else list_integers(labels),
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "engine": sampler.engine,
+        "dtype": arguments.dtype,
+        "device": sampler.device.type,
+    }
+
+
+def _operator(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) -> LinearOperator:
+    """What has happened to images of ``image_shape``."""
+    channels, *size = image_shape
+    if arguments.task == "inpaint":
+        return Mask.outside(size, arguments.rectangle) if arguments.mask is None else Mask(_known(arguments.mask, size))
+    if arguments.task == "super-resolution":
+        return Downscale(arguments.factor)
+    if arguments.task == "colorize":
+        return Grey(channels)
+    if arguments.task == "deblur":
+        return Blur(size, arguments.sigma)
+    return CompressedSensing(size, arguments.ratio)
+
+
+def _known(mask: Path, size: list[int]) -> Tensor:
+    """(H, W), False where a picture is white."""
+    pictures = [picture for _, picture, _ in read_images(str(mask))]
+    if len(pictures) != 1:
+        raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
+    height, width = size
+    if pictures[0].size != (width, height):
+        raise ValueError(f"--mask: {mask} is {_size(pictures[0].size)} pixels; the model's images are {_size((width, height))}")
+    known = torch.from_numpy(np.asarray(pictures[0].convert("L")) < 128)
+    if known.all():
+        raise ValueError(f"--mask: nothing in {mask} is white, so there is nothing to fill in")
+    return known
+
+
+def _read(
+    arguments: argparse.Namespace, operator: LinearOperator, image_shape: tuple[int, int, int]
+) -> tuple[list[str], Tensor, list[int | None]]:
+    """Of each image a name, (N, C, H, W) uint8 pixels, and its class label or None."""
+    channels, height, width = image_shape if arguments.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
+    rows = itertools.chain.from_iterable(map(read_images, arguments.images))
+    names, pictures, labels = [], [], []
+    for i, (place, image, label) in enumerate(itertools.islice(rows, arguments.num_images)):
+        if not arguments.degrade and image.size != (width, height):
+            raise ValueError(
+                f"{place} is {_size(image.size)} pixels; --task {arguments.task} restores images of {_size((width, height))}"
+                + (f" with --factor {arguments.factor}" if arguments.task == "super-resolution" else "")
+            )
+        # Images of a data set have no names of their own.
+        names.append(Path(place).stem if Path(place).is_file() else f"{i:06d}")
+        pictures.append(fit_image(image, channels, max(height, width)))
+        labels.append(label)
+    if not pictures:
+        raise ValueError(f"no images in {', '.join(arguments.images)}")
+    return names, torch.from_numpy(np.stack(pictures)), labels
+
+
+def _run(job: RestorationJob, output: PngFolder, missing: list[int], quiet: bool) -> None:
+    """Restore the missing batches, write the files, and say what was done."""
+    with job_progress(output, missing, "images", quiet) as made:
+        for k in missing:
+            job.restore(k, output)
+            made(k)
+        save_image(output.path / _PICTURE, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
+        means = job.finish(output)
+    if not quiet:
+        evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
+        print(f"{len(job.names)} images restored by {evaluations} network evaluations each; see {output.path}")
+        print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in means.items()))
+
+
+def _rectangle(text: str) -> tuple[int, int, int, int]:
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no rectangle: write left, top, width and height, as 8,8,16,16")
+    return tuple(map(int, numbers))
+
+
+def _checksum(array: np.ndarray, names: list[str] | None = None) -> str:
+    """Of an array, and the names of what is in it."""
+    return hashlib.sha256(repr((array.shape, names)).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _size(size: tuple[int, int]) -> str:
+    """Of width and height."""
+    return "x".join(map(str, size))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,149 @@
+"""Films as frames: from a folder of pictures, a GIF, or whatever ffmpeg decodes; to a GIF or an MP4."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from .outputs import Batches, PngFolder
+from .training.data import image_files, read_images
+
+__all__ = ["RECORD", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
+
+RECORD = "video.json"
+VIDEO_SUFFIXES = (".gif", ".mp4")
+
+# Players show GIFs of shorter frames far too slowly.
+_SHORTEST_GIF_FRAME = 20
+
+
+def read_frames(source: Path) -> Iterator[Image.Image]:
+    """The frames of a film one by one.
+
+    Args:
+        source: a folder of images, in the order of their names (numbers in them count as numbers), a GIF, or a video file,
+            which needs ``pip install ddim_fast[video]``.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is no film, or damaged; the message names the file.
+    """
+    if source.is_dir():
+        for file in sorted(image_files(source), key=_by_numbers):
+            yield from (image for _, image, _ in read_images(str(file)))
+    elif not source.is_file():
+        raise FileNotFoundError(f"no frames at {str(source)!r}: neither a folder nor a file")
+    elif source.suffix.lower() == ".gif":
+        try:
+            with Image.open(source) as film:
+                yield from (frame.convert("RGB") for frame in ImageSequence.Iterator(film))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{source}: not a readable GIF ({error})") from None
+    else:
+        decoded, about = _decoded(source)
+        width, height = about["size"]
+        for frame in decoded:
+            yield Image.frombytes("RGB", (width, height), frame)
+
+
+def frame_rate(source: Path) -> float | None:
+    """Frames a second of what :func:`read_frames` reads; of a GIF the mean; None where it does not say, as a folder."""
+    if source.is_dir():
+        return None
+    if source.suffix.lower() == ".gif":
+        with Image.open(source) as film:
+            durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(film)]
+        return 1000 * len(durations) / sum(durations) if sum(durations) else None
+    decoded, about = _decoded(source)
+    decoded.close()
+    return about["fps"]
+
+
+class VideoFile(PngFolder):
+    """A GIF or an MP4 file. Until all frames are there, they lie as PNG files in a folder beside it, ``FILE.mp4.partial``.
+
+    Args:
+        path: whose suffix is one of :data:`VIDEO_SUFFIXES`.
+        batches: frames, whose numbers are the seeds.
+        rate: frames a second. Of a GIF at most 50.
+
+    Raises:
+        ValueError: an MP4 cannot be written here.
+    """
+
+    def __init__(self, path: Path, batches: Batches, rate: float) -> None:
+        super().__init__(path, batches, record_name=RECORD)
+        self.folder = path.with_name(f"{path.name}.partial")
+        self.rate = rate
+        if path.suffix.lower() != ".gif":
+            _ffmpeg()
+
+    def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists; choose another --out")
+        super().check(record, settings)
+
+    def finish(self) -> None:
+        joined = self.folder / f"joined{self.path.suffix}"
+        frames = (frame for k in range(len(self.batches)) for frame in self.read(k))
+        if joined.suffix.lower() == ".gif":
+            _write_gif(joined, frames, self.rate)
+        else:
+            _write_mp4(joined, frames, self.batches.image_shape, self.rate)
+        os.replace(joined, self.path)
+        shutil.rmtree(self.folder)
+
+
+def _write_gif(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
+    first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
+    duration = max(_SHORTEST_GIF_FRAME, round(1000 / rate))
+    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+
+
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], image_shape: Sequence[int], rate: float) -> None:
+    height, width, channels = image_shape
+    writer = _ffmpeg().write_frames(
+        str(path),
+        (width, height),
+        pix_fmt_in="gray" if channels == 1 else "rgb24",
+        fps=rate,
+        quality=None,
+        macro_block_size=2,  # what the pixel format of most players needs; the default would resize to multiples of 16
+        ffmpeg_log_level="error",
+        output_params=["-crf", "4"],
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def _decoded(source: Path) -> tuple[Iterator[bytes], dict[str, Any]]:
+    """The frames of a video file as RGB bytes, and what is known of them."""
+    decoded = _ffmpeg().read_frames(str(source), pix_fmt="rgb24")
+    try:
+        return decoded, next(decoded)
+    except (OSError, RuntimeError):  # ffmpeg's own words fill a screen
+        raise ValueError(f"{source}: not a readable video") from None
+
+
+def _ffmpeg() -> ModuleType:
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise ValueError("video files need imageio-ffmpeg: pip install 'ddim_fast[video]'") from None
+    return imageio_ffmpeg
+
+
+def _by_numbers(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", str(file))
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]

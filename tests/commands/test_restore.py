@@ -1,0 +1,232 @@
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_fast import Sampler, UNet, restore
+from ddim_fast.diffusion.operators import Blur, Downscale
+from ddim_fast.media import to_uint8
+from ddim_fast.training.data import load_images, to_unit_range
+
+pytest.importorskip("skimage")
+
+
+@pytest.fixture
+def run(run_here):
+    return functools.partial(run_here, restore)
+
+
+def save(folder, size, colours=3, names=("a", "b", "c")):
+    """Random pictures, one a name."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size, colours), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze()).save(folder / f"{name}.png")
+    return folder
+
+
+def picture(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def record(folder):
+    return json.loads((folder / "restoration.json").read_text())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_known_pixels_of_the_files_are_those_of_the_input(run, checkpoint, here):
+    photos = save(here / "photos", 16)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[3:9, 5:12] = 255
+    Image.fromarray(mask).save(here / "mask.png")
+    options = ["--model", checkpoint, "--steps", 2, "--batch-size", 2, "--quiet"]
+    assert run("--task", "inpaint", photos, "--mask", "mask.png", *options) == (0, "", "")
+    for name in "abc":
+        before, after = picture(photos / f"{name}.png"), picture(here / "restored" / f"{name}.png")
+        assert np.array_equal(before[mask == 0], after[mask == 0])
+        assert (before[mask == 255] != after[mask == 255]).mean() > 0.5
+    assert record(here / "restored")["overall"] == {"inconsistency": 0.0}
+    # The measurement, with its hole, and the restored images.
+    assert Image.open(here / "restored" / "comparison.png").size == (4 * (2 + 3 * 18), 4 * (2 + 2 * 18))
+    assert run("--task", "inpaint", photos, "--rectangle", "5,3,7,6", *options, "--out", "same")[0] == 0
+    assert contents(here / "same") == contents(here / "restored")
+
+
+def test_a_job_is_compiled_once(run, checkpoint, here, monkeypatch):
+    """A last, smaller batch would have been compiled as well. (What compiling gives is a matter of the library's tests.)"""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    options = ["--task", "inpaint", "--rectangle", "2,1,4,4", save(here / "photos", 16), "--model", checkpoint, "--steps", 2]
+    for engine in ("eager", "compiled"):
+        assert run(*options, "--batch-size", 2, "--engine", engine, "--out", engine)[0] == 0
+    assert len(compiled) == 1
+    for name in "abc":
+        assert np.abs(picture(here / "eager" / f"{name}.png") - picture(here / "compiled" / f"{name}.png")).max() <= 1
+
+
+def test_files_are_restored_as_the_library_does(run, checkpoint, here):
+    small = save(here / "small", 8)
+    assert run("--task", "super-resolution", small, "--model", checkpoint, "--steps", 3, "--class", 4, "--guidance", 2)[0] == 0
+    measurement = to_unit_range(load_images(str(small), 3, 8).images).contiguous()
+    sampler = Sampler(UNet.from_pretrained(checkpoint), steps=3)
+    expected = sampler.restore(measurement, Downscale(2), seeds=[0] * 3, labels=4, guidance=2.0, eta=1.0)
+    for name, image in zip("abc", to_uint8(expected), strict=True):
+        assert np.array_equal(picture(here / "restored" / f"{name}.png"), image)
+    assert record(here / "restored")["overall"]["inconsistency"] < 1e-5
+
+
+def test_of_many_each_is_what_it_is_alone(run, checkpoint, here):
+    blurred = save(here / "blurred", 16)
+    options = ["--task", "deblur", "--sigma", 1, "--model", checkpoint, "--steps", 2, "--seeds", "3,5", "--travel", 1, 2]
+    assert run(blurred, *options, "--batch-size", 5)[0] == 0
+    assert run(blurred / "b.png", *options, "--batch-size", 1, "--out", "alone")[0] == 0
+    together, alone = contents(here / "restored"), contents(here / "alone")
+    assert {name for name in together if name.startswith("b")} == {"b-3.png", "b-5.png"} == {n for n in alone if n[0] == "b"}
+    for name in ("b-3.png", "b-5.png"):
+        assert np.abs(picture(here / "restored" / name) - picture(here / "alone" / name)).max() <= 1
+    assert together["b-3.png"] != together["b-5.png"] != together["a-5.png"]
+    assert record(here / "alone")["settings"]["noise-std"] == pytest.approx(2 / 255 / 12**0.5)  # files are rounded
+
+
+def test_colours_are_found_for_grey_images(run, checkpoint, here):
+    grey = save(here / "grey", 16, colours=1)
+    options = ["--task", "colorize", "--model", checkpoint, "--steps", 3]
+    assert run(grey, *options)[0] == 0
+    assert run(save(here / "colour", 16), *options, "--degrade", "--out", "degraded")[0] == 0
+    found = picture(here / "restored" / "a.png")
+    assert found.shape == (16, 16, 3) and (found != found[..., :1]).any()
+    figures = record(here / "degraded")["overall"]
+    assert figures["inconsistency"] < 1e-5 > record(here / "restored")["overall"]["inconsistency"]
+    truth, seen = picture(here / "colour" / "a.png"), picture(here / "colour" / "a.png").mean(-1, keepdims=True)
+    expected = 10 * np.log10(255**2 / np.square(truth - seen).mean())
+    assert record(here / "degraded")["images"]["a"]["psnr_of_pseudo_inverse"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """Four samples of the packaged model in folders of their classes, numbered as the model's."""
+    folder = tmp_path_factory.mktemp("clothes")
+    labels = [0, 2, 5, 9]
+    images = Sampler(UNet.from_pretrained("fashion-mnist"), steps=20).sample(seeds=range(4), labels=labels, guidance=2.0)
+    for label in range(10):
+        (folder / f"{label}").mkdir()
+    for label, image in zip(labels, to_uint8(images), strict=True):
+        Image.fromarray(image[..., 0]).save(folder / f"{label}" / f"{label}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "task,seen",
+    [
+        (["inpaint", "--rectangle", "10,10,12,12"], 3),
+        (["super-resolution", "--factor", "4"], 2),
+        (["deblur", "--sigma", "1.5"], 2),
+        (["compressed-sensing", "--ratio", "0.3"], 5),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_figures_say_what_the_model_adds(task, seen, run, clothes, here):
+    code, out, _ = run("--task", *task, clothes, "--degrade", "--steps", 10)
+    assert code == 0 and "4 images restored by 10 network evaluations each" in out
+    figures = record(here / "restored")["overall"]
+    assert figures["psnr"] > figures["psnr_of_pseudo_inverse"] + seen
+    assert figures["ssim"] > figures["ssim_of_pseudo_inverse"] + 0.05 and figures["inconsistency"] < 1e-3
+    truth, after = picture(clothes / "9" / "9.png"), picture(here / "restored" / "9.png")
+    psnr = 10 * np.log10(255**2 / np.square(truth - after).mean())
+    assert record(here / "restored")["images"]["9"]["psnr"] == pytest.approx(psnr)
+    rows = 4 if task[0] == "deblur" else 3  # a blurred image is another than its pseudo-inverse
+    assert task[0] == "compressed-sensing" or Image.open(here / "restored" / "comparison.png").size[1] == 2 * (2 + rows * 34)
+
+
+def test_a_blurred_file_is_sharper_afterwards(run, clothes, here):
+    blur = Blur((32, 32), 1.0)
+    truth = picture(clothes / "9" / "9.png")
+    blurred = to_uint8(blur(torch.tensor(truth / 127.5 - 1).float()[None, None]))[0, ..., 0]
+    Image.fromarray(blurred).save(here / "boot.png")
+    assert run("--task", "deblur", "--sigma", 1, "boot.png", "--class", 9, "--steps", 10)[0] == 0
+    before, after = (np.square(image - truth).mean() for image in (blurred, picture(here / "restored" / "boot.png")))
+    assert after < before / 4
+
+
+def test_noise_is_added_where_images_are_degraded(run, clothes, here):
+    options = ["--task", "inpaint", "--rectangle", "0,0,8,8", clothes, "--degrade", "--steps", 2, "--quiet"]
+    run(*options, "--noise-std", 0.2)
+    added = record(here / "restored")["images"]["9"]["psnr_of_pseudo_inverse"]
+    run(*options, "--out", "clean")
+    assert added < record(here / "clean")["images"]["9"]["psnr_of_pseudo_inverse"] - 1
+
+
+def test_an_interrupted_job_goes_on_to_the_same_files(run, checkpoint, here, interrupted):
+    photos = save(here / "photos", 16)
+    options = [photos, "--task", "inpaint", "--rectangle", "2,2,9,9", "--model", checkpoint, "--steps", 1, "--batch-size", 2]
+    assert run(*options, "--out", "whole")[0] == 0
+    # The record; figures and two pictures; figures and one; comparison.png; the finished record; and then nothing more.
+    for moment in range(9):
+        with interrupted(moment):
+            code, _, err = run(*options, "--out", f"o{moment}", "--quiet")
+        assert code == (130 if moment < 8 else 0) and err.count("stopped: ") == err.count("\n") == (0 < moment < 8)
+        code, out, _ = run(*options, "--out", f"o{moment}")
+        assert code == 0 and contents(here / f"o{moment}") == contents(here / "whole")
+        assert ("is finished" in out) == (moment == 8) and ("images restored" in out) == (moment < 8)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["inpaint", "photos"], "needs either --mask or --rectangle"),
+        (["inpaint", "photos", "--rectangle", "1,2,3"], "'1,2,3' is no rectangle"),
+        (["inpaint", "photos", "--rectangle", "10,0,7,2"], "the rectangle 10,0,7,2 (left, top, width, height) does not lie in"),
+        (["inpaint", "photos", "--mask", "nowhere.png"], "no images at 'nowhere.png'"),
+        (["inpaint", "photos", "--mask", "small/a.png"], "small/a.png is 8x8 pixels; the model's images are 16x16"),
+        (["inpaint", "photos", "--mask", "black.png"], "nothing in black.png is white"),
+        (["inpaint", "photos", "--mask", "photos"], "--mask is one picture; 'photos' holds 2"),
+        (["inpaint", "small", "--rectangle", "0,0,4,4"], "a.png is 8x8 pixels; --task inpaint restores images of 16x16"),
+        (
+            ["super-resolution", "photos"],
+            "a.png is 16x16 pixels; --task super-resolution restores images of 8x8 with --factor 2",
+        ),
+        (["super-resolution", "photos", "--degrade", "--factor", "3"], "cannot be divided by the scale factor 3"),
+        (["super-resolution", "small", "--sigma", "1"], "--sigma is an option of --task deblur, not of super-resolution"),
+        (["deblur", "photos"], "--task deblur needs --sigma"),
+        (["deblur", "photos", "--sigma", "-1"], "sigma must be a positive number"),
+        (["deblur", "photos", "--sigma", "1", "--eta", "2"], "eta must lie in [0, 1]"),
+        (["compressed-sensing", "photos"], "needs --degrade"),
+        (["compressed-sensing", "photos", "--degrade", "--ratio", "0"], "the ratio of compressed sensing must lie in (0, 1]"),
+        (["colorize", "photos", "--class", "12"], "class 12 is out of range"),
+        (["colorize", "photos", "--travel", "0", "1"], "'0' is not a positive whole number"),
+        (["colorize", "empty"], "no images in empty"),
+        (["colorize", "text.png"], "text.png: not a readable image"),
+        (["colorize", "photos", "small/../photos/a.png"], "2 images would be a.png in restored"),
+        (["colorize", "photos", "--out", "photos"], "photos/a.png exists, and no restoration.json says how it was made"),
+        (["colorize", "comparison.png"], "an image is called comparison.png"),
+        (["repaint", "photos"], "invalid choice: 'repaint'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, checkpoint, here):
+    save(here / "photos", 16, names="ab")
+    save(here / "small", 8)
+    (here / "empty").mkdir()
+    (here / "text.png").write_text("no picture")
+    Image.new("L", (16, 16)).save(here / "black.png")
+    Image.new("L", (16, 16)).save(here / "comparison.png")
+    before = sorted(here.rglob("*"))
+    code, out, err = run("--task", *arguments, "--model", checkpoint, "--steps", 1)
+    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
+    assert sorted(here.rglob("*")) == before
+
+
+def test_the_same_folder_takes_no_other_job(run, checkpoint, here):
+    photos = save(here / "photos", 16)
+    options = ["--task", "inpaint", "--rectangle", "0,0,8,8", photos, "--model", checkpoint, "--steps", 1]
+    assert run(*options)[0] == 0
+    for changed, message in ((["--eta", 0.5], "--eta 1.0, not 0.5"), (["--num-images", 2], "IMAGES sha256:")):
+        code, out, err = run(*options, *changed)
+        assert code == 2 and f"restored was begun with {message}" in err and out == ""
+    assert "is finished" in run(*options)[1]

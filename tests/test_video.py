@@ -1,0 +1,81 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_fast.outputs import Batches
+from ddim_fast.video import VideoFile, frame_rate, read_frames
+
+
+def moving_square(count=5, colours=3):
+    """(count, 32, 32, colours): one on a background that varies a little."""
+    rows, columns = np.mgrid[:32, :32]
+    frames = np.repeat((40 + rows + columns).astype(np.uint8)[None, ..., None], count, axis=0).repeat(colours, axis=3)
+    for i, frame in enumerate(frames):
+        frame[8:16, 3 * i : 3 * i + 8] = 220
+    return frames
+
+
+def write(path, frames, rate=10.0):
+    output = VideoFile(path, Batches(range(len(frames)), None, 2, frames.shape[1:]), rate)
+    output.begin({"settings": {}})
+    for k in range(len(output.batches)):
+        output.write(k, frames[output.batches.part(k)])
+    output.finish()
+
+
+def read(path, mode="RGB"):
+    return np.stack([np.asarray(frame.convert(mode)) for frame in read_frames(path)]).astype(int)
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
+    for number in (10, 9, 1):
+        Image.new("L", (4, 4), number).save(tmp_path / f"frame{number}.png")
+    (tmp_path / "notes.txt").touch()
+    assert read(tmp_path, "L")[:, 0, 0].tolist() == [1, 9, 10]
+    assert frame_rate(tmp_path) is None
+
+
+@pytest.mark.parametrize("rate,read_rate", [(10.0, 10.0), (25.0, 25.0), (400.0, 50.0)])
+def test_a_grey_gif_is_exact(rate, read_rate, tmp_path):
+    frames = moving_square(colours=1)
+    write(tmp_path / "a.gif", frames, rate)
+    np.testing.assert_array_equal(read(tmp_path / "a.gif", "L"), frames[..., 0])
+    assert frame_rate(tmp_path / "a.gif") == read_rate
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_an_mp4_comes_back_but_for_its_compression(colours, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    frames = moving_square(colours=colours)
+    write(tmp_path / "a.mp4", frames, 7.5)
+    again = read(tmp_path / "a.mp4")
+    assert again.shape == (5, 32, 32, 3) and frame_rate(tmp_path / "a.mp4") == 7.5
+    assert np.abs(again - frames).mean() < 2 and np.abs(again - frames).max() < 16
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_what_is_no_film_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no frames at 'nowhere'"):
+        list(read_frames(Path("nowhere")))
+    (tmp_path / "a.gif").write_text("no film")
+    with pytest.raises(ValueError, match=r"a\.gif: not a readable GIF"):
+        list(read_frames(tmp_path / "a.gif"))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    (tmp_path / "a.mp4").write_text("no film")
+    for read_or_write in (lambda: list(read_frames(tmp_path / "a.mp4")), lambda: write(tmp_path / "b.mp4", moving_square())):
+        with pytest.raises(ValueError, match=r"pip install 'ddim_fast\[video\]'"):
+            read_or_write()
+    monkeypatch.undo()
+    pytest.importorskip("imageio_ffmpeg")
+    with pytest.raises(ValueError, match=r"a\.mp4: not a readable video"):
+        list(read_frames(tmp_path / "a.mp4"))
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    write(tmp_path / "a.gif", moving_square())
+    with pytest.raises(ValueError, match=r"a\.gif exists; choose another --out"):
+        VideoFile(tmp_path / "a.gif", Batches(range(5), None, 2, (32, 32, 3)), 10).check(None, {})
