@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
+from .guidance import ClassifierGuidance, Gradient
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
 from .request import check_request
@@ -116,6 +117,7 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        gradient: Gradient | None = None,
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
     ) -> Tensor:
@@ -128,6 +130,11 @@ class Sampler:
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022);
                 None or 1 for none.
+            gradient: classifier guidance (Dhariwal and Nichol 2021): a function (x_t, timestep, x_0) -> the gradient of
+                log p(condition | x_t) with respect to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep
+                a () int64 tensor beside it, and x_0 what the network predicts there. It is called in each step, with gradients
+                enabled, and is not compiled. :func:`ddim_fast.diffusion.guidance.likelihood_gradient` makes one from a function
+                of x_0.
             batch_size: images a network call.
             on_step: called with the state after each step of each batch, for a progress bar or a film.
 
@@ -135,11 +142,12 @@ class Sampler:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
 
         Raises:
-            ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
+            ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where the run is captured
+                or has a tolerance, so that nothing can be called between its steps.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        request = _Request.check(self, seeds, x_T, labels, guidance)
+        request = _Request.check(self, seeds, x_T, labels, guidance, gradient)
         if self.tolerance is not None:
             return self._sample_controlled(request, batch_size, on_step)
         self.evaluations = torch.full((len(request),), len(self.timesteps) * (1 if request.guidance is None else 2))
@@ -158,6 +166,7 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        gradient: Gradient | None = None,
     ) -> Iterator[SamplerState]:
         """The states of one batch, one after each step; arguments as in :meth:`sample`.
 
@@ -166,7 +175,7 @@ class Sampler:
         """
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
-        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance))
+        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, gradient))
 
     def check(
         self,
@@ -346,7 +355,12 @@ class Sampler:
             steps=torch.arange(len(timesteps), device=device),
             seeds=request.seeds if self.solver.stochastic else None,
             guidance=None if guidance is None else torch.tensor(guidance, device=device),
+            correction=None if request.gradient is None else self._classifier_guidance(request.gradient, on_device),
         )
+
+    def _classifier_guidance(self, gradient: Gradient, timesteps: Tensor) -> ClassifierGuidance:
+        """For runs of :meth:`sample`."""
+        return ClassifierGuidance(gradient, timesteps, self._levels[:-1], self.config.prediction_type, self.solver.clip)
 
 
 _NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
@@ -391,6 +405,7 @@ class _Request:
     x_T: Tensor | None
     labels: Tensor | None
     guidance: float | None
+    gradient: Gradient | None = None
 
     @classmethod
     def check(
@@ -400,8 +415,14 @@ class _Request:
         x_T: Tensor | None,
         labels: int | Sequence[int] | Tensor | None,
         guidance: float | None,
+        gradient: Gradient | None = None,
     ) -> _Request:
         device = sampler.device
+        if gradient is not None and sampler.runs_whole:
+            raise ValueError(
+                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
+                "use engine eager or compiled, and fixed steps"
+            )
         checked = check_request(
             sampler.config, stochastic=sampler.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
         )
@@ -410,6 +431,7 @@ class _Request:
             None if x_T is None else x_T.to(device, torch.float32).contiguous(),
             None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
             checked.guidance,
+            gradient,
         )
 
     def __len__(self) -> int:
@@ -424,4 +446,5 @@ class _Request:
         return self._map(lambda t: torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])) if missing else self
 
     def _map(self, f) -> _Request:
-        return _Request(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
+        tensors = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
+        return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,6 +45,8 @@ class Run:
         steps: (S,) int64, 0 to S - 1.
         seeds: (N,) int64 of stochastic sampling, or None.
         guidance: () float32, the scale of classifier-free guidance, or None.
+        correction: (x, output, index) -> output, what is made of the network's output before the solver sees it; a function of
+            anybody's, which is not compiled. None for nothing.
     """
 
     x: Tensor
@@ -52,6 +55,7 @@ class Run:
     steps: Tensor
     seeds: Tensor | None
     guidance: Tensor | None
+    correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -61,7 +65,7 @@ class Run:
     def like(self, tensors: list[Tensor | None]) -> Run:
         """The same with other tensors, in the order of :attr:`tensors`."""
         x, *conditions, table, steps, seeds, guidance = tensors
-        return Run(x, tuple(conditions), table, steps, seeds, guidance)
+        return replace(self, x=x, conditions=tuple(conditions), table=table, steps=steps, seeds=seeds, guidance=guidance)
 
     @property
     def signature(self) -> tuple:
@@ -102,7 +106,12 @@ class OneStep:
             index: () int64, the number of the step.
             deep: what there is of deep features, as :meth:`renewed` made it; None computes them.
         """
-        x = state[0] if run.guidance is None else torch.cat([state[0], state[0]])
+        return self.finish(state, *self.predict(state[0], run, index, deep), run, index)
+
+    def predict(self, x: Tensor, run: Run, index: Tensor, deep: Deep | None) -> tuple[Tensor, Tensor | None]:
+        """The network's part of a step: its output at ``x``, guided, and its deep features if others use them."""
+        if run.guidance is not None:
+            x = torch.cat([x, x])
         if self.reuse == 1:
             output = self.network(x, run.conditions, index)
             features = None
@@ -113,6 +122,12 @@ class OneStep:
             # Ho and Salimans 2022, eq. 6: none + w (label - none), from one network call on both halves.
             unconditional, conditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, run.guidance)
+        return output, features
+
+    def finish(self, state: State, output: Tensor, features: Tensor | None, run: Run, index: Tensor) -> Outcome:
+        """What is left of a step when the network has been evaluated."""
+        if run.correction is not None:
+            output = run.correction(state[0], output, index)
         return self.update.step(state, output, run.table, index, run.seeds), output, features
 
     def renewed(self, deep: Deep | None, features: Tensor | None) -> Deep | None:
