@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .step import step_coefficients
+from .step import Array, step_coefficients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .sampler import Sampler
 
-__all__ = ["ClassifierGuidance", "Gradient", "check_guidance", "likelihood_gradient"]
+__all__ = ["ClassifierGuidance", "Gradient", "check_guidance", "check_interval", "guided_steps", "likelihood_gradient"]
 
 # (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect to x_t: see ddim_fast.Sampler.sample.
 Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
@@ -34,6 +34,37 @@ def check_guidance(guidance: float | None, labels: Any) -> float | None:
     if labels is None:
         raise ValueError(f"guidance {guidance} needs class labels to guide towards")
     return float(guidance)
+
+
+def check_interval(interval: Sequence[int] | None, guidance: float | None, num_train_timesteps: int) -> tuple[int, int] | None:
+    """The guidance interval.
+
+    Raises:
+        ValueError: it is not two timesteps in rising order, or there is no guidance to limit.
+    """
+    if interval is None:
+        return None
+    numbers = list(interval) if isinstance(interval, Sequence) else []
+    whole = all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in numbers)
+    if len(numbers) != 2 or not whole or not 0 <= numbers[0] <= numbers[1] < num_train_timesteps:
+        raise ValueError(
+            f"guidance_interval is two timesteps, the lower one first, from 0 to {num_train_timesteps - 1}; got {interval!r}"
+        )
+    if guidance is None:
+        raise ValueError("guidance_interval limits guidance; give its scale, guidance, as well")
+    return int(numbers[0]), int(numbers[1])
+
+
+def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, int] | None) -> Array:
+    """Which steps are guided, each by two evaluations of the network instead of one: (S,) bool.
+
+    Args:
+        timesteps: (S,) of the run, an array or a tensor.
+        guidance: scale of classifier-free guidance; None or 1 for none.
+        interval: the timesteps that it is limited to, both included; None for all.
+    """
+    low, high = (-math.inf, math.inf) if interval is None else interval
+    return (guidance not in (None, 1)) & (timesteps >= low) & (timesteps <= high)
 
 
 def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: Sampler) -> Gradient:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
-from .guidance import ClassifierGuidance, Gradient
+from .guidance import ClassifierGuidance, Gradient, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
 from .request import check_request
@@ -95,6 +95,7 @@ class Sampler:
         self.dtype = dtype
         # After the last step nothing is left of the noise.
         self._levels = np.append(self.schedule.alphas_cumprod[self.timesteps], 1.0)
+        self.reuse = reuse
         self.solver = make_solver(solver, self._levels, eta, model.config.prediction_type, clip_sample_range)
         if dtype == torch.int8:
             self._network.quantise(self._sample_for_calibration)
@@ -117,6 +118,7 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
@@ -130,6 +132,8 @@ class Sampler:
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022);
                 None or 1 for none.
+            guidance_interval: (t_low, t_high), the timesteps of the steps that are guided, both included; outside, the network
+                is evaluated once (Kynkaanniemi et al. 2024, arXiv 2404.07724). None for all steps.
             gradient: classifier guidance (Dhariwal and Nichol 2021): a function (x_t, timestep, x_0) -> the gradient of
                 log p(condition | x_t) with respect to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep
                 a () int64 tensor beside it, and x_0 what the network predicts there. It is called in each step, with gradients
@@ -142,15 +146,16 @@ class Sampler:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
 
         Raises:
-            ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where the run is captured
+            ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
                 or has a tolerance, so that nothing can be called between its steps.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        request = _Request.check(self, seeds, x_T, labels, guidance, gradient)
+        request = _Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient)
         if self.tolerance is not None:
             return self._sample_controlled(request, batch_size, on_step)
-        self.evaluations = torch.full((len(request),), len(self.timesteps) * (1 if request.guidance is None else 2))
+        guided = guided_steps(self.timesteps, request.guidance, request.guidance_interval)
+        self.evaluations = torch.full((len(request),), len(guided) + int(guided.sum()))
         images = []
         for start in range(0, len(request), batch_size):
             batch = request[start : start + batch_size]
@@ -166,6 +171,7 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
     ) -> Iterator[SamplerState]:
         """The states of one batch, one after each step; arguments as in :meth:`sample`.
@@ -175,7 +181,7 @@ class Sampler:
         """
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
-        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, gradient))
+        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient))
 
     def check(
         self,
@@ -184,9 +190,10 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
     ) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
-        _Request.check(self, seeds, x_T, labels, guidance)
+        _Request.check(self, seeds, x_T, labels, guidance, guidance_interval)
 
     @torch.no_grad()
     def encode(
@@ -195,6 +202,7 @@ class Sampler:
         *,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
         exact: bool = False,
     ) -> Tensor:
         """The noise x_T from which deterministic DDIM makes ``images``: the sampler's ODE followed towards more noise along the
@@ -202,7 +210,7 @@ class Sampler:
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            labels, guidance: as in :meth:`sample`.
+            labels, guidance, guidance_interval: as in :meth:`sample`.
             exact: solve for the inverse of each step, by five to ten evaluations of the network a step, more where steps are
                 few: the images come back but for rounding. See :func:`ddim_fast.diffusion.inversion.inverse_step`. For the
                 ``ddim`` solver, without clipping or ``reuse``.
@@ -215,7 +223,7 @@ class Sampler:
         """
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
-        request = _Request.check(self, None, images, labels, guidance)
+        request = _Request.check(self, None, images, labels, guidance, guidance_interval)
         if exact:
             return self._encode_exactly(request)
         timesteps, engine = self._inversion
@@ -276,12 +284,13 @@ class Sampler:
         return engine.last(run)
 
     def _encode_exactly(self, request: _Request) -> Tensor:
-        if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self._engine.one_step.reuse > 1:
+        if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self.reuse > 1:
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
         run = self._run(request, self.timesteps, self.solver.table)
         x = run.x
-        for index, coefficients in zip(reversed(run.steps.unbind()), reversed(self.solver.coefficients), strict=True):
-            x = inverse_step(lambda x, index=index: self._engine.step((x,), run, index, None)[0][0], coefficients, x)
+        for number, coefficients in reversed(list(enumerate(self.solver.coefficients))):
+            at, index = run.at(number), run.steps[number]
+            x = inverse_step(lambda x, at=at, index=index: self._engine.step((x,), at, index, None)[0][0], coefficients, x)
         return x
 
     @functools.cached_property
@@ -314,7 +323,8 @@ class Sampler:
                 if not guided:
                     return self._network(x, conditions, index)
                 unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
-                return torch.lerp(unconditional, conditional, batch.guidance)
+                scale = torch.where(guided_steps(timesteps, batch.guidance, batch.guidance_interval), batch.guidance, 1.0)
+                return torch.lerp(unconditional, conditional, scale[:, None, None, None])
 
             x = self._initial(batch)
             result = solve_controlled(evaluate, x, self.schedule, self.config.prediction_type, self.tolerance, self._clip)
@@ -348,6 +358,7 @@ class Sampler:
         """All that can be done before the first step."""
         device, guidance = self.device, request.guidance
         on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
+        guided = guided_steps(timesteps, guidance, request.guidance_interval)
         return Run(
             x=self._initial(request),
             conditions=self._network.conditions(on_device, request.labels, guided=guidance is not None),
@@ -356,6 +367,7 @@ class Sampler:
             seeds=request.seeds if self.solver.stochastic else None,
             guidance=None if guidance is None else torch.tensor(guidance, device=device),
             correction=None if request.gradient is None else self._classifier_guidance(request.gradient, on_device),
+            unguided=frozenset(() if guidance is None else np.flatnonzero(~guided).tolist()),
         )
 
     def _classifier_guidance(self, gradient: Gradient, timesteps: Tensor) -> ClassifierGuidance:
@@ -405,6 +417,7 @@ class _Request:
     x_T: Tensor | None
     labels: Tensor | None
     guidance: float | None
+    guidance_interval: tuple[int, int] | None = None
     gradient: Gradient | None = None
 
     @classmethod
@@ -415,6 +428,7 @@ class _Request:
         x_T: Tensor | None,
         labels: int | Sequence[int] | Tensor | None,
         guidance: float | None,
+        guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
     ) -> _Request:
         device = sampler.device
@@ -424,13 +438,24 @@ class _Request:
                 "use engine eager or compiled, and fixed steps"
             )
         checked = check_request(
-            sampler.config, stochastic=sampler.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
+            sampler.config,
+            stochastic=sampler.solver.stochastic,
+            seeds=seeds,
+            x_T=x_T,
+            labels=labels,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
         )
+        if checked.guidance_interval is not None and sampler.reuse > 1:
+            raise ValueError(
+                f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {sampler.reuse}"
+            )
         return cls(
             None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
             None if x_T is None else x_T.to(device, torch.float32).contiguous(),
             None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
             checked.guidance,
+            checked.guidance_interval,
             gradient,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .network import Conditions, Network
+from .network import Conditions, Network, labelled
 
 __all__ = ["Deep", "OneStep", "Outcome", "Run", "State", "Update"]
 
@@ -47,6 +48,7 @@ class Run:
         guidance: () float32, the scale of classifier-free guidance, or None.
         correction: (x, output, index) -> output, what is made of the network's output before the solver sees it; a function of
             anybody's, which is not compiled. None for nothing.
+        unguided: the numbers of the steps that guidance leaves out.
     """
 
     x: Tensor
@@ -56,6 +58,7 @@ class Run:
     seeds: Tensor | None
     guidance: Tensor | None
     correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    unguided: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -71,6 +74,14 @@ class Run:
     def signature(self) -> tuple:
         """What one compilation or capture is good for: the shapes, and what there is."""
         return tuple(None if t is None else tuple(t.shape) for t in self.tensors)
+
+    def at(self, number: int) -> Run:
+        """The run as step ``number`` sees it."""
+        return self._unguided if number in self.unguided else self
+
+    @functools.cached_property
+    def _unguided(self) -> Run:
+        return replace(self, conditions=labelled(self.conditions), guidance=None)
 
 
 class OneStep:

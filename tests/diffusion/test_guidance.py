@@ -1,4 +1,4 @@
-"""Classifier guidance, where the answer is known."""
+"""Classifier guidance, where the answer is known; and classifier-free guidance in an interval."""
 
 import numpy as np
 import pytest
@@ -159,3 +159,63 @@ def test_what_is_no_gradient_is_named(gradient, fake_network):
 def test_controlled_steps_have_no_between(fake_network):
     with pytest.raises(ValueError, match="gradient is called between the steps of a run"):
         Sampler(fake_network(), tolerance=0.1).sample(seeds=[0], gradient=lambda x, t, x0: x)
+
+
+def test_outside_of_the_interval_a_step_is_one_without_guidance(small_unet):
+    timesteps = [900, 700, 500, 300, 100]
+    request, sampler = {"seeds": [3, 8, 1], "labels": [0, 9, 4]}, Sampler(small_unet, steps=None, spacing=timesteps)
+    x = seeded_noise(request["seeds"], INITIAL_NOISE, (3, 16, 16))
+    for i, guidance in enumerate((None, 3.0, 3.0, None, None)):
+        rest = Sampler(small_unet, steps=None, spacing=timesteps[i:])
+        x = next(rest.trajectory(x_T=x, labels=request["labels"], guidance=guidance)).x
+    images = sampler.sample(**request, guidance=3.0, guidance_interval=(500, 700))
+    assert torch.equal(images, x) and sampler.evaluations.tolist() == [7, 7, 7]
+    plain = sampler.sample(**request)
+    assert torch.equal(sampler.sample(**request, guidance=3.0, guidance_interval=(101, 299)), plain)
+    everywhere = sampler.sample(**request, guidance=3.0, guidance_interval=(0, 999))
+    assert torch.equal(everywhere, sampler.sample(**request, guidance=3.0)) and not torch.allclose(everywhere, images)
+    # Twelve images have their classes' conditions in rows, three have one each.
+    many = sampler.sample(seeds=range(12), labels=[4] * 12, guidance=3.0, guidance_interval=(500, 700))
+    few = sampler.sample(seeds=[1], labels=4, guidance=3.0, guidance_interval=(500, 700))
+    assert torch.equal(many[1:2], few)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_interval_is_encoded_as_it_is_decoded(exact, fake_network):
+    sampler = Sampler(fake_network(num_classes=4, beta_end=0.005), steps=40)
+    request = {"labels": [1, 2], "guidance": 2.0, "guidance_interval": (100, 600)}
+    images = sampler.sample(seeds=[0, 1], **request)
+    again = sampler.sample(x_T=sampler.encode(images, **request, exact=exact), **request)
+    wrong = sampler.sample(x_T=sampler.encode(images, labels=[1, 2], guidance=2.0, exact=exact), **request)
+    assert (again - images).square().mean() < 0.1 * (wrong - images).square().mean()
+
+
+def test_controlled_steps_are_guided_where_they_are_in_the_interval(small_unet):
+    sampler = Sampler(small_unet, tolerance=0.05)
+    request = {"seeds": [0, 1], "labels": [1, 2]}
+    plain, guided = sampler.sample(**request), sampler.sample(**request, guidance=3.0)
+    torch.testing.assert_close(sampler.sample(**request, guidance=3.0, guidance_interval=(0, 999)), guided)
+    within = sampler.sample(**request, guidance=3.0, guidance_interval=(300, 600))
+    assert not torch.allclose(within, plain, atol=1e-2) and not torch.allclose(within, guided, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"guidance_interval": (600, 300)}, r"two timesteps, the lower one first, from 0 to 999; got \(600, 300\)"),
+        ({"guidance_interval": (0, 1000)}, "from 0 to 999"),
+        ({"guidance_interval": (0.2, 0.8)}, "two timesteps"),
+        ({"guidance_interval": 300}, "two timesteps"),
+        ({"guidance_interval": (300, 600), "guidance": None}, "give its scale"),
+    ],
+    ids=str,
+)
+def test_what_is_no_interval_is_named(arguments, message, fake_network):
+    sampler = Sampler(fake_network(num_classes=4), steps=2)
+    with pytest.raises(ValueError, match=message):
+        sampler.check(**{"seeds": [0], "labels": 1, "guidance": 2.0, **arguments})
+
+
+def test_features_are_not_shared_between_guided_steps_and_others(small_unet):
+    with pytest.raises(ValueError, match="use reuse=1, not 2"):
+        Sampler(small_unet, steps=4, reuse=2).sample(seeds=[0], labels=1, guidance=2.0, guidance_interval=(300, 600))

@@ -54,6 +54,17 @@ def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, fake_net
         torch.testing.assert_close(state.x0, expected.x0, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guidance_interval_leaves_out_the_same_steps(engine, solver, fake_network):
+    network = on_device_of(engine, fake_network(num_classes=4))
+    options = {"steps": None, "spacing": [900, 600, 300, 0], "solver": solver}
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    for interval in ((300, 600), (600, 999), None):
+        request = {"seeds": [1, 2], "labels": [0, 3], "guidance": 2.5, "guidance_interval": interval}
+        torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+
+
 def test_a_gradient_runs_between_what_is_compiled(fake_network):
     """Any function, of which torch.compile sees nothing: another one is no recompilation."""
     network = fake_network(num_classes=4)
