@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,22 +84,49 @@ class Sampler:
         self.schedule = NoiseSchedule.from_config(model.config)
         if spacing == ADAPTIVE:
             spacing = _fitted(model, steps)
-        explicit = not isinstance(spacing, str)
-        self.timesteps = select_timesteps(self.schedule, None if explicit else steps, spacing)
+        self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self.tolerance = tolerance
-        self.evaluations: Tensor | None = None
         self._clip = clip_sample_range
         self.eta = eta
         self._network = Network(self.model, dtype)
         self.engine = select_engine(engine, self.device)
         self.dtype = dtype
-        # After the last step nothing is left of the noise.
-        self._levels = np.append(self.schedule.alphas_cumprod[self.timesteps], 1.0)
         self.reuse = reuse
-        self.solver = make_solver(solver, self._levels, eta, model.config.prediction_type, clip_sample_range)
+        self._solver = solver
+        self._take_timesteps(select_timesteps(self.schedule, self._steps, spacing))
+        self._later: dict[int, Sampler] = {}
         if dtype == torch.int8:
             self._network.quantise(self._sample_for_calibration)
-        self._engine = make_engine(self.engine, OneStep(self._network, self.solver, reuse))
+
+    def _take_timesteps(self, timesteps: np.ndarray) -> None:
+        """All that depends on the timesteps."""
+        self.timesteps = timesteps
+        # After the last step nothing is left of the noise.
+        self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
+        self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
+        self._engine = make_engine(self.engine, OneStep(self._network, self.solver, self.reuse))
+        self._inversion: tuple[np.ndarray, Engine] | None = None
+        self.evaluations: Tensor | None = None
+
+    def starting_at(self, timestep: int) -> Sampler:
+        """This sampler for the last part of the way, in as many steps: its x_T is an image with the noise of its first
+        timestep. The network is shared, and the same sampler is returned for the same timestep.
+
+        Args:
+            timestep: 0 to T - 1; spacings are made as if the noise schedule ended there, and of listed or adaptive timesteps
+                those up to it are left.
+
+        Raises:
+            ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
+        """
+        if self.tolerance is not None:
+            raise ValueError("with a tolerance sampling starts from noise alone; name steps instead")
+        if timestep not in self._later:
+            steps = self._steps and min(self._steps, timestep + 1)
+            later = copy.copy(self)
+            later._take_timesteps(select_timesteps(self.schedule, steps, self._spacing, timestep))
+            self._later[timestep] = later
+        return self._later[timestep]
 
     @property
     def device(self) -> torch.device:
@@ -149,20 +176,15 @@ class Sampler:
             ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
                 or has a tolerance, so that nothing can be called between its steps.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         request = _Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient)
         if self.tolerance is not None:
-            return self._sample_controlled(request, batch_size, on_step)
+            if on_step is not None:
+                raise ValueError(_NO_STEPS)
+            self.evaluations = torch.empty(0, dtype=torch.int64)
+            return self._in_batches(request, batch_size, self._sample_controlled)
         guided = guided_steps(self.timesteps, request.guidance, request.guidance_interval)
         self.evaluations = torch.full((len(request),), len(guided) + int(guided.sum()))
-        images = []
-        for start in range(0, len(request), batch_size):
-            batch = request[start : start + batch_size]
-            full = min(batch_size, len(request))
-            padded = batch.padded(full) if self._engine.one_size else batch
-            images.append(self._sample(padded, on_step)[: len(batch)])
-        return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
+        return self._in_batches(request, batch_size, lambda batch: self._sample(batch, on_step))
 
     def trajectory(
         self,
@@ -204,6 +226,7 @@ class Sampler:
         guidance: float | None = None,
         guidance_interval: Sequence[int] | None = None,
         exact: bool = False,
+        batch_size: int = 64,
     ) -> Tensor:
         """The noise x_T from which deterministic DDIM makes ``images``: the sampler's ODE followed towards more noise along the
         same timesteps (Song et al. 2021, section 4.3 and eq. 14). Its error falls with the number of steps.
@@ -214,6 +237,7 @@ class Sampler:
             exact: solve for the inverse of each step, by five to ten evaluations of the network a step, more where steps are
                 few: the images come back but for rounding. See :func:`ddim_fast.diffusion.inversion.inverse_step`. For the
                 ``ddim`` solver, without clipping or ``reuse``.
+            batch_size: images a network call.
 
         Returns:
             (N, C, H, W) float32: ``sampler.sample(x_T=...)`` gives the images back.
@@ -225,9 +249,14 @@ class Sampler:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
         request = _Request.check(self, None, images, labels, guidance, guidance_interval)
         if exact:
-            return self._encode_exactly(request)
+            return self._in_batches(request, batch_size, self._encode_exactly)
+        if self._inversion is None:
+            timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
+            self._inversion = timesteps, make_engine(self.engine, OneStep(self._network, update))
         timesteps, engine = self._inversion
-        return engine.last(self._run(request, timesteps, engine.one_step.update.table))
+        return self._in_batches(
+            request, batch_size, lambda batch: engine.last(self._run(batch, timesteps, engine.one_step.update.table))
+        )
 
     @torch.no_grad()
     def restore(
@@ -283,6 +312,18 @@ class Sampler:
         run = dataclasses.replace(self._run(request, timesteps, table), seeds=request.seeds)
         return engine.last(run)
 
+    def _in_batches(self, request: _Request, batch_size: int, compute: Callable[[_Request], Tensor]) -> Tensor:
+        """What ``compute`` makes of a request, ``batch_size`` images at a time."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        images = [torch.empty(0, *self.config.image_shape, device=self.device)]
+        for start in range(0, len(request), batch_size):
+            batch = request[start : start + batch_size]
+            full = min(batch_size, len(request))
+            padded = batch.padded(full) if self._engine.one_size else batch
+            images.append(compute(padded)[: len(batch)])
+        return torch.cat(images)
+
     def _encode_exactly(self, request: _Request) -> Tensor:
         if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self.reuse > 1:
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
@@ -292,11 +333,6 @@ class Sampler:
             at, index = run.at(number), run.steps[number]
             x = inverse_step(lambda x, at=at, index=index: self._engine.step((x,), at, index, None)[0][0], coefficients, x)
         return x
-
-    @functools.cached_property
-    def _inversion(self) -> tuple[np.ndarray, Engine]:
-        timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
-        return timesteps, make_engine(self.engine, OneStep(self._network, update))
 
     @torch.no_grad()
     def _sample_for_calibration(self) -> None:
@@ -308,30 +344,23 @@ class Sampler:
         make_engine("eager", OneStep(self._network, self.solver)).last(self._run(request, self.timesteps, self.solver.table))
 
     @torch.no_grad()
-    def _sample_controlled(self, request: _Request, batch_size: int, on_step: Callable[[SamplerState], None] | None) -> Tensor:
-        if on_step is not None:
-            raise ValueError(_NO_STEPS)
+    def _sample_controlled(self, request: _Request) -> Tensor:
         index = torch.zeros((), dtype=torch.int64, device=self.device)
-        images, evaluations = [], []
-        for start in range(0, len(request), batch_size):
-            batch = request[start : start + batch_size]
-            guided = batch.guidance is not None
+        guidance, interval = request.guidance, request.guidance_interval
 
-            def evaluate(x: Tensor, timesteps: Tensor, which: Tensor, batch: _Request = batch, guided: bool = guided) -> Tensor:
-                labels = None if batch.labels is None else batch.labels[which]
-                conditions = self._network.conditions_each(timesteps, labels, guided)
-                if not guided:
-                    return self._network(x, conditions, index)
-                unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
-                scale = torch.where(guided_steps(timesteps, batch.guidance, batch.guidance_interval), batch.guidance, 1.0)
-                return torch.lerp(unconditional, conditional, scale[:, None, None, None])
+        def evaluate(x: Tensor, timesteps: Tensor, which: Tensor) -> Tensor:
+            labels = None if request.labels is None else request.labels[which]
+            conditions = self._network.conditions_each(timesteps, labels, guidance is not None)
+            if guidance is None:
+                return self._network(x, conditions, index)
+            unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
+            scale = torch.where(guided_steps(timesteps, guidance, interval), guidance, 1.0)
+            return torch.lerp(unconditional, conditional, scale[:, None, None, None])
 
-            x = self._initial(batch)
-            result = solve_controlled(evaluate, x, self.schedule, self.config.prediction_type, self.tolerance, self._clip)
-            images.append(result[0])
-            evaluations.append(result[1].cpu() * (2 if guided else 1))
-        self.evaluations = torch.cat(evaluations) if evaluations else torch.empty(0, dtype=torch.int64)
-        return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
+        x, prediction_type = self._initial(request), self.config.prediction_type
+        images, evaluations = solve_controlled(evaluate, x, self.schedule, prediction_type, self.tolerance, self._clip)
+        self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (1 if guidance is None else 2)])
+        return images
 
     def _initial(self, request: _Request) -> Tensor:
         if request.x_T is not None:
