@@ -75,8 +75,8 @@ def main() -> None:
         images, labels = load_labelled(arguments.images, arguments.label, sampler.config)
         seeds = range(arguments.seed, arguments.seed + len(images))
         target = labels if arguments.to is None else arguments.to
-        sampler.check(x_T=images, seeds=seeds, labels=labels)
-        sampler.check(x_T=images, labels=target, guidance=arguments.guidance)
+        sampler.check(seeds=seeds, labels=labels)
+        sampler.check(seeds=seeds, labels=target, guidance=arguments.guidance)
         if arguments.to is not None and labels is None and arguments.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
         examples = [load_labelled([spec], arguments.label, sampler.config) for spec in arguments.direction or ()]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .sampler import Sampler
 
 __all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
@@ -56,13 +55,12 @@ def sdedit(
     Raises:
         ValueError: as there, or the strength is out of range.
     """
-    if len(seeds) != len(images):
-        raise ValueError(f"{len(seeds)} seeds do not fit {len(images)} images")
     part = _part(sampler, strength)
-    level = 1.0 if part is None else float(sampler.schedule.alphas_cumprod[part.timesteps[0]])
-    noise = seeded_noise(seeds, INITIAL_NOISE, sampler.config.image_shape, sampler.device)
-    x = noise if strength == 1 else math.sqrt(level) * images.to(noise) + math.sqrt(1 - level) * noise
-    return _decode(part, x, seeds=seeds, labels=labels, guidance=guidance, batch_size=batch_size)
+    if part is None:
+        return images
+    noisy = part.noised(images, seeds)
+    x_T = None if strength == 1 else noisy  # sampling starts from noise alone, though a trace of the image is left there
+    return part.sample(x_T=x_T, seeds=seeds, labels=labels, guidance=guidance, batch_size=batch_size)
 
 
 def swap_class(

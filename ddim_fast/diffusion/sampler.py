@@ -205,6 +205,24 @@ class Sampler:
             raise ValueError(_NO_STEPS)
         return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient))
 
+    def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Images in the noise of the first timestep (Ho et al. 2020, eq. 4), as an x_T of :meth:`sample`.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            seeds: N integers, one an image, which :meth:`sample` would make the same noise from.
+
+        Returns:
+            (N, C, H, W) float32 on the network's device.
+
+        Raises:
+            ValueError: the images do not fit the network or the seeds.
+        """
+        request = _Request.check(self, seeds, images, None, None)
+        level = float(self._levels[0])
+        noise = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
+        return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
+
     def check(
         self,
         *,
