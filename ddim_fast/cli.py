@@ -17,6 +17,7 @@ from .models.checkpoint import AUTOENCODER, DEFAULT_MODEL, local_model, resolve_
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "IMAGES_HELP",
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
     "image_labels",
     "job_progress",
     "list_integers",
+    "load_labelled",
     "load_sampler",
     "make_sampler",
     "parse_class",
@@ -47,6 +50,7 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
@@ -230,6 +234,30 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     if name == "auto":
         return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
     return getattr(torch, name)
+
+
+def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None]:
+    """The images that a command is given, and their classes.
+
+    Args:
+        specs: data sets or image files, each as :func:`ddim_fast.training.data.load_images` takes one.
+        chosen: as of :func:`image_labels`.
+        sampler: says what size and which classes.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, and N labels or None.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`ddim_fast.training.data.load_images`.
+    """
+    import torch
+
+    from .training.data import load_images, to_unit_range
+
+    data = [load_images(spec, *sampler.image_shape[:2]) for spec in specs]
+    images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
+    own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
+    return images, image_labels(chosen, own, sampler.config.num_classes)
 
 
 def add_sampler_options(parser: CommandParser) -> None:

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import CommandParser, add_sampler_options, image_labels, make_sampler, parse_class, run_command
+from .cli import IMAGES_HELP, CommandParser, add_sampler_options, load_labelled, make_sampler, parse_class, run_command
 from .files import atomic_folder
 from .media import image_grid, save_image
 from .models.checkpoint import write_json
-from .training.data import load_images, to_unit_range
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -30,7 +29,6 @@ _EXAMPLES = """\
 # A picture of more is no longer one to look at.
 _SHOWN = 20
 
-_IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 _CLASS_HELP = (
     "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them)"
 )
@@ -39,7 +37,7 @@ _EXACT_HELP = "invert each step exactly, which takes five to ten times as long, 
 
 def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
-    p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
+    p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
@@ -53,10 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sampler = make_sampler(parser, arguments)
     with parser.usage_errors():
-        data = [load_images(spec, *sampler.image_shape[:2]) for spec in arguments.images]
-        images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
-        own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
-        labels = image_labels(arguments.label, own, sampler.config.num_classes)
+        images, labels = load_labelled(arguments.images, arguments.label, sampler)
         sampler.check(seeds=range(len(images)), labels=labels, guidance=arguments.guidance)
     try:
         with atomic_folder(arguments.out) as out:

@@ -111,6 +111,14 @@ class LatentSampler:
         :meth:`Sampler.encode`. What the autoencoder loses of an image does not come back."""
         return self.sampler.encode(self.latents(images), **options)
 
+    def starting_at(self, timestep: int) -> LatentSampler:
+        """For the last part of the way, as :meth:`Sampler.starting_at`."""
+        return LatentSampler(self.sampler.starting_at(timestep), self.codec.autoencoder)
+
+    def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The images' latents in the noise of the first timestep, as :meth:`Sampler.noised`."""
+        return self.sampler.noised(self.latents(images), seeds)
+
     def latents(self, images: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
         """The autoencoder's latents of (N, C, H, W) images in [-1, 1], as the network knows them.
 
