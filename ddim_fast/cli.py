@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 from .diffusion.step import SIGMA_HAT
+from .diffusion.timesteps import ADAPTIVE
+from .jobs import weights_checksum
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ __all__ = [
     "parse_positive",
     "parse_spacing",
     "run_command",
+    "sampler_settings",
     "seed_labels",
     "select_dtype",
 ]
@@ -257,3 +260,18 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
             dtype=select_dtype(arguments.dtype, compiled=False, device=device),
             engine=engine,
         )
+
+
+def sampler_settings(arguments: argparse.Namespace, sampler: Sampler) -> dict[str, str | int | float | None]:
+    """What the options of :func:`add_sampler_options` say of the images that ``sampler`` makes, for the record of a job."""
+    return {
+        "model": f"sha256:{weights_checksum(sampler.model)}",
+        "steps": arguments.steps,
+        # A fit can be made anew: then these are other timesteps.
+        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "engine": sampler.engine,
+        "dtype": arguments.dtype,
+        "device": sampler.device.type,
+    }
