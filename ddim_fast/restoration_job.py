@@ -49,6 +49,9 @@ class RestorationJob:
     names: Sequence[str]
     batches: Batches
 
+    def __post_init__(self) -> None:
+        self.operator.to(self.sampler.device)
+
     def restore(self, k: int, output: PngFolder) -> None:
         """Restore batch k; its pictures go to ``output``, and before them the figures of each, by name, into the record:
         ``inconsistency``, the largest ``|A x - y|``, and ``inconsistency_of_file``, after rounding to 8 bits; and where the

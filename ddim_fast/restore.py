@@ -188,7 +188,7 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
         "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
         "task": arguments.task,
         "degrade": arguments.degrade,
-        "mask": f"sha256:{_checksum(operator.known.numpy())}" if isinstance(operator, Mask) else None,
+        "mask": f"sha256:{_checksum(operator.known.cpu().numpy())}" if isinstance(operator, Mask) else None,
         **{name: getattr(arguments, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[arguments.task]},
         "noise-std": arguments.noise_std,
         "eta": arguments.eta,
