@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from .diffusion.step import SIGMA_HAT
+from .diffusion.timesteps import ADAPTIVE
+from .jobs import weights_checksum
 from .models.checkpoint import AUTOENCODER, DEFAULT_MODEL, local_model, resolve_model
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = [
     "parse_spacing",
     "pixel_model",
     "run_command",
+    "sampler_settings",
     "seed_labels",
     "select_dtype",
 ]
@@ -326,3 +329,18 @@ def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
     if (path / AUTOENCODER).is_dir():
         parser.error(f"--model {name} is a model of an autoencoder's latents, not of images: {instead}")
     return path
+
+
+def sampler_settings(arguments: argparse.Namespace, sampler: AnySampler) -> dict[str, str | int | float | None]:
+    """What the options of :func:`add_sampler_options` say of the images that ``sampler`` makes, for the record of a job."""
+    return {
+        "model": f"sha256:{weights_checksum(*sampler.networks)}",
+        "steps": arguments.steps,
+        # A fit can be made anew: then these are other timesteps.
+        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "engine": sampler.engine,
+        "dtype": arguments.dtype,
+        "device": sampler.device.type,
+    }

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .cli import CommandParser, add_sampler_options, job_progress, make_sampler, parse_positive, run_command
+from .cli import CommandParser, add_sampler_options, job_progress, make_sampler, parse_positive, run_command, sampler_settings
 from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder
-from .jobs import weights_checksum
 from .media import image_grid, save_gif, save_image, to_uint8
 from .models.checkpoint import write_json
 from .outputs import PngFolder
@@ -108,14 +107,8 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
         "video": f"sha256:{checksum}",
         "factor": factor,
         "exact": arguments.exact,
-        "model": f"sha256:{weights_checksum(*sampler.networks)}",
-        "steps": arguments.steps,
-        "spacing": arguments.spacing,
         "class": arguments.label,
-        "guidance": arguments.guidance,
-        "batch-size": arguments.batch_size,
-        "dtype": arguments.dtype,
-        "device": sampler.device.type,
+        **sampler_settings(arguments, sampler),
     }
     with parser.usage_errors():
         sampler.check(seeds=[0], labels=arguments.label, guidance=arguments.guidance)

@@ -49,10 +49,13 @@ class RestorationJob:
     names: Sequence[str]
     batches: Batches
 
+    def __post_init__(self) -> None:
+        self.operator.to(self.sampler.device)
+
     def restore(self, k: int, output: PngFolder) -> None:
         """Restore batch k; its pictures go to ``output``, and before them the figures of each, by name, into the record:
-        ``inconsistency``, the largest ``|A x - y|`` before rounding to 8 bits; and where the truth is known, of the rounded
-        pictures ``psnr`` and ``ssim``, and both ``_of_pseudo_inverse``.
+        ``inconsistency``, the largest ``|A x - y|``, and ``inconsistency_of_file``, after rounding to 8 bits; and where the
+        truth is known, of the rounded pictures ``psnr`` and ``ssim``, and both ``_of_pseudo_inverse``.
 
         Raises:
             ValueError: the images are not finite.
@@ -72,8 +75,13 @@ class RestorationJob:
         )[:count]
         if not restored.isfinite().all():
             raise ValueError("the restored images are not finite; try --dtype float32")
-        pictures, names = to_uint8(restored), self.names[self.batches.part(k)]
-        figures = {"inconsistency": inconsistency(self.operator, restored, measurement).tolist(), **self._fidelity(k, pictures)}
+        rounded = self.operator.rounded(restored)
+        pictures, names = to_uint8(rounded), self.names[self.batches.part(k)]
+        figures = {
+            "inconsistency": inconsistency(self.operator, restored, measurement).tolist(),
+            "inconsistency_of_file": inconsistency(self.operator, rounded, measurement).tolist(),
+            **self._fidelity(k, pictures),
+        }
         rows = (dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True))
         output.note(images={**output.record()["images"], **dict(zip(names, rows, strict=True))})
         output.write(k, pictures)
@@ -81,7 +89,7 @@ class RestorationJob:
     def finish(self, output: PngFolder) -> dict[str, float]:
         """Note that all is there, and the mean of each figure, of inconsistencies the largest; returns these."""
         rows = [output.record()["images"][name] for name in self.names]
-        means = {name: (max if name == "inconsistency" else np.mean)([row[name] for row in rows]) for name in rows[0]}
+        means = {name: (max if name.startswith("inconsistency") else np.mean)([row[name] for row in rows]) for name in rows[0]}
         means = {name: float(mean) for name, mean in means.items()}
         output.note(overall=means, finished=True)
         return means

@@ -23,13 +23,13 @@ from .cli import (
     parse_integers,
     parse_positive,
     run_command,
+    sampler_settings,
 )
 from .diffusion.operators import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
 from .diffusion.restoration import TimeTravel, measure
 from .diffusion.sampler import Sampler
 from .engine import ENGINES
 from .evaluation.fidelity import check_similarity
-from .jobs import weights_checksum
 from .media import save_image
 from .outputs import PICTURES, Batches, PngFolder
 from .restoration_job import RestorationJob
@@ -188,21 +188,14 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
         "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
         "task": arguments.task,
         "degrade": arguments.degrade,
-        "mask": f"sha256:{_checksum(operator.known.numpy())}" if isinstance(operator, Mask) else None,
+        "mask": f"sha256:{_checksum(operator.known.cpu().numpy())}" if isinstance(operator, Mask) else None,
         **{name: getattr(arguments, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[arguments.task]},
         "noise-std": arguments.noise_std,
         "eta": arguments.eta,
         "travel": arguments.travel,
         "seeds": list_integers(seeds),
-        "model": f"sha256:{weights_checksum(*sampler.networks)}",
-        "steps": arguments.steps,
-        "spacing": arguments.spacing,
         "class": None if labels is None else list_integers(labels),
-        "guidance": arguments.guidance,
-        "batch-size": arguments.batch_size,
-        "engine": sampler.engine,
-        "dtype": arguments.dtype,
-        "device": sampler.device.type,
+        **sampler_settings(arguments, sampler),
     }
 
 

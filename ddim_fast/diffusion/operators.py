@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 __all__ = ["Blur", "CompressedSensing", "Downscale", "Grey", "LinearOperator", "Mask"]
 
+# Half the steps between the 8-bit levels of [-1, 1].
+_HALF = 127.5
+
 
 class LinearOperator(nn.Module):
     """A, a call; its tensors are buffers, which ``.to(device)`` moves.
@@ -34,6 +37,11 @@ class LinearOperator(nn.Module):
     @abstractmethod
     def pseudo_inverse(self, measurement: Tensor) -> Tensor:
         """N measurements -> (N, C, H, W)."""
+
+    def rounded(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same in 8-bit levels of [-1, 1], of which A is what it was, as far as the operator can see to it.
+        In general that is the nearest level: what A copies stays as it is if it was one."""
+        return images.clamp(-1, 1).add(1).mul(_HALF).round().div(_HALF).sub(1)
 
 
 class Mask(LinearOperator):
@@ -103,6 +111,25 @@ class Downscale(LinearOperator):
 
     def pseudo_inverse(self, measurement: Tensor) -> Tensor:
         return F.interpolate(measurement, scale_factor=self.factor, mode="nearest")
+
+    def rounded(self, images: Tensor) -> Tensor:
+        """Squares keep their means, those of an image of 8-bit levels exactly. Of the images in [-1, 1] with these means the
+        nearest is taken, a shift of each square and then clipping; then as many of its pixels are rounded up as its sum needs,
+        those with the largest remainders."""
+        pixels = F.pixel_unshuffle(images.double(), self.factor).unflatten(1, (images.shape[1], -1))  # dimension 2: of a square
+        mean = pixels.mean(2, keepdim=True).clamp(-1, 1)
+        # The mean after clipping grows with the shift, which lies between those that make all pixels -1, or 1.
+        low, high = -1 - pixels.amax(2, keepdim=True), 1 - pixels.amin(2, keepdim=True)
+        for _ in range(60):
+            shift = (low + high) / 2
+            below = (pixels + shift).clamp(-1, 1).mean(2, keepdim=True) < mean
+            low, high = torch.where(below, shift, low), torch.where(below, high, shift)
+        levels = ((pixels + high).clamp(-1, 1) + 1) * _HALF
+        down = levels.floor()
+        ups = ((mean + 1) * (_HALF * self.factor**2)).round() - down.sum(2, keepdim=True)
+        rank = (levels - down).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        rounded = (down + (rank < ups)) / _HALF - 1
+        return F.pixel_shuffle(rounded.flatten(1, 2), self.factor).to(images)
 
 
 class Grey(LinearOperator):

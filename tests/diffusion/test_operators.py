@@ -92,3 +92,34 @@ def test_a_mask_of_rectangles():
 def test_a_rectangle_lies_in_the_image(rectangle):
     with pytest.raises(ValueError, match="does not lie in an image of 6 pixels by 4"):
         Mask.outside((4, 6), [(0, 0, 1, 1), rectangle])
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_rounding_keeps_the_means_of_squares(factor):
+    """Of images that leave [-1, 1] as well, and of ones that are black or white but for a pixel."""
+    operator, generator = Downscale(factor), torch.Generator().manual_seed(0)
+    means = torch.randint(0, 256, (3, 2, 8, 8), generator=generator) / 127.5 - 1
+    means[0, 0, 0, :3] = torch.tensor([-1.0, 1.0, 1 / 127.5 - 1])
+    x = torch.randn(3, 2, 8 * factor, 8 * factor, generator=generator)
+    x = x - operator.pseudo_inverse(operator(x) - means)
+    rounded = operator.rounded(x)
+    levels = (rounded + 1) * 127.5
+    assert rounded.abs().max() <= 1 < x.abs().max()
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(operator(rounded), means, atol=1e-6, rtol=0)
+    inside = x * 0.1
+    assert (operator.rounded(inside) - inside).abs().max() <= 1 / 127.5 + 1e-6
+
+
+def test_rounding_finds_the_nearest_images_with_these_means():
+    """Two pixels above 1 are clipped, and the others take what is lost, in equal parts."""
+    x = torch.tensor([[1.4, 1.2], [0.2, -0.4]])[None, None]
+    expected = torch.tensor([[1.0, 1.0], [0.5, -0.1]])
+    torch.testing.assert_close(Downscale(2).rounded(x)[0, 0], expected, atol=1 / 127.5, rtol=0)
+
+
+def test_other_operators_round_to_the_nearest_level():
+    mask = OPERATORS["mask"]
+    levels = torch.arange(128.0).view(1, 1, *SIZE) / 63.75 - 1
+    torch.testing.assert_close(mask.rounded(levels + 0.001), levels, atol=1e-6, rtol=0)
+    assert mask.rounded(levels * 3).abs().max() == 1
