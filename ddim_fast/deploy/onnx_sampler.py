@@ -109,7 +109,8 @@ class OnnxSampler:
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
     ) -> np.ndarray:
-        """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors.
+        """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors,
+        and no gradient. With a guidance interval the network is called once a step.
 
         Returns:
             (N, C, H, W) float32 in [-1, 1] as the network was trained, not clipped.
