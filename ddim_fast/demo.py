@@ -16,7 +16,6 @@ from .cli import MODEL_HELP, CommandParser, load_sampler, run_command
 from .devices import pick_device
 from .diffusion.interpolation import slerp
 from .diffusion.operators import Mask
-from .diffusion.sampler import Sampler
 from .media import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
 
@@ -82,7 +81,6 @@ class Studio:
         sampler = self._sampler(20)
         self.num_classes: int | None = sampler.config.num_classes
         self.image_shape: tuple[int, int, int] = sampler.image_shape
-        self.can_inpaint = isinstance(sampler, Sampler)
 
     def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
         """``count`` images of consecutive seeds, in a grid."""
@@ -178,7 +176,7 @@ def make_page(studio: Studio, name: str) -> gradio.Blocks:
                 inputs = [steps(), seed("From seed", 3), seed("To seed", 13), count, label(), guidance()]
                 go = gr.Button("Interpolate", variant="primary")
             go.click(told(studio.interpolate), inputs, result("interpolated"))
-        with gr.Tab("Inpaint", visible=studio.can_inpaint), gr.Row():
+        with gr.Tab("Inpaint"), gr.Row():
             with gr.Column():
                 first, chosen = seed(), label()
                 take = gr.Button("Take an image of the model's")

@@ -151,26 +151,26 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
     Raises:
         ValueError: an option or an image does not fit.
     """
-    config, seeds = sampler.config, arguments.seeds
-    operator = _operator(arguments, config.image_shape)
+    shape, seeds = sampler.image_shape, arguments.seeds
+    operator = _operator(arguments, shape)
     travel = None if arguments.travel is None else TimeTravel(*arguments.travel)
     steps = {"eta": arguments.eta, "noise_std": arguments.noise_std, "travel": travel}
     sampler.restoration_steps(operator, **steps)
     if arguments.degrade:
-        check_similarity(config.image_shape[1:])
-    names, pictures, own = _read(arguments, operator, config.image_shape)
+        check_similarity(shape[1:])
+    names, pictures, own = _read(arguments, operator, shape)
     measurement = to_unit_range(pictures).contiguous()
     if arguments.degrade:
         measurement = measure(operator, measurement, arguments.noise_std, range(len(names)))
     elif arguments.task == "inpaint":
         measurement = operator(measurement)  # whatever the files have where they are to be filled in
     image = [i for i in range(len(names)) for _ in seeds]
-    labels = image_labels(arguments.label, own, config.num_classes)
+    labels = image_labels(arguments.label, own, sampler.config.num_classes)
     batches = Batches(
         seeds * len(names),
         None if labels is None else [labels[i] for i in image],
         min(arguments.batch_size, len(image)),
-        (*config.image_shape[1:], config.in_channels),
+        (*shape[1:], shape[0]),
     )
     sampler.check(seeds=batches.seeds, labels=batches.labels, guidance=arguments.guidance)
     job = RestorationJob(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.unet import alone_as_two
+from .operators import LinearOperator
+from .restoration import Restoration
 from .sampler import Sampler
 from .trajectory import SamplerState
 
@@ -110,6 +112,31 @@ class LatentSampler:
         """The noise (N, latent shape) from which deterministic DDIM makes the latents of ``images``; arguments as in
         :meth:`Sampler.encode`. What the autoencoder loses of an image does not come back."""
         return self.sampler.encode(self.latents(images), **options)
+
+    def restore(
+        self,
+        measurement: Tensor,
+        operator: LinearOperator,
+        *,
+        noise_std: float = 0.0,
+        batch_size: int = _AT_ONCE,
+        **options: Any,
+    ) -> Tensor:
+        """Images of which ``operator`` makes ``measurement``, as :meth:`Sampler.restore`; its arguments. Each step decodes an
+        image and encodes two. Without noise, what was measured is put into the decoded images at the end: there they are the
+        measurement, to rounding.
+
+        Raises:
+            ValueError: as there, or the measurement is of images of another size than the autoencoder's.
+        """
+        operator = operator.to(self.device)
+        seen = operator.pseudo_inverse(measurement.to(self.device, torch.float32))
+        if tuple(seen.shape[1:]) != self.image_shape:
+            shape = tuple(seen.shape[1:])
+            raise ValueError(f"the measurement is of images of shape {shape}, but the autoencoder's are {self.image_shape}")
+        latents = self.sampler.restore(measurement, operator, noise_std=noise_std, codec=self.codec, **options)
+        images = self.decode(latents, batch_size)
+        return images if noise_std else Restoration(operator, self.image_shape).corrected(images, seen)
 
     def starting_at(self, timestep: int) -> LatentSampler:
         """For the last part of the way, as :meth:`Sampler.starting_at`."""

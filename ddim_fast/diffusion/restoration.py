@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..ops.ddim_step import ddim_step
@@ -20,7 +22,7 @@ from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .operators import LinearOperator
 from .step import step_coefficients
 
-__all__ = ["Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]
+__all__ = ["Codec", "Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]
 
 State = tuple[Tensor, ...]
 
@@ -124,24 +126,48 @@ def restoration(
     return np.array(evaluated), np.array(rows, dtype=np.float32)
 
 
+class Codec(Protocol):
+    """What makes images of a network's latents, and back: :class:`ddim_fast.diffusion.latent.LatentCodec`."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
 class Restoration:
     """A solver's part of a step, which keeps to a measurement y. It serves one run after the other: its coefficients are what
-    :func:`restoration` returns, and A^+ y goes into a run with the noise, as further channels of x.
+    :func:`restoration` returns, and A^+ y goes into a run with the noise, see :meth:`pack`.
+
+    In latent space the measurement is of decoded images. There x_0 is moved by what its image's correction is to the
+    autoencoder, E(x + A^+ (y - A x)) - E(x) with x = D(x_0), so that what the autoencoder loses of an image is not lost anew in
+    each step.
 
     Args:
         operator: A, on the device of the runs.
+        shape: (C, H, W) of what the network denoises.
         clip: clip the network's x_0 to [-r, r]; None does not.
+        codec: of latents; None where the network denoises images.
     """
 
     stochastic = True
 
-    def __init__(self, operator: LinearOperator, clip: float | None = None) -> None:
+    def __init__(
+        self, operator: LinearOperator, shape: tuple[int, int, int], clip: float | None = None, codec: Codec | None = None
+    ) -> None:
         self.operator = operator
+        self.shape = shape
         self.clip = clip
+        self.codec = codec
+        self._seen_shape = shape
+
+    def pack(self, noise: Tensor, seen: Tensor) -> Tensor:
+        """(N, ...): x_T and A^+ y of N images as a run's x."""
+        self._seen_shape = tuple(seen.shape[1:])
+        return torch.cat([noise.flatten(1), seen.flatten(1)], dim=1)
 
     def start(self, x: Tensor) -> State:
-        noise, seen = x.chunk(2, dim=1)
-        return noise.contiguous(), seen.contiguous()
+        noise, seen = x.tensor_split([math.prod(self.shape)], dim=1)
+        return noise.unflatten(1, self.shape).contiguous(), seen.unflatten(1, self._seen_shape).contiguous()
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
         x, seen = state
@@ -149,6 +175,14 @@ class Restoration:
         x0 = from_sample * x + from_output * output
         if self.clip is not None:
             x0 = x0.clamp(-self.clip, self.clip)
-        # In this order x_0 where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
-        x0 = x0 - share * self.operator.pseudo_inverse(self.operator(x0)) + share * seen
+        if self.codec is None:
+            x0 = self.corrected(x0, seen, share)
+        else:
+            images = self.codec.decode(x0)
+            x0 = x0 + self.codec.encode(self.corrected(images, seen, share)) - self.codec.encode(images)
         return ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index), seen
+
+    def corrected(self, images: Tensor, seen: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """x + share A^+ (y - A x), ``seen`` being A^+ y."""
+        # In this order x where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
+        return images - share * self.operator.pseudo_inverse(self.operator(images)) + share * seen

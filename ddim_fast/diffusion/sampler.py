@@ -19,7 +19,7 @@ from .guidance import ClassifierGuidance, Gradient, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
 from .request import check_request
-from .restoration import Restoration, TimeTravel, restoration
+from .restoration import Codec, Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
 from .solvers import DDIM, make_solver
 from .timesteps import ADAPTIVE, select_timesteps
@@ -303,6 +303,7 @@ class Sampler:
         eta: float = 0.85,
         noise_std: float = 0.0,
         travel: TimeTravel | None = None,
+        codec: Codec | None = None,
     ) -> Tensor:
         """Images of which ``operator`` makes ``measurement``, filled in by the network: inpainting, super-resolution,
         colorization, deblurring, by null-space projection (see :mod:`ddim_fast.diffusion.restoration`). Timesteps are the
@@ -316,9 +317,12 @@ class Sampler:
             eta: 0 to 1, the noise of each step.
             noise_std: standard deviation of the noise in the measurement, in units of images in [-1, 1].
             travel: :class:`ddim_fast.diffusion.restoration.TimeTravel`, for operators that see little.
+            codec: for a network of latents, what makes images of them; :class:`ddim_fast.diffusion.latent.LatentSampler` gives
+                its own, and returns images.
 
         Returns:
-            (N, C, H, W) float32 on the network's device. Without noise, ``operator`` of it is the measurement, to rounding.
+            (N, C, H, W) float32 on the network's device, images or latents. Without noise, ``operator`` of the images is the
+            measurement, to rounding.
 
         Raises:
             ValueError: the measurement does not fit the operator, the seeds or the network.
@@ -329,12 +333,14 @@ class Sampler:
             raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
         timesteps, table = self.restoration_steps(operator, eta=eta, noise_std=noise_std, travel=travel)
         seen = operator.pseudo_inverse(measurement)
-        shape = tuple(seen.shape[1:])
-        if shape != self.config.image_shape:
-            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.config.image_shape}")
+        if codec is None and tuple(seen.shape[1:]) != self.image_shape:
+            shape = tuple(seen.shape[1:])
+            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.image_shape}")
         request = _Request.check(self, seeds, None, labels, guidance)
         run = self._run(request, timesteps, table)
-        return self._restoring(operator).last(dataclasses.replace(run, x=torch.cat([run.x, seen], dim=1), seeds=request.seeds))
+        engine = self._restoring(operator, codec)
+        x = engine.one_step.update.pack(run.x, seen)
+        return engine.last(dataclasses.replace(run, x=x, seeds=request.seeds))
 
     def restoration_steps(
         self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
@@ -351,11 +357,11 @@ class Sampler:
             travel=travel,
         )
 
-    def _restoring(self, operator: LinearOperator) -> Engine:
+    def _restoring(self, operator: LinearOperator, codec: Codec | None) -> Engine:
         """The engine of restorations, kept for more measurements by the same operator: it may have compiled the step."""
         engine = self._last_restoring
-        if engine is None or engine.one_step.update.operator is not operator:
-            update = Restoration(operator, self.solver.clip)
+        if engine is None or engine.one_step.update.operator is not operator or engine.one_step.update.codec is not codec:
+            update = Restoration(operator, self.image_shape, self.solver.clip, codec)
             engine = self._last_restoring = make_engine(self.engine, OneStep(self._network, update))
         return engine
 

@@ -3,7 +3,10 @@ import torch
 from torch import nn
 
 from ddim_fast import Sampler, UNet, UNetConfig
+from ddim_fast.diffusion.editing import sdedit
 from ddim_fast.diffusion.latent import LatentCodec, LatentSampler
+from ddim_fast.diffusion.operators import Mask
+from ddim_fast.diffusion.restoration import TimeTravel
 from ddim_fast.models.autoencoder import Autoencoder
 from ddim_fast.models.config import AutoencoderConfig
 
@@ -145,3 +148,52 @@ def test_an_autoencoder_of_other_latents_is_refused(network):
 def test_images_of_another_size_are_refused(sampler):
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 1, 16, 16\); got \(2, 1, 8, 8\)"):
         sampler.encode(torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_restoration_keeps_to_what_was_measured(engine, network):
+    """Of images that the network makes itself, by an autoencoder that loses nothing."""
+    sampler = LatentSampler(Sampler(network, steps=4, engine=engine), Folded())
+    images = sampler.sample(seeds=[1, 2], labels=[0, 1]).clamp(-1, 1)
+    mask = Mask.outside((16, 16), [(4, 4, 8, 8)])
+    restored = sampler.restore(mask(images), mask, seeds=[3, 4], labels=[0, 1], travel=TimeTravel(2, 2))
+    assert torch.equal(mask(restored), mask(images)) and restored.isfinite().all()
+    assert not torch.equal(restored, images)
+    again = sampler.restore(mask(images)[1:], mask, seeds=[4], labels=[1], travel=TimeTravel(2, 2))
+    torch.testing.assert_close(again, restored[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_restoration_by_an_exact_autoencoder_is_that_of_the_images(network):
+    """Folding commutes with a projection of pixels, so that in both spaces the same numbers are corrected."""
+
+    class Unfolded(Mask):
+        """The same pixels, of folded images."""
+
+        def forward(self, images):
+            return Folded().encode(super().forward(Folded().decode(images)))
+
+        def pseudo_inverse(self, measurement):
+            return Folded().encode(super().pseudo_inverse(Folded().decode(measurement)))
+
+    sampler = Sampler(network, steps=4)
+    known = torch.rand(16, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    latents = sampler.sample(seeds=[1, 2], labels=[0, 1])
+    images = Folded().decode(latents).detach()
+    in_latents = sampler.restore(Unfolded(known)(latents).detach(), Unfolded(known), seeds=[3, 4], labels=[0, 1])
+    in_images = LatentSampler(sampler, Folded()).restore(Mask(known)(images), Mask(known), seeds=[3, 4], labels=[0, 1])
+    torch.testing.assert_close(in_images, Folded().decode(in_latents).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_measurements_of_another_size_are_refused(sampler):
+    mask = Mask(torch.ones(8, 8))
+    with pytest.raises(ValueError, match=r"of images of shape \(1, 8, 8\), but the autoencoder's are \(1, 16, 16\)"):
+        sampler.restore(torch.zeros(1, 1, 8, 8), mask, seeds=[0])
+
+
+def test_part_of_the_way(sampler):
+    images = sampler.sample(**REQUEST).clamp(-1, 1)
+    part = sampler.starting_at(400)
+    noised = part.noised(images, [1, 2, 3])
+    assert torch.equal(noised, part.sampler.noised(sampler.latents(images), [1, 2, 3]))
+    edited = sdedit(sampler, images, 0.401, seeds=[1, 2, 3], labels=[0, 1, 2])
+    assert torch.equal(edited, part.sample(x_T=noised, labels=[0, 1, 2]))
