@@ -172,9 +172,6 @@ def test_restoration_by_an_exact_autoencoder_is_that_of_the_images(network):
         def forward(self, images):
             return Folded().encode(super().forward(Folded().decode(images)))
 
-        def pseudo_inverse(self, measurement):
-            return Folded().encode(super().pseudo_inverse(Folded().decode(measurement)))
-
     sampler = Sampler(network, steps=4)
     known = torch.rand(16, 16, generator=torch.Generator().manual_seed(3)) < 0.5
     latents = sampler.sample(seeds=[1, 2], labels=[0, 1])
