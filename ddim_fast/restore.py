@@ -242,7 +242,7 @@ def _read(
             )
         # Images of a data set have no names of their own.
         names.append(Path(place).stem if Path(place).is_file() else f"{i:06d}")
-        pictures.append(fit_image(image, channels, max(height, width)))
+        pictures.append(fit_image(image, channels, height))
         labels.append(label)
     if not pictures:
         raise ValueError(f"no images in {', '.join(arguments.images)}")

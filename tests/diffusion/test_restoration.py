@@ -67,22 +67,23 @@ def test_a_step_is_algorithm_1_in_plain_words(fake_network):
     torch.testing.assert_close(restored, x, atol=1e-4, rtol=1e-4)
 
 
-def test_the_compiled_engine_restores_the_same(fake_network):
-    operator = Downscale(2)
+@pytest.mark.parametrize("engine", ["compiled", pytest.param("captured", marks=pytest.mark.gpu)])
+def test_every_engine_restores_the_same(engine, fake_network):
+    if engine == "captured" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    network = fake_network().to("cuda" if engine == "captured" else "cpu")
+    eager, other = Sampler(network, steps=3), Sampler(network, steps=3, engine=engine)
+    operator = Mask(known_half())
     y = operator(seeded_noise(SEEDS, 9, SHAPE))
-    eager, compiled = (Sampler(fake_network(), steps=3, engine=engine) for engine in ("eager", "compiled"))
-    expected = eager.restore(y, operator, seeds=SEEDS)
-    torch.testing.assert_close(compiled.restore(y, operator, seeds=SEEDS), expected, atol=1e-4, rtol=1e-4)
-    # Another measurement takes the same compiled step; another operator has its own.
-    compiling = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiling > 0
-    torch.testing.assert_close(
-        compiled.restore(-y, operator, seeds=[1, 2]), eager.restore(-y, operator, seeds=[1, 2]), atol=1e-4, rtol=1e-4
-    )
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiling
-    mask = Mask(known_half())
-    known = compiled.restore(mask(torch.ones(2, *SHAPE)), mask, seeds=SEEDS)[..., :4]
-    assert torch.equal(known, torch.ones_like(known))
+    expected, restored = (sampler.restore(y, operator, seeds=SEEDS) for sampler in (eager, other))
+    torch.testing.assert_close(restored, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(restored[..., :4].cpu(), y[..., :4])
+    # Another measurement takes the same compiled step.
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    expected = eager.restore(-y, operator, seeds=[1, 2])
+    torch.testing.assert_close(other.restore(-y, operator, seeds=[1, 2]), expected, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 def test_time_travel_goes_back_and_comes_again(fake_network):
