@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes the pictures of docs/gallery.md again: bash docs/gallery.sh FASHION_MNIST
+# FASHION_MNIST is the folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz.
+set -euo pipefail
+data=$(realpath "$1")
+pictures=$(realpath "$(dirname "$0")")/gallery
+mkdir -p "$pictures"
+cd "$(mktemp -d)"
+run() { python -m "ddim_fast.$1" "${@:2}" --quiet; }
+
+# The first eight test images of each class, as photographs might lie there: a folder a class.
+python - "$data" << 'PYTHON'
+import sys
+from pathlib import Path
+from PIL import Image
+from ddim_fast.training.data import load_images
+
+data = load_images(f"{sys.argv[1]}/t10k-images-idx3-ubyte.gz", 1, 32)
+for label in range(10):
+    for i in (data.labels == label).nonzero()[:8, 0].tolist():
+        path = Path(f"fashion/{label}/{i:05d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.images[i, 0].numpy()).save(path)
+# A film: a boot walks to the right, two pixels a frame.
+Path("walk").mkdir()
+boot = Image.open(sorted(Path("fashion/9").iterdir())[0])
+for frame in range(5):
+    moved = Image.new("L", boot.size)
+    moved.paste(boot, (2 * frame - 4, 0))
+    moved.save(f"walk/{frame}.png")
+PYTHON
+first() { ls "fashion/$1/"*.png | head -1; }
+
+run reconstruct fashion/*/ --class none --steps 50 --out reconstruction
+cp reconstruction/comparison.png "$pictures/reconstruction.png"
+
+run interpolate "$(first 3)" "$(first 0)" --exact --frames 9 --out ends
+cp ends/grid.png "$pictures/interpolation.png"
+cp ends/film.gif "$pictures/interpolation.gif"
+run interpolate "$(first 9)" "$(first 5)" "$(first 8)" "$(first 1)" --exact --frames 7 --out corners
+cp corners/grid.png "$pictures/corners.png"
+run interpolate --video walk --factor 4 --class 9 --exact --out "$pictures/walk.gif"
+
+restore() { run restore --task "$@" --degrade --steps 10 --travel 1 5; }
+restore inpaint fashion/8 --class 8 --rectangle 10,10,12,12 --out inpaint
+restore super-resolution fashion/7 --class 7 --factor 4 --out small
+restore deblur fashion/2 --class 2 --sigma 1.5 --out blurred
+restore compressed-sensing fashion/3 --class 3 --ratio 0.25 --out sensed
+for task in inpaint small blurred sensed; do cp $task/comparison.png "$pictures/$task.png"; done
+
+run sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guided.png"
+run edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
+run edit fashion/7 --from 7 --to 9 --guidance 2 --strength 0.6 --out swapped
+for edit in strokes swapped; do cp $edit/comparison.png "$pictures/$edit.png"; done
