@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .diffusion.sampler import Sampler
 
 __all__ = [
+    "CONVERT_HELP",
     "DTYPES",
     "MODEL_HELP",
     "CommandParser",
@@ -34,6 +35,7 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 

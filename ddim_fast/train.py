@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cli import CommandParser, parse_positive, run_command
+from .cli import CONVERT_HELP, CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
 from .diffusion.sampler import Sampler
 from .files import atomic_write
 from .media import image_grid, save_image
+from .models.audio import AudioConfig
 from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
 from .models.unet import UNet
-from .training.data import load_images
+from .training.data import ImageSet, load_images
 from .training.loop import Trainer, TrainingOptions
 
 _EXAMPLES = """\
@@ -28,6 +29,7 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data 'cifar10/train-*.parquet' --preset cifar10-64 --out runs/cifar10 --compile
   python -m ddim_fast.train --data fashion-mnist/ --preset grey-32 --class-conditional --no-flip --out runs/fashion
   python -m ddim_fast.train --data photos/ --recipe fast --steps 20000 --out runs/soon
+  python -m ddim_fast.train --data spoken-digits/ --preset digits-mel --class-conditional --recipe fast --out runs/digits
   python -m ddim_fast.train --out runs/photos --resume
   python -m ddim_fast.sample --model runs/photos
 """
@@ -55,10 +57,13 @@ _PER_CALL = ("out", "resume", "device", "quiet")
 
 def _parser() -> CommandParser:
     default = TrainingOptions()
-    p = CommandParser("train", "Train a diffusion U-Net on images.", _EXAMPLES)
+    p = CommandParser("train", "Train a diffusion U-Net on images or sounds.", _EXAMPLES)
     p.add_argument(
-        "--data", metavar="SPEC", help="a folder of images, Parquet files, IDX files, or a hub data set (owner/name)"
+        "--data",
+        metavar="SPEC",
+        help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
     )
+    p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument(
         "--preset",
         metavar="NAME",
@@ -98,7 +103,11 @@ def _parser() -> CommandParser:
         default=default.label_dropout,
         help="share of labels dropped, for guidance",
     )
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=default.flip, help="mirror half of the images")
+    p.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the data, left to right (default: images, not sounds)",
+    )
     p.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -143,24 +152,38 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data is required")
 
+    if arguments.flip is None:
+        arguments.flip = AudioConfig.preset(arguments.preset) is None
     with parser.usage_errors():
         device = pick_device(arguments.device)
         config = UNetConfig.preset(arguments.preset, **_overrides(arguments))
         options = _options(arguments, device)
-    data = load_images(arguments.data, config.in_channels, config.sample_size)
+    data, audio = _load(arguments, config)
     if arguments.class_conditional:
         if data.labels is None:
             parser.error(f"--class-conditional: {arguments.data} has no label for every image")
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
 
     torch.manual_seed(options.seed)
-    trainer = Trainer(UNet(config).to(device), data, options)
+    model = UNet(config)
+    model.audio = audio
+    trainer = Trainer(model.to(device), data, options)
     if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
     atomic_write(record, (json.dumps(remembered, indent=2) + "\n").encode())
     _train(trainer, arguments)
+
+
+def _load(arguments: argparse.Namespace, config: UNetConfig) -> tuple[ImageSet, AudioConfig | None]:
+    """The data, and what its images mean where it is sounds, which the preset decides."""
+    audio = AudioConfig.preset(arguments.preset)
+    if audio is None:
+        return load_images(arguments.data, config.in_channels, config.sample_size), None
+    from .audio.dataset import load_sound_images
+
+    return load_sound_images(arguments.data, audio, labelled=arguments.class_conditional, convert=arguments.convert)
 
 
 def _train(trainer: Trainer, arguments: argparse.Namespace) -> None:
@@ -219,6 +242,10 @@ def _save_grid(trainer: Trainer, path: Path) -> None:
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
     images = Sampler(trainer.averaged_model(), steps=20).sample(seeds=seeds, labels=labels, batch_size=20)
     path.parent.mkdir(exist_ok=True)
+    if trainer.model.audio is not None:
+        from .audio.codec import make_codec
+
+        images = make_codec(trainer.model.audio).spectrograms(images)
     save_image(path, image_grid(images))
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint is a folder: config.json (:class:`UNetConfig`) and model.safetensors (one tensor a parameter).
+"""A checkpoint is a folder: config.json (:class:`UNetConfig`) and model.safetensors (one tensor a parameter), and where its
+images mean sounds, audio.json (:class:`AudioConfig`).
 
 Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_write
+from .audio import AudioConfig
 from .config import UNetConfig
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "HUB_FILES",
     "Checkpoint",
     "is_state_dict",
+    "load_audio",
     "load_checkpoint",
     "load_config",
     "load_timesteps",
@@ -44,6 +47,7 @@ __all__ = [
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
+_AUDIO = "audio.json"
 
 # What a Hub repository is asked for: a checkpoint of ours, or one of diffusers. Not its pickles: most hold the weights twice.
 HUB_FILES = tuple(
@@ -53,6 +57,7 @@ HUB_FILES = tuple(
         "model_index.json",
         "config.json",
         "timesteps.json",
+        "audio.json",
         "scheduler_config.json",
         "model.safetensors",
         "diffusion_pytorch_model.safetensors",
@@ -166,11 +171,36 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     return Checkpoint(weights, load_config(path), read_safetensors(weights))
 
 
-def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
-    """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all. Timesteps that were fitted
-    to earlier weights in that folder are removed: they are not for these."""
+def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
+    """What the images of a checkpoint mean as sound; None where they are images.
+
+    Args:
+        path: the checkpoint, a folder or a file.
+        config: its network.
+
+    Raises:
+        ValueError: its description is damaged or of another network; the message names the file.
+    """
+    file = path / _AUDIO
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    with naming(file):
+        audio = AudioConfig.from_dict(values)
+        if audio.image_shape != config.image_shape:
+            raise ValueError(f"its sounds are images of shape {audio.image_shape}, the network's are {config.image_shape}")
+        if len(audio.labels or ()) != (config.num_classes or 0):
+            raise ValueError(f"it names {len(audio.labels or ())} classes, the network has {config.num_classes or 0}")
+    return audio
+
+
+def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor], audio: AudioConfig | None = None) -> None:
+    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not at
+    all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these."""
     folder.mkdir(parents=True, exist_ok=True)
     _timesteps_file(folder).unlink(missing_ok=True)
+    if audio is not None:
+        write_json(folder / _AUDIO, audio.to_dict())
     write_safetensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", config.to_dict())
 

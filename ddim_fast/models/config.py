@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import sys
-import typing
 from dataclasses import dataclass
 from typing import Any
+
+from .fields import Fields, require
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "UNetConfig", "preset_names"]
 
@@ -16,7 +14,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Fields):
     """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
     DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
 
@@ -66,8 +64,7 @@ class UNetConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, _FIELD_TYPES[field.name], getattr(self, field.name)))
+        super().__post_init__()
         for name in (
             "sample_size",
             "in_channels",
@@ -76,51 +73,51 @@ class UNetConfig:
             "norm_num_groups",
             "num_train_timesteps",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(
             len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
             self.channel_multipliers,
             "one positive integer a level",
         )
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
-        _require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
-        _require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
-        _require(
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
+        require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
+        require(
             self.prediction_type in PREDICTION_TYPES,
             "prediction_type",
             self.prediction_type,
             f"one of {', '.join(PREDICTION_TYPES)}",
         )
-        _require(
+        require(
             self.beta_schedule in BETA_SCHEDULES, "beta_schedule", self.beta_schedule, f"one of {', '.join(BETA_SCHEDULES)}"
         )
         for name in ("beta_start", "beta_end"):
-            _require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
+            require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
         # The frequencies of the time embedding are spread over this difference.
-        _require(
+        require(
             self.freq_shift != self.base_channels // 2,
             "freq_shift",
             self.freq_shift,
             "other than half of base_channels",
         )
         halvings = 2 ** (len(self.channel_multipliers) - 1)
-        _require(
+        require(
             self.sample_size % halvings == 0,
             "sample_size",
             self.sample_size,
             f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels",
         )
         for width in self.level_channels:
-            _require(
+            require(
                 width % self.norm_num_groups == 0,
                 "norm_num_groups",
                 self.norm_num_groups,
                 f"a divisor of every level's width, {width} among them",
             )
             if self.attention_head_dim is not None:
-                _require(
+                require(
                     self.attention_head_dim >= 1 and width % self.attention_head_dim == 0,
                     "attention_head_dim",
                     self.attention_head_dim,
@@ -148,24 +145,6 @@ class UNetConfig:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls.from_dict({**_PRESETS[name], **overrides})
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing."""
-        unknown = sorted(set(values) - set(_FIELD_TYPES))
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], _FIELD_TYPES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
-        if "sample_size" not in values:
-            raise ValueError("the configuration lacks 'sample_size'")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-
-_FIELD_TYPES = typing.get_type_hints(UNetConfig)
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-64": {"sample_size": 32, "base_channels": 64},
@@ -181,34 +160,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "dropout": 0.0,
     },
+    # Sounds, which AudioConfig.preset describes.
+    "digits-mel": {
+        "sample_size": 16,
+        "in_channels": 16,
+        "base_channels": 64,
+        "channel_multipliers": (1, 2, 2),
+        "layers_per_block": 1,
+        "attention_resolutions": (8,),
+        "norm_num_groups": 8,
+    },
 }
 
 
 def preset_names() -> tuple[str, ...]:
     """The names :meth:`UNetConfig.preset` knows."""
     return tuple(_PRESETS)
-
-
-def _checked(name: str, expected: Any, value: Any) -> Any:
-    """``value`` as the field's type, or a ValueError: config.json is a user's input like any other."""
-    options = typing.get_args(expected) if type(None) in typing.get_args(expected) else (expected,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if kind == tuple[int, ...]:
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise ValueError(f"{name} must be a list of integers; got {value!r}")
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if type(value) is kind and kind is not float:
-        return value
-    raise ValueError(f"{name} must be {_KIND_NAMES[kind]}; got {value!r}")
-
-
-_KIND_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
-
-
-def _require(holds: bool, name: str, value: Any, right: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {right}; got {value!r}")

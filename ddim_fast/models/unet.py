@@ -20,7 +20,8 @@ from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import HUB_FILES, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
+from .audio import AudioConfig
+from .checkpoint import HUB_FILES, load_audio, load_checkpoint, load_timesteps, resolve_model, save_checkpoint
 from .config import UNetConfig
 
 __all__ = ["UNet"]
@@ -43,9 +44,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     Attributes:
         fitted_timesteps: by their number, the timesteps that spacing ``adaptive`` samples with, where the checkpoint has some.
+        audio: what its images mean as sound, where they do.
     """
 
     fitted_timesteps: dict[int, list[int]] | None = None
+    audio: AudioConfig | None = None
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -224,10 +227,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         model.load_state_dict(checkpoint.state_dict(shapes), assign=True)
         model.fitted_timesteps = load_timesteps(path, checkpoint.config.num_train_timesteps)
+        model.audio = load_audio(path, checkpoint.config)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_checkpoint(save_directory, self.config, self.state_dict())
+        save_checkpoint(save_directory, self.config, self.state_dict(), self.audio)
 
     def _has_attention(self, level: int) -> bool:
         return self.config.sample_size // 2**level in self.config.attention_resolutions

@@ -149,7 +149,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
-        save_checkpoint(folder, self.model.config, self.ema.state_dict())
+        save_checkpoint(folder, self.model.config, self.ema.state_dict(), self.model.audio)
         buffer = io.BytesIO()
         torch.save(
             {
