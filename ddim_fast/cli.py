@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .diffusion.sampler import Sampler
+    from .models.audio import AudioConfig
 
 __all__ = [
     "CONVERT_HELP",
@@ -74,7 +75,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1."""
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
         text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
@@ -132,8 +133,11 @@ def parse_eta(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
 
 
-def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> list[int] | None:
-    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn.
+def seed_labels(
+    classes: str, seeds: Sequence[int], num_classes: int | None, audio: AudioConfig | None = None
+) -> list[int] | None:
+    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of numbers or, where the model is
+    one of sounds, of names.
 
     Raises:
         ValueError: the classes are no list, or the model is unconditional.
@@ -145,8 +149,11 @@ def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> 
     if classes == "all":
         return [seed % num_classes for seed in seeds]
     try:
-        chosen = parse_integers(classes)
-    except argparse.ArgumentTypeError as error:
+        if audio is None:
+            chosen = parse_integers(classes)
+        else:
+            chosen = [number for name in classes.split(",") for number in audio.class_numbers(name)]
+    except (argparse.ArgumentTypeError, ValueError) as error:
         raise ValueError(f"--class: {error}") from None
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
 

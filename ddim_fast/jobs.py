@@ -19,7 +19,7 @@ from .media import to_uint8
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .deploy.onnx_sampler import OnnxSampler
     from .diffusion.sampler import Sampler
@@ -55,6 +55,7 @@ class Job:
         guidance: scale of classifier-free guidance, or None.
         watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
             captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
+        convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see :meth:`ddim_fast.outputs.Output.convert`.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Job:
         batches: Batches,
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
+        convert: Callable[[Tensor | np.ndarray], np.ndarray] = to_uint8,
     ) -> None:
-        self.sampler, self.batches, self.guidance, self.watch = sampler, batches, guidance, watch
+        self.sampler, self.batches, self.guidance, self.watch, self.convert = sampler, batches, guidance, watch, convert
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
@@ -87,7 +89,7 @@ class Job:
         self._within_memory(compute)
 
     def pictures(self, k: int) -> np.ndarray:
-        """The images of batch k: (n, H, W, C) uint8.
+        """The images of batch k, converted: to (n, H, W, C) uint8, if not to sounds.
 
         Raises:
             RuntimeError: there is not enough memory for a single image.
@@ -106,7 +108,7 @@ class Job:
             images = images[: len(self.batches[k][0])]
             if not (abs(images) < float("inf")).all():
                 raise ValueError("the samples are not finite; try --dtype float32")
-            return to_uint8(images)
+            return self.convert(images)
 
         return self._within_memory(compute)
 

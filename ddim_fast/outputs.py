@@ -18,16 +18,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from .files import atomic_write
-from .media import save_image
+from .media import save_image, to_uint8
 from .models.checkpoint import naming, write_json
 
-__all__ = ["GRID", "RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GRID", "RECORD", "Batches", "NpzFile", "Output", "PngFolder", "SeedFolder"]
 
 RECORD = "sampling.json"
 GRID = "grid.png"
@@ -85,13 +88,29 @@ class Output(abc.ABC):
     def is_whole(self, k: int, file: Path) -> bool:
         """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
 
+    def convert(self, images: Tensor | np.ndarray) -> np.ndarray:
+        """What is written of a sampler's images, (n, C, H, W) in [-1, 1]: here (n, H, W, C) uint8 pictures."""
+        return to_uint8(images)
+
     @abc.abstractmethod
-    def write(self, k: int, pictures: np.ndarray) -> None:
-        """Write the (n, H, W, C) uint8 pictures of batch k."""
+    def write(self, k: int, items: np.ndarray) -> None:
+        """Write batch k, as :meth:`convert` has made it."""
 
     @abc.abstractmethod
     def read(self, k: int) -> np.ndarray:
-        """The (n, H, W, C) uint8 pictures of batch k, which :meth:`write` has written."""
+        """What :meth:`write` has written for batch k."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) in [-1, 1]: what people are shown of a sampler's images."""
+        return images
+
+    def preview(self, count: int) -> np.ndarray:
+        """The first ``count`` images as people are shown them: (n, C, H, W) in [-1, 1]."""
+        return np.moveaxis(self._first(count), -1, 1) / np.float32(127.5) - 1
+
+    def _first(self, count: int) -> np.ndarray:
+        ks = range(min(len(self.batches), -(-count // self.batches.size)))
+        return np.concatenate([self.read(k) for k in ks])[:count]
 
     @abc.abstractmethod
     def finish(self) -> None:
@@ -148,12 +167,19 @@ class Output(abc.ABC):
         return [k for k in range(len(self.batches)) if not all(self.is_whole(k, file) for file in self.files(k))]
 
 
-class PngFolder(Output):
-    """A folder with a PNG a seed, ``000012.png`` for seed 12.
+class SeedFolder(Output):
+    """A folder with a file a seed, ``000012.png`` for seed 12.
+
+    Attributes:
+        suffix: of the files.
+        overview: the name of the picture of its first images.
 
     Raises:
         ValueError: a seed is named twice.
     """
+
+    suffix: str
+    overview: str
 
     def __init__(self, path: Path, batches: Batches) -> None:
         super().__init__(path, path, batches)
@@ -162,7 +188,22 @@ class PngFolder(Output):
             raise ValueError(f"--seeds names {seed} {times} times: a folder holds one image a seed, a .npz file holds them all")
 
     def files(self, k: int) -> list[Path]:
-        return [self.folder / f"{seed:06d}.png" for seed in self.batches[k][0]]
+        return [self.folder / f"{seed:06d}{self.suffix}" for seed in self.batches[k][0]]
+
+    def finish(self) -> None:
+        write_json(self.folder / RECORD, {**self.record(), "finished": True})
+
+    def remove_remains(self) -> None:
+        ours = rf"\d{{6,}}{re.escape(self.suffix)}|{re.escape(self.overview)}|{re.escape(RECORD)}"
+        for file in self.folder.iterdir():
+            if re.fullmatch(rf"\.({ours})\.\w{{8}}", file.name):  # see atomic_write
+                file.unlink()
+
+
+class PngFolder(SeedFolder):
+    """A folder with a PNG a seed."""
+
+    suffix, overview = ".png", GRID
 
     def is_whole(self, k: int, file: Path) -> bool:
         try:
@@ -172,8 +213,8 @@ class PngFolder(Output):
         except OSError:  # not there, or shorter than that
             return False
 
-    def write(self, k: int, pictures: np.ndarray) -> None:
-        for file, picture in zip(self.files(k), pictures, strict=True):
+    def write(self, k: int, items: np.ndarray) -> None:
+        for file, picture in zip(self.files(k), items, strict=True):
             save_image(file, picture)
 
     def read(self, k: int) -> np.ndarray:
@@ -182,16 +223,6 @@ class PngFolder(Output):
             with Image.open(file) as image:
                 pictures.append(np.asarray(image).reshape(self.batches.image_shape))
         return np.stack(pictures)
-
-    def finish(self) -> None:
-        write_json(self.folder / RECORD, {**self.record(), "finished": True})
-
-    def remove_remains(self) -> None:
-        for file in self.folder.iterdir():
-            if re.fullmatch(
-                rf"\.(\d{{6,}}\.png|{re.escape(GRID)}|{re.escape(RECORD)})\.\w{{8}}", file.name
-            ):  # see atomic_write
-                file.unlink()
 
 
 class NpzFile(Output):
@@ -214,9 +245,9 @@ class NpzFile(Output):
             return False
         return stored.dtype == np.uint8 and stored.shape == (len(self.batches[k][0]), *self.batches.image_shape)
 
-    def write(self, k: int, pictures: np.ndarray) -> None:
+    def write(self, k: int, items: np.ndarray) -> None:
         buffer = io.BytesIO()
-        np.save(buffer, pictures)
+        np.save(buffer, items)
         atomic_write(self.files(k)[0], buffer.getvalue())
 
     def read(self, k: int) -> np.ndarray:

@@ -43,9 +43,7 @@ class MelCodec(Codec):
     """Images are log-mel spectrograms, ``floor_db`` to ``ceiling_db``, in patches of fold x fold."""
 
     def encode(self, waves: np.ndarray) -> Tensor:
-        config = self.config
-        unit = (log_mel(waves, config) - config.floor_db) / (config.ceiling_db - config.floor_db)
-        return F.pixel_unshuffle(torch.from_numpy(2 * unit - 1)[:, None], config.fold)
+        return F.pixel_unshuffle(_spectrograms(waves, self.config), self.config.fold)
 
     def decode(self, images: Tensor) -> np.ndarray:
         return griffin_lim(self._decibels(images).cpu().numpy(), self.config).clip(-1, 1)
@@ -63,10 +61,39 @@ class MelCodec(Codec):
         return config.floor_db + unit * (config.ceiling_db - config.floor_db)
 
 
+def _spectrograms(waves: np.ndarray, config: AudioConfig) -> Tensor:
+    """(N, length) -> (N, 1, mels, frames) in [-1, 1], low notes first."""
+    unit = (log_mel(waves, config) - config.floor_db) / (config.ceiling_db - config.floor_db)
+    return torch.from_numpy(2 * unit - 1)[:, None]
+
+
+class WaveformCodec(Codec):
+    """Images are the sounds themselves, one row of ``fold`` channels: sample ``fold * i + c`` is channel c of position i."""
+
+    def encode(self, waves: np.ndarray) -> Tensor:
+        return torch.from_numpy(waves).unflatten(1, (-1, self.config.fold)).transpose(1, 2)[:, :, None].contiguous()
+
+    def decode(self, images: Tensor) -> np.ndarray:
+        return self._waves(images).clamp(-1, 1).cpu().numpy()
+
+    def spectrograms(self, images: Tensor) -> Tensor:
+        return _spectrograms(self.decode(images), self.config).flip(2)
+
+    def loudness(self, images: Tensor) -> Tensor:
+        config = self.config
+        waves = F.pad(self._waves(images), (config.margin, config.margin))
+        window = torch.hann_window(config.n_fft, device=waves.device)
+        squares = (waves.unfold(1, config.n_fft, config.hop) * window).square().sum(2) / window.square().sum()
+        return 10 * squares.clamp(min=10 ** (config.floor_db / 10)).log10()
+
+    def _waves(self, images: Tensor) -> Tensor:
+        return images[:, :, 0].transpose(1, 2).flatten(1)
+
+
 # ln 10 / 10: what makes a decibel of power a natural logarithm.
 _NEPERS = 0.2302585092994046
 
 
 def make_codec(config: AudioConfig) -> Codec:
     """The codec of ``config.kind``."""
-    return {"mel": MelCodec}[config.kind](config)
+    return {"mel": MelCodec, "waveform": WaveformCodec}[config.kind](config)

@@ -43,11 +43,11 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
     Args:
         spec: one of
 
-            - a sound file (WAV, FLAC, OGG, MP3), or a folder of them; a file's label is the folder inside it that the file lies in,
-              such as "7" or "7/jackson";
-            - a Parquet file, a pattern of them, or a folder with some, in the layout of the Hugging Face Hub: a column ``audio`` of
+            - a sound file (WAV, FLAC, OGG, MP3), or a folder of them; a file's label is the folder inside this one that it lies
+              in, such as "7" or "7/jackson";
+            - a Parquet file, a pattern of them, or a folder with some, in the Hugging Face Hub's layout: a column ``audio`` of
               encoded sounds, optionally ``label``, and with it ``speaker``. A label is then "LABEL/SPEAKER".
-        convert: mix the channels of a recording down to one, and resample it to the model's rate (librosa's, by soxr); otherwise
+        convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it,
             recordings of another kind are refused.
 
     Raises:

@@ -21,8 +21,8 @@ _MEL_ITERATIONS = 30
 def log_mel(waves: np.ndarray, config: AudioConfig) -> np.ndarray:
     """(N, length) in [-1, 1] -> (N, mels, frames) float32, decibels clipped to the config's range.
 
-    The filters overlap so that they add up to 1, and powers are scaled as Parseval's theorem says: the bands of a frame add up to
-    the mean square of its samples under the window.
+    The filters overlap so that they add up to 1, and powers are scaled as Parseval's theorem says: the bands of a frame add up
+    to the mean square of its samples under the window.
     """
     padded = np.pad(waves, ((0, 0), (config.margin, config.margin)))
     spectrum = librosa.stft(padded, n_fft=config.n_fft, hop_length=config.hop, center=False)
@@ -44,8 +44,9 @@ def griffin_lim(decibels: np.ndarray, config: AudioConfig) -> np.ndarray:
 
 
 def _without_filters(power: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """(N, mels, frames) -> (N, 1 + n_fft / 2, frames): powers that are nowhere negative, of which the filters make ``power`` but
-    for a small error (least squares by the multiplicative updates of Lee and Seung 2001, from the smoothest such spectrum)."""
+    """(N, mels, frames) -> (N, 1 + n_fft / 2, frames): powers that are nowhere negative, of which the filters make ``power``
+    but for a small error: least squares by the multiplicative updates of Lee and Seung 2001, beginning with a smooth spectrum.
+    """
     transposed = filters.T
     target, gram = transposed @ power, transposed @ filters
     spectrum = transposed @ (power / filters.sum(axis=1)[:, None])

@@ -20,10 +20,10 @@ class AudioConfig(Fields):
         kind: ``mel``, the image is a log-mel spectrogram; or ``waveform``, it is the sound itself.
         sample_rate: samples a second, of one channel.
         length: samples of a sound; a multiple of ``hop``.
-        fold: what is brought together in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` samples in a row of
-            a waveform. A network of fewer, wider positions costs less.
+        fold: what is brought together in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` samples in a row
+            of a waveform. A network of fewer, wider positions costs less.
         peak: a recording's level is brought to this largest value when it is read: levels of recordings are accidents.
-        labels: the names of the classes, in the order of their numbers, such as "7/jackson"; None for a network without classes.
+        labels: the names of the classes, in the order of their numbers, such as "7/jackson"; None without classes.
 
     Spectrogram, in which a waveform's loudness and picture are measured as well:
         n_fft: samples of a frame, under a Hann window.
@@ -102,4 +102,5 @@ class AudioConfig(Fields):
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "digits-mel": {"kind": "mel", "sample_rate": 8000, "length": 8192, "fold": 4},
+    "digits-waveform": {"kind": "waveform", "sample_rate": 8000, "length": 8192, "fold": 16, "peak": 1.0},
 }

@@ -195,8 +195,8 @@ def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
 
 
 def save_checkpoint(folder: Path, config: UNetConfig, state: dict[str, Tensor], audio: AudioConfig | None = None) -> None:
-    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not at
-    all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these."""
+    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not
+    at all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these."""
     folder.mkdir(parents=True, exist_ok=True)
     _timesteps_file(folder).unlink(missing_ok=True)
     if audio is not None:

@@ -19,12 +19,14 @@ class UNetConfig(Fields):
     DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
 
     Network:
-        sample_size: height and width of the images, in pixels; a multiple of 2**(levels - 1).
+        sample_size: height and width of the images, in pixels: one number for squares, or a pair. Both are multiples of
+            2**(levels - 1), except that a height of 1 makes the network one-dimensional: then convolutions are 1x3, and levels
+            halve the width alone.
         in_channels: image channels. The output has as many.
         base_channels: width C of the first level.
         channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
         layers_per_block: residual blocks a level on the way down (one more on the way up).
-        attention_resolutions: the heights at which each residual block is followed by self-attention.
+        attention_resolutions: the widths at which each residual block is followed by self-attention.
         attention_head_dim: channels a head, or None for a single head.
         dropout: probability, inside the residual blocks, in training only.
         norm_num_groups, norm_eps: of every GroupNorm.
@@ -42,7 +44,7 @@ class UNetConfig(Fields):
         ValueError: a field has an impossible value; the message names the field.
     """
 
-    sample_size: int
+    sample_size: int | tuple[int, int]
     in_channels: int = 3
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -65,8 +67,11 @@ class UNetConfig(Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        height, width = self.size
+        if height == width:
+            object.__setattr__(self, "sample_size", height)
+        require(min(height, width) >= 1, "sample_size", self.sample_size, "at least 1")
         for name in (
-            "sample_size",
             "in_channels",
             "base_channels",
             "layers_per_block",
@@ -104,7 +109,7 @@ class UNetConfig(Fields):
         )
         halvings = 2 ** (len(self.channel_multipliers) - 1)
         require(
-            self.sample_size % halvings == 0,
+            width % halvings == 0 and (self.one_dimensional or height % halvings == 0),
             "sample_size",
             self.sample_size,
             f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels",
@@ -132,7 +137,21 @@ class UNetConfig(Fields):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return (self.in_channels, self.sample_size, self.sample_size)
+        return (self.in_channels, *self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of one image."""
+        return self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
+
+    @property
+    def one_dimensional(self) -> bool:
+        """Whether images are signals along their width."""
+        return self.size[0] == 1
+
+    def attends(self, level: int) -> bool:
+        """Whether the residual blocks of a level are followed by self-attention."""
+        return self.size[1] // 2**level in self.attention_resolutions
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> UNetConfig:
@@ -160,7 +179,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "dropout": 0.0,
     },
-    # Sounds, which AudioConfig.preset describes.
+    # Sounds, which AudioConfig.preset describes: spectrograms, and waveforms.
     "digits-mel": {
         "sample_size": 16,
         "in_channels": 16,
@@ -168,6 +187,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "channel_multipliers": (1, 2, 2),
         "layers_per_block": 1,
         "attention_resolutions": (8,),
+        "norm_num_groups": 8,
+    },
+    "digits-waveform": {
+        "sample_size": (1, 512),
+        "in_channels": 16,
+        "base_channels": 64,
+        "channel_multipliers": (1, 2, 2, 2),
+        "layers_per_block": 1,
+        "attention_resolutions": (64,),
         "norm_num_groups": 8,
     },
 }

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import sys
+import types
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,21 +62,25 @@ def require(holds: bool, name: str, value: Any, right: str) -> None:
 
 def _checked(name: str, expected: Any, value: Any) -> Any:
     """``value`` as the field's type, or a ValueError."""
-    options = typing.get_args(expected) if type(None) in typing.get_args(expected) else (expected,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if kind in _LISTS:
-        item, plural = _LISTS[kind]
-        if isinstance(value, (list, tuple)) and all(type(v) is item for v in value):
-            return tuple(value)
-        raise ValueError(f"{name} must be a list of {plural}; got {value!r}")
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if type(value) is kind and kind is not float:
-        return value
-    raise ValueError(f"{name} must be {_KIND_NAMES[kind]}; got {value!r}")
+    kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for kind in kinds:
+        if kind in _LISTS:
+            item, length, _ = _LISTS[kind]
+            if isinstance(value, (list, tuple)) and all(type(v) is item for v in value) and length in (None, len(value)):
+                return tuple(value)
+        elif kind is float:
+            if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+                return float(value)
+        elif type(value) is kind:
+            return value
+    right = " or ".join(_LISTS[kind][2] if kind in _LISTS else _NAMES[kind] for kind in kinds if kind is not type(None))
+    raise ValueError(f"{name} must be {right}; got {value!r}")
 
 
-_LISTS = {tuple[int, ...]: (int, "integers"), tuple[str, ...]: (str, "strings")}
-_KIND_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+# The type of each item, how many there must be, and what to call them.
+_LISTS = {
+    tuple[int, ...]: (int, None, "a list of integers"),
+    tuple[int, int]: (int, 2, "a pair of integers"),
+    tuple[str, ...]: (str, None, "a list of strings"),
+}
+_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}

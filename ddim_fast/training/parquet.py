@@ -10,8 +10,8 @@ __all__ = ["read_parquet"]
 
 
 def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple]:
-    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None where there is no such
-    column.
+    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None where there is no
+    such column.
 
     Args:
         paths: the files.
