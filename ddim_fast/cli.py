@@ -14,19 +14,24 @@ from .models.checkpoint import DEFAULT_MODEL, resolve_model
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from .diffusion.sampler import Sampler
     from .models.audio import AudioConfig
+    from .models.config import UNetConfig
 
 __all__ = [
     "CONVERT_HELP",
     "DTYPES",
+    "IMAGES_HELP",
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
+    "load_labelled",
     "make_sampler",
     "parse_eta",
     "parse_integers",
+    "parse_label",
     "parse_positive",
     "parse_spacing",
     "run_command",
@@ -37,6 +42,7 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
+IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
@@ -133,6 +139,17 @@ def parse_eta(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
 
 
+def parse_label(text: str) -> str:
+    """A class number, or ``none``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
+    return text
+
+
 def seed_labels(
     classes: str, seeds: Sequence[int], num_classes: int | None, audio: AudioConfig | None = None
 ) -> list[int] | None:
@@ -167,6 +184,35 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     if name == "auto":
         return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
     return getattr(torch, name)
+
+
+def load_labelled(specs: Sequence[str], label: str | None, config: UNetConfig) -> tuple[Tensor, Tensor | None]:
+    """The images that a command is given, and their classes.
+
+    Args:
+        specs: data sets or image files, each as :func:`ddim_fast.training.data.load_images` takes one.
+        label: what :func:`parse_label` made of an option: the class of all of them; None for that of each, where the data has
+            classes and the network takes them.
+        config: the network.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1] of the network's size, and (N,) int64 or None. Whether the network has such classes is
+        left to the sampler.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`ddim_fast.training.data.load_images`.
+    """
+    import torch
+
+    from .training.data import load_images, to_unit_range
+
+    data = [load_images(spec, config.in_channels, config.sample_size) for spec in specs]
+    images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
+    if label is not None and label != "none":
+        return images, torch.full((len(images),), int(label))
+    if label == "none" or config.num_classes is None or any(part.labels is None for part in data):
+        return images, None
+    return images, torch.cat([part.labels for part in data])
 
 
 def add_sampler_options(parser: CommandParser) -> None:

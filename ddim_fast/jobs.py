@@ -55,6 +55,7 @@ class Job:
         guidance: scale of classifier-free guidance, or None.
         watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
             captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
+        guidance_interval: the timesteps that guidance is limited to, or None.
         convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see :meth:`ddim_fast.outputs.Output.convert`.
     """
 
@@ -64,9 +65,11 @@ class Job:
         batches: Batches,
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
+        guidance_interval: Sequence[int] | None = None,
         convert: Callable[[Tensor | np.ndarray], np.ndarray] = to_uint8,
     ) -> None:
-        self.sampler, self.batches, self.guidance, self.watch, self.convert = sampler, batches, guidance, watch, convert
+        self.sampler, self.batches, self.watch, self.convert = sampler, batches, watch, convert
+        self._guidance = {"guidance": guidance, "guidance_interval": guidance_interval}
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
@@ -76,7 +79,7 @@ class Job:
 
         def compute() -> None:
             seeds, labels = (None if part is None else part[: self._at_once] for part in self._filled(k))
-            request = {"seeds": seeds, "labels": labels, "guidance": self.guidance}
+            request = {"seeds": seeds, "labels": labels, **self._guidance}
             if self.sampler.runs_whole:  # all steps are one graph, and there is no part of it to try
                 self.sampler.sample(**request, batch_size=self._at_once)
             else:
@@ -101,7 +104,7 @@ class Job:
             images = self.sampler.sample(
                 seeds=seeds,
                 labels=labels,
-                guidance=self.guidance,
+                **self._guidance,
                 batch_size=self._at_once,
                 on_step=self._reporter(k, len(seeds)),
             )

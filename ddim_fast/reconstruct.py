@@ -10,12 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import CommandParser, add_sampler_options, make_sampler, run_command
+from .cli import IMAGES_HELP, CommandParser, add_sampler_options, load_labelled, make_sampler, parse_label, run_command
 from .diffusion.sampler import Sampler
 from .files import atomic_folder
 from .media import image_grid, save_image
 from .models.checkpoint import write_json
-from .training.data import ImageSet, load_images, to_unit_range
 
 _EXAMPLES = """\
   python -m ddim_fast.reconstruct photo.png --class 9
@@ -26,7 +25,6 @@ _EXAMPLES = """\
 # A picture of more is no longer one to look at.
 _SHOWN = 20
 
-_IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 _CLASS_HELP = (
     "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them)"
 )
@@ -35,10 +33,10 @@ _EXACT_HELP = "invert each step exactly, which takes five to ten times as long, 
 
 def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
-    p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
+    p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
-    p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_label, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
@@ -49,10 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sampler = make_sampler(parser, arguments)
     with parser.usage_errors():
-        config = sampler.config
-        data = [load_images(spec, config.in_channels, config.sample_size) for spec in arguments.images]
-        images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
-        labels = _labels(arguments.label, data, config.num_classes)
+        images, labels = load_labelled(arguments.images, arguments.label, sampler.config)
         sampler.check(x_T=images, labels=labels, guidance=arguments.guidance)
     try:
         with atomic_folder(arguments.out) as out:
@@ -88,21 +83,6 @@ def _reconstruct(sampler: Sampler, images: Tensor, labels: Tensor | None, argume
     rows = torch.cat([images[:_SHOWN], noise[:_SHOWN] / 3, again[:_SHOWN]])
     save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
     return errors
-
-
-def _labels(chosen: str | None, data: list[ImageSet], classes: int | None) -> Tensor | None:
-    """One class an image, or None for no class."""
-    if chosen is not None and chosen != "none":
-        return torch.full((sum(map(len, data)),), int(chosen))  # one that the model has not is told by the sampler
-    if chosen == "none" or classes is None or any(part.labels is None for part in data):
-        return None
-    return torch.cat([part.labels for part in data])
-
-
-def _label(text: str) -> str:
-    if text != "none" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
-    return text
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from .cli import (
     select_dtype,
 )
 from .devices import pick_device
+from .diffusion.guidance import guided_steps
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
@@ -77,6 +78,7 @@ def _parser() -> CommandParser:
     p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=_INTERVAL_HELP)
     p.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     p.add_argument("--engine", choices=_ENGINES, default="auto", help=_ENGINE_HELP)
     p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
@@ -106,6 +108,7 @@ _TOLERANCE_HELP = (
     "0.05; each image takes the steps it needs"
 )
 _SPACING_HELP = f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0"
+_INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
 _COMPILE_HELP = (
     "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
     "on a CPU this package's C++ operators, or torch.compile where those were not built"
@@ -147,7 +150,12 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
     with parser.usage_errors():
         labels = seed_labels(arguments.classes, arguments.seeds, config.num_classes, audio)
         # Before anything is written or computed.
-        sampler.check(seeds=arguments.seeds, labels=labels, guidance=arguments.guidance)
+        sampler.check(
+            seeds=arguments.seeds,
+            labels=labels,
+            guidance=arguments.guidance,
+            guidance_interval=arguments.guidance_interval,
+        )
         if arguments.tolerance is not None and arguments.trajectory is not None:
             parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
         if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
@@ -252,7 +260,7 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
 
 def _settings(
     arguments: argparse.Namespace, sampler: Sampler | OnnxSampler, labels: list[int] | None, checksum: str
-) -> dict[str, str | float | None]:
+) -> dict[str, str | float | list[int] | None]:
     """What decides the images, by option: the record that an unfinished output is compared with."""
     return {
         "model": f"sha256:{checksum}",
@@ -266,6 +274,7 @@ def _settings(
         "eta": arguments.eta,
         "clip": arguments.clip,
         "guidance": arguments.guidance,
+        "guidance-interval": arguments.guidance_interval,
         "batch-size": arguments.batch_size,
         "engine": sampler.engine,
         "reuse": arguments.reuse,
@@ -340,7 +349,7 @@ def _run(
 
         return on_step
 
-    job = Job(sampler, batches, arguments.guidance, watch, output.convert)
+    job = Job(sampler, batches, arguments.guidance, watch, arguments.guidance_interval, output.convert)
     try:
         started = time.perf_counter()
         if share:
@@ -382,7 +391,8 @@ def _summary(sampler: Sampler | OnnxSampler, count: int, seconds: float, warm_up
             f"{count / seconds:.2f} images/s, those of the last batch by {sampler.evaluations.float().mean():.1f} network "
             f"evaluations each (warm-up {warm_up:.1f} s)"
         )
-    evaluations = count * steps * (2 if arguments.guidance not in (None, 1) else 1)
+    guided = guided_steps(sampler.timesteps, arguments.guidance, arguments.guidance_interval)
+    evaluations = count * (steps + guided.sum())
     named = arguments.spacing in SPACINGS and steps != arguments.steps
     note = f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps\n" if named else ""
     return note + (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..diffusion.guidance import guided_steps
 from ..diffusion.request import check_request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
@@ -102,6 +103,7 @@ class OnnxSampler:
         x_T: np.ndarray | None = None,
         labels: int | Sequence[int] | np.ndarray | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
     ) -> np.ndarray:
@@ -115,12 +117,12 @@ class OnnxSampler:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        request = self._request(seeds, x_T, labels, guidance)
+        request = self._request(seeds, x_T, labels, guidance, guidance_interval)
         images = np.empty((len(request.seeds), *self.config.image_shape), np.float32)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             batch = request.part(part)
-            if self.runs_whole and on_step is None:
+            if self.runs_whole and on_step is None and request.guidance_interval is None:
                 images[part] = self._whole(batch)
             else:
                 for state in self._steps(batch):
@@ -136,9 +138,10 @@ class OnnxSampler:
         x_T: np.ndarray | None = None,
         labels: int | Sequence[int] | np.ndarray | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
     ) -> Iterator[SamplerState]:
         """The states of one batch, one after each step; arguments as of :meth:`sample`."""
-        return self._steps(self._request(seeds, x_T, labels, guidance))
+        return self._steps(self._request(seeds, x_T, labels, guidance, guidance_interval))
 
     def check(
         self,
@@ -147,9 +150,10 @@ class OnnxSampler:
         x_T: np.ndarray | None = None,
         labels: int | Sequence[int] | np.ndarray | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
     ) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
-        self._request(seeds, x_T, labels, guidance)
+        self._request(seeds, x_T, labels, guidance, guidance_interval)
 
     def load(self) -> None:
         """Read and check the model that :meth:`sample` calls, which otherwise happens at its first image.
@@ -168,14 +172,15 @@ class OnnxSampler:
         return self._sampler(inputs, x.shape)
 
     def _steps(self, batch: _Request) -> Iterator[SamplerState]:
-        count, guided, solver = len(batch.seeds), batch.guidance is not None, self.solver
+        count, solver = len(batch.seeds), self.solver
         inputs: dict[str, np.ndarray] = {}
-        if self.config.num_classes is not None:
-            none = np.full_like(batch.labels, self.config.num_classes)
-            inputs["labels"] = np.concatenate([none, batch.labels]) if guided else batch.labels
+        guided_at = guided_steps(self.timesteps, batch.guidance, batch.guidance_interval)
         state: tuple[np.ndarray, ...] = (batch.start(self.config.image_shape),) * (1 + solver.memory)
-        for i, timestep in enumerate(self.timesteps.tolist()):
+        for i, (timestep, guided) in enumerate(zip(self.timesteps.tolist(), guided_at, strict=True)):
             x = state[0]
+            if self.config.num_classes is not None:
+                none = np.full_like(batch.labels, self.config.num_classes)
+                inputs["labels"] = np.concatenate([none, batch.labels]) if guided else batch.labels
             inputs["x"] = np.concatenate([x, x]) if guided else x
             inputs["timesteps"] = np.full(len(inputs["x"]), timestep)
             output = self._network(inputs, inputs["x"].shape)
@@ -197,17 +202,25 @@ class OnnxSampler:
     def _network(self) -> Session:
         return Session(self.folder.model(UNET), self.provider, cuda_graph=self._cuda_graph)
 
-    def _request(self, seeds: Any, x_T: Any, labels: Any, guidance: float | None) -> _Request:
+    def _request(
+        self, seeds: Any, x_T: Any, labels: Any, guidance: float | None, guidance_interval: Sequence[int] | None
+    ) -> _Request:
         """What is asked for, checked."""
         x_T = None if x_T is None else np.ascontiguousarray(x_T, np.float32)
         checked = check_request(
-            self.config, stochastic=self.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
+            self.config,
+            stochastic=self.solver.stochastic,
+            seeds=seeds,
+            x_T=x_T,
+            labels=labels,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
         )
         labels, classes = checked.labels, self.config.num_classes
         if labels is None and classes is not None:
             labels = np.full(checked.count, classes, np.int64)
         seeds = np.array([0] * checked.count if checked.seeds is None else checked.seeds, np.int64)
-        return _Request(seeds, x_T, labels, checked.guidance)
+        return _Request(seeds, x_T, labels, checked.guidance, checked.guidance_interval)
 
 
 @dataclass(frozen=True)
@@ -218,11 +231,12 @@ class _Request:
     x_T: np.ndarray | None
     labels: np.ndarray | None
     guidance: float | None
+    guidance_interval: tuple[int, int] | None
 
     def part(self, rows: slice) -> _Request:
         """Some of the images."""
         x_T, labels = (None if array is None else array[rows] for array in (self.x_T, self.labels))
-        return _Request(self.seeds[rows], x_T, labels, self.guidance)
+        return replace(self, seeds=self.seeds[rows], x_T=x_T, labels=labels)
 
     def start(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise to start from; not drawn before it is needed, for a request may be large."""

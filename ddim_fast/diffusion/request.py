@@ -9,7 +9,7 @@ import numpy as np
 
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
-from .guidance import check_guidance
+from .guidance import check_guidance, check_interval
 
 __all__ = ["Checked", "check_request"]
 
@@ -22,12 +22,14 @@ class Checked(NamedTuple):
         seeds: N whole numbers, or None.
         labels: (N,) int64, or None for no label.
         guidance: the scale, None where it changes nothing.
+        guidance_interval: the timesteps that it is limited to, or None.
     """
 
     count: int
     seeds: list[int] | None
     labels: np.ndarray | None
     guidance: float | None
+    guidance_interval: tuple[int, int] | None
 
 
 def check_request(
@@ -38,13 +40,14 @@ def check_request(
     x_T: Any,
     labels: Any,
     guidance: float | None,
+    guidance_interval: Sequence[int] | None = None,
 ) -> Checked:
     """The arguments of :meth:`ddim_fast.Sampler.sample`.
 
     Args:
         config: the network.
         stochastic: whether the solver draws noise, for which it needs seeds.
-        seeds, x_T, labels, guidance: as there; x_T and labels of torch or of numpy.
+        seeds, x_T, labels, guidance, guidance_interval: as there; x_T and labels of torch or of numpy.
 
     Raises:
         ValueError: they do not fit each other or the network; the message names what does not.
@@ -58,8 +61,13 @@ def check_request(
     count = len(x_T if seeds is None else seeds)
     if x_T is not None and len(x_T) != count:
         raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
-    checked = None if seeds is None else check_seeds(seeds)
-    return Checked(count, checked, _check_labels(labels, count, config.num_classes), check_guidance(guidance, labels))
+    return Checked(
+        count,
+        None if seeds is None else check_seeds(seeds),
+        _check_labels(labels, count, config.num_classes),
+        check_guidance(guidance, labels),
+        check_interval(guidance_interval, guidance, config.num_train_timesteps),
+    )
 
 
 def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarray | None:

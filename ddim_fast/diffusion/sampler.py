@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
+from .guidance import ClassifierGuidance, Gradient, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
 from .request import check_request
@@ -83,21 +84,49 @@ class Sampler:
         self.schedule = NoiseSchedule.from_config(model.config)
         if spacing == ADAPTIVE:
             spacing = _fitted(model, steps)
-        explicit = not isinstance(spacing, str)
-        self.timesteps = select_timesteps(self.schedule, None if explicit else steps, spacing)
+        self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self.tolerance = tolerance
-        self.evaluations: Tensor | None = None
         self._clip = clip_sample_range
         self.eta = eta
         self._network = Network(self.model, dtype)
         self.engine = select_engine(engine, self.device)
         self.dtype = dtype
-        # After the last step nothing is left of the noise.
-        self._levels = np.append(self.schedule.alphas_cumprod[self.timesteps], 1.0)
-        self.solver = make_solver(solver, self._levels, eta, model.config.prediction_type, clip_sample_range)
+        self.reuse = reuse
+        self._solver = solver
+        self._take_timesteps(select_timesteps(self.schedule, self._steps, spacing))
+        self._later: dict[int, Sampler] = {}
         if dtype == torch.int8:
             self._network.quantise(self._sample_for_calibration)
-        self._engine = make_engine(self.engine, OneStep(self._network, self.solver, reuse))
+
+    def _take_timesteps(self, timesteps: np.ndarray) -> None:
+        """All that depends on the timesteps."""
+        self.timesteps = timesteps
+        # After the last step nothing is left of the noise.
+        self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
+        self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
+        self._engine = make_engine(self.engine, OneStep(self._network, self.solver, self.reuse))
+        self._inversion: tuple[np.ndarray, Engine] | None = None
+        self.evaluations: Tensor | None = None
+
+    def starting_at(self, timestep: int) -> Sampler:
+        """This sampler for the last part of the way, in as many steps: its x_T is an image with the noise of its first
+        timestep. The network is shared, and the same sampler is returned for the same timestep.
+
+        Args:
+            timestep: 0 to T - 1; spacings are made as if the noise schedule ended there, and of listed or adaptive timesteps
+                those up to it are left.
+
+        Raises:
+            ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
+        """
+        if self.tolerance is not None:
+            raise ValueError("with a tolerance sampling starts from noise alone; name steps instead")
+        if timestep not in self._later:
+            steps = self._steps and min(self._steps, timestep + 1)
+            later = copy.copy(self)
+            later._take_timesteps(select_timesteps(self.schedule, steps, self._spacing, timestep))
+            self._later[timestep] = later
+        return self._later[timestep]
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +145,8 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
+        gradient: Gradient | None = None,
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
     ) -> Tensor:
@@ -128,6 +159,13 @@ class Sampler:
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022);
                 None or 1 for none.
+            guidance_interval: (t_low, t_high), the timesteps of the steps that are guided, both included; outside, the network
+                is evaluated once (Kynkaanniemi et al. 2024, arXiv 2404.07724). None for all steps.
+            gradient: classifier guidance (Dhariwal and Nichol 2021): a function (x_t, timestep, x_0) -> the gradient of
+                log p(condition | x_t) with respect to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep
+                a () int64 tensor beside it, and x_0 what the network predicts there. It is called in each step, with gradients
+                enabled, and is not compiled. :func:`ddim_fast.diffusion.guidance.likelihood_gradient` makes one from a function
+                of x_0.
             batch_size: images a network call.
             on_step: called with the state after each step of each batch, for a progress bar or a film.
 
@@ -135,21 +173,18 @@ class Sampler:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
 
         Raises:
-            ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
+            ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
+                or has a tolerance, so that nothing can be called between its steps.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        request = _Request.check(self, seeds, x_T, labels, guidance)
+        request = _Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient)
         if self.tolerance is not None:
-            return self._sample_controlled(request, batch_size, on_step)
-        self.evaluations = torch.full((len(request),), len(self.timesteps) * (1 if request.guidance is None else 2))
-        images = []
-        for start in range(0, len(request), batch_size):
-            batch = request[start : start + batch_size]
-            full = min(batch_size, len(request))
-            padded = batch.padded(full) if self._engine.one_size else batch
-            images.append(self._sample(padded, on_step)[: len(batch)])
-        return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
+            if on_step is not None:
+                raise ValueError(_NO_STEPS)
+            self.evaluations = torch.empty(0, dtype=torch.int64)
+            return self._in_batches(request, batch_size, self._sample_controlled)
+        guided = guided_steps(self.timesteps, request.guidance, request.guidance_interval)
+        self.evaluations = torch.full((len(request),), len(guided) + int(guided.sum()))
+        return self._in_batches(request, batch_size, lambda batch: self._sample(batch, on_step))
 
     def trajectory(
         self,
@@ -158,6 +193,8 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
+        gradient: Gradient | None = None,
     ) -> Iterator[SamplerState]:
         """The states of one batch, one after each step; arguments as in :meth:`sample`.
 
@@ -166,7 +203,25 @@ class Sampler:
         """
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
-        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance))
+        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient))
+
+    def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Images in the noise of the first timestep (Ho et al. 2020, eq. 4), as an x_T of :meth:`sample`.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            seeds: N integers, one an image, which :meth:`sample` would make the same noise from.
+
+        Returns:
+            (N, C, H, W) float32 on the network's device.
+
+        Raises:
+            ValueError: the images do not fit the network or the seeds.
+        """
+        request = _Request.check(self, seeds, images, None, None)
+        level = float(self._levels[0])
+        noise = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
+        return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
 
     def check(
         self,
@@ -175,9 +230,10 @@ class Sampler:
         x_T: Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
     ) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
-        _Request.check(self, seeds, x_T, labels, guidance)
+        _Request.check(self, seeds, x_T, labels, guidance, guidance_interval)
 
     @torch.no_grad()
     def encode(
@@ -186,17 +242,20 @@ class Sampler:
         *,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
         exact: bool = False,
+        batch_size: int = 64,
     ) -> Tensor:
         """The noise x_T from which deterministic DDIM makes ``images``: the sampler's ODE followed towards more noise along the
         same timesteps (Song et al. 2021, section 4.3 and eq. 14). Its error falls with the number of steps.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            labels, guidance: as in :meth:`sample`.
+            labels, guidance, guidance_interval: as in :meth:`sample`.
             exact: solve for the inverse of each step, by five to ten evaluations of the network a step, more where steps are
                 few: the images come back but for rounding. See :func:`ddim_fast.diffusion.inversion.inverse_step`. For the
                 ``ddim`` solver, without clipping or ``reuse``.
+            batch_size: images a network call.
 
         Returns:
             (N, C, H, W) float32: ``sampler.sample(x_T=...)`` gives the images back.
@@ -206,11 +265,16 @@ class Sampler:
         """
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
-        request = _Request.check(self, None, images, labels, guidance)
+        request = _Request.check(self, None, images, labels, guidance, guidance_interval)
         if exact:
-            return self._encode_exactly(request)
+            return self._in_batches(request, batch_size, self._encode_exactly)
+        if self._inversion is None:
+            timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
+            self._inversion = timesteps, make_engine(self.engine, OneStep(self._network, update))
         timesteps, engine = self._inversion
-        return engine.last(self._run(request, timesteps, engine.one_step.update.table))
+        return self._in_batches(
+            request, batch_size, lambda batch: engine.last(self._run(batch, timesteps, engine.one_step.update.table))
+        )
 
     @torch.no_grad()
     def restore(
@@ -266,19 +330,27 @@ class Sampler:
         run = dataclasses.replace(self._run(request, timesteps, table), seeds=request.seeds)
         return engine.last(run)
 
+    def _in_batches(self, request: _Request, batch_size: int, compute: Callable[[_Request], Tensor]) -> Tensor:
+        """What ``compute`` makes of a request, ``batch_size`` images at a time."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        images = [torch.empty(0, *self.config.image_shape, device=self.device)]
+        for start in range(0, len(request), batch_size):
+            batch = request[start : start + batch_size]
+            full = min(batch_size, len(request))
+            padded = batch.padded(full) if self._engine.one_size else batch
+            images.append(compute(padded)[: len(batch)])
+        return torch.cat(images)
+
     def _encode_exactly(self, request: _Request) -> Tensor:
-        if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self._engine.one_step.reuse > 1:
+        if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self.reuse > 1:
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
         run = self._run(request, self.timesteps, self.solver.table)
         x = run.x
-        for index, coefficients in zip(reversed(run.steps.unbind()), reversed(self.solver.coefficients), strict=True):
-            x = inverse_step(lambda x, index=index: self._engine.step((x,), run, index, None)[0][0], coefficients, x)
+        for number, coefficients in reversed(list(enumerate(self.solver.coefficients))):
+            at, index = run.at(number), run.steps[number]
+            x = inverse_step(lambda x, at=at, index=index: self._engine.step((x,), at, index, None)[0][0], coefficients, x)
         return x
-
-    @functools.cached_property
-    def _inversion(self) -> tuple[np.ndarray, Engine]:
-        timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
-        return timesteps, make_engine(self.engine, OneStep(self._network, update))
 
     @torch.no_grad()
     def _sample_for_calibration(self) -> None:
@@ -290,29 +362,23 @@ class Sampler:
         make_engine("eager", OneStep(self._network, self.solver)).last(self._run(request, self.timesteps, self.solver.table))
 
     @torch.no_grad()
-    def _sample_controlled(self, request: _Request, batch_size: int, on_step: Callable[[SamplerState], None] | None) -> Tensor:
-        if on_step is not None:
-            raise ValueError(_NO_STEPS)
+    def _sample_controlled(self, request: _Request) -> Tensor:
         index = torch.zeros((), dtype=torch.int64, device=self.device)
-        images, evaluations = [], []
-        for start in range(0, len(request), batch_size):
-            batch = request[start : start + batch_size]
-            guided = batch.guidance is not None
+        guidance, interval = request.guidance, request.guidance_interval
 
-            def evaluate(x: Tensor, timesteps: Tensor, which: Tensor, batch: _Request = batch, guided: bool = guided) -> Tensor:
-                labels = None if batch.labels is None else batch.labels[which]
-                conditions = self._network.conditions_each(timesteps, labels, guided)
-                if not guided:
-                    return self._network(x, conditions, index)
-                unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
-                return torch.lerp(unconditional, conditional, batch.guidance)
+        def evaluate(x: Tensor, timesteps: Tensor, which: Tensor) -> Tensor:
+            labels = None if request.labels is None else request.labels[which]
+            conditions = self._network.conditions_each(timesteps, labels, guidance is not None)
+            if guidance is None:
+                return self._network(x, conditions, index)
+            unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
+            scale = torch.where(guided_steps(timesteps, guidance, interval), guidance, 1.0)
+            return torch.lerp(unconditional, conditional, scale[:, None, None, None])
 
-            x = self._initial(batch)
-            result = solve_controlled(evaluate, x, self.schedule, self.config.prediction_type, self.tolerance, self._clip)
-            images.append(result[0])
-            evaluations.append(result[1].cpu() * (2 if guided else 1))
-        self.evaluations = torch.cat(evaluations) if evaluations else torch.empty(0, dtype=torch.int64)
-        return torch.cat(images) if images else torch.empty(0, *self.config.image_shape, device=self.device)
+        x, prediction_type = self._initial(request), self.config.prediction_type
+        images, evaluations = solve_controlled(evaluate, x, self.schedule, prediction_type, self.tolerance, self._clip)
+        self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (1 if guidance is None else 2)])
+        return images
 
     def _initial(self, request: _Request) -> Tensor:
         if request.x_T is not None:
@@ -339,6 +405,7 @@ class Sampler:
         """All that can be done before the first step."""
         device, guidance = self.device, request.guidance
         on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
+        guided = guided_steps(timesteps, guidance, request.guidance_interval)
         return Run(
             x=self._initial(request),
             conditions=self._network.conditions(on_device, request.labels, guided=guidance is not None),
@@ -346,7 +413,13 @@ class Sampler:
             steps=torch.arange(len(timesteps), device=device),
             seeds=request.seeds if self.solver.stochastic else None,
             guidance=None if guidance is None else torch.tensor(guidance, device=device),
+            correction=None if request.gradient is None else self._classifier_guidance(request.gradient, on_device),
+            unguided=frozenset(() if guidance is None else np.flatnonzero(~guided).tolist()),
         )
+
+    def _classifier_guidance(self, gradient: Gradient, timesteps: Tensor) -> ClassifierGuidance:
+        """For runs of :meth:`sample`."""
+        return ClassifierGuidance(gradient, timesteps, self._levels[:-1], self.config.prediction_type, self.solver.clip)
 
 
 _NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
@@ -391,6 +464,8 @@ class _Request:
     x_T: Tensor | None
     labels: Tensor | None
     guidance: float | None
+    guidance_interval: tuple[int, int] | None = None
+    gradient: Gradient | None = None
 
     @classmethod
     def check(
@@ -400,16 +475,35 @@ class _Request:
         x_T: Tensor | None,
         labels: int | Sequence[int] | Tensor | None,
         guidance: float | None,
+        guidance_interval: Sequence[int] | None = None,
+        gradient: Gradient | None = None,
     ) -> _Request:
         device = sampler.device
+        if gradient is not None and sampler.runs_whole:
+            raise ValueError(
+                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
+                "use engine eager or compiled, and fixed steps"
+            )
         checked = check_request(
-            sampler.config, stochastic=sampler.solver.stochastic, seeds=seeds, x_T=x_T, labels=labels, guidance=guidance
+            sampler.config,
+            stochastic=sampler.solver.stochastic,
+            seeds=seeds,
+            x_T=x_T,
+            labels=labels,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
         )
+        if checked.guidance_interval is not None and sampler.reuse > 1:
+            raise ValueError(
+                f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {sampler.reuse}"
+            )
         return cls(
             None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
             None if x_T is None else x_T.to(device, torch.float32).contiguous(),
             None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
             checked.guidance,
+            checked.guidance_interval,
+            gradient,
         )
 
     def __len__(self) -> int:
@@ -424,4 +518,5 @@ class _Request:
         return self._map(lambda t: torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])) if missing else self
 
     def _map(self, f) -> _Request:
-        return _Request(*(None if t is None else f(t) for t in (self.seeds, self.x_T, self.labels)), self.guidance)
+        tensors = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
+        return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})

@@ -14,7 +14,9 @@ __all__ = ["ADAPTIVE", "SPACINGS", "select_timesteps"]
 ADAPTIVE = "adaptive"
 
 
-def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | Sequence[int] = "quadratic") -> np.ndarray:
+def select_timesteps(
+    schedule: NoiseSchedule, steps: int | None, spacing: str | Sequence[int] = "quadratic", start: int | None = None
+) -> np.ndarray:
     """The timesteps of a sampling run, noisiest first.
 
     With T training timesteps, S steps and i = 0..S-1 (noise grows with i):
@@ -38,6 +40,8 @@ def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | 
         schedule: the noise schedule.
         steps: S, from 1 to T; may be None with an explicit list.
         spacing: a name from above, or the timesteps themselves, in either direction, distinct.
+        start: for a run from images that have only some of the noise, the largest timestep: the schedule is taken to end there,
+            and of a list what lies beyond it is left out. None for the whole schedule.
 
     Returns:
         (S,) int64, falling.
@@ -46,8 +50,14 @@ def select_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str | 
         ValueError: there is no such spacing, or S is impossible for it, or the list is not one of distinct timesteps.
     """
     total = schedule.num_train_timesteps
+    if start is not None:
+        if not isinstance(start, (int, np.integer)) or not 0 <= start < total:
+            raise ValueError(f"start must be a timestep from 0 to {total - 1}; got {start!r}")
+        if isinstance(spacing, str):
+            return select_timesteps(NoiseSchedule(schedule.betas[: start + 1]), steps, spacing)
     if not isinstance(spacing, str):
-        return _explicit(spacing, steps, total)
+        listed = _explicit(spacing, steps, total)
+        return listed if start is None else _up_to(start, listed)
     if spacing == ADAPTIVE:
         raise ValueError(
             "adaptive timesteps are fitted to a model, not made from a schedule: Sampler(model, spacing='adaptive')"
@@ -129,6 +139,13 @@ def _distinct(rising: np.ndarray, total: int) -> np.ndarray:
     i = np.arange(len(rising))
     strictly = np.maximum.accumulate(rising - i) + i
     return np.minimum(strictly, total - len(rising) + i)
+
+
+def _up_to(start: int, listed: np.ndarray) -> np.ndarray:
+    left = listed[listed <= start]
+    if not len(left):
+        raise ValueError(f"no listed timestep lies in 0..{start}, where the run starts; got {listed.min()}..{listed.max()}")
+    return left
 
 
 def _explicit(timesteps: Sequence[int], steps: int | None, total: int) -> np.ndarray:

@@ -29,12 +29,13 @@ class Captured(Compiled):
         self._graphs: dict[tuple, _Graph] = {}
 
     def last(self, run: Run) -> Tensor:
-        graph = self._graphs.pop(run.signature, None)
+        key = (run.signature, run.unguided)
+        graph = self._graphs.pop(key, None)
         if graph is None:
             while len(self._graphs) >= self.MOST:
                 del self._graphs[next(iter(self._graphs))]  # the one that was not used for the longest time
             graph = self._capture(run)
-        self._graphs[run.signature] = graph
+        self._graphs[key] = graph
         for static, new in zip(graph.run.tensors, run.tensors, strict=True):
             if static is not None:
                 static.copy_(new)

@@ -6,6 +6,7 @@ import os
 import tempfile
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,6 @@ from .eager import Eager
 from .run import Deep, OneStep, Outcome, Run, State
 
 __all__ = ["Compiled"]
-
-Step = Callable[[State, Run, Tensor, Deep | None], Outcome]
 
 
 class Compiled(Eager):
@@ -29,22 +28,27 @@ class Compiled(Eager):
     def __init__(self, one_step: OneStep) -> None:
         super().__init__(one_step)
         _keep_compiled_code()
-        self._compiled: dict[tuple, Step] = {}
+        self._compiled: dict[tuple, Callable[..., Any]] = {}
 
     def step(self, state: State, run: Run, index: Tensor, deep: Deep | None) -> Outcome:
-        key = (run.signature, deep is None)
+        if run.correction is None:
+            return self._call(self.one_step, state, run, index, deep)
+        predicted = self._call(self.one_step.predict, state[0], run, index, deep)
+        return self.one_step.finish(state, *predicted, run, index)
+
+    def _call(self, function: Callable[..., Any], x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
+        key = (run.signature, deep is None, function is self.one_step)
         first = key not in self._compiled
         if first:
-            self._compiled[key] = self._compile(run)
+            self._compiled[key] = self._compile(function, run)
         with torch.compiler.set_stance("default" if first else "fail_on_recompile"):
-            return self._compiled[key](state, run, index, deep)
+            return self._compiled[key](x, run, index, deep)
 
-    def _compile(self, run: Run) -> Step:
-        """The one-step function, to be compiled for runs such as this one."""
-        one_step = self.one_step
+    def _compile(self, function: Callable[..., Any], run: Run) -> Callable[..., Any]:
+        """A function of the one step, to be compiled for runs such as this one."""
 
-        def sampling_step(state: State, run: Run, index: Tensor, deep: Deep | None) -> Outcome:
-            return one_step(state, run, index, deep)
+        def sampling_step(x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
+            return function(x, run, index, deep)
 
         # torch.compile keeps what it compiled with a function's code, and gives up after a few times. Code of its own for each
         # signature, then, so that samplers and batch sizes do not count as recompilations of each other.

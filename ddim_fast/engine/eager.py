@@ -28,9 +28,9 @@ class Eager:
         state, deep = self.one_step.update.start(run.x), None
         for number, index in enumerate(run.steps.unbind()):
             if number % self.one_step.reuse:
-                state, output, _ = self.step(state, run, index, deep)
+                state, output, _ = self.step(state, run.at(number), index, deep)
             else:
-                state, output, features = self.step(state, run, index, None)
+                state, output, features = self.step(state, run.at(number), index, None)
                 deep = self.one_step.renewed(deep, features)
             yield state, output
 

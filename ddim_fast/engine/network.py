@@ -12,7 +12,7 @@ from ..devices import bf16_is_fast
 from ..models.quantisation import quantise
 from ..models.unet import UNet
 
-__all__ = ["Conditions", "Network"]
+__all__ = ["Conditions", "Network", "labelled"]
 
 Conditions = tuple[Tensor, ...]
 
@@ -128,3 +128,11 @@ class Network:
                 output = self._model(x, rows, None if labels is None else labels.expand(len(x)))
         # Back in the layout of the sample: only tensors of one layout go through a solver's step in a single pass.
         return output.float().contiguous(), deep
+
+
+def labelled(conditions: Conditions) -> Conditions:
+    """Of what :meth:`Network.conditions` returned for guidance, the half of the images with their labels."""
+    if len(conditions) == 1:
+        return (conditions[0].chunk(2, dim=1)[1],)
+    rows, labels = conditions
+    return rows, labels.chunk(2)[1]

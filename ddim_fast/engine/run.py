@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .network import Conditions, Network
+from .network import Conditions, Network, labelled
 
 __all__ = ["Deep", "OneStep", "Outcome", "Run", "State", "Update"]
 
@@ -44,6 +46,9 @@ class Run:
         steps: (S,) int64, 0 to S - 1.
         seeds: (N,) int64 of stochastic sampling, or None.
         guidance: () float32, the scale of classifier-free guidance, or None.
+        correction: (x, output, index) -> output, what is made of the network's output before the solver sees it; a function of
+            anybody's, which is not compiled. None for nothing.
+        unguided: the numbers of the steps that guidance leaves out.
     """
 
     x: Tensor
@@ -52,6 +57,8 @@ class Run:
     steps: Tensor
     seeds: Tensor | None
     guidance: Tensor | None
+    correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    unguided: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -61,12 +68,20 @@ class Run:
     def like(self, tensors: list[Tensor | None]) -> Run:
         """The same with other tensors, in the order of :attr:`tensors`."""
         x, *conditions, table, steps, seeds, guidance = tensors
-        return Run(x, tuple(conditions), table, steps, seeds, guidance)
+        return replace(self, x=x, conditions=tuple(conditions), table=table, steps=steps, seeds=seeds, guidance=guidance)
 
     @property
     def signature(self) -> tuple:
         """What one compilation or capture is good for: the shapes, and what there is."""
         return tuple(None if t is None else tuple(t.shape) for t in self.tensors)
+
+    def at(self, number: int) -> Run:
+        """The run as step ``number`` sees it."""
+        return self._unguided if number in self.unguided else self
+
+    @functools.cached_property
+    def _unguided(self) -> Run:
+        return replace(self, conditions=labelled(self.conditions), guidance=None)
 
 
 class OneStep:
@@ -102,7 +117,12 @@ class OneStep:
             index: () int64, the number of the step.
             deep: what there is of deep features, as :meth:`renewed` made it; None computes them.
         """
-        x = state[0] if run.guidance is None else torch.cat([state[0], state[0]])
+        return self.finish(state, *self.predict(state[0], run, index, deep), run, index)
+
+    def predict(self, x: Tensor, run: Run, index: Tensor, deep: Deep | None) -> tuple[Tensor, Tensor | None]:
+        """The network's part of a step: its output at ``x``, guided, and its deep features if others use them."""
+        if run.guidance is not None:
+            x = torch.cat([x, x])
         if self.reuse == 1:
             output = self.network(x, run.conditions, index)
             features = None
@@ -113,6 +133,12 @@ class OneStep:
             # Ho and Salimans 2022, eq. 6: none + w (label - none), from one network call on both halves.
             unconditional, conditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, run.guidance)
+        return output, features
+
+    def finish(self, state: State, output: Tensor, features: Tensor | None, run: Run, index: Tensor) -> Outcome:
+        """What is left of a step when the network has been evaluated."""
+        if run.correction is not None:
+            output = run.correction(state[0], output, index)
         return self.update.step(state, output, run.table, index, run.seeds), output, features
 
     def renewed(self, deep: Deep | None, features: Tensor | None) -> Deep | None:

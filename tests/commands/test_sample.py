@@ -117,6 +117,20 @@ def test_classes_are_used_in_turn(run, checkpoint, tmp_path):
     assert images["a"] == images["b"] != images["c"] == images["d"]
 
 
+def test_guidance_in_an_interval(run, checkpoint, tmp_path):
+    common = ("--model", checkpoint, "--spacing", "900,600,300", "--seeds", "0,1")
+    images = {}
+    for name, *options in (
+        ("none",),
+        ("all", "--guidance", 4),
+        ("some", "--guidance", 4, "--guidance-interval", 600, 700),
+        ("outside", "--guidance", 4, "--guidance-interval", 301, 599),
+    ):
+        assert run(*common, *options, "--out", tmp_path / name)[0] == 0
+        images[name] = (tmp_path / name / "000001.png").read_bytes()
+    assert images["none"] == images["outside"] and len(set(images.values())) == 3
+
+
 def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
     _, out, _ = run("--model", checkpoint, "--steps", 300, "--spacing", "ermongroup-uniform", "--seeds", "0", "--class", "none")
     assert "makes 334 timesteps of 300 steps" in out
@@ -135,6 +149,8 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
         (["--class", "boot"], "--class"),
         (["--class", "none", "--guidance", "2"], "needs class labels"),
+        (["--guidance", "2", "--guidance-interval", "600", "300"], "two timesteps, the lower one first"),
+        (["--guidance-interval", "300", "600"], "give its scale"),
         (["--spacing", "karras"], "unknown spacing 'karras'"),
         (["--spacing", "999,1000"], "timesteps must lie in 0..999"),
         (["--solver", "euler"], "--solver"),

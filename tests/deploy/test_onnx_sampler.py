@@ -42,6 +42,14 @@ def test_the_same_seeds_give_the_same_images_as_torch(guidance, batch_size, expo
     assert [s.step for s in steps] == [0, 1, 2, 3] * (2 if batch_size == 3 else 1)
 
 
+def test_a_guidance_interval_is_that_of_torch(exported, export_folder):
+    sampler, torch_sampler = OnnxSampler(export_folder), Sampler(exported.model, steps=4)
+    request = {"seeds": SEEDS, "labels": LABELS, "guidance": 3.0, "guidance_interval": torch_sampler.timesteps[[2, 1]].tolist()}
+    guided = torch_sampler.sample(**request)
+    assert_same(sampler.sample(**request), guided)
+    assert not torch.allclose(guided, torch_sampler.sample(seeds=SEEDS, labels=LABELS, guidance=3.0), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

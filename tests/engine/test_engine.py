@@ -2,11 +2,13 @@
 
 import os
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ddim_fast import Sampler, UNet, UNetConfig
+from ddim_fast.diffusion.guidance import ClassifierGuidance, likelihood_gradient
 from ddim_fast.engine import Network, OneStep, Run, fastest_engine, make_engine
 from ddim_fast.ops import native
 
@@ -52,6 +54,36 @@ def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, fake_net
         torch.testing.assert_close(state.x0, expected.x0, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guidance_interval_leaves_out_the_same_steps(engine, solver, fake_network):
+    network = on_device_of(engine, fake_network(num_classes=4))
+    options = {"steps": None, "spacing": [900, 600, 300, 0], "solver": solver}
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    for interval in ((300, 600), (600, 999), None):
+        request = {"seeds": [1, 2], "labels": [0, 3], "guidance": 2.5, "guidance_interval": interval}
+        torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gradient_runs_between_what_is_compiled(fake_network):
+    """Any function, of which torch.compile sees nothing: another one is no recompilation."""
+    network = fake_network(num_classes=4)
+    eager, compiled = Sampler(network, steps=3, eta=1.0), Sampler(network, steps=3, eta=1.0, engine="compiled")
+    for aim in (0.5, -0.5, None):
+        gradient = None if aim is None else lambda x, timestep, x0, aim=aim: aim * x0 / (1 + int(timestep))
+        request = {"seeds": [1, 2], "labels": [0, 3], "guidance": 2.0, "gradient": gradient}
+        torch.testing.assert_close(compiled.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+        for state, expected in zip(compiled.trajectory(**request), eager.trajectory(**request), strict=True):
+            torch.testing.assert_close(state.x, expected.x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gradient_cannot_be_captured(fake_network):
+    with pytest.raises(ValueError, match="gradient is called between the steps of a run"):
+        Sampler(fake_network().cuda(), steps=2, engine="captured").sample(seeds=[0], gradient=lambda x, t, x0: x)
+
+
 def test_samplers_do_not_count_as_recompilations_of_each_other(fake_network):
     """torch.compile gives up on a function after eight."""
     for steps in range(1, 11):
@@ -71,7 +103,7 @@ def test_captured_needs_a_gpu(fake_network):
         Sampler(fake_network(), steps=2, engine="captured")
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guided", [False, True, "by a gradient"])
 @pytest.mark.parametrize("solver,eta", SOLVERS)
 def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
     """On the meta device a number that somebody wants to read is an error. It is no CPU, so what runs is what runs on a GPU,
@@ -79,14 +111,23 @@ def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
     sampler = Sampler(UNet(small_config), steps=3, solver=solver, eta=eta, spacing="trailing")
     network = Network(UNet(small_config).to("meta"), torch.bfloat16)
     one_step = OneStep(network, sampler.solver)
-    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    labels, timesteps = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (2, 3))
+    correction = None
+    if guided == "by a gradient":
+        gradient = likelihood_gradient(
+            lambda x0: -x0.square().sum((1, 2, 3)), SimpleNamespace(schedule=sampler.schedule, device="meta")
+        )
+        correction = ClassifierGuidance(
+            gradient, timesteps, sampler.schedule.alphas_cumprod[sampler.timesteps], "v_prediction", 1.0
+        )
     run = Run(
         x=torch.zeros(2, 3, 16, 16, device="meta"),
-        conditions=network.conditions(torch.zeros(3, dtype=torch.int64, device="meta"), labels, guided),
+        conditions=network.conditions(timesteps, labels, bool(guided)),
         table=torch.from_numpy(sampler.solver.table).to("meta"),
         steps=torch.arange(3, device="meta"),
         seeds=labels if eta or solver == "ddpm" else None,
         guidance=torch.zeros((), device="meta") if guided else None,
+        correction=correction,
     )
     assert make_engine("eager", one_step).last(run).shape == (2, 3, 16, 16)
     with pytest.raises(RuntimeError):

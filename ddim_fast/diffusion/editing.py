@@ -1,0 +1,185 @@
+"""Editing: images that keep something of given ones.
+
+Each edit goes back to a noise level and samples from there. ``strength`` says how far, as the share of the training timesteps:
+at 1 the image is all noise, and what is kept is in the noise at most; at 0 nothing happens. Whatever the strength, it takes as
+many steps as the sampler has, where there are so many timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .sampler import Sampler
+
+__all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
+
+Labels = int | Sequence[int] | Tensor | None
+
+
+def start_timestep(strength: float, num_train_timesteps: int) -> int | None:
+    """The timestep at which an edit of ``strength`` starts; None for one that changes nothing.
+
+    Raises:
+        ValueError: the strength does not lie in [0, 1].
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1]; got {strength!r}")
+    steps = round(strength * num_train_timesteps)
+    return steps - 1 if steps else None
+
+
+def sdedit(
+    sampler: Sampler,
+    images: Tensor,
+    strength: float,
+    *,
+    seeds: Sequence[int],
+    labels: Labels = None,
+    guidance: float | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """SDEdit (Meng et al. 2022, arXiv 2108.01073): hide the images in noise, and denoise them. What is coarser than the noise
+    stays; at strength 1 that is nothing, and it is plain sampling.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        seeds: N integers, one an image.
+        labels, guidance, batch_size: as in :meth:`ddim_fast.Sampler.sample`.
+
+    Returns:
+        (N, C, H, W) float32.
+
+    Raises:
+        ValueError: as there, or the strength is out of range.
+    """
+    part = _part(sampler, strength)
+    if part is None:
+        return images
+    noisy = part.noised(images, seeds)
+    x_T = None if strength == 1 else noisy  # sampling starts from noise alone, though a trace of the image is left there
+    return part.sample(x_T=x_T, seeds=seeds, labels=labels, guidance=guidance, batch_size=batch_size)
+
+
+def swap_class(
+    sampler: Sampler,
+    images: Tensor,
+    *,
+    source: Labels,
+    target: Labels,
+    strength: float = 1.0,
+    guidance: float | None = None,
+    exact: bool = False,
+    batch_size: int = 64,
+) -> Tensor:
+    """Images of one class as ones of another: encoded under one label and decoded under the other, so that what the noise says
+    of pose, size or light stays (Su et al. 2023, "Dual diffusion implicit bridges", arXiv 2203.08382, with one network for both
+    domains).
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        source, target: class labels, one or N of them.
+        strength: less than 1 keeps more of the image.
+        guidance: scale of classifier-free guidance towards ``target``; encoding is not guided.
+        exact: as in :meth:`ddim_fast.Sampler.encode`.
+        batch_size: images a network call.
+
+    Returns:
+        (N, C, H, W) float32. With the source for a target and no guidance, it is the reconstruction of the images.
+
+    Raises:
+        ValueError: as there, or the strength is out of range.
+    """
+    part = _part(sampler, strength)
+    latents = _encode(part, images, labels=source, exact=exact, batch_size=batch_size)
+    return _decode(part, latents, labels=target, guidance=guidance, batch_size=batch_size)
+
+
+def attribute_direction(
+    sampler: Sampler,
+    examples: Tensor,
+    counterexamples: Tensor,
+    *,
+    labels: tuple[Labels, Labels] = (None, None),
+    strength: float = 1.0,
+    exact: bool = False,
+    batch_size: int = 64,
+) -> Tensor:
+    """What the latents of images with an attribute have on average and those of others have not, as attributes of generative
+    models are commonly found (Radford et al. 2016; Preechakul et al. 2022, for diffusion models).
+
+    Args:
+        examples: (N, C, H, W) in [-1, 1], images with the attribute.
+        counterexamples: (M, C, H, W), images without it.
+        labels: class labels of the ones and of the others.
+        strength, exact, batch_size: as for :func:`swap_class`.
+
+    Returns:
+        (C, H, W) float32, a difference of latents of that strength.
+
+    Raises:
+        ValueError: there are no images on one side, or as for :func:`swap_class`.
+    """
+    if len(examples) == 0 or len(counterexamples) == 0:
+        raise ValueError(
+            f"an attribute needs images with it and without it; got {len(examples)} and {len(counterexamples)} of them"
+        )
+    part = _part(sampler, strength)
+    with_it, without_it = (
+        _encode(part, images, labels=of, exact=exact, batch_size=batch_size).mean(0)
+        for images, of in zip((examples, counterexamples), labels, strict=True)
+    )
+    return with_it - without_it
+
+
+def move_along(
+    sampler: Sampler,
+    images: Tensor,
+    direction: Tensor,
+    amount: float = 1.0,
+    *,
+    labels: Labels = None,
+    strength: float = 1.0,
+    guidance: float | None = None,
+    exact: bool = False,
+    batch_size: int = 64,
+) -> Tensor:
+    """Images with more of an attribute, or with a negative amount less: encoded, moved along its direction, and decoded.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        direction: (C, H, W), what :func:`attribute_direction` found at the same strength.
+        amount: 1 is the difference of the averages; 0 is the reconstruction of the images.
+        labels: class labels, one or N of them.
+        strength, guidance, exact, batch_size: as for :func:`swap_class`.
+
+    Returns:
+        (N, C, H, W) float32.
+
+    Raises:
+        ValueError: as for :func:`swap_class`, the direction is of another shape, or the amount is no finite number.
+    """
+    part = _part(sampler, strength)
+    if direction.shape != sampler.config.image_shape:
+        raise ValueError(f"the direction must be of shape {sampler.config.image_shape}; got {tuple(direction.shape)}")
+    if not math.isfinite(amount):
+        raise ValueError(f"amount must be a finite number; got {amount}")
+    latents = _encode(part, images, labels=labels, exact=exact, batch_size=batch_size)
+    moved = latents + amount * direction.to(latents)
+    return _decode(part, moved, labels=labels, guidance=guidance, batch_size=batch_size)
+
+
+def _part(sampler: Sampler, strength: float) -> Sampler | None:
+    """The sampler of an edit's way, None where there is none."""
+    start = start_timestep(strength, sampler.schedule.num_train_timesteps)
+    return None if start is None else sampler.starting_at(start)
+
+
+def _encode(part: Sampler | None, images: Tensor, **request) -> Tensor:
+    return images if part is None else part.encode(images, **request)
+
+
+def _decode(part: Sampler | None, latents: Tensor, **request) -> Tensor:
+    return latents if part is None else part.sample(x_T=latents, **request)

@@ -1,0 +1,166 @@
+"""Edit images: ``python -m ddim_fast.edit IMAGES --strength 0.6``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .cli import (
+    IMAGES_HELP,
+    CommandParser,
+    add_sampler_options,
+    load_labelled,
+    make_sampler,
+    parse_label,
+    run_command,
+)
+from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
+from .diffusion.sampler import Sampler
+from .files import atomic_folder
+from .media import image_grid, save_image, to_uint8
+from .models.checkpoint import write_json
+
+_EXAMPLES = """\
+  python -m ddim_fast.edit photos/ --strength 0.6
+  python -m ddim_fast.edit sneakers/ --from 7 --to 9 --guidance 2 --out boots
+  python -m ddim_fast.edit shirts/ --class 6 --direction dark/ bright/ --amount -1
+"""
+
+# A picture of more is no longer one to look at.
+_SHOWN = 20
+
+_STRENGTH_HELP = (
+    "how much of the noise the images are brought to, 0 to 1: the more, the less of them stays. Alone it is SDEdit, which adds "
+    "noise and removes it; with --to and --direction, the part of the way that is encoded (default there: 1)"
+)
+_CLASS_HELP = (
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them); "
+    "SDEdit makes images of this class"
+)
+_DIRECTION_HELP = "images with an attribute and images without it: move along the mean difference of their latents"
+_EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("edit", "Edit images: by SDEdit, into another class, or along an attribute.", _EXAMPLES)
+    p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
+    p.add_argument("--strength", metavar="X", type=float, help=_STRENGTH_HELP)
+    p.add_argument("--seed", metavar="N", type=int, help="of SDEdit: image i has the noise of seed N + i (default: 0)")
+    p.add_argument("--class", "--from", dest="label", metavar="N", type=parse_label, help=_CLASS_HELP)
+    way = p.add_mutually_exclusive_group()
+    way.add_argument("--to", metavar="N", type=int, help="encode the images under their class, and decode them under this one")
+    way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
+    p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
+    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    add_sampler_options(p)
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("edited"), help="a new or empty folder")
+    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    _check(parser, arguments)
+    sampler = make_sampler(parser, arguments)
+    with parser.usage_errors():
+        start = start_timestep(arguments.strength, sampler.config.num_train_timesteps)
+        if start is not None:
+            sampler.starting_at(start)
+        images, labels = load_labelled(arguments.images, arguments.label, sampler.config)
+        seeds = range(arguments.seed, arguments.seed + len(images))
+        target = labels if arguments.to is None else arguments.to
+        sampler.check(seeds=seeds, labels=labels)
+        sampler.check(seeds=seeds, labels=target, guidance=arguments.guidance)
+        if arguments.to is not None and labels is None and arguments.label is None:
+            raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
+        examples = [load_labelled([spec], arguments.label, sampler.config) for spec in arguments.direction or ()]
+    try:
+        with atomic_folder(arguments.out) as out:
+            edited = _edit(sampler, images, labels, _direction(sampler, examples, arguments), arguments)
+            _write(out, images, edited, arguments)
+    except FileExistsError as error:
+        parser.error(f"--out: {error}")
+    if not arguments.quiet:
+        print(f"{len(images)} images edited; see {arguments.out}")
+
+
+def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """See that the options belong to one way of editing, and fill in their defaults."""
+    encodes = arguments.to is not None or arguments.direction is not None
+    if not encodes and arguments.strength is None:
+        parser.error("say how to edit: --strength for SDEdit, --to for another class, or --direction for an attribute")
+    for option, given, ways, fits in (
+        ("--seed", arguments.seed is not None, "SDEdit, without --to and --direction", not encodes),
+        ("--exact", arguments.exact, "--to and --direction, which encode the images", encodes),
+        ("--amount", arguments.amount is not None, "--direction", arguments.direction is not None),
+    ):
+        if given and not fits:
+            parser.error(f"{option} belongs to {ways}")
+    if arguments.amount is not None and not math.isfinite(arguments.amount):
+        parser.error(f"--amount must be a finite number; got {arguments.amount}")
+    for name, default in (("strength", 1.0), ("seed", 0), ("amount", 1.0)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def _direction(sampler: Sampler, examples: list[tuple[Tensor, Tensor | None]], arguments: argparse.Namespace) -> Tensor | None:
+    """The direction from images without an attribute to images with it, or None where there is no question of one."""
+    if not examples:
+        return None
+    (with_it, with_labels), (without_it, without_labels) = examples
+    return attribute_direction(
+        sampler,
+        with_it,
+        without_it,
+        labels=(with_labels, without_labels),
+        strength=arguments.strength,
+        exact=arguments.exact,
+        batch_size=arguments.batch_size,
+    )
+
+
+def _edit(
+    sampler: Sampler, images: Tensor, labels: Tensor | None, direction: Tensor | None, arguments: argparse.Namespace
+) -> Tensor:
+    """(N, C, H, W) on the host, a batch at a time."""
+    edited = []
+    common = {"strength": arguments.strength, "guidance": arguments.guidance, "batch_size": arguments.batch_size}
+    with tqdm(total=len(images), unit=" images", disable=arguments.quiet) as bar:
+        for start in range(0, len(images), arguments.batch_size):
+            part = slice(start, start + arguments.batch_size)
+            batch, classes = images[part], None if labels is None else labels[part]
+            if arguments.to is not None:
+                new = swap_class(sampler, batch, source=classes, target=arguments.to, exact=arguments.exact, **common)
+            elif direction is not None:
+                amount = arguments.amount
+                new = move_along(sampler, batch, direction, amount, labels=classes, exact=arguments.exact, **common)
+            else:
+                seeds = range(arguments.seed + start, arguments.seed + start + len(batch))
+                new = sdedit(sampler, batch, labels=classes, seeds=seeds, **common)
+            edited.append(new.cpu())
+            bar.update(len(batch))
+    result = torch.cat(edited)
+    if not result.isfinite().all():
+        raise ValueError("the edited images are not finite; try --dtype float32")
+    return result
+
+
+def _write(out: Path, images: Tensor, edited: Tensor, arguments: argparse.Namespace) -> None:
+    """A numbered PNG each, and a picture of the images above what became of them."""
+    digits = len(str(len(edited) - 1))
+    for i, picture in enumerate(to_uint8(edited)):
+        save_image(out / f"{i:0{digits}d}.png", picture)
+    rows = torch.cat([images[:_SHOWN], edited[:_SHOWN]])
+    save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
+    how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+    write_json(out / "edit.json", how)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,119 @@
+import functools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_fast import Sampler, UNet, edit
+from ddim_fast.diffusion.editing import attribute_direction, move_along, sdedit, swap_class
+from ddim_fast.media import to_uint8
+from ddim_fast.training.data import load_images, to_unit_range
+
+
+@pytest.fixture
+def run(run_here):
+    return functools.partial(run_here, edit)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(UNet.from_pretrained("fashion-mnist"), steps=3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, sampler):
+    """Three samples of the packaged model, dark ones and bright ones of which, and an empty folder."""
+    place = tmp_path_factory.mktemp("pictures")
+    images = to_uint8(sampler.sample(seeds=[0, 1, 2], labels=[7, 7, 9], guidance=2.0))
+    for folder, change in (("shoes", 1.0), ("dark", 0.5), ("empty", None)):
+        (place / folder).mkdir()
+        for i, image in enumerate(images if change else ()):
+            Image.fromarray((change * image[..., 0]).astype(np.uint8)).save(place / folder / f"{i}.png")
+    return place
+
+
+def loaded(folder):
+    return to_unit_range(load_images(str(folder), 1, 32).images).contiguous()
+
+
+def written(folder, count=3):
+    return np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in range(count)])
+
+
+def test_sdedit(run, pictures, here, sampler):
+    shoes = pictures / "shoes"
+    code, out, _ = run(shoes, "--strength", 0.5, "--class", 9, "--guidance", 2, "--steps", 3, "--seed", 5, "--batch-size", 2)
+    assert code == 0 and out == "3 images edited; see edited\n"
+    expected = sdedit(sampler, loaded(shoes), 0.5, seeds=[5, 6, 7], labels=9, guidance=2.0)
+    assert np.array_equal(written(here / "edited"), to_uint8(expected)[..., 0])
+    assert Image.open(here / "edited" / "comparison.png").size == (2 * (2 + 3 * 34), 2 * (2 + 2 * 34))
+    record = json.loads((here / "edited" / "edit.json").read_text())
+    assert record["strength"] == 0.5 and record["label"] == "9" and record["images"] == [str(shoes)]
+    assert run(shoes, "--strength", 0, "--steps", 3, "--out", "same", "--quiet") == (0, "", "")
+    assert np.array_equal(written(here / "same"), written(shoes))
+
+
+def test_another_class(run, pictures, here, sampler):
+    shoes = pictures / "shoes"
+    assert run(shoes, "--from", 7, "--to", 9, "--guidance", 2, "--steps", 3, "--batch-size", 2, "--quiet") == (0, "", "")
+    expected = swap_class(sampler, loaded(shoes), source=7, target=9, guidance=2.0)
+    assert np.array_equal(written(here / "edited"), to_uint8(expected)[..., 0])
+
+
+def test_exact_inversion_brings_the_image_back(run, pictures, here):
+    image = pictures / "shoes" / "0.png"
+    assert run(image, "--from", 7, "--to", 7, "--exact", "--steps", 6, "--strength", 0.3, "--quiet") == (0, "", "")
+    assert np.abs(written(here / "edited", 1)[0].astype(int) - np.asarray(Image.open(image))).max() <= 1
+
+
+def test_an_attribute(run, pictures, here, sampler):
+    shoes, dark = pictures / "shoes", pictures / "dark"
+    options = ["--direction", dark, shoes, "--steps", 3, "--strength", 0.4, "--quiet"]
+    for amount, out in ((1, "darker"), (-0.5, "brighter")):
+        assert run(shoes, *options, "--amount", amount, "--out", out) == (0, "", "")
+    direction = attribute_direction(sampler, loaded(dark), loaded(shoes), strength=0.4)
+    expected = move_along(sampler, loaded(shoes), direction, -0.5, strength=0.4)
+    assert np.array_equal(written(here / "brighter"), to_uint8(expected)[..., 0])
+    assert written(here / "darker").mean() < written(shoes).mean() < written(here / "brighter").mean()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["{p}/shoes"], "say how to edit: --strength for SDEdit, --to for another class, or --direction"),
+        (["{p}/shoes", "--strength", "1.5"], "strength must lie in [0, 1]; got 1.5"),
+        (["{p}/shoes", "--strength", "half"], "--strength"),
+        (["{p}/shoes", "--strength", "0.1", "--spacing", "900,500"], "no listed timestep lies in 0..99"),
+        (["{p}/shoes", "--strength", "0.5", "--seed", "-3"], "a seed is a whole number"),
+        (["{p}/shoes", "--strength", "0.5", "--exact"], "--exact belongs to --to and --direction"),
+        (["{p}/shoes", "--strength", "0.5", "--amount", "2"], "--amount belongs to --direction"),
+        (["{p}/shoes", "--to", "9", "--from", "7", "--seed", "1"], "--seed belongs to SDEdit"),
+        (["{p}/shoes", "--to", "9"], "give their class by --from, or say --from none"),
+        (["{p}/shoes", "--to", "10", "--from", "7"], "class 10 is out of range"),
+        (["{p}/shoes", "--to", "9", "--from", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["{p}/shoes", "--to", "9", "--direction", "{p}/dark", "{p}/shoes"], "not allowed with"),
+        (["{p}/shoes", "--direction", "{p}/dark", "{p}/empty"], "no images in"),
+        (["{p}/shoes", "--direction", "{p}/dark", "{p}/shoes", "--amount", "inf"], "--amount must be a finite number"),
+        (["{p}/shoes", "--strength", "0.5", "--guidance", "2"], "needs class labels to guide towards"),
+        (["{p}/empty", "--strength", "0.5"], "no images in"),
+        (["nowhere", "--strength", "0.5"], "no images at 'nowhere'"),
+        (["text.png", "--strength", "0.5"], "text.png: not a readable image"),
+        (["{p}/shoes", "--strength", "0.5", "--out", "{p}"], "exists and is not an empty folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, pictures, here):
+    (here / "text.png").write_text("no picture")
+    code, out, err = run(*(a.format(p=pictures) for a in arguments), "--quiet")
+    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
+    assert [p.name for p in here.iterdir()] == ["text.png"]
+
+
+def test_an_interrupted_edit_leaves_nothing(run, pictures, here, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(edit, "write_json", interrupted)
+    assert run(pictures / "shoes", "--strength", 0.5, "--steps", 1, "--quiet") == (130, "", "")
+    assert list(here.iterdir()) == []
