@@ -18,6 +18,7 @@ from .devices import bf16_is_fast, pick_device
 from .diffusion.sampler import Sampler
 from .files import atomic_write
 from .media import image_grid, save_image
+from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.config import PREDICTION_TYPES, UNetConfig, preset_names
 from .models.unet import UNet
@@ -242,11 +243,7 @@ def _save_grid(trainer: Trainer, path: Path) -> None:
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
     images = Sampler(trainer.averaged_model(), steps=20).sample(seeds=seeds, labels=labels, batch_size=20)
     path.parent.mkdir(exist_ok=True)
-    if trainer.model.audio is not None:
-        from .audio.codec import make_codec
-
-        images = make_codec(trainer.model.audio).spectrograms(images)
-    save_image(path, image_grid(images))
+    save_image(path, image_grid(medium_of(trainer.model).shown(images)))
 
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:

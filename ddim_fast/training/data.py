@@ -53,7 +53,7 @@ def to_unit_range(images: Tensor) -> Tensor:
     return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
 
 
-def load_images(spec: str, channels: int, size: int) -> ImageSet:
+def load_images(spec: str, channels: int, size: int | tuple[int, int]) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32).
 
@@ -69,8 +69,12 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: it holds no images, damaged ones, or images of different sizes.
+        ValueError: it holds no images, damaged ones, or images of different sizes; or the network's are no square pictures.
     """
+    if channels not in (1, 3) or not isinstance(size, int):
+        raise ValueError(
+            f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
+        )
     return _collect(_open(spec), spec, channels, size)
 
 

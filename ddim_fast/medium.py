@@ -1,0 +1,87 @@
+"""What the images of a network are to people: pictures, or sounds. Read from files and written to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .media import save_image, to_uint8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .models.config import UNetConfig
+    from .models.unet import UNet
+
+__all__ = ["Medium", "Pictures", "medium_of", "numbered"]
+
+
+class Medium(Protocol):
+    """How the commands deal with images, (N, C, H, W) float32 in [-1, 1].
+
+    Attributes:
+        noun: what several of them are called.
+    """
+
+    noun: str
+
+    def load(self, spec: str) -> Tensor:
+        """Those of files, brought to the network's size, on the host."""
+        ...
+
+    def label(self, text: str) -> int:
+        """The number of the class that a user has named.
+
+        Raises:
+            ValueError: it names none, or several.
+        """
+        ...
+
+    def shown(self, images: Tensor) -> Tensor:
+        """What people are shown of them, (N, C', H', W') in [-1, 1]."""
+        ...
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        """A numbered file each: "0.png" or "0.wav", and so on."""
+        ...
+
+
+class Pictures:
+    """Images that are pictures."""
+
+    noun = "images"
+
+    def __init__(self, config: UNetConfig) -> None:
+        self._config = config
+
+    def load(self, spec: str) -> Tensor:
+        from .training.data import load_images, to_unit_range
+
+        return to_unit_range(load_images(spec, self._config.in_channels, self._config.sample_size).images).contiguous()
+
+    def label(self, text: str) -> int:
+        if not text.isdecimal():
+            raise ValueError(f"a class is a number; got {text!r}")
+        return int(text)
+
+    def shown(self, images: Tensor) -> Tensor:
+        return images
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        for path, picture in zip(numbered(folder, len(images), ".png"), to_uint8(images), strict=True):
+            save_image(path, picture)
+
+
+def medium_of(model: UNet, convert: bool = False) -> Medium:
+    """That of a model; ``convert`` as of :func:`ddim_fast.audio.reading.load_sounds`."""
+    if model.audio is None:
+        return Pictures(model.config)
+    from .audio.medium import Sounds
+
+    return Sounds(model.audio, convert)
+
+
+def numbered(folder: Path, count: int, suffix: str) -> list[Path]:
+    """As many files, whose names sort as their numbers do."""
+    digits = len(str(count - 1))
+    return [folder / f"{i:0{digits}d}{suffix}" for i in range(count)]
