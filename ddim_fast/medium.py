@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .media import save_image, to_uint8
+import torch
+from torch import Tensor
+
+from .media import image_grid, save_image, to_uint8
+from .models.checkpoint import write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .models.config import UNetConfig
     from .models.unet import UNet
 
-__all__ = ["Medium", "Pictures", "medium_of", "numbered"]
+__all__ = ["Medium", "Pictures", "medium_of", "numbered", "write_comparison"]
+
+# A picture of more is no longer one to look at.
+_SHOWN = 20
 
 
 class Medium(Protocol):
@@ -79,6 +84,15 @@ def medium_of(model: UNet, convert: bool = False) -> Medium:
     from .audio.medium import Sounds
 
     return Sounds(model.audio, convert)
+
+
+def write_comparison(medium: Medium, folder: Path, before: Tensor, after: Tensor, record: dict[str, Any]) -> None:
+    """A numbered file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and
+    ``record.json``."""
+    medium.write(folder, after)
+    rows = medium.shown(torch.cat([before[:_SHOWN], after[:_SHOWN]]))
+    save_image(folder / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
+    write_json(folder / "record.json", record)
 
 
 def numbered(folder: Path, count: int, suffix: str) -> list[Path]:

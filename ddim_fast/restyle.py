@@ -13,18 +13,13 @@ from .audio.control import loudness_guidance, restyle
 from .cli import CONVERT_HELP, CommandParser, add_sampler_options, make_sampler, run_command
 from .diffusion.sampler import Sampler
 from .files import atomic_folder
-from .media import image_grid, save_image
-from .medium import medium_of
-from .models.checkpoint import write_json
+from .medium import medium_of, write_comparison
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
   python -m ddim_fast.restyle recordings/ --model runs/digits --to 3/nicolas --guidance 2 --loudness-std 8
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo --control loud.wav
 """
-
-# A picture of more is no longer one to look at.
-_SHOWN = 20
 
 _FROM_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
 _CONTROL_HELP = "the recording whose loudness is followed, frame by frame (default: each recording's own)"
@@ -69,11 +64,8 @@ def main() -> None:
         with atomic_folder(arguments.out) as out:
             restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
             errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
-            medium.write(out, restyled)
-            rows = medium.shown(torch.cat([images[:_SHOWN], restyled[:_SHOWN]]))
-            save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=2)
             how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-            write_json(out / "restyle.json", {**how, "loudness_errors": errors.tolist()})
+            write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
     except FileExistsError as error:
         parser.error(f"--out: {error}")
     if not arguments.quiet:

@@ -17,7 +17,13 @@ __all__ = ["Codec", "make_codec"]
 
 class Codec(abc.ABC):
     """What an :class:`AudioConfig` describes. Sounds are (N, length) float32 arrays in [-1, 1] on the host, images (N, C, H, W)
-    float32 tensors in [-1, 1]."""
+    float32 tensors in [-1, 1].
+
+    Attributes:
+        silence: what images are where there is no sound.
+    """
+
+    silence: float
 
     def __init__(self, config: AudioConfig) -> None:
         self.config = config
@@ -41,6 +47,8 @@ class Codec(abc.ABC):
 
 class MelCodec(Codec):
     """Images are log-mel spectrograms, ``floor_db`` to ``ceiling_db``, in patches of fold x fold."""
+
+    silence = -1.0
 
     def encode(self, waves: np.ndarray) -> Tensor:
         return F.pixel_unshuffle(_spectrograms(waves, self.config), self.config.fold)
@@ -69,6 +77,8 @@ def _spectrograms(waves: np.ndarray, config: AudioConfig) -> Tensor:
 
 class WaveformCodec(Codec):
     """Images are the sounds themselves, one row of ``fold`` channels: sample ``fold * i + c`` is channel c of position i."""
+
+    silence = 0.0
 
     def encode(self, waves: np.ndarray) -> Tensor:
         return torch.from_numpy(waves).unflatten(1, (-1, self.config.fold)).transpose(1, 2)[:, :, None].contiguous()

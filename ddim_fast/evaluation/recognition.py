@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Recogniser(nn.Module):
     def __init__(self, classes: int, mels: int = 64) -> None:
         super().__init__()
         widths = (1, 16, 32, 64, 64)
-        self.features = nn.Sequential(*(layer for a, b in zip(widths, widths[1:], strict=False) for layer in _block(a, b)))
+        self.features = nn.Sequential(*(layer for a, b in pairwise(widths) for layer in _block(a, b)))
         self.classify = nn.Sequential(nn.Dropout(0.5), nn.Linear(widths[-1] * mels // 16, classes))
 
     def forward(self, spectrograms: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def _block(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
 def train_recogniser(spectrograms: Tensor, labels: Tensor, *, steps: int, batch_size: int = 64, seed: int = 0) -> Recogniser:
     """A recogniser of ``labels``, in eval mode.
 
-    Voices differ in pitch, in level and in when they begin, so each batch is moved along both axes and made louder or softer.
+    Voices differ in pitch, in level and in when they begin: each batch is moved along both axes, and its sounds made louder or
+    softer.
 
     Args:
         spectrograms: (N, 1, mels, frames) in [-1, 1].
