@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
+    from .models.audio import AudioConfig
     from .outputs import Output
 
     AnySampler = Sampler | LatentSampler
 
 __all__ = [
+    "CONVERT_HELP",
     "DTYPES",
     "IMAGES_HELP",
     "MODEL_HELP",
@@ -53,6 +55,7 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
@@ -92,7 +95,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1."""
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
         text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
@@ -185,8 +188,11 @@ def parse_eta(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
 
 
-def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> list[int] | None:
-    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn.
+def seed_labels(
+    classes: str, seeds: Sequence[int], num_classes: int | None, audio: AudioConfig | None = None
+) -> list[int] | None:
+    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of numbers or, where the model is
+    one of sounds, of names.
 
     Raises:
         ValueError: the classes are no list, or the model is unconditional.
@@ -198,8 +204,11 @@ def seed_labels(classes: str, seeds: Sequence[int], num_classes: int | None) -> 
     if classes == "all":
         return [seed % num_classes for seed in seeds]
     try:
-        chosen = parse_integers(classes)
-    except argparse.ArgumentTypeError as error:
+        if audio is None:
+            chosen = parse_integers(classes)
+        else:
+            chosen = [number for name in classes.split(",") for number in audio.class_numbers(name)]
+    except (argparse.ArgumentTypeError, ValueError) as error:
         raise ValueError(f"--class: {error}") from None
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
 

@@ -1,4 +1,4 @@
-"""The way from one image to another: ``python -m ddim_fast.interpolate A.png B.png``."""
+"""The way from one image or sound to another: ``python -m ddim_fast.interpolate A.png B.png``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .cli import CommandParser, add_sampler_options, job_progress, make_sampler, parse_positive, run_command, sampler_settings
+from .cli import (
+    CONVERT_HELP,
+    CommandParser,
+    add_sampler_options,
+    job_progress,
+    make_sampler,
+    parse_positive,
+    run_command,
+    sampler_settings,
+)
 from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder
 from .media import image_grid, save_gif, save_image, to_uint8
+from .medium import Medium, medium_of
 from .models.checkpoint import write_json
 from .outputs import PngFolder
-from .training.data import load_images, to_unit_range
 from .video import RECORD, VIDEO_SUFFIXES, VideoFile, frame_rate
 from .video_job import VideoJob, scan_frames
 
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3
   python -m ddim_fast.interpolate a.png b.png --frames 16 --exact --out between
+  python -m ddim_fast.interpolate a.wav b.wav --model runs/digits --class 7/jackson --exact --out between
   python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class 5 --out corners
   python -m ddim_fast.interpolate --video clip.mp4 --factor 4 --out slow.mp4
 """
@@ -33,8 +43,8 @@ _EXAMPLES = """\
 # Frames a second of a film that does not say.
 _RATE = 12
 
-_ENDS_HELP = "two ends, or the four corners of a square: each an image file, which is encoded, or seed:N"
-_FRAMES_HELP = "images from end to end, both included; of four corners, along each side (default: 9)"
+_ENDS_HELP = "two ends, or the four corners of a square: each an image or sound file, which is encoded, or seed:N"
+_FRAMES_HELP = "images or sounds from end to end, both included; of four corners, along each side (default: 9)"
 _VIDEO_HELP = "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it"
 _FACTOR_HELP = "of a film, how many times as many frames it gets (default: 2)"
 _FPS_HELP = f"frames a second of a GIF or MP4 (default: so that it lasts as long as before; a folder counts as {_RATE})"
@@ -45,7 +55,9 @@ _EXACT_HELP = "encode images by exact inversion, so that the ends are the images
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("interpolate", "The images between images, by way of the noise that they come from.", _EXAMPLES)
+    p = CommandParser(
+        "interpolate", "What lies between images, or between sounds, by way of the noise that they come from.", _EXAMPLES
+    )
     p.add_argument("ends", nargs="*", metavar="END", help=_ENDS_HELP)
     p.add_argument("--frames", metavar="N", type=parse_positive, help=_FRAMES_HELP)
     p.add_argument("--video", metavar="FILM", type=Path, help=_VIDEO_HELP)
@@ -53,7 +65,8 @@ def _parser() -> CommandParser:
     p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
-    p.add_argument("--class", dest="label", metavar="N", type=int, help="class of all images (default: none)")
+    p.add_argument("--class", dest="label", metavar="N|NAME", help="class of all images or sounds (default: none)")
+    p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help=_OUT_HELP)
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
@@ -74,16 +87,19 @@ def main() -> None:
     if arguments.frames < 2:
         parser.error(f"--frames must be at least 2, for both ends; got {arguments.frames}")
     sampler = make_sampler(parser, arguments)
+    medium = medium_of(sampler, arguments.convert)
     with parser.usage_errors():
-        noise = torch.stack([_noise(end, sampler, arguments) for end in arguments.ends])
+        if arguments.label is not None:
+            arguments.label = medium.label(arguments.label)
+        noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
     try:
         with atomic_folder(arguments.out) as out:
             images = _between(noise, sampler, arguments)
-            _write(out, images, arguments)
+            _write(out, images, medium, arguments)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
     if not arguments.quiet:
-        print(f"{len(images)} images, {' to '.join(arguments.ends)}; see {arguments.out}")
+        print(f"{len(images)} {medium.noun}, {' to '.join(arguments.ends)}; see {arguments.out}")
 
 
 def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> None:
@@ -142,28 +158,27 @@ def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) 
     return images
 
 
-def _noise(end: str, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:
+def _noise(end: str, sampler: AnySampler, medium: Medium, arguments: argparse.Namespace) -> Tensor:
     """(C, H, W) on the host: what the sampler makes the end from."""
     if end.startswith("seed:"):
         if not end[5:].isdecimal():
             raise ValueError(f"{end!r} is no seed: write it as seed:7")
         sampler.check(seeds=[int(end[5:])], labels=arguments.label, guidance=arguments.guidance)
         return sampler.noise([int(end[5:])])[0].cpu()
-    found = load_images(end, *sampler.image_shape[:2]).images
+    found = medium.load(end)
     if len(found) != 1:
-        raise ValueError(f"an end is one image or a seed; {end!r} holds {len(found)} images")
-    image = to_unit_range(found).contiguous()
-    return sampler.encode(image, labels=arguments.label, guidance=arguments.guidance, exact=arguments.exact)[0].cpu()
+        raise ValueError(f"an end is one file or a seed; {end!r} holds {len(found)}")
+    return sampler.encode(found, labels=arguments.label, guidance=arguments.guidance, exact=arguments.exact)[0].cpu()
 
 
-def _write(out: Path, images: Tensor, arguments: argparse.Namespace) -> None:
-    """A numbered PNG each, all in one picture, and of two ends a film that goes there and back."""
-    scale, digits = max(1, 64 // images.shape[-1]), len(str(len(images) - 1))
-    pictures = to_uint8(images)
-    for i, picture in enumerate(pictures):
-        save_image(out / f"{i:0{digits}d}.png", picture)
-    save_image(out / "grid.png", image_grid(images, columns=arguments.frames), scale)
+def _write(out: Path, images: Tensor, medium: Medium, arguments: argparse.Namespace) -> None:
+    """A numbered file each, all in one picture, and of two ends a film that goes there and back."""
+    medium.write(out, images)
+    shown = medium.shown(images)
+    scale = max(1, 64 // shown.shape[-1])
+    save_image(out / "grid.png", image_grid(shown, columns=arguments.frames), scale)
     if len(arguments.ends) == 2:
+        pictures = to_uint8(shown)
         save_gif(out / "film.gif", [*pictures, *pictures[-2::-1]], scale, hold=800)
     names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
     write_json(out / "interpolation.json", {name: getattr(arguments, name) for name in names})

@@ -19,7 +19,7 @@ from .media import to_uint8
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .deploy.onnx_sampler import OnnxSampler
     from .diffusion.sampler import Sampler
@@ -56,6 +56,7 @@ class Job:
         watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
             captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
         guidance_interval: the timesteps that guidance is limited to, or None.
+        convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see :meth:`ddim_fast.outputs.Output.convert`.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class Job:
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
         guidance_interval: Sequence[int] | None = None,
+        convert: Callable[[Tensor | np.ndarray], np.ndarray] = to_uint8,
     ) -> None:
-        self.sampler, self.batches, self.watch = sampler, batches, watch
+        self.sampler, self.batches, self.watch, self.convert = sampler, batches, watch, convert
         self._guidance = {"guidance": guidance, "guidance_interval": guidance_interval}
         self._at_once = batches.size
 
@@ -90,7 +92,7 @@ class Job:
         self._within_memory(compute)
 
     def pictures(self, k: int) -> np.ndarray:
-        """The images of batch k: (n, H, W, C) uint8.
+        """The images of batch k, converted: to (n, H, W, C) uint8, if not to sounds.
 
         Raises:
             RuntimeError: there is not enough memory for a single image.
@@ -109,7 +111,7 @@ class Job:
             images = images[: len(self.batches[k][0])]
             if not (abs(images) < float("inf")).all():
                 raise ValueError("the samples are not finite; try --dtype float32")
-            return to_uint8(images)
+            return self.convert(images)
 
         return self._within_memory(compute)
 

@@ -18,22 +18,26 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from .files import atomic_write
-from .media import save_image
+from .media import save_image, to_uint8
 from .models.checkpoint import naming, write_json
 
-__all__ = ["GRID", "PICTURES", "RECORD", "Batches", "NpzFile", "Output", "PngFolder"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GRID", "PICTURES", "RECORD", "SPECTROGRAMS", "Batches", "FileFolder", "NpzFile", "Output", "PngFolder"]
 
 RECORD = "sampling.json"
 GRID = "grid.png"
+SPECTROGRAMS = "spectrograms.png"
 
 # The record of each kind of job that fills a folder, and the pictures of all its images that lie beside them.
-PICTURES = {RECORD: (GRID,), "restoration.json": ("comparison.png",), "video.json": ()}
+PICTURES = {RECORD: (GRID, SPECTROGRAMS), "restoration.json": ("comparison.png",), "video.json": ()}
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -93,13 +97,29 @@ class Output(abc.ABC):
     def is_whole(self, k: int, file: Path) -> bool:
         """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
 
+    def convert(self, images: Tensor | np.ndarray) -> np.ndarray:
+        """What is written of a sampler's images, (n, C, H, W) in [-1, 1]: here (n, H, W, C) uint8 pictures."""
+        return to_uint8(images)
+
     @abc.abstractmethod
-    def write(self, k: int, pictures: np.ndarray) -> None:
-        """Write the (n, H, W, C) uint8 pictures of batch k."""
+    def write(self, k: int, items: np.ndarray) -> None:
+        """Write batch k, as :meth:`convert` has made it."""
 
     @abc.abstractmethod
     def read(self, k: int) -> np.ndarray:
-        """The (n, H, W, C) uint8 pictures of batch k, which :meth:`write` has written."""
+        """What :meth:`write` has written for batch k."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) in [-1, 1]: what people are shown of a sampler's images."""
+        return images
+
+    def preview(self, count: int) -> np.ndarray:
+        """The first ``count`` images as people are shown them: (n, C, H, W) in [-1, 1]."""
+        return np.moveaxis(self._first(count), -1, 1) / np.float32(127.5) - 1
+
+    def _first(self, count: int) -> np.ndarray:
+        ks = range(min(len(self.batches), -(-count // self.batches.size)))
+        return np.concatenate([self.read(k) for k in ks])[:count]
 
     @abc.abstractmethod
     def finish(self) -> None:
@@ -176,16 +196,23 @@ class Output(abc.ABC):
         return [k for k in range(len(self.batches)) if not all(self.is_whole(k, file) for file in self.files(k))]
 
 
-class PngFolder(Output):
-    """A folder with a PNG a seed, ``000012.png`` for seed 12, or with one a name.
+class FileFolder(Output):
+    """A folder with a file a seed, ``000012.png`` for seed 12, or with one a name.
 
     Args:
-        names: of the files, without ``.png``; None for the seeds.
+        names: of the files, without their suffix; None for the seeds.
         record_name: one of :data:`PICTURES`.
+
+    Attributes:
+        suffix: of the files.
+        overview: the name of the picture of the first images of a sampling job.
 
     Raises:
         ValueError: a seed or a name is given twice.
     """
+
+    suffix: str
+    overview: str
 
     def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None, record_name: str = RECORD) -> None:
         super().__init__(path, path, batches, record_name)
@@ -196,10 +223,26 @@ class PngFolder(Output):
                 raise ValueError(
                     f"--seeds names {twice} {times} times: a folder holds one image a seed, a .npz file holds them all"
                 )
-            raise ValueError(f"{times} images would be {twice}.png in {path}; restore them into different folders")
+            raise ValueError(f"{times} images would be {twice}{self.suffix} in {path}; restore them into different folders")
 
     def files(self, k: int) -> list[Path]:
-        return [self.folder / f"{name}.png" for name in self.names[self.batches.part(k)]]
+        return [self.folder / f"{name}{self.suffix}" for name in self.names[self.batches.part(k)]]
+
+    def finish(self) -> None:
+        self.note(finished=True)
+
+    def remove_remains(self) -> None:
+        ours = {*(f"{name}{self.suffix}" for name in self.names), self.record_name, *PICTURES[self.record_name]}
+        for file in self.folder.iterdir():
+            remains = re.fullmatch(r"\.(.+)\.\w{8}", file.name)  # see atomic_write
+            if remains and remains[1] in ours:
+                file.unlink()
+
+
+class PngFolder(FileFolder):
+    """A folder of PNGs."""
+
+    suffix, overview = ".png", GRID
 
     def is_whole(self, k: int, file: Path) -> bool:
         try:
@@ -209,8 +252,8 @@ class PngFolder(Output):
         except OSError:  # not there, or shorter than that
             return False
 
-    def write(self, k: int, pictures: np.ndarray) -> None:
-        for file, picture in zip(self.files(k), pictures, strict=True):
+    def write(self, k: int, items: np.ndarray) -> None:
+        for file, picture in zip(self.files(k), items, strict=True):
             save_image(file, picture)
 
     def read(self, k: int) -> np.ndarray:
@@ -219,16 +262,6 @@ class PngFolder(Output):
             with Image.open(file) as image:
                 pictures.append(np.asarray(image).reshape(self.batches.image_shape))
         return np.stack(pictures)
-
-    def finish(self) -> None:
-        self.note(finished=True)
-
-    def remove_remains(self) -> None:
-        ours = {*(f"{name}.png" for name in self.names), self.record_name, *PICTURES[self.record_name]}
-        for file in self.folder.iterdir():
-            remains = re.fullmatch(r"\.(.+)\.\w{8}", file.name)  # see atomic_write
-            if remains and remains[1] in ours:
-                file.unlink()
 
 
 class NpzFile(Output):
@@ -251,9 +284,9 @@ class NpzFile(Output):
             return False
         return stored.dtype == np.uint8 and stored.shape == (len(self.batches[k][0]), *self.batches.image_shape)
 
-    def write(self, k: int, pictures: np.ndarray) -> None:
+    def write(self, k: int, items: np.ndarray) -> None:
         buffer = io.BytesIO()
-        np.save(buffer, pictures)
+        np.save(buffer, items)
         atomic_write(self.files(k)[0], buffer.getvalue())
 
     def read(self, k: int) -> np.ndarray:

@@ -37,12 +37,15 @@ from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .jobs import Job, JobStep, weights_checksum
 from .media import image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
-from .outputs import GRID, Batches, NpzFile, Output, PngFolder
+from .outputs import Batches, FileFolder, NpzFile, Output, PngFolder
 from .processes import Processes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .cli import AnySampler
     from .deploy.onnx_sampler import OnnxSampler
+    from .models.audio import AudioConfig
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
@@ -51,6 +54,7 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png
   python -m ddim_fast.sample --num-images 50000 --out samples.npz
+  python -m ddim_fast.sample --model runs/digits --class 7/jackson,7/theo --seeds 0-9 --out sevens
   python -m ddim_fast.sample --engine onnx --model photos-onnx
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
@@ -60,7 +64,7 @@ _ENGINES = ("auto", "eager", "compiled", "captured", "onnx")
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("sample", "Sample images from a diffusion model.", _EXAMPLES)
+    p = CommandParser("sample", "Sample images or sounds from a diffusion model.", _EXAMPLES)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
     p.add_argument(
@@ -94,10 +98,13 @@ def _parser() -> CommandParser:
 _GRID_IMAGES = 60
 
 _OUT_HELP = (
-    "a folder for a PNG a seed, or one file for evaluations, of all images (arr_0) and their classes (arr_1). The same command "
-    "goes on with an unfinished one (default: the folder samples, or samples-2 ... where that holds images)"
+    "a folder for a PNG a seed, of sounds a WAV, or one file for evaluations, of all images (arr_0) and their classes (arr_1). "
+    "The same command goes on with an unfinished one (default: the folder samples, or samples-2 ... where that holds images)"
 )
-_GRID_HELP = f"the first {_GRID_IMAGES} images in one picture (default: grid.png in the folder; none beside a .npz file)"
+_GRID_HELP = (
+    f"the first {_GRID_IMAGES} images, or spectrograms of sounds, in one picture (default: grid.png or spectrograms.png in the "
+    "folder; none beside a .npz file)"
+)
 _TOLERANCE_HELP = (
     "control the step size while sampling, instead of --steps and --spacing: the largest estimated error of a step, such as "
     "0.05; each image takes the steps it needs"
@@ -120,7 +127,10 @@ _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
     "int8: 8-bit convolutions, for CPUs"
 )
-_CLASS_HELP = "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples"
+_CLASS_HELP = (
+    "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
+    "7/jackson, or a part of one, such as 7, which means each class that has it"
+)
 
 
 def main() -> None:
@@ -138,8 +148,9 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         sampler, checksum, made_on = _onnx_sampler(parser, arguments)
     else:
         sampler, checksum, made_on = _torch_sampler(parser, arguments, processes)
+    audio = None if arguments.engine == "onnx" else sampler.model.audio
     with parser.usage_errors():
-        labels = seed_labels(arguments.classes, arguments.seeds, sampler.config.num_classes)
+        labels = seed_labels(arguments.classes, arguments.seeds, sampler.config.num_classes, audio)
         # Before anything is written or computed.
         sampler.check(
             seeds=arguments.seeds,
@@ -162,9 +173,9 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         "ddim_fast": __version__,
         **made_on,
     }
-    path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, record))
+    path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, audio, record))
     if missing is not None:
-        _run(sampler, _output(path, batches), missing, arguments, processes)
+        _run(sampler, _output(path, batches, audio), missing, arguments, processes)
     elif processes.is_first and not arguments.quiet:
         print(f"{path} is finished: it holds these {len(arguments.seeds)} images, made with these settings")
 
@@ -271,16 +282,20 @@ def _settings(
     }
 
 
-def _output(path: Path, batches: Batches) -> Output:
+def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
+    if audio is not None:
+        from .audio.output import WavFolder
+
+        return WavFolder(path, batches, audio)
     return NpzFile(path, batches) if path.suffix.lower() == ".npz" else PngFolder(path, batches)
 
 
 def _prepare(
-    parser: CommandParser, arguments: argparse.Namespace, batches: Batches, record: dict[str, Any]
+    parser: CommandParser, arguments: argparse.Namespace, batches: Batches, audio: AudioConfig | None, record: dict[str, Any]
 ) -> tuple[Path, list[int] | None]:
     """The place of the output, made ready, and the batches that it lacks; None when it is finished."""
     with parser.usage_errors():
-        output = _output(arguments.out or _free_folder(batches, record["settings"]), batches)
+        output = _output(arguments.out or _free_folder(batches, audio, record["settings"]), batches, audio)
     there = output.record()
     with parser.usage_errors():
         output.check(there, record["settings"])
@@ -297,10 +312,10 @@ def _prepare(
     return output.path, missing if filmed or 0 in missing else [0, *missing]
 
 
-def _free_folder(batches: Batches, settings: dict[str, Any]) -> Path:
+def _free_folder(batches: Batches, audio: AudioConfig | None, settings: dict[str, Any]) -> Path:
     """The folder of a run that names none: an unfinished one with these settings, or else the next that holds no images."""
     for number in itertools.count(1):
-        folder = PngFolder(Path("samples" if number == 1 else f"samples-{number}"), batches)
+        folder = _output(Path("samples" if number == 1 else f"samples-{number}"), batches, audio)
         with contextlib.suppress(ValueError):
             record = folder.record()
             folder.check(record, settings)
@@ -315,7 +330,7 @@ def _run(
     batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
     count = batches.count(missing)
     progress = _Progress(batches, steps, count, processes, arguments.quiet)
-    film = _Film(arguments.trajectory, steps) if arguments.trajectory is not None else None
+    film = _Film(arguments.trajectory, steps, output.shown) if arguments.trajectory is not None else None
 
     def watch(k: int) -> Callable[[JobStep], None] | None:
         filmed = film is not None and k == 0
@@ -329,7 +344,7 @@ def _run(
 
         return on_step
 
-    job = Job(sampler, batches, arguments.guidance, watch, arguments.guidance_interval)
+    job = Job(sampler, batches, arguments.guidance, watch, arguments.guidance_interval, output.convert)
     try:
         started = time.perf_counter()
         if share:
@@ -354,10 +369,11 @@ def _run(
 
 def _finish(output: Output, grid: Path | None) -> list[Path]:
     """What is left to do when every batch is there; returns what there is to look at."""
-    if grid is None and isinstance(output, PngFolder):
-        grid = output.path / GRID
+    if grid is None and isinstance(output, FileFolder):
+        grid = output.path / output.overview
     if grid is not None:
-        save_image(grid, image_grid(_first_images(output)), _scale(output.batches.image_shape))
+        images = output.preview(_GRID_IMAGES)
+        save_image(grid, image_grid(images), _scale(images))
     output.finish()
     return [output.path] if grid is None else [output.path, grid]
 
@@ -423,8 +439,8 @@ class _Progress:
 class _Film:
     """The steps of the first batch, from noise to images, written when the last one is made."""
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self._path, self._steps = path, steps
+    def __init__(self, path: Path, steps: int, shown: Callable[[Tensor], Tensor]) -> None:
+        self._path, self._steps, self._shown = path, steps, shown
         self._frames: list[np.ndarray] = []
 
     def add(self, step: JobStep) -> None:
@@ -433,18 +449,10 @@ class _Film:
             return
         if step.state.step == 0:
             self._frames.clear()
-        images = step.state.x[:_GRID_IMAGES]
+        images = self._shown(step.state.x[:_GRID_IMAGES])
         self._frames.append(image_grid(images))
         if step.state.step == self._steps - 1:
-            save_gif(self._path, self._frames, _scale((*images.shape[2:], images.shape[1])))
-
-
-def _first_images(output: Output) -> np.ndarray:
-    """Those that a grid shows, in [-1, 1]."""
-    batches = output.batches
-    ks = range(min(len(batches), -(-_GRID_IMAGES // batches.size)))
-    pictures = np.concatenate([output.read(k) for k in ks])[:_GRID_IMAGES]
-    return np.moveaxis(pictures, -1, 1) / np.float32(127.5) - 1
+            save_gif(self._path, self._frames, _scale(images))
 
 
 def _progress_of(batches: Batches, missing: list[int]) -> str:
@@ -452,9 +460,9 @@ def _progress_of(batches: Batches, missing: list[int]) -> str:
     return f"{len(batches.seeds) - batches.count(missing)} of {len(batches.seeds)}"
 
 
-def _scale(image_shape: tuple[int, int, int]) -> int:
-    """How many pixels wide a pixel of a small image is shown."""
-    return max(1, 64 // image_shape[1])
+def _scale(images: Tensor | np.ndarray) -> int:
+    """How many pixels wide a pixel of small (N, C, H, W) images is shown."""
+    return max(1, 64 // images.shape[2])
 
 
 if __name__ == "__main__":

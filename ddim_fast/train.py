@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cli import CommandParser, parse_positive, run_command
+from .cli import CONVERT_HELP, CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
 from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .files import atomic_write
 from .interop.autoencoder import load_autoencoder
 from .media import image_grid, save_image
+from .medium import medium_of
+from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
 from .models.checkpoint import AUTOENCODER
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
-from .training.data import load_images, to_unit_range
+from .training.data import ImageSet, load_images, to_unit_range
 from .training.latents import encoded, latent_space
 from .training.loop import Trainer, TrainingOptions
 
@@ -33,6 +35,7 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data 'cifar10/train-*.parquet' --preset cifar10-64 --out runs/cifar10 --compile
   python -m ddim_fast.train --data fashion-mnist/ --preset grey-32 --class-conditional --no-flip --out runs/fashion
   python -m ddim_fast.train --data photos/ --recipe fast --steps 20000 --out runs/soon
+  python -m ddim_fast.train --data spoken-digits/ --preset digits-mel --class-conditional --recipe fast --out runs/digits
   python -m ddim_fast.train --out runs/photos --resume
   python -m ddim_fast.train --data faces/ --preset autoencoder --set sample_size=64 --recipe fast --out runs/faces-autoencoder
   python -m ddim_fast.train --data faces/ --latents runs/faces-autoencoder --set base_channels=64 --out runs/faces
@@ -62,10 +65,13 @@ _PER_CALL = ("out", "resume", "device", "quiet")
 
 def _parser() -> CommandParser:
     default = TrainingOptions()
-    p = CommandParser("train", "Train a diffusion U-Net on images.", _EXAMPLES)
+    p = CommandParser("train", "Train a diffusion U-Net on images or sounds.", _EXAMPLES)
     p.add_argument(
-        "--data", metavar="SPEC", help="a folder of images, Parquet files, IDX files, or a hub data set (owner/name)"
+        "--data",
+        metavar="SPEC",
+        help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
     )
+    p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument(
         "--preset",
         metavar="NAME",
@@ -106,7 +112,11 @@ def _parser() -> CommandParser:
         default=default.label_dropout,
         help="share of labels dropped, for guidance",
     )
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=default.flip, help="mirror half of the images")
+    p.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the data, left to right (default: images, not sounds)",
+    )
     p.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -157,6 +167,8 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data is required")
 
+    if arguments.flip is None:
+        arguments.flip = AudioConfig.preset(arguments.preset) is None
     with parser.usage_errors():
         device = pick_device(arguments.device)
         options = _options(arguments, device)
@@ -201,14 +213,26 @@ def _unet_trainer(
             image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
             overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
         config = UNetConfig.preset(arguments.preset, **overrides)
-    data = load_images(arguments.data, *(config.image_shape if codec is None else image_shape)[:2])
+    data, audio = _load(arguments, config.image_shape if codec is None else image_shape)
     if arguments.class_conditional:
         if data.labels is None:
             parser.error(f"--class-conditional: {arguments.data} has no label for every image")
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
     if codec is not None:
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
-    return Trainer(UNet(config).to(device), data, options), codec
+    model = UNet(config)
+    model.audio = audio
+    return Trainer(model.to(device), data, options), codec
+
+
+def _load(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) -> tuple[ImageSet, AudioConfig | None]:
+    """The data, and what its images mean where it is sounds, which the preset decides."""
+    audio = AudioConfig.preset(arguments.preset)
+    if audio is None:
+        return load_images(arguments.data, *image_shape[:2]), None
+    from .audio.dataset import load_sound_images
+
+    return load_sound_images(arguments.data, audio, labelled=arguments.class_conditional, convert=arguments.convert)
 
 
 def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec | None) -> None:
@@ -279,7 +303,8 @@ def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
     sampler = Sampler(trainer.averaged_model(), steps=20)
     if codec is not None:
         sampler = LatentSampler(sampler, codec.autoencoder)
-    save_image(path, image_grid(sampler.sample(seeds=seeds, labels=labels, batch_size=20)))
+    images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
+    save_image(path, image_grid(medium_of(sampler).shown(images)))
 
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:

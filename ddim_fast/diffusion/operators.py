@@ -48,16 +48,16 @@ class Mask(LinearOperator):
     """Inpainting: pixels that are known. The others are 0 in the measurement.
 
     Args:
-        known: (H, W), True where the image is known.
+        known: (H, W), True where the image is known; or (C, H, W), where its channels differ in that.
 
     Raises:
-        ValueError: it is not two-dimensional.
+        ValueError: it has another number of dimensions.
     """
 
     def __init__(self, known: Tensor) -> None:
         super().__init__()
-        if known.ndim != 2:
-            raise ValueError(f"a mask has the shape (H, W) of an image; got {tuple(known.shape)}")
+        if known.ndim not in (2, 3):
+            raise ValueError(f"a mask has the shape (H, W) or (C, H, W) of an image; got {tuple(known.shape)}")
         self.register_buffer("known", known.float())
 
     @classmethod
@@ -83,7 +83,7 @@ class Mask(LinearOperator):
         return cls(known)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != self.known.shape:
+        if images.shape[-self.known.ndim :] != self.known.shape:
             raise ValueError(f"a mask of {_size(self.known)} pixels does not fit images of {_size(images)}")
         return images * self.known
 

@@ -260,7 +260,9 @@ def _unet_options(config: UNetConfig) -> dict[str, Any]:
             f"channel_multipliers must begin with 1 for a UNet2DModel, which embeds timesteps in as many channels as its first "
             f"level has; got {list(config.channel_multipliers)}"
         )
-    attends = [config.sample_size // 2**i in config.attention_resolutions for i in range(len(config.level_channels))]
+    if not isinstance(config.sample_size, int):
+        raise ValueError(f"sample_size must be one number, of square images, for a UNet2DModel; got {config.sample_size}")
+    attends = [config.attends(level) for level in range(len(config.level_channels))]
     return {
         **_UNET_DEFAULTS,
         **{key: getattr(config, key) for key in _SAME_NAME},

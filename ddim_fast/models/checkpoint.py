@@ -1,5 +1,5 @@
 """A checkpoint is a folder: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`) and model.safetensors (one tensor
-a parameter).
+a parameter); where its images mean sounds, audio.json (:class:`AudioConfig`) too.
 
 Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files import atomic_write
+from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "HUB_FILES",
     "Checkpoint",
     "is_state_dict",
+    "load_audio",
     "load_checkpoint",
     "load_config",
     "load_timesteps",
@@ -49,6 +51,7 @@ C = TypeVar("C", UNetConfig, AutoencoderConfig)
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
+_AUDIO = "audio.json"
 
 # The folder, beside the files of a network, of the autoencoder whose latents it was trained on.
 AUTOENCODER = "autoencoder"
@@ -61,6 +64,7 @@ HUB_FILES = tuple(
         "model_index.json",
         "config.json",
         "timesteps.json",
+        "audio.json",
         "scheduler_config.json",
         "model.safetensors",
         "diffusion_pytorch_model.safetensors",
@@ -195,11 +199,38 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     return Checkpoint(weights, load_config(path), read_safetensors(weights))
 
 
-def save_checkpoint(folder: Path, config: UNetConfig | AutoencoderConfig, state: dict[str, Tensor]) -> None:
-    """Write ``folder/config.json`` and ``folder/model.safetensors``, each one whole or not at all. Timesteps that were fitted
-    to earlier weights in that folder are removed: they are not for these."""
+def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
+    """What the images of a checkpoint mean as sound; None where they are images.
+
+    Args:
+        path: the checkpoint, a folder or a file.
+        config: its network.
+
+    Raises:
+        ValueError: its description is damaged or of another network; the message names the file.
+    """
+    file = path / _AUDIO
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    with naming(file):
+        audio = AudioConfig.from_dict(values)
+        if audio.image_shape != config.image_shape:
+            raise ValueError(f"its sounds are images of shape {audio.image_shape}, the network's are {config.image_shape}")
+        if len(audio.labels or ()) != (config.num_classes or 0):
+            raise ValueError(f"it names {len(audio.labels or ())} classes, the network has {config.num_classes or 0}")
+    return audio
+
+
+def save_checkpoint(
+    folder: Path, config: UNetConfig | AutoencoderConfig, state: dict[str, Tensor], audio: AudioConfig | None = None
+) -> None:
+    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not
+    at all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these."""
     folder.mkdir(parents=True, exist_ok=True)
     _timesteps_file(folder).unlink(missing_ok=True)
+    if audio is not None:
+        write_json(folder / _AUDIO, audio.to_dict())
     write_safetensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", config.to_dict())
 

@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import sys
-import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
+
+from .fields import Fields, require
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "UNetConfig", "preset_names"]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-C = TypeVar("C", bound="_Config")
-
-
-class _Config:
-    """Fields that a JSON file holds, each one checked."""
-
-    def __post_init__(self) -> None:
-        for name, kind in _field_types(type(self)).items():
-            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-
-    @classmethod
-    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing."""
-        fields = _field_types(cls)
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
-        if "sample_size" not in values:
-            raise ValueError("the configuration lacks 'sample_size'")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(_Config):
+class UNetConfig(Fields):
     """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
     DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
 
     Network:
-        sample_size: height and width of the images, in pixels; a multiple of 2**(levels - 1).
+        sample_size: height and width of the images, in pixels: one number for squares, or a pair. Both are multiples of
+            2**(levels - 1), except that a height of 1 makes the network one-dimensional: then convolutions are 1x3, and levels
+            halve the width alone.
         in_channels: image channels. The output has as many.
         base_channels: width C of the first level.
         channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
         layers_per_block: residual blocks a level on the way down (one more on the way up).
-        attention_resolutions: the heights at which each residual block is followed by self-attention.
+        attention_resolutions: the widths at which each residual block is followed by self-attention.
         attention_head_dim: channels a head, or None for a single head.
         dropout: probability, inside the residual blocks, in training only.
         norm_num_groups, norm_eps: of every GroupNorm.
@@ -72,7 +44,7 @@ class UNetConfig(_Config):
         ValueError: a field has an impossible value; the message names the field.
     """
 
-    sample_size: int
+    sample_size: int | tuple[int, int]
     in_channels: int = 3
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -95,59 +67,62 @@ class UNetConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        height, width = self.size
+        if height == width:
+            object.__setattr__(self, "sample_size", height)
+        require(min(height, width) >= 1, "sample_size", self.sample_size, "at least 1")
         for name in (
-            "sample_size",
             "in_channels",
             "base_channels",
             "layers_per_block",
             "norm_num_groups",
             "num_train_timesteps",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(
             len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
             self.channel_multipliers,
             "one positive integer a level",
         )
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
-        _require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
-        _require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
-        _require(
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
+        require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
+        require(
             self.prediction_type in PREDICTION_TYPES,
             "prediction_type",
             self.prediction_type,
             f"one of {', '.join(PREDICTION_TYPES)}",
         )
-        _require(
+        require(
             self.beta_schedule in BETA_SCHEDULES, "beta_schedule", self.beta_schedule, f"one of {', '.join(BETA_SCHEDULES)}"
         )
         for name in ("beta_start", "beta_end"):
-            _require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
+            require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
         # The frequencies of the time embedding are spread over this difference.
-        _require(
+        require(
             self.freq_shift != self.base_channels // 2,
             "freq_shift",
             self.freq_shift,
             "other than half of base_channels",
         )
         halvings = 2 ** (len(self.channel_multipliers) - 1)
-        _require(
-            self.sample_size % halvings == 0,
+        require(
+            width % halvings == 0 and (self.one_dimensional or height % halvings == 0),
             "sample_size",
             self.sample_size,
             f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels",
         )
         for width in self.level_channels:
-            _require(
+            require(
                 width % self.norm_num_groups == 0,
                 "norm_num_groups",
                 self.norm_num_groups,
                 f"a divisor of every level's width, {width} among them",
             )
             if self.attention_head_dim is not None:
-                _require(
+                require(
                     self.attention_head_dim >= 1 and width % self.attention_head_dim == 0,
                     "attention_head_dim",
                     self.attention_head_dim,
@@ -162,7 +137,21 @@ class UNetConfig(_Config):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return (self.in_channels, self.sample_size, self.sample_size)
+        return (self.in_channels, *self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of one image."""
+        return self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
+
+    @property
+    def one_dimensional(self) -> bool:
+        """Whether images are signals along their width."""
+        return self.size[0] == 1
+
+    def attends(self, level: int) -> bool:
+        """Whether the residual blocks of a level are followed by self-attention."""
+        return self.size[1] // 2**level in self.attention_resolutions
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> UNetConfig:
@@ -177,7 +166,7 @@ class UNetConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(_Config):
+class AutoencoderConfig(Fields):
     """The small convolutional autoencoder of :class:`ddim_fast.Autoencoder`.
 
     Attributes:
@@ -205,17 +194,15 @@ class AutoencoderConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("sample_size", "in_channels", "latent_channels", "base_channels", "layers_per_block", "norm_num_groups"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         multipliers = self.channel_multipliers
-        _require(
-            bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", multipliers, "one positive integer a level"
-        )
-        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", multipliers, "one positive integer a level")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
         right = f"a multiple of {self.factor}, for {len(multipliers)} levels"
-        _require(self.sample_size % self.factor == 0, "sample_size", self.sample_size, right)
+        require(self.sample_size % self.factor == 0, "sample_size", self.sample_size, right)
         for width in self.level_channels:
             right = f"a divisor of every level's width, {width} among them"
-            _require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, right)
+            require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, right)
 
     @property
     def factor(self) -> int:
@@ -247,39 +234,28 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "dropout": 0.0,
     },
+    # Sounds, which AudioConfig.preset describes: spectrograms, and waveforms.
+    "digits-mel": {
+        "sample_size": 16,
+        "in_channels": 16,
+        "base_channels": 64,
+        "channel_multipliers": (1, 2, 2),
+        "layers_per_block": 1,
+        "attention_resolutions": (8,),
+        "norm_num_groups": 8,
+    },
+    "digits-waveform": {
+        "sample_size": (1, 512),
+        "in_channels": 16,
+        "base_channels": 64,
+        "channel_multipliers": (1, 2, 2, 2),
+        "layers_per_block": 1,
+        "attention_resolutions": (64,),
+        "norm_num_groups": 8,
+    },
 }
 
 
 def preset_names() -> tuple[str, ...]:
     """The names :meth:`UNetConfig.preset` knows."""
     return tuple(_PRESETS)
-
-
-@functools.cache
-def _field_types(config: type[_Config]) -> dict[str, Any]:
-    return typing.get_type_hints(config)
-
-
-def _checked(name: str, expected: Any, value: Any) -> Any:
-    """``value`` as the field's type, or a ValueError: config.json is a user's input like any other."""
-    options = typing.get_args(expected) if type(None) in typing.get_args(expected) else (expected,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if kind == tuple[int, ...]:
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise ValueError(f"{name} must be a list of integers; got {value!r}")
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if type(value) is kind and kind is not float:
-        return value
-    raise ValueError(f"{name} must be {_KIND_NAMES[kind]}; got {value!r}")
-
-
-_KIND_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
-
-
-def _require(holds: bool, name: str, value: Any, right: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {right}; got {value!r}")

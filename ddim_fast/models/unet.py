@@ -20,7 +20,8 @@ from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import load_checkpoint, load_timesteps, local_model, save_checkpoint
+from .audio import AudioConfig
+from .checkpoint import load_audio, load_checkpoint, load_timesteps, local_model, save_checkpoint
 from .config import UNetConfig
 
 __all__ = ["UNet", "alone_as_two"]
@@ -43,9 +44,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     Attributes:
         fitted_timesteps: by their number, the timesteps that spacing ``adaptive`` samples with, where the checkpoint has some.
+        audio: what its images mean as sound, where they do.
     """
 
     fitted_timesteps: dict[int, list[int]] | None = None
+    audio: AudioConfig | None = None
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         self.config = config
         widths = config.level_channels
         time_dim = 4 * config.base_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], **_kernel(config))
         self.time_embedding = _TimeEmbedding(config.base_channels, time_dim)
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
@@ -66,7 +69,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             last = level == len(widths) - 1
             inputs = [channels] + [width] * (config.layers_per_block - 1)
             self.down_blocks.append(
-                _Level(config, inputs, width, time_dim, self._has_attention(level), None if last else "downsamplers")
+                _Level(config, inputs, width, time_dim, config.attends(level), None if last else "downsamplers")
             )
             skips += [width] * (config.layers_per_block + (not last))
             channels = width
@@ -75,11 +78,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         for level, width in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (channels if i == 0 else width) for i in range(config.layers_per_block + 1)]
             self.up_blocks.append(
-                _Level(config, inputs, width, time_dim, self._has_attention(level), "upsamplers" if level else None)
+                _Level(config, inputs, width, time_dim, config.attends(level), "upsamplers" if level else None)
             )
             channels = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
-        self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, config.in_channels, **_kernel(config))
         self._initialise()
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -222,13 +225,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         model.load_state_dict(checkpoint.state_dict(shapes), assign=True)
         model.fitted_timesteps = load_timesteps(path, checkpoint.config.num_train_timesteps)
+        model.audio = load_audio(path, checkpoint.config)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_checkpoint(save_directory, self.config, self.state_dict())
-
-    def _has_attention(self, level: int) -> bool:
-        return self.config.sample_size // 2**level in self.config.attention_resolutions
+        save_checkpoint(save_directory, self.config, self.state_dict(), self.audio)
 
     def _initialise(self) -> None:
         """Every residual branch and the output start at zero, so the network starts as the identity on its input's scale
@@ -288,11 +289,16 @@ class _RowLinear(nn.Linear):
         return torch.cat([F.linear(block, self.weight, self.bias) for block in blocks])[: len(x)]
 
 
-class Conv3x3(nn.Conv2d):
-    """With stride 1; a network for inference has its weights prepared."""
+def _kernel(config: UNetConfig) -> dict[str, Any]:
+    """Of a convolution that keeps the image's size."""
+    return {"kernel_size": (1, 3), "padding": (0, 1)} if config.one_dimensional else {"kernel_size": 3, "padding": 1}
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+
+class Conv3x3(nn.Conv2d):
+    """With stride 1, and 1x3 in a one-dimensional network; a network for inference has its weights prepared."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, **_kernel(config))
         self.prepared: Prepared | None = None
 
     def prepare(self, dtype: torch.dtype, limits: Tensor | None = None) -> None:
@@ -325,11 +331,11 @@ class _ResnetBlock(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(config, in_channels, out_channels)
         self.time_emb_proj = _RowLinear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(config, out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -367,19 +373,23 @@ class _Attention(nn.Module):
 
 
 class _Downsample(nn.Module):
-    def __init__(self, channels: int, padding: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        kernel = _kernel(config)
+        rows = not config.one_dimensional
+        # What is not padded on both sides is padded right and bottom only.
+        self.after = (0, 0, 0, 0) if config.downsample_padding else (0, 1, 0, int(rows))
+        padding = kernel["padding"] if config.downsample_padding else 0
+        self.conv = nn.Conv2d(channels, channels, kernel["kernel_size"], stride=(1 + rows, 2), padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return alone_as_two(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return alone_as_two(self.conv, F.pad(x, self.after) if any(self.after) else x)
 
 
 class _Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3(config, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x, self.conv.bias, upsample=True)
@@ -401,8 +411,8 @@ class _Level(nn.Module):
         self.resnets = nn.ModuleList(_ResnetBlock(config, c, channels, time_dim) for c in in_channels)
         self.attentions = nn.ModuleList(_Attention(config, channels) for _ in in_channels) if has_attention else None
         down, up = resampler == "downsamplers", resampler == "upsamplers"
-        self.downsamplers = nn.ModuleList([_Downsample(channels, config.downsample_padding)]) if down else None
-        self.upsamplers = nn.ModuleList([_Upsample(channels)]) if up else None
+        self.downsamplers = nn.ModuleList([_Downsample(config, channels)]) if down else None
+        self.upsamplers = nn.ModuleList([_Upsample(config, channels)]) if up else None
 
     def attend(self, i: int, h: Tensor) -> Tensor:
         """The attention after residual block ``i``, where this level has any."""

@@ -26,21 +26,21 @@ def conv3x3(
     upsample: bool = False,
     prepared: Prepared | None = None,
 ) -> Tensor:
-    """A 3x3 convolution with stride 1 and padding 1, and what stands around it in a U-Net:
+    """A 3x3 convolution with stride 1 that keeps the image's size, and what stands around it in a U-Net:
 
         out = convolution(upsampled(x), weight) + bias + residual
 
     Args:
         x: (N, C, H, W), floating-point, of any layout; channels_last is the fast one.
-        weight: (K, C, 3, 3), in the dtype of ``x``.
+        weight: (K, C, 3, 3), in the dtype of ``x``; or (K, C, 1, 3) for signals, images of height 1.
         bias: (K,), in the dtype of ``x`` or float32.
         residual: of the result's shape and dtype, added to it.
-        upsample: repeat each pixel of ``x`` in both directions first (nearest neighbour).
+        upsample: repeat each pixel of ``x`` in both directions first (nearest neighbour), of signals along their width.
         prepared: what :func:`prepare_conv3x3` made of ``weight``, for inference: this is used then, and ``weight`` only where
             a gradient is recorded.
 
     Returns:
-        (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, in the dtype of ``x``.
+        (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, of signals (N, K, 1, 2 W), in the dtype of ``x``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
@@ -76,9 +76,10 @@ def conv3x3_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
 ) -> Tensor:
     """What the operator means, by PyTorch's own: differentiable, on any device. Arguments as :func:`conv3x3`."""
+    rows = weight.shape[2]
     if upsample:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    out = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), padding=1)
+        x = F.interpolate(x, scale_factor=(2.0 if rows == 3 else 1.0, 2.0), mode="nearest")
+    out = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), padding=(rows // 2, 1))
     return out if residual is None else out + residual
 
 
@@ -87,7 +88,7 @@ def prepare_conv3x3(weight: Tensor, dtype: torch.dtype, limits: Tensor | None = 
     with 4 products for each output and pair of channels instead of 9 (Lavin and Gray 2016, F(2x2, 3x3)).
 
     Args:
-        weight: (K, C, 3, 3) on the device where it will be used.
+        weight: (K, C, 3, 3) or (K, C, 1, 3) on the device where it will be used.
         dtype: of the images.
         limits: (16,) for products of 8-bit numbers: components of the transformed pixels, see :func:`conv3x3_components`, are
             rounded to 255 levels in [-limit, limit]. Weights have a scale for each component and output channel.
@@ -165,6 +166,8 @@ def _why_not_native(request: _Weight) -> str | None:
         return "it needs a processor with AVX-512 VNNI"
     if limits is None and dtype == torch.bfloat16 and not native.module.conv3x3_has_bf16():
         return "it takes bfloat16 only where the processor has AVX-512 BF16"
+    if weight.shape[2] != 3:
+        return f"it takes 3x3 weights, not {weight.shape[2]}x{weight.shape[3]}"
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         return f"it takes channels in multiples of 16, not {weight.shape[1]} and {weight.shape[0]}"
     return None

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..outputs import PICTURES
+from .parquet import read_parquet
 
 __all__ = ["ImageSet", "fit_image", "image_files", "load_images", "native_shape", "read_images", "to_unit_range"]
 
@@ -30,7 +30,7 @@ class ImageSet:
     """Images in memory.
 
     Attributes:
-        images: (N, C, H, W) uint8; or float32, for what a network learns as it is: latents.
+        images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
         labels: (N,) int64 class labels, or None where the data has none.
     """
 
@@ -48,11 +48,12 @@ class ImageSet:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1], channels_last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+    """uint8 in 0..255 -> float32 in [-1, 1], channels_last; float32 is there already."""
+    unit = images.to(torch.float32, memory_format=torch.channels_last)
+    return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
 
 
-def load_images(spec: str, channels: int, size: int) -> ImageSet:
+def load_images(spec: str, channels: int, size: int | tuple[int, int]) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32).
 
@@ -68,8 +69,12 @@ def load_images(spec: str, channels: int, size: int) -> ImageSet:
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: it holds no images, damaged ones, or images of different sizes.
+        ValueError: it holds no images, damaged ones, or images of different sizes; or the network's are no square pictures.
     """
+    if channels not in (1, 3) or not isinstance(size, int):
+        raise ValueError(
+            f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
+        )
     return _collect(read_images(spec), spec, channels, size)
 
 
@@ -164,34 +169,8 @@ def _read_folder(folder: Path) -> Iterator[Row]:
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
-    for path in paths:
-        try:
-            file = pq.ParquetFile(path)
-            columns = {"image": _pick(file, ("image", "img")), "label": _pick(file, ("label", "fine_label"))}
-            if columns["image"] is None:
-                raise ValueError(f"{path}: no column 'image' (there are {', '.join(file.schema_arrow.names)})")
-            row = 0
-            for batch in file.iter_batches(512, columns=[c for c in columns.values() if c]):
-                for record in batch.to_pylist():
-                    name = f"{path}, row {row}"
-                    label = record[columns["label"]] if columns["label"] else None
-                    image = record[columns["image"]]
-                    data = image.get("bytes") if isinstance(image, dict) else image
-                    if not isinstance(data, bytes):
-                        raise ValueError(f"{name}: no encoded image in column {columns['image']!r}")
-                    yield name, _decode(name, data), label
-                    row += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
-
-
-def _pick(file: Any, names: tuple[str, ...]) -> str | None:
-    return next((n for n in names if n in file.schema_arrow.names), None)
+    for name, data, label in read_parquet(paths, ("image", "img"), ("label", "fine_label")):
+        yield name, _decode(name, data), label
 
 
 def _read_idx(path: Path) -> Iterator[Row]:

@@ -154,7 +154,8 @@ class Trainer(Generic[M]):
         """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
         if isinstance(self.model, Autoencoder):
             self._fit_scale()
-        save_checkpoint(folder, self.model.config, self.ema.state_dict())
+        audio = self.model.audio if isinstance(self.model, UNet) else None
+        save_checkpoint(folder, self.model.config, self.ema.state_dict(), audio)
         buffer = io.BytesIO()
         torch.save(
             {

@@ -1,0 +1,64 @@
+"""What a damaged recording still says of the model's images, as operators that :meth:`ddim_fast.Sampler.restore` inverts."""
+
+from __future__ import annotations
+
+import librosa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion.operators import Mask
+from ..models.audio import AudioConfig
+
+__all__ = ["band_limit", "gap"]
+
+
+def gap(config: AudioConfig, start: float, end: float) -> Mask:
+    """Recordings from which a part is missing. Of a spectrogram, that is each frame that reaches into the gap.
+
+    Args:
+        config: the model's sounds, in the middle of which a shorter recording lies.
+        start, end: in seconds from the beginning of the model's sound.
+
+    Raises:
+        ValueError: the gap is empty, or not within the sound, or there is nothing else.
+    """
+    seconds = config.length / config.sample_rate
+    if not 0 <= start < end <= seconds:
+        raise ValueError(f"a gap lies within the model's sounds, from 0 to {seconds:g} s; got {start:g} to {end:g}")
+    first, last = start * config.sample_rate, end * config.sample_rate
+    if config.kind == "waveform":
+        samples = torch.arange(config.length)
+        known = (samples < first) | (samples >= last)
+        return Mask(_checked(known, "the gap").view(-1, config.fold).t()[:, None])
+    begins = torch.arange(config.frames) * config.hop - config.margin
+    known = (begins + config.n_fft <= first) | (begins >= last)
+    return _of_spectrogram(_checked(known, "the gap").expand(config.mels, -1), config)
+
+
+def band_limit(config: AudioConfig, cutoff: float) -> Mask:
+    """Recordings without what lies above a frequency, as over a telephone. Known are the bands that end below it.
+
+    Args:
+        config: the model's sounds; spectrograms, because a waveform's samples are not divided by frequency.
+        cutoff: in Hz.
+
+    Raises:
+        ValueError: the model is one of waveforms, or the cutoff leaves nothing known, or nothing to restore.
+    """
+    if config.kind != "mel":
+        raise ValueError("bandwidth extension needs a model of spectrograms; this one's sounds are waveforms")
+    edges = librosa.mel_frequencies(config.mels + 2, fmax=config.sample_rate / 2)
+    known = torch.from_numpy(edges[2:] <= cutoff)
+    return _of_spectrogram(_checked(known, f"a cutoff of {cutoff:g} Hz")[:, None].expand(-1, config.frames), config)
+
+
+def _checked(known: Tensor, what: str) -> Tensor:
+    if known.all() or not known.any():
+        raise ValueError(f"{what} leaves {'nothing to restore' if known.all() else 'nothing to restore from'}")
+    return known
+
+
+def _of_spectrogram(known: Tensor, config: AudioConfig) -> Mask:
+    """From (mels, frames)."""
+    return Mask(F.pixel_unshuffle(known[None].float(), config.fold))

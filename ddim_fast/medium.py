@@ -1,0 +1,100 @@
+"""What the images of a network are to people: pictures, or sounds. Read from files and written to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .media import image_grid, save_image, to_uint8
+from .models.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from .cli import AnySampler
+
+__all__ = ["Medium", "Pictures", "medium_of", "numbered", "write_comparison"]
+
+# A picture of more is no longer one to look at.
+_SHOWN = 20
+
+
+class Medium(Protocol):
+    """How the commands deal with images, (N, C, H, W) float32 in [-1, 1].
+
+    Attributes:
+        noun: what several of them are called.
+    """
+
+    noun: str
+
+    def load(self, spec: str) -> Tensor:
+        """Those of files, brought to the network's size, on the host."""
+        ...
+
+    def label(self, text: str) -> int:
+        """The number of the class that a user has named.
+
+        Raises:
+            ValueError: it names none, or several.
+        """
+        ...
+
+    def shown(self, images: Tensor) -> Tensor:
+        """What people are shown of them, (N, C', H', W') in [-1, 1]."""
+        ...
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        """A numbered file each: "0.png" or "0.wav", and so on."""
+        ...
+
+
+class Pictures:
+    """Images that are pictures."""
+
+    noun = "images"
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        self._shape = image_shape
+
+    def load(self, spec: str) -> Tensor:
+        from .training.data import load_images, to_unit_range
+
+        return to_unit_range(load_images(spec, *self._shape[:2]).images).contiguous()
+
+    def label(self, text: str) -> int:
+        if not text.isdecimal():
+            raise ValueError(f"a class is a number; got {text!r}")
+        return int(text)
+
+    def shown(self, images: Tensor) -> Tensor:
+        return images
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        for path, picture in zip(numbered(folder, len(images), ".png"), to_uint8(images), strict=True):
+            save_image(path, picture)
+
+
+def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
+    """That of a sampler's images; ``convert`` as of :func:`ddim_fast.audio.reading.load_sounds`."""
+    if sampler.model.audio is None:
+        return Pictures(sampler.image_shape)
+    from .audio.medium import Sounds
+
+    return Sounds(sampler.model.audio, convert)
+
+
+def write_comparison(medium: Medium, folder: Path, before: Tensor, after: Tensor, record: dict[str, Any]) -> None:
+    """A numbered file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and
+    ``record.json``."""
+    medium.write(folder, after)
+    rows = medium.shown(torch.cat([before[:_SHOWN], after[:_SHOWN]]))
+    save_image(folder / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
+    write_json(folder / "record.json", record)
+
+
+def numbered(folder: Path, count: int, suffix: str) -> list[Path]:
+    """As many files, whose names sort as their numbers do."""
+    digits = len(str(count - 1))
+    return [folder / f"{i:0{digits}d}{suffix}" for i in range(count)]

@@ -1,0 +1,106 @@
+"""What a network's images mean as sound: everything audio.json holds, which lies beside config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .fields import Fields, require
+
+__all__ = ["AudioConfig"]
+
+KINDS = ("mel", "waveform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig(Fields):
+    """How a sound becomes an image of the network, and back.
+
+    Sound:
+        kind: ``mel``, the image is a log-mel spectrogram; or ``waveform``, it is the sound itself.
+        sample_rate: samples a second, of one channel.
+        length: samples of a sound; a multiple of ``hop``.
+        fold: what is brought together in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` samples in a row
+            of a waveform. A network of fewer, wider positions costs less.
+        peak: a recording's level is brought to this largest value when it is read: levels of recordings are accidents.
+        labels: the names of the classes, in the order of their numbers, such as "7/jackson"; None without classes.
+
+    Spectrogram, in which a waveform's loudness and picture are measured as well:
+        n_fft: samples of a frame, under a Hann window.
+        hop: samples from frame to frame. Frames are centred in the sound: there are ``length / hop`` of them.
+        mels: bands of the mel scale (Slaney's), from 0 Hz to half the sample rate.
+        floor_db, ceiling_db: the band powers that become -1 and 1, in decibels; the bands of a frame add up to its mean square.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field.
+    """
+
+    kind: str
+    sample_rate: int
+    length: int
+    fold: int
+    peak: float = 0.5
+    labels: tuple[str, ...] | None = None
+    n_fft: int = 512
+    hop: int = 128
+    mels: int = 64
+    floor_db: float = -80.0
+    ceiling_db: float = -10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        for name in ("sample_rate", "length", "fold", "hop", "mels"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 < self.peak <= 1, "peak", self.peak, "in (0, 1]")
+        require(self.n_fft >= self.hop and (self.n_fft - self.hop) % 2 == 0, "n_fft", self.n_fft, "hop and an even number more")
+        require(self.length % self.hop == 0, "length", self.length, f"a multiple of hop, {self.hop}")
+        require(self.floor_db < self.ceiling_db, "floor_db", self.floor_db, f"below ceiling_db, {self.ceiling_db}")
+        folded = {"mel": (self.mels, self.frames), "waveform": (self.length,)}[self.kind]
+        require(
+            all(size % self.fold == 0 for size in folded), "fold", self.fold, f"a divisor of {' and '.join(map(str, folded))}"
+        )
+        require(self.labels is None or len(set(self.labels)) == len(self.labels), "labels", self.labels, "different names")
+
+    @property
+    def frames(self) -> int:
+        """Frames of the spectrogram."""
+        return self.length // self.hop
+
+    @property
+    def margin(self) -> int:
+        """Samples of silence at either end of a sound, so that frames are centred in it."""
+        return (self.n_fft - self.hop) // 2
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the network's images."""
+        if self.kind == "mel":
+            return (self.fold**2, self.mels // self.fold, self.frames // self.fold)
+        return (self.fold, 1, self.length // self.fold)
+
+    @classmethod
+    def preset(cls, name: str) -> AudioConfig | None:
+        """The sound of a network preset (:meth:`UNetConfig.preset`), or None for one of images."""
+        return cls(**_PRESETS[name]) if name in _PRESETS else None
+
+    def class_numbers(self, name: str) -> list[int]:
+        """The classes that a name means: its own, or all that have it as a part, as "7/jackson" has "7" and "jackson".
+
+        Raises:
+            ValueError: there is none.
+        """
+        labels = self.labels or ()
+        found = [i for i, label in enumerate(labels) if label == name] or [
+            i for i, label in enumerate(labels) if name in label.split("/")
+        ]
+        if not found:
+            known = ", ".join(labels[:4]) + (", ..." if len(labels) > 4 else "")
+            raise ValueError(f"no class is named {name!r}; the model has {known or 'none'}")
+        return found
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "digits-mel": {"kind": "mel", "sample_rate": 8000, "length": 8192, "fold": 4},
+    "digits-waveform": {"kind": "waveform", "sample_rate": 8000, "length": 8192, "fold": 16, "peak": 1.0},
+}

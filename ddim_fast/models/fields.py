@@ -1,0 +1,86 @@
+"""Descriptions that are stored as JSON: what the classes of config.json and audio.json share."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Fields", "require"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """A dataclass whose fields have the types they are declared with, in memory and as JSON: its files are a user's input like
+    any other."""
+
+    def __post_init__(self) -> None:
+        for name, expected in self._types().items():
+            object.__setattr__(self, name, _checked(name, expected, getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`. Unknown keys are errors: a misspelt option must not silently change nothing.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value impossible; the message names the field.
+        """
+        types = cls._types()
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], types, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ValueError(f"the configuration lacks {field.name!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    @functools.cache
+    def _types(cls) -> dict[str, Any]:
+        return typing.get_type_hints(cls)
+
+
+def require(holds: bool, name: str, value: Any, right: str) -> None:
+    """Raises a ValueError that names the field, its value and what would be right, unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{name} must be {right}; got {value!r}")
+
+
+def _checked(name: str, expected: Any, value: Any) -> Any:
+    """``value`` as the field's type, or a ValueError."""
+    kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for kind in kinds:
+        if kind in _LISTS:
+            item, length, _ = _LISTS[kind]
+            if isinstance(value, (list, tuple)) and all(type(v) is item for v in value) and length in (None, len(value)):
+                return tuple(value)
+        elif kind is float:
+            if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+                return float(value)
+        elif type(value) is kind:
+            return value
+    right = " or ".join(_LISTS[kind][2] if kind in _LISTS else _NAMES[kind] for kind in kinds if kind is not type(None))
+    raise ValueError(f"{name} must be {right}; got {value!r}")
+
+
+# The type of each item, how many there must be, and what to call them.
+_LISTS = {
+    tuple[int, ...]: (int, None, "a list of integers"),
+    tuple[int, int]: (int, 2, "a pair of integers"),
+    tuple[str, ...]: (str, None, "a list of strings"),
+}
+_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}

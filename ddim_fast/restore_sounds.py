@@ -1,0 +1,83 @@
+"""Restore recordings by a model that was not trained for it: ``python -m ddim_fast.restore_sounds SOUNDS --gap 0.4 0.5``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .audio.restoration import band_limit, gap
+from .cli import CONVERT_HELP, CommandParser, add_sampler_options, make_sampler, run_command
+from .diffusion.operators import Mask
+from .diffusion.sampler import Sampler
+from .files import atomic_folder
+from .medium import medium_of, write_comparison
+
+_EXAMPLES = """\
+  python -m ddim_fast.restore_sounds seven.wav --model runs/digits --class 7/jackson --gap 0.45 0.55
+  python -m ddim_fast.restore_sounds recordings/ --model runs/digits --cutoff 2000 --guidance 2
+"""
+
+_GAP_HELP = "fill in what is missing between two times, in seconds of the model's sound, in whose middle a recording lies"
+_CUTOFF_HELP = "extend the bandwidth: make up what the recordings lack above this frequency, in Hz"
+_CLASS_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("restore_sounds", "Restore recordings: fill in a gap, or what lies above a frequency.", _EXAMPLES)
+    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help="sound files, folders of them, or Parquet files")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--gap", metavar=("START", "END"), nargs=2, type=float, help=_GAP_HELP)
+    what.add_argument("--cutoff", metavar="HZ", type=float, help=_CUTOFF_HELP)
+    p.add_argument("--class", dest="label", metavar="CLASS", help=_CLASS_HELP)
+    p.add_argument("--seed", metavar="N", type=int, default=0, help="sound i is restored with seed N + i")
+    p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
+    add_sampler_options(p)
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help="a new or empty folder")
+    p.add_argument("--quiet", action="store_true", help="no summary")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    sampler = make_sampler(parser, arguments)
+    audio = sampler.model.audio
+    if audio is None:
+        parser.error(f"--model {arguments.model} makes images, not sounds")
+    medium = medium_of(sampler, arguments.convert)
+    with parser.usage_errors():
+        operator = band_limit(audio, arguments.cutoff) if arguments.gap is None else gap(audio, *arguments.gap)
+        images, labels = medium.load_labelled(arguments.sounds, arguments.label)
+        sampler.check(x_T=images, labels=labels, guidance=arguments.guidance)
+    damaged = torch.where(operator.known > 0, images, medium.codec.silence)
+    try:
+        with atomic_folder(arguments.out) as out:
+            restored = _restore(sampler, operator, images, labels, arguments)
+            how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+            write_comparison(medium, out, damaged, restored, how)
+    except FileExistsError as error:
+        parser.error(f"--out: {error}")
+    if not arguments.quiet:
+        print(f"{len(images)} sounds restored; see {arguments.out}")
+
+
+def _restore(sampler: Sampler, operator: Mask, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace) -> Tensor:
+    """(N, C, H, W) on the host, a batch at a time."""
+    parts = []
+    for start in range(0, len(images), arguments.batch_size):
+        part = slice(start, start + arguments.batch_size)
+        measured = operator(images[part])
+        seeds = range(arguments.seed + start, arguments.seed + start + len(measured))
+        request = {"labels": None if labels is None else labels[part], "guidance": arguments.guidance}
+        parts.append(sampler.restore(measured, operator, seeds=seeds, **request).cpu())
+    restored = torch.cat(parts)
+    if not restored.isfinite().all():
+        raise ValueError("the sounds are not finite; try --dtype float32")
+    return restored
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,98 @@
+"""Say the same thing in another voice: ``python -m ddim_fast.restyle SOUNDS --model MODEL --to CLASS``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .audio.codec import Codec
+from .audio.control import loudness_guidance, restyle
+from .cli import CONVERT_HELP, CommandParser, add_sampler_options, make_sampler, run_command
+from .diffusion.sampler import Sampler
+from .files import atomic_folder
+from .medium import medium_of, write_comparison
+
+_EXAMPLES = """\
+  python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
+  python -m ddim_fast.restyle recordings/ --model runs/digits --to 3/nicolas --guidance 2 --loudness-std 8
+  python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo --control loud.wav
+"""
+
+_FROM_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
+_CONTROL_HELP = "the recording whose loudness is followed, frame by frame (default: each recording's own)"
+_STD_HELP = "how far the loudness of a frame may stray from it, in decibels, as a standard deviation; inf leaves it free"
+_EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
+
+
+def _parser() -> CommandParser:
+    p = CommandParser("restyle", "Recordings in another voice or with another word, as loud as before.", _EXAMPLES)
+    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help="sound files, folders of them, or Parquet files")
+    p.add_argument("--from", dest="source", metavar="CLASS", help=_FROM_HELP)
+    p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become")
+    p.add_argument("--control", metavar="SOUND", help=_CONTROL_HELP)
+    p.add_argument("--loudness-std", metavar="X", type=float, default=16.0, help=_STD_HELP)
+    p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
+    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    add_sampler_options(p)
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restyled"), help="a new or empty folder")
+    p.add_argument("--quiet", action="store_true", help="no summary")
+    return p
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    sampler = make_sampler(parser, arguments)
+    if sampler.model.audio is None:
+        parser.error(f"--model {arguments.model} makes images, not sounds; see python -m ddim_fast.edit")
+    medium = medium_of(sampler, arguments.convert)
+    with parser.usage_errors():
+        images, source = medium.load_labelled(arguments.sounds, arguments.source)
+        if source is None and arguments.source is None:
+            raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
+        target = medium.label(arguments.target)
+        sampler.check(x_T=images, labels=target, guidance=arguments.guidance)
+        curve = medium.codec.loudness(images if arguments.control is None else medium.load(arguments.control))
+        if arguments.control is not None and len(curve) != 1:
+            raise ValueError(f"--control is one recording; {arguments.control!r} holds {len(curve)}")
+        curve = curve.expand(len(images), -1)
+        loudness_guidance(sampler, medium.codec, curve, arguments.loudness_std)  # for its errors
+    try:
+        with atomic_folder(arguments.out) as out:
+            restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
+            errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
+            how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+            write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
+    except FileExistsError as error:
+        parser.error(f"--out: {error}")
+    if not arguments.quiet:
+        print(f"{len(images)} sounds restyled, their loudness {errors.mean():.2g} dB from the curve; see {arguments.out}")
+
+
+def _restyle(
+    sampler: Sampler,
+    codec: Codec,
+    images: Tensor,
+    source: Tensor | None,
+    target: int,
+    curve: Tensor,
+    arguments: argparse.Namespace,
+) -> Tensor:
+    """(N, C, H, W) on the host, a batch at a time."""
+    options = {"std": arguments.loudness_std, "guidance": arguments.guidance, "exact": arguments.exact}
+    parts = []
+    for start in range(0, len(images), arguments.batch_size):
+        part = slice(start, start + arguments.batch_size)
+        labels = None if source is None else source[part]
+        parts.append(restyle(sampler, codec, images[part], source=labels, target=target, curve=curve[part], **options).cpu())
+    restyled = torch.cat(parts)
+    if not restyled.isfinite().all():
+        raise ValueError("the sounds are not finite; try --dtype float32, or a larger --loudness-std")
+    return restyled
+
+
+if __name__ == "__main__":
+    run_command(main)
