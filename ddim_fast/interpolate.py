@@ -23,7 +23,7 @@ from .cli import (
 from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder
 from .media import image_grid, save_gif, save_image, to_uint8
-from .medium import Medium, medium_of
+from .medium import Medium, Pictures, medium_of
 from .models.checkpoint import write_json
 from .outputs import PngFolder
 from .video import RECORD, VIDEO_SUFFIXES, VideoFile, frame_rate
@@ -116,18 +116,21 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
             raise ValueError(f"--out: a film is a folder, or a file {' or '.join(VIDEO_SUFFIXES)}; got {str(arguments.out)!r}")
         count, checksum = scan_frames(arguments.video)
     sampler = make_sampler(parser, arguments)
-    job = VideoJob(
-        sampler, arguments.video, count, factor, arguments.batch_size, arguments.exact, arguments.label, arguments.guidance
-    )
+    with parser.usage_errors():
+        medium = medium_of(sampler)
+        if not isinstance(medium, Pictures):
+            raise ValueError(f"--video: {arguments.model} is a model of {medium.noun}")
+        label = None if arguments.label is None else medium.label(arguments.label)
+        sampler.check(seeds=[0], labels=label, guidance=arguments.guidance)
+    job = VideoJob(sampler, arguments.video, count, factor, arguments.batch_size, arguments.exact, label, arguments.guidance)
     settings = {
         "video": f"sha256:{checksum}",
         "factor": factor,
         "exact": arguments.exact,
-        "class": arguments.label,
+        "class": label,
         **sampler_settings(arguments, sampler),
     }
     with parser.usage_errors():
-        sampler.check(seeds=[0], labels=arguments.label, guidance=arguments.guidance)
         if arguments.out.suffix:
             rate = arguments.fps or factor * (frame_rate(arguments.video) or _RATE)
             output = VideoFile(arguments.out, job.batches, rate)
