@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image
 from tones import RATE, tone
 
-from ddim_fast import UNet, interpolate, reconstruct, restore_sounds, restyle, sample, train
+from ddim_fast import UNet, export, interpolate, reconstruct, restore_sounds, restyle, sample, train
 from ddim_fast.models import audio, config
 
 NETWORKS = {
@@ -172,3 +172,10 @@ def test_train_refuses_what_it_cannot_read(run_here, here, write, message):
     code, _, error = run_here(train, "--data=data", "--preset=digits-mel", "--out=run")
     assert code == 1 and message in error and error.count("\n") == 1
     assert not (here / "run").exists()
+
+
+def test_there_is_no_onnx_of_sounds(run_here, trained, here):
+    for label in ([], ["--class=1"]):
+        code, _, error = run_here(export, "--to=onnx", "--model", trained, "--out=exported", *label)
+        assert code == 2 and "makes sounds" in error and error.count("\n") == 1
+        assert not (here / "exported").exists()
