@@ -61,8 +61,9 @@ def main() -> None:
     if arguments.label is not None:
         with parser.usage_errors():
             config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
-        model = UNet(config).eval()
+        audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
+        model.audio = audio
     try:
         (_to_onnx if arguments.to == "onnx" else _to_diffusers)(parser, arguments, model)
     except FileExistsError as error:

@@ -120,3 +120,17 @@ def small_unet(small_config) -> UNet:
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
     return model.eval()
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder of two words by two speakers, three recordings each."""
+    import soundfile
+    from tones import RATE, tone
+
+    folder = tmp_path / "recordings"
+    for i, (word, speaker) in enumerate((w, s) for w in ("0", "1") for s in ("ann", "bob")):
+        (folder / word / speaker).mkdir(parents=True)
+        for take in range(3):
+            soundfile.write(folder / word / speaker / f"{take}.wav", tone(200 + 150 * i + 20 * take, 1500), RATE)
+    return folder

@@ -72,6 +72,8 @@ def export_onnx(
         FileExistsError: the folder is there and not empty.
         ValueError: an option is out of range or does not fit another; the message names it.
     """
+    if model.audio is not None:
+        raise ValueError(f"{source} makes sounds; what its images mean as sound has no place in an ONNX export")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if optimize not in (None, *OPTIMISATIONS):

@@ -285,3 +285,21 @@ class TestWeightsOfSomebodyElse:
         assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))
         weight.data.mul_(2)
         assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+def test_of_signals_it_is_along_the_width(monkeypatch, upsample):
+    monkeypatch.delenv("DDIM_FAST_BACKEND")
+    x, weight, bias = make(2, 16, 32, 1, 12)
+    weight, wide = weight[:, :, :1], x[:, :, 0].repeat_interleave(2, dim=2) if upsample else x[:, :, 0]
+    residual = torch.randn(2, 32, 1, wide.shape[2])
+    assert prepare_conv3x3(weight, torch.float32) is None
+    expected = F.conv1d(wide, weight[:, :, 0], bias, padding=1) + residual[:, :, 0]
+    result = conv3x3(x, weight, bias, residual=residual, upsample=upsample)
+    torch.testing.assert_close(result[:, :, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_the_native_one_says_that_it_has_none_for_signals():
+    with pytest.raises(ValueError, match="it takes 3x3 weights, not 1x3"):
+        prepare_conv3x3(torch.zeros(16, 16, 1, 3), torch.float32)

@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+from tones import MEL, RATE, tone
+
+from ddim_fast.audio.dataset import load_sound_images
+from ddim_fast.audio.reading import load_sounds
+
+LABELS = ["0/ann"] * 3 + ["0/bob"] * 3 + ["1/ann"] * 3 + ["1/bob"] * 3
+
+
+def test_folders_are_labels(recordings):
+    sounds = load_sounds(str(recordings), MEL)
+    assert sounds.labels == LABELS and sounds.waves.shape == (12, 2048) and sounds.waves.dtype == np.float32
+    assert load_sounds(str(recordings / "1"), MEL).labels == ["ann"] * 3 + ["bob"] * 3
+    alone = load_sounds(str(recordings / "1" / "bob" / "2.wav"), MEL)
+    assert alone.labels is None
+    np.testing.assert_array_equal(alone.waves[0], sounds.waves[11])
+
+
+@pytest.mark.parametrize("speaker", [True, False])
+def test_parquet_in_the_hubs_layout(tmp_path, recordings, speaker):
+    files = sorted(recordings.rglob("*.wav"))
+    columns = {
+        "audio": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "label": [int(file.parts[-3]) for file in files],
+        **({"speaker": [file.parts[-2] for file in files]} if speaker else {}),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "sounds.parquet")
+    sounds = load_sounds(str(tmp_path / "sounds.parquet"), MEL)
+    assert sounds.labels == (LABELS if speaker else [label[0] for label in LABELS])
+    np.testing.assert_array_equal(sounds.waves, load_sounds(str(recordings), MEL).waves)
+
+
+def test_a_sound_stands_in_the_middle_at_the_configs_peak(tmp_path):
+    short, long = tone(300, 100), np.r_[np.zeros(1000), tone(300, 2048), np.zeros(1000)]
+    soundfile.write(tmp_path / "a.flac", short / 10, RATE)
+    soundfile.write(tmp_path / "b.flac", long, RATE)
+    a, b = load_sounds(str(tmp_path), MEL).waves
+    assert abs(a).max() == abs(b).max() == MEL.peak
+    assert (a[:974] == 0).all() and (a[1074:] == 0).all() and a[974:1074].any()
+    np.testing.assert_allclose(b, long[1000:3048] * (0.5 / abs(long).max()), atol=1e-4)
+
+
+def test_silence_stays_silent(tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(500), RATE)
+    assert not load_sounds(str(tmp_path), MEL).waves.any()
+
+
+def test_other_rates_and_channels_are_refused_or_converted(tmp_path):
+    soundfile.write(tmp_path / "fast.wav", tone(300, 4096, 2 * RATE), 2 * RATE)
+    with pytest.raises(ValueError, match=r"fast\.wav has 8000 samples a second, the model's sounds have 4000"):
+        load_sounds(str(tmp_path), MEL)
+    resampled = load_sounds(str(tmp_path), MEL, convert=True).waves[0]
+    np.testing.assert_allclose(resampled, tone(300), atol=2e-3)
+
+    stereo = np.stack([tone(300), np.zeros(2048)], axis=1)
+    soundfile.write(tmp_path / "fast.wav", stereo, RATE)
+    with pytest.raises(ValueError, match=r"fast\.wav has 2 channels, the model's sounds have one"):
+        load_sounds(str(tmp_path), MEL)
+    np.testing.assert_allclose(load_sounds(str(tmp_path), MEL, convert=True).waves[0], tone(300), atol=1e-3)
+
+
+def test_what_is_no_sound(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no sounds at 'nowhere'"):
+        load_sounds("nowhere", MEL)
+    with pytest.raises(ValueError, match="no sounds in"):
+        load_sounds(str(tmp_path), MEL)
+    for name, data in (("a.wav", b"not a sound"), ("a.wav", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.wav: not a readable sound"):
+            load_sounds(str(tmp_path), MEL)
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), RATE)
+    with pytest.raises(ValueError, match=r"a\.wav: a sound of no length"):
+        load_sounds(str(tmp_path), MEL)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.array([0.0, np.nan, 0.1]), RATE, format="WAV", subtype="FLOAT")
+    (tmp_path / "a.wav").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=r"a\.wav: its samples are not all finite"):
+        load_sounds(str(tmp_path), MEL)
+
+
+def test_training_data_are_numbered_by_name(recordings, config):
+    data, audio = load_sound_images(str(recordings), config, labelled=True)
+    assert audio.labels == ("0/ann", "0/bob", "1/ann", "1/bob")
+    assert data.labels.tolist() == [i for i in range(4) for _ in range(3)]
+    assert tuple(data.images.shape) == (12, *config.image_shape)
+    unlabelled, same = load_sound_images(str(recordings), config, labelled=False)
+    assert unlabelled.labels is None and same == config
