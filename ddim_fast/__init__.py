@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
     from .diffusion.schedule import NoiseSchedule
     from .diffusion.step import coefficient_table, fast_ddim_step
     from .diffusion.timesteps import select_timesteps
     from .diffusion.trajectory import SamplerState
     from .interop.acceleration import accelerate, unaccelerate
-    from .models.config import UNetConfig
+    from .models.autoencoder import Autoencoder
+    from .models.config import AutoencoderConfig, UNetConfig
     from .models.unet import UNet
     from .ops.attention import attention
     from .ops.ddim_step import ddim_step
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from .ops.noise import seeded_noise
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "LatentSampler",
     "NoiseSchedule",
     "Sampler",
     "SamplerState",
@@ -42,6 +47,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Autoencoder": "models.autoencoder",
+    "AutoencoderConfig": "models.config",
+    "LatentSampler": "diffusion.latent",
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "diffusion.sampler",
     "SamplerState": "diffusion.trajectory",

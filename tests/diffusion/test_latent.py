@@ -2,13 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from ddim_fast import Sampler, UNet, UNetConfig
+from ddim_fast import Autoencoder, AutoencoderConfig, LatentSampler, Sampler, UNet, UNetConfig
 from ddim_fast.diffusion.editing import sdedit
-from ddim_fast.diffusion.latent import LatentCodec, LatentSampler
+from ddim_fast.diffusion.latent import LatentCodec
 from ddim_fast.diffusion.operators import Mask
 from ddim_fast.diffusion.restoration import TimeTravel
-from ddim_fast.models.autoencoder import Autoencoder
-from ddim_fast.models.config import AutoencoderConfig
 
 
 class Folded(nn.Module):
