@@ -6,6 +6,7 @@ from ddim_fast.diffusion.operators import Blur, CompressedSensing, Downscale, Gr
 SIZE = (8, 16)
 OPERATORS = {
     "mask": Mask(torch.rand(SIZE, generator=torch.Generator().manual_seed(0)) < 0.5),
+    "mask of channels": Mask(torch.rand((3, *SIZE), generator=torch.Generator().manual_seed(0)) < 0.5),
     "downscale": Downscale(4),
     "grey": Grey(3),
     "blur": Blur(SIZE, 1.0),
@@ -64,7 +65,8 @@ def test_compressed_sensing_of_everything_loses_nothing():
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: Mask(torch.ones(3, 4, 4)), r"a mask has the shape \(H, W\) of an image; got \(3, 4, 4\)"),
+        (lambda: Mask(torch.ones(4)), r"a mask has the shape \(H, W\) or \(C, H, W\) of an image; got \(4,\)"),
+        (lambda: Mask(torch.ones(3, 8, 16))(images()[:, :2]), "does not fit"),
         (lambda: Mask(torch.ones(4, 4))(images()), "a mask of 4x4 pixels does not fit images of 8x16"),
         (lambda: Downscale(1), "a scale factor is a whole number of 2 or more; got 1"),
         (lambda: Downscale(3)(images()), "images of 8x16 pixels cannot be divided by the scale factor 3"),
