@@ -47,6 +47,7 @@ __all__ = [
     "parse_positive",
     "parse_spacing",
     "pixel_model",
+    "require_pictures",
     "run_command",
     "sampler_settings",
     "seed_labels",
@@ -323,6 +324,16 @@ def load_sampler(parser: CommandParser, name: str, device: torch.device, **optio
     if not (folder / AUTOENCODER).is_dir():
         return sampler
     return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))
+
+
+def require_pictures(parser: CommandParser, name: str, sampler: AnySampler, instead: str) -> None:
+    """A usage error where the images of model ``name`` are sounds.
+
+    Args:
+        instead: which command is for those.
+    """
+    if sampler.model.audio is not None:
+        parser.error(f"--model {name} is a model of sounds, not of pictures: {instead}")
 
 
 def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .cli import MODEL_HELP, CommandParser, load_sampler, run_command
+from .cli import MODEL_HELP, CommandParser, load_sampler, require_pictures, run_command
 from .devices import pick_device
 from .diffusion.interpolation import slerp
 from .diffusion.operators import Mask
@@ -58,7 +58,9 @@ def main() -> None:
         raise RuntimeError("the page needs Gradio: pip install 'ddim_fast[demo]'") from None
     with parser.usage_errors():
         device = pick_device(arguments.device)
-    studio = Studio(functools.partial(load_sampler, parser, arguments.model, device))
+    load = functools.partial(load_sampler, parser, arguments.model, device)
+    require_pictures(parser, arguments.model, load(), "the page shows images")
+    studio = Studio(load)
     page = make_page(studio, arguments.model)
     # Gradio's own fonts would be fetched from the network.
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")

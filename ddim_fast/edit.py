@@ -18,6 +18,7 @@ from .cli import (
     load_labelled,
     make_sampler,
     parse_class,
+    require_pictures,
     run_command,
 )
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
@@ -71,6 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     _check(parser, arguments)
     sampler = make_sampler(parser, arguments)
+    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
         start = start_timestep(arguments.strength, sampler.config.num_train_timesteps)
         if start is not None:

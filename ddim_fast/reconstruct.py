@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import IMAGES_HELP, CommandParser, add_sampler_options, load_labelled, make_sampler, parse_class, run_command
+from .cli import (
+    IMAGES_HELP,
+    CommandParser,
+    add_sampler_options,
+    load_labelled,
+    make_sampler,
+    parse_class,
+    require_pictures,
+    run_command,
+)
 from .files import atomic_folder
 from .media import image_grid, save_image
 from .models.checkpoint import write_json
@@ -50,6 +59,7 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     sampler = make_sampler(parser, arguments)
+    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
         images, labels = load_labelled(arguments.images, arguments.label, sampler)
         sampler.check(seeds=range(len(images)), labels=labels, guidance=arguments.guidance)

@@ -22,6 +22,7 @@ from .cli import (
     parse_class,
     parse_integers,
     parse_positive,
+    require_pictures,
     run_command,
     sampler_settings,
 )
@@ -111,6 +112,7 @@ def main() -> None:
     with parser.usage_errors():
         _check(arguments)
     sampler = make_sampler(parser, arguments, arguments.engine)
+    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restore_sounds")
     with parser.usage_errors():
         job, settings = _job(arguments, sampler)
         output = PngFolder(arguments.out, job.batches, job.names, RECORD)

@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image
 from tones import RATE, tone
 
-from ddim_fast import UNet, export, interpolate, reconstruct, restore_sounds, restyle, sample, train
+from ddim_fast import UNet, edit, export, interpolate, reconstruct, restore, restore_sounds, restyle, sample, train
 from ddim_fast.models import audio, config
 
 NETWORKS = {
@@ -152,9 +152,18 @@ def test_restore_a_band(run_here, trained, recordings, here, presets):
         assert (code, error) == (0, "") and len(sounds_in(here / "restored")) == 12
 
 
-def test_commands_for_images_say_so(run_here, trained, recordings):
-    code, _, error = run_here(reconstruct, recordings, "--model", trained)
-    assert code == 2 and "cannot be read as pictures" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("command", "arguments", "instead"),
+    [
+        (reconstruct, (), "see python -m ddim_fast.restyle"),
+        (edit, ("--strength", "0.5"), "see python -m ddim_fast.restyle"),
+        (restore, ("--task", "deblur", "--sigma", "1"), "see python -m ddim_fast.restore_sounds"),
+    ],
+    ids=["reconstruct", "edit", "restore"],
+)
+def test_commands_for_images_say_so(command, arguments, instead, run_here, trained, recordings):
+    code, _, error = run_here(command, recordings, *arguments, "--model", trained)
+    assert code == 2 and f"is a model of sounds, not of pictures: {instead}" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
