@@ -21,25 +21,27 @@ for label in range(10):
         path = Path(f"fashion/{label}/{i:05d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.images[i, 0].numpy()).save(path)
+    Path(f"one/{label}").mkdir(parents=True)
+    Image.open(min(Path(f"fashion/{label}").iterdir())).save(f"one/{label}/first.png")
 # A film: a boot walks to the right, two pixels a frame.
 Path("walk").mkdir()
-boot = Image.open(sorted(Path("fashion/9").iterdir())[0])
+boot = Image.open("one/9/first.png")
 for frame in range(5):
     moved = Image.new("L", boot.size)
     moved.paste(boot, (2 * frame - 4, 0))
     moved.save(f"walk/{frame}.png")
 PYTHON
-first() { ls "fashion/$1/"*.png | head -1; }
 
-run reconstruct fashion/*/ --class none --steps 50 --out reconstruction
+run reconstruct one --steps 50 --out reconstruction
 cp reconstruction/comparison.png "$pictures/reconstruction.png"
 
-run interpolate "$(first 3)" "$(first 0)" --exact --frames 9 --out ends
+run interpolate one/3/first.png one/0/first.png --exact --frames 9 --out ends
 cp ends/grid.png "$pictures/interpolation.png"
 cp ends/film.gif "$pictures/interpolation.gif"
-run interpolate "$(first 9)" "$(first 5)" "$(first 8)" "$(first 1)" --exact --frames 7 --out corners
+run interpolate one/9/first.png one/5/first.png one/8/first.png one/1/first.png --exact --frames 7 --out corners
 cp corners/grid.png "$pictures/corners.png"
-run interpolate --video walk --factor 4 --class 9 --exact --out "$pictures/walk.gif"
+run interpolate --video walk --factor 4 --class 9 --exact --out walk.gif
+cp walk.gif "$pictures"
 
 restore() { run restore --task "$@" --degrade --steps 10 --travel 1 5; }
 restore inpaint fashion/8 --class 8 --rectangle 10,10,12,12 --out inpaint
