@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddim_fast import Sampler, UNet
+from ddim_fast import Sampler, UNet, UNetConfig
 from ddim_fast.models import quantisation
 from ddim_fast.models.quantisation import quantise
 from ddim_fast.models.unet import Conv3x3
@@ -61,7 +61,7 @@ def test_limits_are_those_of_the_whole_image():
     torch.manual_seed(0)
     x = torch.randn(2, 128, 32, 32)
     x[..., :3] *= 0.1
-    model = torch.nn.Sequential(Conv3x3(128, 16))
+    model = torch.nn.Sequential(Conv3x3(UNetConfig(sample_size=32), 128, 16))
     model[0].prepare(torch.float32)
     assert quantise(model, lambda: model(x))["0"] < 0.03
 
