@@ -17,7 +17,7 @@ from .medium import medium_of, write_comparison
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
-  python -m ddim_fast.restyle recordings/ --model runs/digits --to 3/nicolas --guidance 2 --loudness-std 8
+  python -m ddim_fast.restyle recordings/ --model runs/digits --to 3/nicolas --guidance 2 --loudness-std 4
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo --control loud.wav
 """
 
@@ -33,7 +33,7 @@ def _parser() -> CommandParser:
     p.add_argument("--from", dest="source", metavar="CLASS", help=_FROM_HELP)
     p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become")
     p.add_argument("--control", metavar="SOUND", help=_CONTROL_HELP)
-    p.add_argument("--loudness-std", metavar="X", type=float, default=16.0, help=_STD_HELP)
+    p.add_argument("--loudness-std", metavar="X", type=float, default=8.0, help=_STD_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)

@@ -40,7 +40,7 @@ def restyle(
     source: Tensor | int | None,
     target: Tensor | int,
     curve: Tensor | None = None,
-    std: float = 16.0,
+    std: float = 8.0,
     guidance: float | None = None,
     exact: bool = False,
 ) -> Tensor:
