@@ -84,7 +84,10 @@ class Output(abc.ABC):
         folder: where the batches and their record are written.
         batches: the images that belong in it.
         record_name: the name of the record's file.
+        noun: what several of its items are called.
     """
+
+    noun = "images"
 
     def __init__(self, path: Path, folder: Path, batches: Batches, record_name: str = RECORD) -> None:
         self.path, self.folder, self.batches, self.record_name = path, folder, batches, record_name

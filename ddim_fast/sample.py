@@ -174,10 +174,11 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         **made_on,
     }
     path, missing = processes.from_first(lambda: _prepare(parser, arguments, batches, audio, record))
+    output = _output(path, batches, audio)
     if missing is not None:
-        _run(sampler, _output(path, batches, audio), missing, arguments, processes)
+        _run(sampler, output, missing, arguments, processes)
     elif processes.is_first and not arguments.quiet:
-        print(f"{path} is finished: it holds these {len(arguments.seeds)} images, made with these settings")
+        print(f"{path} is finished: it holds these {len(arguments.seeds)} {output.noun}, made with these settings")
 
 
 def _torch_sampler(
@@ -306,7 +307,7 @@ def _prepare(
     if missing is None:
         return output.path, None
     if len(missing) < len(batches) and not arguments.quiet:
-        print(f"{output.path} holds {_progress_of(batches, missing)} images; going on")
+        print(f"{output.path} holds {_progress_of(batches, missing)} {output.noun}; going on")
     # A film is of the first batch, which is made again where a run without a film has made it.
     filmed = arguments.trajectory is None or arguments.trajectory.exists()
     return output.path, missing if filmed or 0 in missing else [0, *missing]
@@ -329,7 +330,7 @@ def _run(
     """Sample the missing batches, write the files, and say what was done."""
     batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
     count = batches.count(missing)
-    progress = _Progress(batches, steps, count, processes, arguments.quiet)
+    progress = _Progress(output, steps, count, processes, arguments.quiet)
     film = _Film(arguments.trajectory, steps, output.shown) if arguments.trajectory is not None else None
 
     def watch(k: int) -> Callable[[JobStep], None] | None:
@@ -358,12 +359,14 @@ def _run(
     except KeyboardInterrupt:
         if processes.is_first:
             done = _progress_of(batches, output.missing())
-            print(f"stopped: {output.path} holds {done} images; the same command goes on with it", file=sys.stderr)
+            print(f"stopped: {output.path} holds {done} {output.noun}; the same command goes on with it", file=sys.stderr)
         raise
     if processes.is_first:
         places = _finish(output, arguments.grid)
         if not arguments.quiet:
-            made = _summary(sampler, count, seconds, warm_up, arguments) if count else "all images were there"
+            made = (
+                _summary(sampler, output.noun, count, seconds, warm_up, arguments) if count else f"all {output.noun} were there"
+            )
             print(f"{made}; pictures in {', '.join(map(str, places))}")
 
 
@@ -379,13 +382,13 @@ def _finish(output: Output, grid: Path | None) -> list[Path]:
 
 
 def _summary(
-    sampler: AnySampler | OnnxSampler, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace
+    sampler: AnySampler | OnnxSampler, noun: str, count: int, seconds: float, warm_up: float, arguments: argparse.Namespace
 ) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     if sampler.tolerance is not None:
         return (
-            f"{count} images to tolerance {sampler.tolerance:g} in {seconds:.1f} s, {sampler.engine}, {dtype}: "
-            f"{count / seconds:.2f} images/s, those of the last batch by {sampler.evaluations.float().mean():.1f} network "
+            f"{count} {noun} to tolerance {sampler.tolerance:g} in {seconds:.1f} s, {sampler.engine}, {dtype}: "
+            f"{count / seconds:.2f} {noun}/s, those of the last batch by {sampler.evaluations.float().mean():.1f} network "
             f"evaluations each (warm-up {warm_up:.1f} s)"
         )
     guided = guided_steps(sampler.timesteps, arguments.guidance, arguments.guidance_interval)
@@ -393,7 +396,7 @@ def _summary(
     named = arguments.spacing in SPACINGS and steps != arguments.steps
     note = f"{arguments.spacing} makes {steps} timesteps of {arguments.steps} steps\n" if named else ""
     return note + (
-        f"{count} images of {steps} steps in {seconds:.1f} s, {sampler.engine}, {dtype}: {count / seconds:.2f} images/s, "
+        f"{count} {noun} of {steps} steps in {seconds:.1f} s, {sampler.engine}, {dtype}: {count / seconds:.2f} {noun}/s, "
         f"{evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s)"
     )
 
@@ -401,17 +404,17 @@ def _summary(
 class _Progress:
     """A bar that counts the images of all processes, and moves with each step of this one's sampler."""
 
-    def __init__(self, batches: Batches, steps: int, missing: int, processes: Processes, quiet: bool) -> None:
-        self._batches, self._steps, self._processes = batches, steps, processes
-        self._there = self._done = len(batches.seeds) - missing
+    def __init__(self, output: Output, steps: int, missing: int, processes: Processes, quiet: bool) -> None:
+        self._batches, self._noun, self._steps, self._processes = output.batches, output.noun, steps, processes
+        self._there = self._done = len(output.batches.seeds) - missing
         self._quiet = quiet or not processes.is_first
 
     def __enter__(self) -> _Progress:
         self._bar = tqdm(
             total=len(self._batches.seeds),
             initial=self._there,
-            unit=" images",
-            bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+            unit=f" {self._noun}",
+            bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {self._noun} [{{elapsed}}<{{remaining}}, {{rate_noinv_fmt}}]",
             disable=self._quiet,
             file=sys.stderr,
         )

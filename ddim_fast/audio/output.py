@@ -22,7 +22,7 @@ class WavFolder(FileFolder):
         ValueError: it is called as a file of images is, or a seed is named twice.
     """
 
-    suffix, overview = ".wav", SPECTROGRAMS
+    suffix, overview, noun = ".wav", SPECTROGRAMS, "sounds"
 
     def __init__(self, path: Path, batches: Batches, audio: AudioConfig) -> None:
         if path.suffix.lower() == ".npz":

@@ -58,9 +58,9 @@ def test_a_run_describes_its_sounds(trained):
 
 
 def test_sample_writes_sounds(run_here, trained, here):
-    request = ["--model", trained, "--class=1", "--seeds=0-2", "--steps=2", "--quiet"]
-    code, _, error = run_here(sample, *request, "--out=out", "--trajectory=film.gif")
-    assert (code, error) == (0, "")
+    request = ["--model", trained, "--class=1", "--seeds=0-2", "--steps=2"]
+    code, text, error = run_here(sample, *request, "--out=out", "--trajectory=film.gif")
+    assert code == 0 and "3 sounds of 2 steps" in text and "3/3 sounds" in error
     first = sounds_in(here / "out")
     assert sorted(first) == ["000000", "000001", "000002"]
     assert not np.array_equal(first["000000"], first["000001"])
