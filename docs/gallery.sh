@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/gallery.md again: bash docs/gallery.sh FASHION_MNIST
-# FASHION_MNIST is the folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz.
+# Makes the pictures of docs/gallery.md again, but for that of the web page: bash docs/gallery.sh FASHION_MNIST SPOKEN_DIGITS
+# FASHION_MNIST is the folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, SPOKEN_DIGITS the Free Spoken Digit
+# Dataset as a Parquet file (audio, label, speaker).
 set -euo pipefail
 data=$(realpath "$1")
+digits=$(realpath "$2")
 pictures=$(realpath "$(dirname "$0")")/gallery
 mkdir -p "$pictures"
 cd "$(mktemp -d)"
@@ -54,3 +56,22 @@ run sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guid
 run edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
 run edit fashion/7 --from 7 --to 9 --guidance 2 --strength 0.6 --out swapped
 for edit in strokes swapped; do cp $edit/comparison.png "$pictures/$edit.png"; done
+
+# The first recording of each digit by one speaker.
+python - "$digits" << 'PYTHON'
+import sys
+from pathlib import Path
+import pyarrow.parquet
+
+for row in pyarrow.parquet.read_table(sys.argv[1]).to_pylist():
+    path = Path(f"jackson/{row['label']}/jackson/first.flac")
+    if row["speaker"] == "jackson" and not path.exists():
+        path.parent.mkdir(parents=True)
+        path.write_bytes(row["audio"]["bytes"])
+PYTHON
+run sample --model spoken-digits --class 7 --guidance 3 --seeds 0-5 --out sevens --grid "$pictures/sevens.png"
+cp sevens/000001.wav "$pictures/seven.wav"
+run restyle jackson --model spoken-digits --to 7/theo --guidance 3 --out restyled
+cp restyled/comparison.png "$pictures/restyled.png"
+run restore_sounds jackson --model spoken-digits --gap 0.45 0.55 --guidance 2 --out filled
+cp filled/comparison.png "$pictures/filled.png"
