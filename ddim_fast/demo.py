@@ -59,8 +59,8 @@ def main() -> None:
     with parser.usage_errors():
         device = pick_device(arguments.device)
     load = functools.partial(load_sampler, parser, arguments.model, device)
-    require_pictures(parser, arguments.model, load(), "the page shows images")
     studio = Studio(load)
+    require_pictures(parser, arguments.model, studio.sampler_of(20), "the page shows images")
     page = make_page(studio, arguments.model)
     # Gradio's own fonts would be fetched from the network.
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")
@@ -79,19 +79,19 @@ class Studio:
 
     def __init__(self, load: Any) -> None:
         # Steps are few in a visit; each sampler is a copy of the network.
-        self._sampler = functools.lru_cache(maxsize=4)(lambda steps: load(steps=steps))
-        sampler = self._sampler(20)
+        self.sampler_of = functools.lru_cache(maxsize=4)(lambda steps: load(steps=steps))
+        sampler = self.sampler_of(20)
         self.num_classes: int | None = sampler.config.num_classes
         self.image_shape: tuple[int, int, int] = sampler.image_shape
 
     def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
         """``count`` images of consecutive seeds, in a grid."""
         seeds = range(int(seed), int(seed) + int(count))
-        return self._picture(self._sampler(int(steps)).sample(seeds=seeds, **self._condition(label, guidance)))
+        return self._picture(self.sampler_of(int(steps)).sample(seeds=seeds, **self._condition(label, guidance)))
 
     def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
         """The images from one seed's to another's."""
-        sampler = self._sampler(int(steps))
+        sampler = self.sampler_of(int(steps))
         x_T = slerp(*sampler.noise([int(first), int(second)]), torch.linspace(0, 1, int(frames)))
         return self._picture(sampler.sample(x_T=x_T, **self._condition(label, guidance)))
 
@@ -114,7 +114,7 @@ class Studio:
             raise ValueError("nothing is painted over: paint where the model is to make the image anew")
         mask = Mask(torch.from_numpy(~unknown))
         options = {"labels": self._condition(label, None)["labels"], "seeds": [int(seed)]}
-        return self._picture(self._sampler(int(steps)).restore(mask(image[None]), mask, **options))
+        return self._picture(self.sampler_of(int(steps)).restore(mask(image[None]), mask, **options))
 
     def _small(self, image: Image.Image) -> Tensor:
         """(C, H, W) in [-1, 1], of the model's size."""

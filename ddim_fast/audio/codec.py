@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 
 import numpy as np
 import torch
@@ -100,8 +101,8 @@ class WaveformCodec(Codec):
         return images[:, :, 0].transpose(1, 2).flatten(1)
 
 
-# ln 10 / 10: what makes a decibel of power a natural logarithm.
-_NEPERS = 0.2302585092994046
+# What makes a decibel of power a natural logarithm.
+_NEPERS = math.log(10) / 10
 
 
 def make_codec(config: AudioConfig) -> Codec:

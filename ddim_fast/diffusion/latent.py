@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,9 @@ class LatentSampler:
 
     def starting_at(self, timestep: int) -> LatentSampler:
         """For the last part of the way, as :meth:`Sampler.starting_at`."""
-        return LatentSampler(self.sampler.starting_at(timestep), self.codec.autoencoder)
+        later = copy.copy(self)
+        later.sampler = self.sampler.starting_at(timestep)
+        return later
 
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """The images' latents in the noise of the first timestep, as :meth:`Sampler.noised`."""
