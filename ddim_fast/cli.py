@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE
-from .jobs import weights_checksum
 from .models.checkpoint import AUTOENCODER, DEFAULT_MODEL, local_model, resolve_model
+from .models.checksum import weights_checksum
 
 if TYPE_CHECKING:
     import torch

@@ -11,13 +11,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import __version__
 from .cli import (
@@ -49,10 +47,11 @@ from .evaluation.reconstruction import reconstruction_error
 from .evaluation.reference import KEPT_FEATURES, Reference, load_reference
 from .evaluation.results import Results, fid_label, machine
 from .evaluation.weights import default_weights, fetch_weights
+from .evaluation.work import Work
 from .files import cache_folder
-from .jobs import weights_checksum
 from .media import to_uint8
 from .models.checkpoint import DEFAULT_MODEL, save_timesteps
+from .models.checksum import weights_checksum
 from .models.unet import UNet
 from .processes import Processes
 from .training.data import ImageSet, load_images, to_unit_range
@@ -161,11 +160,11 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         "ddim_fast": __version__,
         "torch": torch.__version__,
     }
-    work = _Work(arguments, processes, device, results, run)
+    work = Work(processes, device, results, run, arguments.batch_size, arguments.quiet)
     if arguments.images is not None:
-        _measure_images(parser, work)
+        _measure_images(parser, arguments, work)
     else:
-        _measure_model(parser, work)
+        _measure_model(parser, arguments, work)
     if measures and processes.is_first:
         for path in results.report():
             print(path)
@@ -184,96 +183,14 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What all measurements share."""
-
-    arguments: argparse.Namespace
-    processes: Processes
-    device: torch.device
-    results: Results
-    run: dict[str, Any]
-
-    def has(self, kind: str, settings: dict[str, Any]) -> bool:
-        """Whether there is such a row, which need not be made again."""
-        return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
-
-    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Parts:
-        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
-        batch = self.arguments.batch_size
-        name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
-        parts = Parts(self.results.folder / f".parts-{name}", count, width, size=-(-128 // batch) * batch)
-        there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
-        with self.progress(kind, count, there) as bar:
-            make_parts(parts, compute, self.processes, bar)
-        return parts
-
-    def progress(self, text: str, total: int, initial: int = 0) -> _Bar:
-        """A bar that counts what all processes do."""
-        return _Bar(text, total, initial, self.processes, self.arguments.quiet)
-
-    def record(self, kind: str, settings: dict[str, Any], parts: Parts, find: Callable[[], dict[str, Any]]) -> None:
-        """Write the row that the first process makes from what all have computed, and say what it is."""
-
-        def write() -> None:
-            found = find()
-            self.results.add(kind, settings, found, self.run)
-            parts.remove()
-            words = [f"{name} {value}" for name, value in settings.items() if value is not None and name not in _SILENT]
-            numbers = [f"{name} {value:.5g}" for name, value in found.items() if isinstance(value, float)]
-            print(f"{kind}: {', '.join(words)}: {', '.join(numbers)}", flush=True)
-
-        self.processes.from_first(write)
-
-
-# Of a row's settings, those that are the same in a whole command.
-_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "timesteps", "engine")
-
-
-class _Bar:
-    """A progress bar, as a context."""
-
-    def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
-        self._options = {
-            "total": total,
-            "initial": initial,
-            "unit": " images",
-            "desc": text,
-            "leave": False,
-            "file": sys.stderr,
-        }
-        self._disable, self._processes = quiet or not processes.is_first, processes
-
-    def __enter__(self) -> _Bar:
-        self._bar = tqdm(**self._options, disable=self._disable)
-        self._before = self._processes.add_done(0) - self._options["initial"]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def __call__(self, amount: int) -> None:
-        self.to(self._processes.add_done(amount) - self._before)
-
-    def to(self, done: int) -> None:
-        """So many are done."""
-        self._bar.update(done - self._bar.n)
-
-    def of(self, done: int, total: int) -> None:
-        """So many of so many are done."""
-        self._bar.total = total
-        self.to(done)
-
-
-def _measure_images(parser: CommandParser, work: _Work) -> None:
-    arguments = work.arguments
+def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: Work) -> None:
     with parser.usage_errors():
         pictures = read_pictures(arguments.images)
         count = arguments.num or _NUM
         if len(pictures) < count:
             raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num")
         pictures = pictures[:count]
-        network, reference = _reference(work, tuple(pictures.shape[1:]))
+        network, reference = _reference(arguments, work, tuple(pictures.shape[1:]))
     settings = {
         "model": None,
         "images": arguments.images,
@@ -287,8 +204,8 @@ def _measure_images(parser: CommandParser, work: _Work) -> None:
         work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
 
 
-def _measure_model(parser: CommandParser, work: _Work) -> None:
-    arguments, device = work.arguments, work.device
+def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: Work) -> None:
+    device = work.device
     folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
@@ -302,27 +219,29 @@ def _measure_model(parser: CommandParser, work: _Work) -> None:
         data = None if arguments.data is None else _data(arguments, model)
         seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _NUM))
         if arguments.reference is not None:
-            network, reference = _reference(work, model.config.image_shape)
+            network, reference = _reference(arguments, work, model.config.image_shape)
     if arguments.loss:
-        _measure_loss(work, model, weights, data)
+        _measure_loss(arguments, work, model, weights, data)
     if arguments.reconstruction:
-        _measure_reconstruction(parser, work, samplers, weights, data)
+        _measure_reconstruction(parser, arguments, work, samplers, weights, data)
     if arguments.trajectory_error:
-        _measure_trajectories(parser, work, model, samplers, weights)
+        _measure_trajectories(parser, arguments, work, model, samplers, weights)
     if arguments.reference is not None:
         for settings, make in samplers:
-            _measure_quality(work, model, {**weights, **settings}, make, seeds, network, reference)
+            _measure_quality(arguments, work, model, {**weights, **settings}, make, seeds, network, reference)
 
 
-def _reference(work: _Work, image_shape: tuple[int, int, int]) -> tuple[FeatureNetwork, Reference]:
-    path = work.arguments.inception or default_weights()
+def _reference(
+    arguments: argparse.Namespace, work: Work, image_shape: tuple[int, int, int]
+) -> tuple[FeatureNetwork, Reference]:
+    path = arguments.inception or default_weights()
     if not path.exists():
         raise FileNotFoundError(
             f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
         )
     network = load_inception(path).to(work.device)
     with work.progress("reference", 1) as bar:
-        reference = load_reference(work.arguments.reference, image_shape, network, work.processes, bar.of)
+        reference = load_reference(arguments.reference, image_shape, network, work.processes, bar.of)
     return network, reference
 
 
@@ -369,7 +288,8 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict
 
 
 def _measure_quality(
-    work: _Work,
+    arguments: argparse.Namespace,
+    work: Work,
     model: UNet,
     settings: dict[str, Any],
     make: _MakeSampler,
@@ -377,7 +297,6 @@ def _measure_quality(
     network: FeatureNetwork,
     reference: Reference,
 ) -> None:
-    arguments = work.arguments
     settings |= {
         "class": arguments.classes if model.config.num_classes is not None else None,
         "seeds": f"{seeds.start}-{seeds.stop - 1}",
@@ -426,8 +345,8 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
     return found
 
 
-def _measure_loss(work: _Work, model: UNet, weights: dict[str, str], data: ImageSet) -> None:
-    settings = {**weights, "data": work.arguments.data, "num": len(data), "dtype": "float32"}
+def _measure_loss(arguments: argparse.Namespace, work: Work, model: UNet, weights: dict[str, str], data: ImageSet) -> None:
+    settings = {**weights, "data": arguments.data, "num": len(data), "dtype": "float32"}
     if work.has("loss", settings):
         return
     network = model.for_inference(torch.float32)
@@ -437,7 +356,7 @@ def _measure_loss(work: _Work, model: UNet, weights: dict[str, str], data: Image
         part = slice(numbers.start, numbers.stop)
         labels = None if data.labels is None else data.labels[part]
         images = to_unit_range(data.images[part])
-        return denoising_error(network, images, labels, timesteps[part], numbers, work.arguments.batch_size)[:, None]
+        return denoising_error(network, images, labels, timesteps[part], numbers, arguments.batch_size)[:, None]
 
     parts = work.rows("loss", settings, len(data), 1, compute)
     work.record("loss", settings, parts, lambda: {"images": len(data), **_mean("loss", parts)})
@@ -445,7 +364,8 @@ def _measure_loss(work: _Work, model: UNet, weights: dict[str, str], data: Image
 
 def _measure_reconstruction(
     parser: CommandParser,
-    work: _Work,
+    arguments: argparse.Namespace,
+    work: Work,
     samplers: list[tuple[dict[str, Any], _MakeSampler]],
     weights: dict[str, str],
     data: ImageSet,
@@ -453,7 +373,7 @@ def _measure_reconstruction(
     for settings, make in samplers:
         if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
             parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance and no --guidance")
-        settings = {**weights, **settings, "data": work.arguments.data, "num": len(data)}
+        settings = {**weights, **settings, "data": arguments.data, "num": len(data)}
         if work.has("reconstruction", settings):
             continue
         sampler = make(None)
@@ -461,7 +381,7 @@ def _measure_reconstruction(
         def compute(numbers: range, sampler: Sampler = sampler) -> Tensor:
             part = slice(numbers.start, numbers.stop)
             labels = None if data.labels is None else data.labels[part]
-            return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, work.arguments.batch_size)[:, None]
+            return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, arguments.batch_size)[:, None]
 
         parts = work.rows("reconstruction", settings, len(data), 1, compute)
         work.record("reconstruction", settings, parts, lambda p=parts: {"images": len(data), **_mean("error", p)})
@@ -469,13 +389,14 @@ def _measure_reconstruction(
 
 def _measure_trajectories(
     parser: CommandParser,
-    work: _Work,
+    arguments: argparse.Namespace,
+    work: Work,
     model: UNet,
     samplers: list[tuple[dict[str, Any], _MakeSampler]],
     weights: dict[str, str],
 ) -> None:
     """The images of each sampler beside those that all T steps of DDIM make of the same noise, which are kept in the cache."""
-    arguments, shape, total = work.arguments, model.config.image_shape, model.config.num_train_timesteps
+    shape, total = model.config.image_shape, model.config.num_train_timesteps
     seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _TRAJECTORIES))
     with parser.usage_errors():
         labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
@@ -526,7 +447,7 @@ def _measure_trajectories(
         work.record("trajectory", settings, parts, find)
 
 
-def _fit(parser: CommandParser, work: _Work, model: UNet, path: Path) -> None:
+def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
     """Fit timesteps, write them beside the checkpoint, and give them to the model."""
     if not path.exists():
         parser.error(f"--fit-timesteps writes beside the checkpoint: {path} is on the Hub; download it into a folder")

@@ -22,15 +22,16 @@ from .cli import (
 )
 from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder
+from .jobs.outputs import PngFolder
+from .jobs.video import VideoJob, scan_frames
+from .jobs.video_files import VIDEO_SUFFIXES, VideoFile, frame_rate
 from .media import image_grid, save_gif, save_image, to_uint8
 from .medium import Medium, Pictures, medium_of
 from .models.checkpoint import write_json
-from .outputs import PngFolder
-from .video import RECORD, VIDEO_SUFFIXES, VideoFile, frame_rate
-from .video_job import VideoJob, scan_frames
 
 if TYPE_CHECKING:
     from .cli import AnySampler
+from .records import VIDEO
 
 _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3
@@ -137,7 +138,7 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
         elif arguments.fps is not None:
             raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
         else:
-            output = PngFolder(arguments.out, job.batches, record_name=RECORD)
+            output = PngFolder(arguments.out, job.batches, record_name=VIDEO)
     there = output.record()
     with parser.usage_errors():
         output.check(there, settings)

@@ -31,9 +31,10 @@ from .diffusion.restoration import TimeTravel, measure
 from .diffusion.sampler import Sampler
 from .engine import ENGINES
 from .evaluation.fidelity import check_similarity
+from .jobs.outputs import Batches, PngFolder
+from .jobs.restoration import RestorationJob
 from .media import save_image
-from .outputs import PICTURES, Batches, PngFolder
-from .restoration_job import RestorationJob
+from .records import PICTURES, RESTORATION
 from .training.data import fit_image, read_images, to_unit_range
 
 _EXAMPLES = """\
@@ -43,8 +44,7 @@ _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --rectangle 8,8,16,16 --degrade --out figures
 """
 
-RECORD = "restoration.json"
-(_PICTURE,) = PICTURES[RECORD]
+(_PICTURE,) = PICTURES[RESTORATION]
 
 # Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
 _ROUNDING = 2 / 255 / 12**0.5
@@ -115,7 +115,7 @@ def main() -> None:
     require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restore_sounds")
     with parser.usage_errors():
         job, settings = _job(arguments, sampler)
-        output = PngFolder(arguments.out, job.batches, job.names, RECORD)
+        output = PngFolder(arguments.out, job.batches, job.names, RESTORATION)
         if Path(_PICTURE).stem in job.names:
             raise ValueError(f"an image is called {_PICTURE}, as is the picture of all images in --out; rename it")
     there = output.record()

@@ -34,10 +34,11 @@ from .diffusion.guidance import guided_steps
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
-from .jobs import Job, JobStep, weights_checksum
+from .jobs.outputs import Batches, FileFolder, NpzFile, Output, PngFolder
+from .jobs.sampling import Job, JobStep
 from .media import image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
-from .outputs import Batches, FileFolder, NpzFile, Output, PngFolder
+from .models.checksum import weights_checksum
 from .processes import Processes
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..jobs.outputs import Batches, FileFolder
 from ..models.audio import AudioConfig
-from ..outputs import SPECTROGRAMS, Batches, FileFolder
+from ..records import SPECTROGRAMS
 from .codec import make_codec
 from .wav import is_whole_wav, read_wav, to_int16, write_wav
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from .controlled import solve_controlled
 from .guidance import ClassifierGuidance, Gradient, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
-from .request import check_request
 from .restoration import Codec, Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
 from .solvers import DDIM, make_solver
+from .tensor_request import TensorRequest
 from .timesteps import ADAPTIVE, select_timesteps
 from .trajectory import SamplerState
 
@@ -187,7 +186,7 @@ class Sampler:
             ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
                 or has a tolerance, so that nothing can be called between its steps.
         """
-        request = _Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient)
+        request = TensorRequest.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient)
         if self.tolerance is not None:
             if on_step is not None:
                 raise ValueError(_NO_STEPS)
@@ -214,7 +213,7 @@ class Sampler:
         """
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
-        return self._trajectory(_Request.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient))
+        return self._trajectory(TensorRequest.check(self, seeds, x_T, labels, guidance, guidance_interval, gradient))
 
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images in the noise of the first timestep (Ho et al. 2020, eq. 4), as an x_T of :meth:`sample`.
@@ -229,14 +228,14 @@ class Sampler:
         Raises:
             ValueError: the images do not fit the network or the seeds.
         """
-        request = _Request.check(self, seeds, images, None, None)
+        request = TensorRequest.check(self, seeds, images, None, None)
         level = float(self._levels[0])
         noise = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
         return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The x_T (N, C, H, W) that :meth:`sample` starts from."""
-        return self._initial(_Request.check(self, seeds, None, None, None))
+        return self._initial(TensorRequest.check(self, seeds, None, None, None))
 
     def check(
         self,
@@ -248,7 +247,7 @@ class Sampler:
         guidance_interval: Sequence[int] | None = None,
     ) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
-        _Request.check(self, seeds, x_T, labels, guidance, guidance_interval)
+        TensorRequest.check(self, seeds, x_T, labels, guidance, guidance_interval)
 
     @torch.no_grad()
     def encode(
@@ -280,7 +279,7 @@ class Sampler:
         """
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
-        request = _Request.check(self, None, images, labels, guidance, guidance_interval)
+        request = TensorRequest.check(self, None, images, labels, guidance, guidance_interval)
         if exact:
             return self._in_batches(request, batch_size, self._encode_exactly)
         if self._inversion is None:
@@ -336,7 +335,7 @@ class Sampler:
         if codec is None and tuple(seen.shape[1:]) != self.image_shape:
             shape = tuple(seen.shape[1:])
             raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.image_shape}")
-        request = _Request.check(self, seeds, None, labels, guidance)
+        request = TensorRequest.check(self, seeds, None, labels, guidance)
         run = self._run(request, timesteps, table)
         engine = self._restoring(operator, codec)
         x = engine.one_step.update.pack(run.x, seen)
@@ -365,7 +364,7 @@ class Sampler:
             engine = self._last_restoring = make_engine(self.engine, OneStep(self._network, update))
         return engine
 
-    def _in_batches(self, request: _Request, batch_size: int, compute: Callable[[_Request], Tensor]) -> Tensor:
+    def _in_batches(self, request: TensorRequest, batch_size: int, compute: Callable[[TensorRequest], Tensor]) -> Tensor:
         """What ``compute`` makes of a request, ``batch_size`` images at a time."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -377,7 +376,7 @@ class Sampler:
             images.append(compute(padded)[: len(batch)])
         return torch.cat(images)
 
-    def _encode_exactly(self, request: _Request) -> Tensor:
+    def _encode_exactly(self, request: TensorRequest) -> Tensor:
         if not isinstance(self.solver, DDIM) or self.solver.clip is not None or self.reuse > 1:
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
         run = self._run(request, self.timesteps, self.solver.table)
@@ -393,11 +392,11 @@ class Sampler:
         classes = self.config.num_classes
         seeds = [2**62 + i for i in range(8)]
         labels = None if classes is None else torch.tensor([i * classes // 7 for i in range(8)], device=self.device)
-        request = _Request(torch.tensor(seeds, device=self.device), None, labels, None)
+        request = TensorRequest(torch.tensor(seeds, device=self.device), None, labels, None)
         make_engine("eager", OneStep(self._network, self.solver)).last(self._run(request, self.timesteps, self.solver.table))
 
     @torch.no_grad()
-    def _sample_controlled(self, request: _Request) -> Tensor:
+    def _sample_controlled(self, request: TensorRequest) -> Tensor:
         index = torch.zeros((), dtype=torch.int64, device=self.device)
         guidance, interval = request.guidance, request.guidance_interval
 
@@ -415,13 +414,13 @@ class Sampler:
         self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (1 if guidance is None else 2)])
         return images
 
-    def _initial(self, request: _Request) -> Tensor:
+    def _initial(self, request: TensorRequest) -> Tensor:
         if request.x_T is not None:
             return request.x_T
         return seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
 
     @torch.no_grad()
-    def _sample(self, request: _Request, on_step: Callable[[SamplerState], None] | None) -> Tensor:
+    def _sample(self, request: TensorRequest, on_step: Callable[[SamplerState], None] | None) -> Tensor:
         if on_step is None:
             return self._engine.last(self._run(request, self.timesteps, self.solver.table))
         for state in self._trajectory(request):
@@ -429,14 +428,14 @@ class Sampler:
         return state.x
 
     @torch.no_grad()
-    def _trajectory(self, request: _Request) -> Iterator[SamplerState]:
+    def _trajectory(self, request: TensorRequest) -> Iterator[SamplerState]:
         run = self._run(request, self.timesteps, self.solver.table)
         before = run.x
         for i, (state, output) in enumerate(self._engine.trajectory(run)):
             yield SamplerState(i, int(self.timesteps[i]), state[0], (self.solver, before, output))
             before = state[0]
 
-    def _run(self, request: _Request, timesteps: np.ndarray, table: np.ndarray) -> Run:
+    def _run(self, request: TensorRequest, timesteps: np.ndarray, table: np.ndarray) -> Run:
         """All that can be done before the first step."""
         device, guidance = self.device, request.guidance
         on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
@@ -489,69 +488,3 @@ def _fitted(model: nn.Module, steps: int | None) -> list[int]:
             f"spacing adaptive: the timesteps fitted to this model are for {min(fitted)} to {max(fitted)} steps; got {steps}"
         )
     return fitted[steps]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is sampled: checked, and on the device."""
-
-    seeds: Tensor | None
-    x_T: Tensor | None
-    labels: Tensor | None
-    guidance: float | None
-    guidance_interval: tuple[int, int] | None = None
-    gradient: Gradient | None = None
-
-    @classmethod
-    def check(
-        cls,
-        sampler: Sampler,
-        seeds: Sequence[int] | None,
-        x_T: Tensor | None,
-        labels: int | Sequence[int] | Tensor | None,
-        guidance: float | None,
-        guidance_interval: Sequence[int] | None = None,
-        gradient: Gradient | None = None,
-    ) -> _Request:
-        device = sampler.device
-        if gradient is not None and sampler.runs_whole:
-            raise ValueError(
-                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
-                "use engine eager or compiled, and fixed steps"
-            )
-        checked = check_request(
-            sampler.config,
-            stochastic=sampler.solver.stochastic,
-            seeds=seeds,
-            x_T=x_T,
-            labels=labels,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-        )
-        if checked.guidance_interval is not None and sampler.reuse > 1:
-            raise ValueError(
-                f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {sampler.reuse}"
-            )
-        return cls(
-            None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
-            None if x_T is None else x_T.to(device, torch.float32).contiguous(),
-            None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
-            checked.guidance,
-            checked.guidance_interval,
-            gradient,
-        )
-
-    def __len__(self) -> int:
-        return len(self.x_T if self.seeds is None else self.seeds)
-
-    def __getitem__(self, part: slice) -> _Request:
-        return self._map(lambda t: t[part])
-
-    def padded(self, size: int) -> _Request:
-        """The same, its last image repeated up to ``size`` images."""
-        missing = size - len(self)
-        return self._map(lambda t: torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])) if missing else self
-
-    def _map(self, f) -> _Request:
-        tensors = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
-        return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import naming
-from ..outputs import PICTURES
+from ..records import PICTURES
 from ..training.data import load_images, native_shape
 
 __all__ = ["open_archive", "read_array", "read_pictures"]

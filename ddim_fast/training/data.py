@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..outputs import PICTURES
+from ..records import PICTURES
 from .parquet import read_parquet
 
 __all__ = ["ImageSet", "fit_image", "image_files", "load_images", "native_shape", "read_images", "to_unit_range"]

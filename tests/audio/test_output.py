@@ -6,7 +6,7 @@ from tones import RATE, tone
 
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.audio.output import WavFolder
-from ddim_fast.outputs import Batches
+from ddim_fast.jobs.outputs import Batches
 
 BATCHES = Batches([3, 1, 12], None, 2, (1, 1, 1))
 

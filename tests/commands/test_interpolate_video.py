@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ddim_fast import interpolate
-from ddim_fast.video import frame_rate, read_frames
+from ddim_fast.jobs.video_files import frame_rate, read_frames
 
 
 @pytest.fixture

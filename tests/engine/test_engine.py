@@ -151,9 +151,9 @@ def test_no_step_waits_for_the_gpu(solver, eta, engine, small_config):
 
 
 def _checked(sampler, **request):
-    from ddim_fast.diffusion.sampler import _Request
+    from ddim_fast.diffusion.tensor_request import TensorRequest
 
-    checked = _Request.check(sampler, request["seeds"], None, request["labels"], request["guidance"])
+    checked = TensorRequest.check(sampler, request["seeds"], None, request["labels"], request["guidance"])
     return checked, sampler.timesteps, sampler.solver.table
 
 

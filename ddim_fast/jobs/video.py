@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .diffusion.interpolation import between_all
-from .diffusion.sampler import Sampler
-from .media import to_uint8
+from ..diffusion.interpolation import between_all
+from ..diffusion.sampler import Sampler
+from ..media import to_uint8
+from ..training.data import fit_image, to_unit_range
 from .outputs import Batches, PngFolder
-from .training.data import fit_image, to_unit_range
-from .video import read_frames
+from .video_files import read_frames
 
 __all__ = ["VideoJob", "scan_frames"]
 
@@ -49,8 +49,8 @@ class VideoJob:
 
     Attributes:
         sampler: a deterministic one, which encodes the frames and makes those between.
-        source: what :func:`ddim_fast.video.read_frames` reads. Frames are brought to the model's size, and otherwise stay as
-            they are.
+        source: what :func:`ddim_fast.jobs.video_files.read_frames` reads. Frames are brought to the model's size, and otherwise
+            stay as they are.
         count: its number of frames.
         factor: 2 or more.
         batch_size: images a network call.

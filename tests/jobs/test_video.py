@@ -5,11 +5,11 @@ from PIL import Image
 
 from ddim_fast import Sampler
 from ddim_fast.diffusion.interpolation import slerp
+from ddim_fast.jobs.outputs import PngFolder
+from ddim_fast.jobs.video import VideoJob, scan_frames
 from ddim_fast.media import to_uint8
-from ddim_fast.outputs import PngFolder
+from ddim_fast.records import VIDEO
 from ddim_fast.training.data import to_unit_range
-from ddim_fast.video import RECORD
-from ddim_fast.video_job import VideoJob, scan_frames
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def job(network, clip, batch_size, factor=3, **options):
 
 
 def made(job, folder, ks=None):
-    output = PngFolder(folder, job.batches, record_name=RECORD)
+    output = PngFolder(folder, job.batches, record_name=VIDEO)
     if ks is None:
         output.begin({"settings": {}})
     job.run(output.missing() if ks is None else ks, output, lambda k: None)

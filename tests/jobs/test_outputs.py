@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_fast.outputs import RECORD, Batches, NpzFile, PngFolder
+from ddim_fast.jobs.outputs import Batches, NpzFile, PngFolder
+from ddim_fast.records import SAMPLING
 
 SETTINGS = {"steps": 20, "guidance": None}
 
@@ -79,12 +80,12 @@ def test_the_npz_file_is_what_numpy_would_write(tmp_path, channels, labels):
     output.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     with np.load(tmp_path / "a.npz") as ours:
-        assert ours.files == ["arr_0", *(["arr_1"] if labels else []), RECORD]
+        assert ours.files == ["arr_0", *(["arr_1"] if labels else []), SAMPLING]
         assert ours["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(ours["arr_0"], images)
         if labels:
             assert ours["arr_1"].dtype == np.int64 and ours["arr_1"].tolist() == labels
-        assert json.loads(ours[RECORD]) == {"settings": SETTINGS, "finished": True}
+        assert json.loads(ours[SAMPLING]) == {"settings": SETTINGS, "finished": True}
 
 
 def test_the_same_images_are_the_same_npz_file(tmp_path):
@@ -108,7 +109,7 @@ def test_an_npz_file_is_joined_in_the_memory_of_a_batch(tmp_path):
 def test_the_folder_holds_a_png_a_seed(tmp_path):
     output = PngFolder(tmp_path, Batches([5, 1234567], None, 1, (4, 6, 1)))
     images = fill(output)
-    assert {p.name for p in tmp_path.iterdir()} == {"000005.png", "1234567.png", RECORD}
+    assert {p.name for p in tmp_path.iterdir()} == {"000005.png", "1234567.png", SAMPLING}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "000005.png")), images[0, :, :, 0])
 
 
@@ -134,17 +135,17 @@ def test_other_settings_are_refused(output):
 
 def test_images_without_a_record_are_refused(output):
     fill(output)
-    (output.folder / RECORD).unlink()
+    (output.folder / SAMPLING).unlink()
     assert output.record() is None
-    with pytest.raises(ValueError, match=rf"exists, and no {RECORD} says how"):
+    with pytest.raises(ValueError, match=rf"exists, and no {SAMPLING} says how"):
         output.check(None, SETTINGS)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": {}}', b'{"settings": 1, "finished": true}', b"\xff"])
 def test_a_damaged_record_is_an_error_that_names_it(output, content):
     fill(output)
-    (output.folder / RECORD).write_bytes(content)
-    with pytest.raises(ValueError, match=RECORD):
+    (output.folder / SAMPLING).write_bytes(content)
+    with pytest.raises(ValueError, match=SAMPLING):
         output.record()
 
 
@@ -180,7 +181,7 @@ def test_remains_of_a_killed_process_are_removed(tmp_path):
     fill(folder)
     before = sorted(folder.path.iterdir())
     kept = folder.path / ".notes.png.original"
-    for name in (".000003.png.abcd_123", f".{RECORD}.abcd1234", ".grid.png.abcd1234", kept.name):
+    for name in (".000003.png.abcd_123", f".{SAMPLING}.abcd1234", ".grid.png.abcd1234", kept.name):
         (folder.path / name).write_bytes(b"half")
     folder.remove_remains()
     assert sorted(folder.path.iterdir()) == sorted([*before, kept])

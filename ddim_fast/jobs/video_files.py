@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from ..records import VIDEO
+from ..training.data import image_files, read_images
 from .outputs import Batches, PngFolder
-from .training.data import image_files, read_images
 
-__all__ = ["RECORD", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
+__all__ = ["VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
 
-RECORD = "video.json"
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
 # Players show GIFs of shorter frames far too slowly.
@@ -80,7 +80,7 @@ class VideoFile(PngFolder):
     """
 
     def __init__(self, path: Path, batches: Batches, rate: float) -> None:
-        super().__init__(path, batches, record_name=RECORD)
+        super().__init__(path, batches, record_name=VIDEO)
         self.folder = path.with_name(f"{path.name}.partial")
         self.rate = rate
         if path.suffix.lower() != ".gif":

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_fast.outputs import Batches
-from ddim_fast.video import VideoFile, frame_rate, read_frames
+from ddim_fast.jobs.outputs import Batches
+from ddim_fast.jobs.video_files import VideoFile, frame_rate, read_frames
 
 
 def moving_square(count=5, colours=3):

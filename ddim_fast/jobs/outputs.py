@@ -23,21 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .files import atomic_write
-from .media import save_image, to_uint8
-from .models.checkpoint import naming, write_json
+from ..files import atomic_write
+from ..media import save_image, to_uint8
+from ..models.checkpoint import naming, write_json
+from ..records import GRID, PICTURES, SAMPLING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GRID", "PICTURES", "RECORD", "SPECTROGRAMS", "Batches", "FileFolder", "NpzFile", "Output", "PngFolder"]
-
-RECORD = "sampling.json"
-GRID = "grid.png"
-SPECTROGRAMS = "spectrograms.png"
-
-# The record of each kind of job that fills a folder, and the pictures of all its images that lie beside them.
-PICTURES = {RECORD: (GRID, SPECTROGRAMS), "restoration.json": ("comparison.png",), "video.json": ()}
+__all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder"]
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -89,7 +83,7 @@ class Output(abc.ABC):
 
     noun = "images"
 
-    def __init__(self, path: Path, folder: Path, batches: Batches, record_name: str = RECORD) -> None:
+    def __init__(self, path: Path, folder: Path, batches: Batches, record_name: str = SAMPLING) -> None:
         self.path, self.folder, self.batches, self.record_name = path, folder, batches, record_name
 
     @abc.abstractmethod
@@ -204,7 +198,7 @@ class FileFolder(Output):
 
     Args:
         names: of the files, without their suffix; None for the seeds.
-        record_name: one of :data:`PICTURES`.
+        record_name: one of :data:`ddim_fast.records.PICTURES`.
 
     Attributes:
         suffix: of the files.
@@ -217,7 +211,7 @@ class FileFolder(Output):
     suffix: str
     overview: str
 
-    def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None, record_name: str = RECORD) -> None:
+    def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None, record_name: str = SAMPLING) -> None:
         super().__init__(path, path, batches, record_name)
         self.names = [f"{seed:06d}" for seed in batches.seeds] if names is None else names
         twice, times = Counter(batches.seeds if names is None else names).most_common(1)[0]
@@ -300,9 +294,11 @@ class NpzFile(Output):
             return super().record()
         try:
             with zipfile.ZipFile(self.path) as archive, naming(self.path):
-                return _checked_record(json.loads(archive.read(RECORD)))
+                return _checked_record(json.loads(archive.read(SAMPLING)))
         except (zipfile.BadZipFile, KeyError):
-            raise ValueError(f"{self.path} exists, and no {RECORD} in it says how it was made; choose another --out") from None
+            raise ValueError(
+                f"{self.path} exists, and no {SAMPLING} in it says how it was made; choose another --out"
+            ) from None
 
     def finish(self) -> None:
         batches, shape = self.batches, (len(self.batches.seeds), *self.batches.image_shape)
@@ -318,7 +314,7 @@ class NpzFile(Output):
                 if batches.labels is not None:
                     with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.array(batches.labels, dtype=np.int64))
-                archive.writestr(zipfile.ZipInfo(RECORD), json.dumps({**self.record(), "finished": True}, indent=2))
+                archive.writestr(zipfile.ZipInfo(SAMPLING), json.dumps({**self.record(), "finished": True}, indent=2))
             file.flush()
             os.fsync(file.fileno())
         os.replace(joined, self.path)

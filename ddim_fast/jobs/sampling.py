@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,17 +12,17 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from .diffusion.trajectory import SamplerState
-from .media import to_uint8
+from ..diffusion.trajectory import SamplerState
+from ..media import to_uint8
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from .deploy.onnx_sampler import OnnxSampler
-    from .diffusion.sampler import Sampler
+    from ..deploy.onnx_sampler import OnnxSampler
+    from ..diffusion.sampler import Sampler
 
-__all__ = ["Job", "JobStep", "weights_checksum"]
+__all__ = ["Job", "JobStep"]
 
 T = TypeVar("T")
 
@@ -56,7 +54,8 @@ class Job:
         watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
             captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
         guidance_interval: the timesteps that guidance is limited to, or None.
-        convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see :meth:`ddim_fast.outputs.Output.convert`.
+        convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see
+            :meth:`ddim_fast.jobs.outputs.Output.convert`.
     """
 
     def __init__(
@@ -173,21 +172,6 @@ class Job:
                 raise RuntimeError(f"out of memory: {self.sampler.device} has too little for a single image of this network")
             self._at_once //= 2
             tqdm.write(f"out of memory: going on with {self._at_once} images a network call", file=sys.stderr)
-
-
-def weights_checksum(*models: nn.Module) -> str:
-    """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for model in models:
-        config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-        # In diffusers' configs these say where a network is from.
-        digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

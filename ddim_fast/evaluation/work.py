@@ -1,0 +1,110 @@
+"""Measurements in parts, by one process or several, and the rows that are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..processes import Processes
+from .parts import Parts, make_parts
+from .results import Results
+
+__all__ = ["Bar", "Work"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all measurements share.
+
+    Attributes:
+        processes: those that share the work.
+        device: what they compute on.
+        results: where rows go.
+        run: what is said of this run in its rows.
+        batch_size: images a network call.
+        quiet: no progress bars.
+    """
+
+    processes: Processes
+    device: torch.device
+    results: Results
+    run: dict[str, Any]
+    batch_size: int
+    quiet: bool
+
+    def has(self, kind: str, settings: dict[str, Any]) -> bool:
+        """Whether there is such a row, which need not be made again."""
+        return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
+
+    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Parts:
+        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
+        name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
+        parts = Parts(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
+        there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
+        with self.progress(kind, count, there) as bar:
+            make_parts(parts, compute, self.processes, bar)
+        return parts
+
+    def progress(self, text: str, total: int, initial: int = 0) -> Bar:
+        """A bar that counts what all processes do."""
+        return Bar(text, total, initial, self.processes, self.quiet)
+
+    def record(self, kind: str, settings: dict[str, Any], parts: Parts, find: Callable[[], dict[str, Any]]) -> None:
+        """Write the row that the first process makes from what all have computed, and say what it is."""
+
+        def write() -> None:
+            found = find()
+            self.results.add(kind, settings, found, self.run)
+            parts.remove()
+            words = [f"{name} {value}" for name, value in settings.items() if value is not None and name not in _SILENT]
+            numbers = [f"{name} {value:.5g}" for name, value in found.items() if isinstance(value, float)]
+            print(f"{kind}: {', '.join(words)}: {', '.join(numbers)}", flush=True)
+
+        self.processes.from_first(write)
+
+
+# Of a row's settings, those that are the same in a whole command.
+_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "timesteps", "engine")
+
+
+class Bar:
+    """A progress bar, as a context."""
+
+    def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
+        self._options = {
+            "total": total,
+            "initial": initial,
+            "unit": " images",
+            "desc": text,
+            "leave": False,
+            "file": sys.stderr,
+        }
+        self._disable, self._processes = quiet or not processes.is_first, processes
+
+    def __enter__(self) -> Bar:
+        self._bar = tqdm(**self._options, disable=self._disable)
+        self._before = self._processes.add_done(0) - self._options["initial"]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, amount: int) -> None:
+        self.to(self._processes.add_done(amount) - self._before)
+
+    def to(self, done: int) -> None:
+        """So many are done."""
+        self._bar.update(done - self._bar.n)
+
+    def of(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        self._bar.total = total
+        self.to(done)

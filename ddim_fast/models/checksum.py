@@ -1,0 +1,24 @@
+"""What tells networks apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+__all__ = ["weights_checksum"]
+
+
+def weights_checksum(*models: nn.Module) -> str:
+    """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
+    digest = hashlib.sha256()
+    for model in models:
+        config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+        # In diffusers' configs these say where a network is from.
+        digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
