@@ -22,9 +22,8 @@ from .cli import (
     run_command,
 )
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
-from .files import atomic_folder
+from .files import atomic_folder, write_json
 from .media import image_grid, save_image, to_uint8
-from .models.checkpoint import write_json
 
 if TYPE_CHECKING:
     from .cli import AnySampler

@@ -1,23 +1,30 @@
-"""Convert a model for another program: ``python -m ddim_fast.export --to diffusers --model MODEL --out DIR``."""
+"""Convert a model, mostly for another program: ``python -m ddim_fast.export --to diffusers --model MODEL --out DIR``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
+
+import torch
 
 from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, pixel_model, run_command
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import SPACINGS
+from .files import atomic_folder
 from .interop.diffusers_weights import fold_class, save_diffusers
-from .models.checkpoint import DEFAULT_MODEL
+from .models.checkpoint import DEFAULT_MODEL, local_model, save_checkpoint, timesteps_file
 from .models.unet import UNet
 
 _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
   python -m ddim_fast.export --to diffusers --model ckpt.pth --out cifar10-diffusers
   python -m ddim_fast.export --to diffusers --class 9 --out boots-diffusers
+  python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --steps 10 --out small
   python -m ddim_fast.export --to onnx --unroll --dtype float16 --optimize cuda --out for-cuda
@@ -25,15 +32,23 @@ _EXAMPLES = """\
 
 _DTYPES = ("float32", "float16", "bfloat16", "int8")
 
+# What can be exported to, and the options that are only for some of them.
+_OPTIONS = {
+    "checkpoint": ("dtype", "max_shard_size"),
+    "diffusers": (),
+    "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
+}
+
 
 def _parser() -> CommandParser:
-    p = CommandParser("export", "Convert a model for another program.", _EXAMPLES)
-    p.add_argument("--to", choices=["diffusers", "onnx"], required=True, help=_TO_HELP)
+    p = CommandParser("export", "Convert a model, for another program or to smaller files.", _EXAMPLES)
+    p.add_argument("--to", choices=list(_OPTIONS), required=True, help=_TO_HELP)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
+    p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
+    p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
     onnx = p.add_argument_group("with --to onnx")
-    onnx.add_argument("--dtype", choices=_DTYPES, default="float32", help="what the network computes in; int8: on CPUs")
     onnx.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps of the whole sampler")
     onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
     onnx.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=f"{', '.join(SPACINGS)}, or timesteps")
@@ -45,7 +60,12 @@ def _parser() -> CommandParser:
     return p
 
 
-_TO_HELP = "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler"
+_TO_HELP = (
+    "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; checkpoint: a folder as "
+    "ddim_fast.train writes it, in any precision"
+)
+_DTYPE_HELP = "of a checkpoint, what the weights are stored in; of ONNX, what the network computes in (int8: on CPUs)"
+_SHARD_HELP = "of a checkpoint: weights in several files, of at most SIZE, such as 16MB"
 _CLASS_HELP = "of a class-conditional model, one class alone, or 'none' for its samples without a label (default: all)"
 
 
@@ -53,9 +73,12 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     with parser.usage_errors():
-        for name in ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"):
-            if arguments.to != "onnx" and getattr(arguments, name) != parser.get_default(name):
-                raise ValueError(f"--{name} is an option of --to onnx")
+        for name in sorted({name for names in _OPTIONS.values() for name in names} - {*_OPTIONS[arguments.to]}):
+            if getattr(arguments, name) != parser.get_default(name):
+                targets = " and ".join(f"--to {to}" for to, names in _OPTIONS.items() if name in names)
+                raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
+        if arguments.to == "checkpoint" and arguments.dtype == "int8":
+            raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
     path = pixel_model(parser, arguments.model, "sampling in latent space needs torch")
     model = UNet.from_pretrained(path)
     if arguments.label is not None:
@@ -63,11 +86,22 @@ def main() -> None:
             config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
-        model.audio = audio
+        model.audio = None if audio is None else dataclasses.replace(audio, labels=None)
+    write = {"checkpoint": _to_checkpoint, "diffusers": _to_diffusers, "onnx": _to_onnx}[arguments.to]
     try:
-        (_to_onnx if arguments.to == "onnx" else _to_diffusers)(parser, arguments, model)
+        write(parser, arguments, model)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
+
+
+def _to_checkpoint(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
+    state = {name: tensor.to(getattr(torch, arguments.dtype)) for name, tensor in model.state_dict().items()}
+    with atomic_folder(arguments.out) as new:
+        save_checkpoint(new, model.config, state, model.audio, arguments.max_shard_size)
+        fitted = timesteps_file(local_model(arguments.model))
+        if arguments.label is None and fitted.is_file():  # they are fitted to all classes
+            shutil.copyfile(fitted, timesteps_file(new))
+    print(f"wrote {arguments.out}; python -m ddim_fast.sample --model {arguments.out} samples from it")
 
 
 def _to_diffusers(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
@@ -111,6 +145,12 @@ def _label(text: str) -> int | str:
     if text != "none" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
     return text if text == "none" else int(text)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500KB, 16MB or 2GB")
+    return text
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Writing files so that nothing is ever left half-written."""
+"""Files: written so that nothing is ever left half-written, and named in errors about what they hold."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_folder", "atomic_write", "cache_folder"]
+__all__ = ["atomic_folder", "atomic_write", "cache_folder", "naming", "read_json", "require_file", "write_json"]
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -25,6 +27,26 @@ def atomic_write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    require_file(path)
+    with naming(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write ``values``, whole or not at all."""
+    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -45,6 +67,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def require_file(path: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: a checkpoint's folder lacks this file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a ValueError is about the content of ``path``, and says so."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def cache_folder() -> Path:

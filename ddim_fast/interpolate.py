@@ -21,13 +21,12 @@ from .cli import (
     sampler_settings,
 )
 from .diffusion.interpolation import slerp, slerp_grid
-from .files import atomic_folder
+from .files import atomic_folder, write_json
 from .jobs.outputs import PngFolder
 from .jobs.video import VideoJob, scan_frames
 from .jobs.video_files import VIDEO_SUFFIXES, VideoFile, frame_rate
 from .media import image_grid, save_gif, save_image, to_uint8
 from .medium import Medium, Pictures, medium_of
-from .models.checkpoint import write_json
 
 if TYPE_CHECKING:
     from .cli import AnySampler

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from .files import write_json
 from .media import image_grid, save_image, to_uint8
-from .models.checkpoint import write_json
 
 if TYPE_CHECKING:
     from .cli import AnySampler

@@ -22,9 +22,8 @@ from .cli import (
     require_pictures,
     run_command,
 )
-from .files import atomic_folder
+from .files import atomic_folder, write_json
 from .media import image_grid, save_image
-from .models.checkpoint import write_json
 
 if TYPE_CHECKING:
     from .cli import AnySampler

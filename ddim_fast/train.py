@@ -23,7 +23,7 @@ from .media import image_grid, save_image
 from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER
+from .models.checkpoint import AUTOENCODER, local_model
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
 from .training.data import ImageSet, load_images, to_unit_range
@@ -37,6 +37,7 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data photos/ --recipe fast --steps 20000 --out runs/soon
   python -m ddim_fast.train --data spoken-digits/ --preset digits-mel --class-conditional --recipe fast --out runs/digits
   python -m ddim_fast.train --out runs/photos --resume
+  python -m ddim_fast.train --init runs/photos --data more-photos/ --steps 5000 --lr 5e-5 --warmup 100 --out runs/tuned
   python -m ddim_fast.train --data faces/ --preset autoencoder --set sample_size=64 --recipe fast --out runs/faces-autoencoder
   python -m ddim_fast.train --data faces/ --latents runs/faces-autoencoder --set base_channels=64 --out runs/faces
   python -m ddim_fast.sample --model runs/photos
@@ -79,6 +80,7 @@ def _parser() -> CommandParser:
         default="cifar10-64",
         help=f"the network: {', '.join(preset_names())}; or {AUTOENCODER}, a network to train others in the latent space of",
     )
+    p.add_argument("--init", metavar="MODEL", help=_INIT_HELP)
     p.add_argument("--latents", metavar="DIR", help=_LATENTS_HELP)
     p.add_argument(
         "--set",
@@ -133,6 +135,10 @@ def _parser() -> CommandParser:
     return p
 
 
+_INIT_HELP = (
+    "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
+    "random ones"
+)
 _LATENTS_HELP = (
     "train on the latents of the autoencoder in this folder, an earlier run's or one saved by diffusers, of which the "
     "checkpoint gets a copy; size and channels of the preset are then the latents'"
@@ -167,9 +173,10 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data is required")
 
-    if arguments.flip is None:
-        arguments.flip = AudioConfig.preset(arguments.preset) is None
     with parser.usage_errors():
+        start = None if arguments.init is None else _start(parser, arguments)
+        if arguments.flip is None:
+            arguments.flip = (AudioConfig.preset(arguments.preset) if start is None else start.audio) is None
         device = pick_device(arguments.device)
         options = _options(arguments, device)
         if arguments.latents is not None and arguments.preset == AUTOENCODER:
@@ -178,7 +185,7 @@ def main() -> None:
     if arguments.preset == AUTOENCODER:
         trainer, codec = _autoencoder_trainer(parser, arguments, device, options), None
     else:
-        trainer, codec = _unet_trainer(parser, arguments, device, options)
+        trainer, codec = _unet_trainer(parser, arguments, device, options, start)
     if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -187,6 +194,17 @@ def main() -> None:
     if codec is not None:
         codec.autoencoder.save_pretrained(arguments.out / AUTOENCODER)
     _train(trainer, arguments, codec)
+
+
+def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
+    """The model that ``--init`` names; of a run that goes on, its own."""
+    for name in ("preset", "set", "class_conditional", "prediction_type", "latents"):
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {arguments.init} is one")
+    folder = arguments.out if (arguments.out / "config.json").is_file() else local_model(arguments.init)
+    if (folder / AUTOENCODER).is_dir():
+        arguments.latents = str(folder / AUTOENCODER)
+    return UNet.from_pretrained(folder)
 
 
 def _autoencoder_trainer(
@@ -201,38 +219,51 @@ def _autoencoder_trainer(
 
 
 def _unet_trainer(
-    parser: CommandParser, arguments: argparse.Namespace, device: torch.device, options: TrainingOptions
+    parser: CommandParser,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    options: TrainingOptions,
+    start: UNet | None,
 ) -> tuple[Trainer, LatentCodec | None]:
-    """What trains a U-Net, and the autoencoder whose latents it learns, if it does."""
+    """What trains a U-Net, which may have been trained before, and the autoencoder whose latents it learns, if it does."""
     codec = None
     with parser.usage_errors():
-        overrides = _overrides(arguments)
+        overrides = _overrides(arguments) if start is None else {}
         if arguments.latents is not None:
             copied = arguments.out / AUTOENCODER
             codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(arguments.latents)).to(device))
             image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
             overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
-        config = UNetConfig.preset(arguments.preset, **overrides)
-    data, audio = _load(arguments, config.image_shape if codec is None else image_shape)
+        if start is None:
+            config, audio = UNetConfig.preset(arguments.preset, **overrides), AudioConfig.preset(arguments.preset)
+        else:
+            dropout = start.config.dropout if arguments.dropout is None else arguments.dropout
+            config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
+    labelled = arguments.class_conditional or config.num_classes is not None
+    data, audio = _load(arguments, config.image_shape if codec is None else image_shape, audio, labelled)
+    if labelled and data.labels is None:
+        what = "--class-conditional" if start is None else f"--init {arguments.init} is class-conditional"
+        parser.error(f"{what}: {arguments.data} has no label for every image")
     if arguments.class_conditional:
-        if data.labels is None:
-            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
     if codec is not None:
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     model.audio = audio
     return Trainer(model.to(device), data, options), codec
 
 
-def _load(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) -> tuple[ImageSet, AudioConfig | None]:
-    """The data, and what its images mean where it is sounds, which the preset decides."""
-    audio = AudioConfig.preset(arguments.preset)
+def _load(
+    arguments: argparse.Namespace, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
+) -> tuple[ImageSet, AudioConfig | None]:
+    """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
         return load_images(arguments.data, *image_shape[:2]), None
     from .audio.dataset import load_sound_images
 
-    return load_sound_images(arguments.data, audio, labelled=arguments.class_conditional, convert=arguments.convert)
+    return load_sound_images(arguments.data, audio, labelled=labelled, convert=arguments.convert)
 
 
 def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec | None) -> None:

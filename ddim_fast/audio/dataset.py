@@ -18,13 +18,19 @@ def load_sound_images(spec: str, audio: AudioConfig, *, labelled: bool, convert:
     """Sounds as the images that a network is trained on, and ``audio`` with the names of their classes.
 
     Args:
-        spec, convert: as of :func:`load_sounds`, errors too.
-        labelled: whether the classes are wanted; they are numbered in the order of their names.
+        spec, convert: as of :func:`load_sounds`.
+        labelled: whether the classes are wanted; they are numbered as ``audio`` has them, or in the order of their names.
+
+    Raises:
+        ValueError: as of :func:`load_sounds`, or a class is not one that ``audio`` has.
     """
     sounds = load_sounds(spec, audio, convert)
     images = make_codec(audio).encode(sounds.waves)
     if not labelled or sounds.labels is None:
         return ImageSet(images, None), audio
-    names = sorted(set(sounds.labels))
+    names = list(audio.labels or sorted(set(sounds.labels)))
+    for label in sounds.labels:
+        if label not in names:
+            raise ValueError(f"{spec}: class {label!r} is not one of the model's: {', '.join(names)}")
     numbers = torch.tensor([names.index(label) for label in sounds.labels])
     return ImageSet(images, numbers), dataclasses.replace(audio, labels=tuple(names))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
-from ..models.checkpoint import load_config, naming, read_json
+from ..files import atomic_write, naming, read_json
+from ..models.checkpoint import load_config
 from ..models.config import UNetConfig
 
 __all__ = ["CHECKSUMS", "SAMPLER", "SCHEDULE", "UNET", "ExportFolder", "is_export", "write_checksums"]

@@ -16,8 +16,7 @@ from onnx import ModelProto
 
 from .. import __version__
 from ..diffusion.sampler import Sampler
-from ..files import atomic_folder
-from ..models.checkpoint import write_json
+from ..files import atomic_folder, write_json
 from ..models.unet import UNet
 from .card import model_card
 from .folder import SAMPLER, SCHEDULE, UNET, write_checksums

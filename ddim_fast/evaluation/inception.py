@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.checkpoint import is_state_dict, naming, read_json, read_pickle, read_safetensors
+from ..files import naming
+from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
 __all__ = ["FEATURES", "NAME", "FeatureNetwork", "Inception", "load_inception", "resize_bilinear"]
 
@@ -243,34 +243,17 @@ def load_inception(path: Path) -> FeatureNetwork:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        index, single = path / f"{NAME}.safetensors.index.json", path / f"{NAME}.safetensors"
-        if index.is_file():
-            return _read_shards(index)
-        if single.is_file():
-            return read_safetensors(single)
-        raise FileNotFoundError(f"{path} holds neither {index.name} nor {single.name}")
+        return read_weights(path, NAME)[1]
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
+        return read_shards(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     state = read_pickle(path)
     if not is_state_dict(state):
         raise ValueError(f"{path}: not the tensors of a network")
     return state
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    files = read_json(index).get("weight_map")
-    with naming(index):
-        if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
-            raise ValueError("no weight_map of files beside it")
-    return _merged(read_safetensors(index.parent / name) for name in sorted(set(files.values())))
-
-
-def _merged(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def resize_bilinear(x: Tensor, size: int) -> Tensor:

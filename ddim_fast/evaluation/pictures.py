@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import naming
+from ..files import naming
 from ..records import PICTURES
 from ..training.data import load_images, native_shape
 

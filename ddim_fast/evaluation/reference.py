@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_write, cache_folder
-from ..models.checkpoint import naming
+from ..files import atomic_write, cache_folder, naming
 from ..processes import Processes
 from .frechet import FeatureStatistics
 from .inception import FeatureNetwork

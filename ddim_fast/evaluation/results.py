@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files import atomic_write
-from ..models.checkpoint import naming, read_json, write_json
+from ..files import atomic_write, naming, read_json, write_json
 
 __all__ = ["Results", "fid_label", "machine"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files import cache_folder
-from ..models.checkpoint import write_safetensors
+from ..models.weights import write_safetensors
 from .inception import NAME
 
 __all__ = ["default_weights", "fetch_weights", "read_archive"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
+from ..files import read_json
 from ..models.autoencoder import Autoencoder
-from ..models.checkpoint import read_json
 
 __all__ = ["load_autoencoder"]
 

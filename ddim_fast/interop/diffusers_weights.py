@@ -11,25 +11,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..files import atomic_folder
-from ..models.checkpoint import (
-    Checkpoint,
-    is_state_dict,
-    naming,
-    read_json,
-    read_pickle,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from ..files import atomic_folder, naming, read_json, write_json
+from ..models.checkpoint import Checkpoint
 from ..models.config import UNetConfig
+from ..models.weights import read_weights, write_weights
 
 __all__ = ["fold_class", "is_diffusers", "load_diffusers", "save_diffusers"]
 
 _T = TypeVar("_T")
 
 _WEIGHTS = "diffusion_pytorch_model"
-_READERS = {".safetensors": read_safetensors, ".bin": read_pickle}
 
 # What UNet2DModel does where its config.json says nothing (diffusers 0.42).
 _UNET_DEFAULTS: dict[str, Any] = {
@@ -115,7 +106,7 @@ def load_diffusers(folder: Path) -> Checkpoint:
     if is_pipeline:
         scheduler = _component(folder, "scheduler") / "scheduler_config.json"
         config = _parse(scheduler, lambda values: dataclasses.replace(config, **_process_fields(values)))
-    path, tensors = _read_weights(unet)
+    path, tensors = read_weights(unet, _WEIGHTS, (".safetensors", ".bin"))
     has_old_names = any(name.endswith(".query.weight") for name in tensors)
     return Checkpoint(path, config, tensors, _old_name if has_old_names else str)
 
@@ -140,7 +131,7 @@ def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -
     with atomic_folder(folder) as new:
         for name in ("unet", "scheduler"):
             (new / name).mkdir()
-        write_safetensors(new / "unet" / f"{_WEIGHTS}.safetensors", state)
+        write_weights(new / "unet", _WEIGHTS, state)
         write_json(new / "unet" / "config.json", {"_class_name": "UNet2DModel", **unet})
         write_json(new / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **scheduler})
         components = {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
@@ -295,44 +286,6 @@ def _require(options: dict[str, Any], key: str, choices: list[Any]) -> None:
         raise ValueError(f"it lacks {key!r}")
     if options[key] not in choices:
         raise ValueError(f"{key} must be {' or '.join(repr(choice) for choice in choices)}; got {options[key]!r}")
-
-
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The tensors in ``folder``, and the file or the index of files they are from."""
-    for suffix in _READERS:
-        path = folder / f"{_WEIGHTS}{suffix}"
-        if path.is_file():
-            return path, _read_tensors(path)
-        index = folder / f"{path.name}.index.json"
-        if index.is_file():
-            return index, _read_shards(index, suffix)
-    raise FileNotFoundError(f"{folder} has no weights: neither {_WEIGHTS}.safetensors nor {_WEIGHTS}.bin")
-
-
-def _read_shards(index: Path, suffix: str) -> dict[str, Tensor]:
-    """The tensors that ``index`` finds in several files of its folder."""
-    shard_of = read_json(index).get("weight_map")
-    with naming(index):
-        if not isinstance(shard_of, dict):
-            raise ValueError("weight_map must give a file for each tensor")
-        for name, shard in shard_of.items():
-            if not (isinstance(shard, str) and shard.endswith(suffix) and shard == Path(shard).name):
-                raise ValueError(f"tensor {name!r} must be in a {suffix} file of the same folder; got {shard!r}")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        path = index.parent / shard
-        found = _read_tensors(path)
-        for name in sorted(found.keys() ^ {name for name, holder in shard_of.items() if holder == shard}):
-            raise ValueError(f"{path}: {'unexpected' if name in found else 'missing'} tensor {name!r}")
-        tensors |= found
-    return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = _READERS[path.suffix](path)
-    if not is_state_dict(tensors):
-        raise ValueError(f"{path}: not a network's tensors by name")
-    return tensors
 
 
 def _old_name(name: str) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import Checkpoint, is_state_dict, naming, read_pickle, read_safetensors
+from ..files import naming
+from ..models.checkpoint import Checkpoint
 from ..models.config import UNetConfig
+from ..models.weights import is_state_dict, read_pickle, read_safetensors
 
 __all__ = ["load_ermongroup"]
 

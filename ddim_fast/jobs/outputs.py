@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..files import atomic_write
+from ..files import atomic_write, naming, write_json
 from ..media import save_image, to_uint8
-from ..models.checkpoint import naming, write_json
 from ..records import GRID, PICTURES, SAMPLING
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import Checkpoint, load_config, read_safetensors, save_checkpoint
+from .checkpoint import WEIGHTS, Checkpoint, load_config, save_checkpoint
 from .config import AutoencoderConfig
+from .weights import read_weights
 
 __all__ = ["Autoencoder"]
 
@@ -88,11 +89,11 @@ class Autoencoder(nn.Module):
         """
         folder = Path(folder)
         config = load_config(folder, AutoencoderConfig)
-        weights = folder / "model.safetensors"
+        weights, tensors = read_weights(folder, WEIGHTS)
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(Checkpoint(weights, config, read_safetensors(weights)).state_dict(shapes), assign=True)
+        model.load_state_dict(Checkpoint(weights, config, tensors).state_dict(shapes), assign=True)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

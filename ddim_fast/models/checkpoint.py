@@ -1,23 +1,21 @@
 """A checkpoint is a folder: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`) and model.safetensors (one tensor
-a parameter); where its images mean sounds, audio.json (:class:`AudioConfig`) too.
+a parameter; or several files and their index); where its images mean sounds, audio.json (:class:`AudioConfig`) too.
 
 Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..files import atomic_write
+from ..files import atomic_write, naming, read_json, write_json
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
 
@@ -28,23 +26,18 @@ __all__ = [
     "AUTOENCODER",
     "DEFAULT_MODEL",
     "HUB_FILES",
+    "WEIGHTS",
     "Checkpoint",
-    "is_state_dict",
     "load_audio",
     "load_checkpoint",
     "load_config",
     "load_timesteps",
     "local_model",
-    "naming",
     "packaged_models",
-    "read_json",
-    "read_pickle",
-    "read_safetensors",
     "resolve_model",
     "save_checkpoint",
     "save_timesteps",
-    "write_json",
-    "write_safetensors",
+    "timesteps_file",
 ]
 
 C = TypeVar("C", UNetConfig, AutoencoderConfig)
@@ -52,6 +45,9 @@ C = TypeVar("C", UNetConfig, AutoencoderConfig)
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "fashion-mnist"
 _AUDIO = "audio.json"
+
+# The name of the weights' file, without its suffix.
+WEIGHTS = "model"
 
 # The folder, beside the files of a network, of the autoencoder whose latents it was trained on.
 AUTOENCODER = "autoencoder"
@@ -67,6 +63,8 @@ HUB_FILES = tuple(
         "audio.json",
         "scheduler_config.json",
         "model.safetensors",
+        "model.safetensors.index.json",
+        "model-*-of-*.safetensors",
         "diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model.safetensors.index.json",
         "diffusion_pytorch_model-*-of-*.safetensors",
@@ -188,6 +186,7 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     # Imported here, not above: other programs' formats lie a room higher, and need nothing of this package but UNetConfig.
     from ..interop.diffusers_weights import is_diffusers, load_diffusers
     from ..interop.ermongroup import load_ermongroup
+    from .weights import read_weights
 
     if path.is_file():
         return load_ermongroup(path, config)
@@ -195,8 +194,9 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
         raise ValueError(f"{path} is a folder, which describes its network itself: give no config")
     if is_diffusers(path):
         return load_diffusers(path)
-    weights = path / "model.safetensors"
-    return Checkpoint(weights, load_config(path), read_safetensors(weights))
+    config = load_config(path)
+    weights, tensors = read_weights(path, WEIGHTS)
+    return Checkpoint(weights, config, tensors)
 
 
 def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
@@ -223,15 +223,25 @@ def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
 
 
 def save_checkpoint(
-    folder: Path, config: UNetConfig | AutoencoderConfig, state: dict[str, Tensor], audio: AudioConfig | None = None
+    folder: Path,
+    config: UNetConfig | AutoencoderConfig,
+    state: dict[str, Tensor],
+    audio: AudioConfig | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not
-    at all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these."""
+    at all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these.
+
+    Args:
+        max_shard_size: write the weights in several files, see :func:`ddim_fast.models.weights.write_weights`; None in one.
+    """
+    from .weights import write_weights
+
     folder.mkdir(parents=True, exist_ok=True)
-    _timesteps_file(folder).unlink(missing_ok=True)
+    timesteps_file(folder).unlink(missing_ok=True)
     if audio is not None:
         write_json(folder / _AUDIO, audio.to_dict())
-    write_safetensors(folder / "model.safetensors", state)
+    write_weights(folder, WEIGHTS, state, max_shard_size)
     write_json(folder / "config.json", config.to_dict())
 
 
@@ -245,7 +255,7 @@ def load_timesteps(path: Path, total: int) -> dict[int, list[int]] | None:
     Raises:
         ValueError: their file is damaged; the message names it.
     """
-    file = _timesteps_file(path)
+    file = timesteps_file(path)
     if not file.is_file():
         return None
     stored = read_json(file).get("timesteps")
@@ -263,13 +273,14 @@ def save_timesteps(path: Path, timesteps: dict[int, list[int]], calibration: dic
     Args:
         calibration: what they were fitted to, to be read by people.
     """
-    file = _timesteps_file(path)
+    file = timesteps_file(path)
     lines = ",\n".join(f'  "{steps}": {json.dumps(run)}' for steps, run in timesteps.items())
     atomic_write(file, f'{{\n "calibration": {json.dumps(calibration)},\n "timesteps": {{\n{lines}\n }}\n}}\n'.encode())
     return file
 
 
-def _timesteps_file(path: Path) -> Path:
+def timesteps_file(path: Path) -> Path:
+    """Where the timesteps are that were fitted to a checkpoint, if they were."""
     return path.with_name(f"{path.name}.timesteps.json") if path.is_file() else path / "timesteps.json"
 
 
@@ -277,92 +288,3 @@ def _is_falling(run: Any, total: int) -> bool:
     if not isinstance(run, list) or not run or not all(type(t) is int and 0 <= t < total for t in run):
         return False
     return all(a > b for a, b in pairwise(run))
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside, a ValueError is about the content of ``path``, and says so."""
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
-    _require_file(path)
-    with naming(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return values
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write ``values``, whole or not at all."""
-    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    _require_file(path)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write the tensors, whole or not at all."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    atomic_write(path, save(tensors, metadata={"format": "pt"}))
-
-
-def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors, numbers, text, and containers of these. A pickle can hold code as well;
-    then it is refused, and none of the code is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds more than data.
-    """
-    import torch
-
-    _require_file(path)
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that are then refused
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it holds {code[1]}, which is not data and was not executed" if code else "not a whole file of tensors"
-            raise ValueError(f"{path}: {why}") from None
-
-
-def is_state_dict(value: Any) -> bool:
-    """Whether ``value`` holds the tensors of a network, by name."""
-    from torch import Tensor
-
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -5,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
 from tones import MEL, RATE, tone
 
 from ddim_fast.audio.dataset import load_sound_images
@@ -91,3 +93,8 @@ def test_training_data_are_numbered_by_name(recordings, config):
     assert tuple(data.images.shape) == (12, *config.image_shape)
     unlabelled, same = load_sound_images(str(recordings), config, labelled=False)
     assert unlabelled.labels is None and same == config
+    # A model that has classes keeps their numbers.
+    again, _ = load_sound_images(str(recordings), dataclasses.replace(config, labels=("x", *audio.labels)), labelled=True)
+    assert torch.equal(again.labels, data.labels + 1)
+    with pytest.raises(ValueError, match="class '0/ann' is not one of the model's: x, y"):
+        load_sound_images(str(recordings), dataclasses.replace(config, labels=("x", "y")), labelled=True)

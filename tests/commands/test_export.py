@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMPipeline
 
 from ddim_fast import UNet, UNetConfig, export, sample
+from ddim_fast.models.checkpoint import save_timesteps
 
 
 @pytest.fixture
@@ -84,6 +85,11 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
         (["--class", "-1"], "--class"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
         (["--out", "."], "--out: . exists and is not an empty folder"),
+        (["--steps", "5"], "--steps is an option of --to onnx"),
+        (["--dtype", "float16"], "--dtype is an option of --to checkpoint and --to onnx"),
+        (["--max-shard-size", "1MB"], "--max-shard-size is an option of --to checkpoint"),
+        (["--to", "checkpoint", "--dtype", "int8"], "weights of a checkpoint are float32, float16 or bfloat16"),
+        (["--to", "checkpoint", "--max-shard-size", "16"], "'16' is not a size such as 500KB"),
     ],
     ids=str,
 )
@@ -141,3 +147,31 @@ def test_a_schedule_that_diffusers_lacks_is_one_line_and_exit_code_1(run, small_
 def test_help_shows_examples_and_defaults(run):
     code, out, _ = run("--help")
     assert code == 0 and "examples:" in out and "--to diffusers" in out and "(default: fashion-mnist)" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_parts(dtype, run, checkpoint, small_unet, tmp_path):
+    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    options = ("--dtype", dtype, "--max-shard-size", "50KB")
+    code, said, err = run("--to", "checkpoint", "--model", checkpoint, *options, "--out", tmp_path / "out")
+    assert (code, err) == (0, "") and said.startswith(f"wrote {tmp_path / 'out'}; python -m ddim_fast.sample --model")
+    shards = sorted(tmp_path.glob("out/model-*-of-*.safetensors"))
+    largest = max(tensor.numel() for tensor in small_unet.state_dict().values()) * (4 if dtype == "float32" else 2)
+    assert len(shards) > 3 and max(file.stat().st_size for file in shards) < max(50_000, largest) + 10_000
+    loaded = UNet.from_pretrained(tmp_path / "out")
+    assert loaded.config == small_unet.config and loaded.fitted_timesteps == {2: [700, 3]}
+    for name, weight in small_unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.to(getattr(torch, dtype)).float())
+
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=shards[1].name):
+        UNet.from_pretrained(tmp_path / "out")
+
+
+def test_a_class_of_a_checkpoint(run, checkpoint, small_unet, tmp_path):
+    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    code, _, err = run("--to", "checkpoint", "--model", checkpoint, "--class", "3", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    loaded, (x, t) = UNet.from_pretrained(tmp_path / "out"), (torch.randn(2, 3, 16, 16), torch.tensor([5, 700]))
+    assert loaded.fitted_timesteps is None  # those are of all classes
+    torch.testing.assert_close(loaded(x, t), small_unet(x, t, torch.tensor([3, 3])), atol=1e-5, rtol=1e-5)

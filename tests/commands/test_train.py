@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -286,3 +288,48 @@ def test_a_recipe_is_the_default_of_options_and_is_kept(photos, tmp_path, run_tr
     code, _, err = run_train("--out", plain, "--resume", "--recipe=fast", "--steps=2", "--device=cpu")
     assert code == 2
     assert_one_line(err, "--recipe fast", "its own")
+
+
+def test_training_begins_with_another_models_weights(photos, tmp_path, run_train):
+    run_train(*RUN, "--data", photos, "--class-conditional", "--steps=3", "--out", tmp_path / "before")
+    before = UNet.from_pretrained(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", tmp_path / "init")
+    options = ["--init", tmp_path / "init", "--data", photos, *RUN[len(NETWORK) :]]
+    options += ["--recipe=fast", "--lr=1e-9", "--dropout=0.2"]
+    assert run_train(*options, "--steps=1", "--out", tmp_path / "after")[0] == 0
+    after = UNet.from_pretrained(tmp_path / "after")
+    assert after.config == dataclasses.replace(before.config, dropout=0.2)  # not v-prediction, which the recipe would be
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-8, rtol=0)
+
+    shutil.rmtree(tmp_path / "init")  # a run that goes on needs it no more
+    code, _, err = run_train("--resume", "--steps=3", "--out", tmp_path / "after", "--quiet")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "after" / "stats.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "options,parts",
+    [
+        (["--preset=celeba-64"], ["--preset describes a network"]),
+        (["--set", "base_channels=8"], ["--set describes a network"]),
+        (["--prediction-type=sample"], ["--prediction-type describes"]),
+        (["--class-conditional"], ["--class-conditional describes"]),
+        (["--init=nowhere"], ["unknown model 'nowhere'", "fashion-mnist"]),
+    ],
+)
+def test_a_network_is_not_described_twice(options, parts, photos, tmp_path, run_train):
+    code, _, err = run_train("--init=fashion-mnist", *options, "--data", photos, "--out", tmp_path / "run")
+    assert code == 2
+    assert_one_line(err, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_are_needed_to_go_on_with_a_class_conditional_model(photos, tmp_path, run_train):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in photos.glob("*/*.png"):
+        Image.open(file).resize((32, 32)).save(flat / file.name)
+    code, _, err = run_train("--init=fashion-mnist", "--data", flat, "--steps=1", "--out", tmp_path / "run")
+    assert code == 2
+    assert_one_line(err, "--init fashion-mnist is class-conditional", f"{flat} has no label for every image")

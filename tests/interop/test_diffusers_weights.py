@@ -331,7 +331,10 @@ def test_damaged_json_is_named(text, name, pipeline):
     "name,message",
     [
         ("unet/config.json", "unet is not a checkpoint: it has no config.json"),
-        (f"unet/{WEIGHTS}", "unet has no weights: neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin"),
+        (
+            f"unet/{WEIGHTS}",
+            "unet is not a checkpoint: it has neither diffusion_pytorch_model.safetensors nor",
+        ),
         ("scheduler/scheduler_config.json", "scheduler is not a checkpoint: it has no scheduler_config.json"),
     ],
 )

@@ -1,0 +1,148 @@
+"""The tensors of a network, in one file or in several. Nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from ..files import atomic_write, naming, read_json, require_file, write_json
+
+__all__ = [
+    "is_state_dict",
+    "read_pickle",
+    "read_safetensors",
+    "read_shards",
+    "read_weights",
+    "write_safetensors",
+    "write_weights",
+]
+
+
+def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetensors",)) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors of a folder, on the CPU, and the file that they are from.
+
+    Args:
+        stem: the name of that file without its suffix. Several files have an index, such as ``stem.safetensors.index.json``.
+        suffixes: of the formats that may be there, the first that is there is read: ``.safetensors`` and ``.bin``, a pickle.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the message names it.
+    """
+    for suffix in suffixes:
+        path = folder / f"{stem}{suffix}"
+        if path.is_file():
+            return path, _read_tensors(path)
+        index = folder / f"{path.name}.index.json"
+        if index.is_file():
+            return index, read_shards(index)
+    names = [f"{stem}{suffix}" for suffix in suffixes]
+    missing = f"no {names[0]}" if len(names) == 1 else f"neither {' nor '.join(names)}"
+    raise FileNotFoundError(f"{folder} is not a checkpoint: it has {missing}")
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that ``index`` finds in several files of its folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or not one of that folder, or holds other tensors than the index says.
+    """
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    shard_of = read_json(index).get("weight_map")
+    with naming(index):
+        if not isinstance(shard_of, dict):
+            raise ValueError("weight_map must give a file for each tensor")
+        for name, shard in shard_of.items():
+            if not (isinstance(shard, str) and shard.endswith(suffix) and shard == Path(shard).name):
+                raise ValueError(f"tensor {name!r} must be in a {suffix} file of the same folder; got {shard!r}")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        path = index.parent / shard
+        found = _read_tensors(path)
+        for name in sorted(found.keys() ^ {name for name, holder in shard_of.items() if holder == shard}):
+            raise ValueError(f"{path}: {'unexpected' if name in found else 'missing'} tensor {name!r}")
+        tensors |= found
+    return tensors
+
+
+def write_weights(folder: Path, stem: str, state: dict[str, Tensor], max_shard_size: int | str | None = None) -> None:
+    """What :func:`read_weights` reads.
+
+    Args:
+        max_shard_size: of a file, in bytes or as "16MB"; a larger tensor has a file to itself. None writes one file.
+    """
+    if max_shard_size is None:
+        write_safetensors(folder / f"{stem}.safetensors", state)
+        return
+    pattern = f"{stem}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: state[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    require_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Write the tensors, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    atomic_write(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors, numbers, text, and containers of these. A pickle can hold code as well;
+    then it is refused, and none of the code is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds more than data.
+    """
+    require_file(path)
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that are then refused
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it holds {code[1]}, which is not data and was not executed" if code else "not a whole file of tensors"
+            raise ValueError(f"{path}: {why}") from None
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether ``value`` holds the tensors of a network, by name."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+
+
+_READERS = {".safetensors": read_safetensors, ".bin": read_pickle}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    tensors = _READERS[path.suffix](path)
+    if not is_state_dict(tensors):
+        raise ValueError(f"{path}: not a network's tensors by name")
+    return tensors
