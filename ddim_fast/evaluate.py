@@ -36,7 +36,7 @@ from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .engine import fastest_engine
-from .evaluation.denoising import denoising_error, spread_timesteps
+from .evaluation.denoising import by_noise, denoising_error, spread_timesteps
 from .evaluation.frechet import frechet_distance
 from .evaluation.inception import FeatureNetwork, load_inception
 from .evaluation.kernel_distance import kernel_distance
@@ -359,7 +359,12 @@ def _measure_loss(arguments: argparse.Namespace, work: Work, model: UNet, weight
         return denoising_error(network, images, labels, timesteps[part], numbers, arguments.batch_size)[:, None]
 
     parts = work.rows("loss", settings, len(data), 1, compute)
-    work.record("loss", settings, parts, lambda: {"images": len(data), **_mean("loss", parts)})
+
+    def find() -> dict[str, Any]:
+        each = by_noise(parts.all()[:, 0], timesteps.numpy(), model.config.num_train_timesteps)
+        return {"images": len(data), **_mean("loss", parts), "loss by timestep": each}
+
+    work.record("loss", settings, parts, find)
 
 
 def _measure_reconstruction(

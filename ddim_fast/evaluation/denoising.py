@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..models.unet import UNet
 from ..ops.noise import seeded_noise
 
-__all__ = ["denoising_error", "spread_timesteps"]
+__all__ = ["by_noise", "denoising_error", "spread_timesteps"]
 
 
 def spread_timesteps(count: int, total: int) -> Tensor:
@@ -58,3 +59,22 @@ def denoising_error(
         }[config.prediction_type](output, x, a, s)
         errors.append((predicted - noise).double().square().mean(dim=(1, 2, 3)).cpu())
     return torch.cat(errors)
+
+
+def by_noise(errors: np.ndarray, timesteps: np.ndarray, total: int) -> dict[str, float | None]:
+    """Mean errors for ranges of timesteps, from little noise to much: a network can be good at one end and bad at the other.
+
+    Args:
+        errors, timesteps: (N,) each.
+        total: T, the number of training timesteps.
+
+    Returns:
+        the mean for timesteps "0-9", "10-29", "30-99", "100-299" and "300-999" if T is 1000, the same shares of another T; None
+        where there is no image.
+    """
+    edges = [total * share // 100 for share in (0, 1, 3, 10, 30, 100)]
+    means: dict[str, float | None] = {}
+    for low, high in pairwise(sorted(set(edges))):
+        found = errors[(timesteps >= low) & (timesteps < high)]
+        means[f"{low}-{high - 1}"] = float(found.mean(dtype=float)) if len(found) else None
+    return means

@@ -202,6 +202,11 @@ def _with_error(name: str, digits: str, factor: float = 1) -> Callable[[Row], st
     return cell
 
 
+def _by_timestep(row: Row) -> str:
+    means = row.get("loss by timestep", {}).items()
+    return ", ".join(f"{timesteps}: {mean:.3g}" for timesteps, mean in means if mean is not None)
+
+
 _NETWORK = {"network": lambda row: row["settings"]["model"] or row["settings"]["images"]}
 _SAMPLER = {
     "solver": _text("solver"),
@@ -242,6 +247,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "loss": {
         **_NETWORK,
         "loss": _with_error("loss", ".4f"),
+        "by timestep": _by_timestep,
         "images": _number("images", ","),
         "run": _number("run", "d"),
     },

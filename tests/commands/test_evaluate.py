@@ -105,6 +105,7 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
     assert code == 0, err
     (loss,) = rows(tmp_path, "loss")
     assert 0.1 < loss["loss"] < 100 and loss["images"] == 6 and loss["loss standard error"] > 0
+    assert list(loss["loss by timestep"]) == ["0-9", "10-29", "30-99", "100-299", "300-999"]
     few, many = rows(tmp_path, "reconstruction")
     assert (few["settings"]["steps"], many["settings"]["steps"]) == (2, 20) and many["error"] < few["error"]
     code, _, err = run("--model", checkpoint, "--data", photos, "--reconstruction", "--eta", 1)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ddim_fast import NoiseSchedule, Sampler, UNetConfig
-from ddim_fast.evaluation.denoising import denoising_error, spread_timesteps
+from ddim_fast.evaluation.denoising import by_noise, denoising_error, spread_timesteps
 from ddim_fast.evaluation.reconstruction import reconstruction_error
 from ddim_fast.ops.noise import seeded_noise
 
@@ -55,6 +55,13 @@ def test_timesteps_are_spread_evenly_and_not_in_order():
     timesteps = spread_timesteps(500, 1000)
     assert timesteps.sort().values.tolist() == list(range(0, 1000, 2)) and timesteps.tolist() != sorted(timesteps.tolist())
     assert spread_timesteps(3, 10).sort().values.tolist() == [0, 3, 6]
+
+
+def test_errors_by_noise():
+    timesteps = np.array([9, 0, 10, 299, 100, 999, 300])
+    means = by_noise(timesteps.astype(np.float32), timesteps, 1000)
+    assert means == {"0-9": 4.5, "10-29": 10, "30-99": None, "100-299": 199.5, "300-999": 649.5}
+    assert by_noise(np.ones(2), np.array([0, 9]), 10) == {"0-0": 1, "1-2": None, "3-9": 1}
 
 
 def test_reconstruction_falls_with_the_number_of_steps(fake_network):
