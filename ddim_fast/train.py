@@ -201,7 +201,8 @@ def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
     for name in ("preset", "set", "class_conditional", "prediction_type", "latents"):
         if getattr(arguments, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {arguments.init} is one")
-    folder = arguments.out if (arguments.out / "config.json").is_file() else local_model(arguments.init)
+    own = arguments.resume and (arguments.out / "config.json").is_file()  # not before its first checkpoint
+    folder = arguments.out if own else local_model(arguments.init)
     if (folder / AUTOENCODER).is_dir():
         arguments.latents = str(folder / AUTOENCODER)
     return UNet.from_pretrained(folder)

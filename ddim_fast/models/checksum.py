@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["weights_checksum"]
 
 
 def weights_checksum(*models: nn.Module) -> str:
     """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
+    import torch  # here, because commands that know of this function also run without torch
+
     digest = hashlib.sha256()
     for model in models:
         config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
