@@ -120,7 +120,11 @@ class Results:
         except ImportError:
             return []
         matplotlib.use("agg")
+        from cycler import cycler
         from matplotlib.figure import Figure
+
+        # More lines than there are colours are told apart by their dashes.
+        styles = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
 
         files, used = [], set()
         for title, rows in self._groups():
@@ -133,6 +137,7 @@ class Results:
                 lines.setdefault(_line(row), []).append(_AXES[kind][2](row))
             figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=110)
             axes = figure.subplots()
+            axes.set_prop_cycle(styles)
             for name, points in lines.items():
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.2, label=name)
             ticks = sorted({x for points in lines.values() for x, _ in points if float(x).is_integer()})
