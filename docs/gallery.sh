@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/gallery.md again, but for that of the web page: bash docs/gallery.sh FASHION_MNIST SPOKEN_DIGITS
+# Makes the pictures of docs/gallery.md again, but for that of the web page: bash docs/gallery.sh FASHION_MNIST SPOKEN_DIGITS CIFAR10
 # FASHION_MNIST is the folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, SPOKEN_DIGITS the Free Spoken Digit
-# Dataset as a Parquet file (audio, label, speaker).
+# Dataset as a Parquet file (audio, label, speaker), CIFAR10 its test images as a Parquet file (image, label).
 set -euo pipefail
 data=$(realpath "$1")
 digits=$(realpath "$2")
+photographs=$(realpath "$3")
 pictures=$(realpath "$(dirname "$0")")/gallery
 mkdir -p "$pictures"
 cd "$(mktemp -d)"
@@ -50,7 +51,8 @@ restore inpaint fashion/8 --class 8 --rectangle 10,10,12,12 --out inpaint
 restore super-resolution fashion/7 --class 7 --factor 4 --out small
 restore deblur fashion/2 --class 2 --sigma 1.5 --out blurred
 restore compressed-sensing fashion/3 --class 3 --ratio 0.25 --out sensed
-for task in inpaint small blurred sensed; do cp $task/comparison.png "$pictures/$task.png"; done
+restore colorize "$photographs" --num-images 20 --model cifar10-small --out colorized
+for task in inpaint small blurred sensed colorized; do cp $task/comparison.png "$pictures/$task.png"; done
 
 run sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guided.png"
 run edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
