@@ -135,7 +135,7 @@ class Results:
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 lines.setdefault(_line(row), []).append(_AXES[kind][2](row))
-            figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=110)
+            figure = Figure(figsize=(9, 4.5), layout="constrained", dpi=110)
             axes = figure.subplots()
             axes.set_prop_cycle(styles)
             for name, points in lines.items():
@@ -149,7 +149,7 @@ class Results:
             axes.tick_params(axis="y", which="minor", labelsize=7)
             axes.title.set_size(9)
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=8)
+            figure.legend(fontsize=8, loc="outside right upper")
             name = next(n for i in range(1, 100) if (n := f"{kind}-{i}.png" if i > 1 else f"{kind}.png") not in used)
             used.add(name)
             buffer = io.BytesIO()
