@@ -17,7 +17,7 @@ from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import SPACINGS
 from .files import atomic_folder
 from .interop.diffusers_weights import fold_class, save_diffusers
-from .models.checkpoint import DEFAULT_MODEL, local_model, save_checkpoint, timesteps_file
+from .models.checkpoint import DEFAULT_MODEL, save_checkpoint, timesteps_file
 from .models.unet import UNet
 
 _EXAMPLES = """\
@@ -79,7 +79,7 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
         if arguments.to == "checkpoint" and arguments.dtype == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
-    path = pixel_model(parser, arguments.model, "sampling in latent space needs torch")
+    path = pixel_model(parser, arguments.model, "an export has no place for its autoencoder")
     model = UNet.from_pretrained(path)
     if arguments.label is not None:
         with parser.usage_errors():
@@ -87,18 +87,20 @@ def main() -> None:
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
         model.audio = None if audio is None else dataclasses.replace(audio, labels=None)
-    write = {"checkpoint": _to_checkpoint, "diffusers": _to_diffusers, "onnx": _to_onnx}[arguments.to]
     try:
-        write(parser, arguments, model)
+        if arguments.to == "checkpoint":
+            _to_checkpoint(arguments, model, path)
+        else:
+            (_to_onnx if arguments.to == "onnx" else _to_diffusers)(parser, arguments, model)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
 
 
-def _to_checkpoint(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
+def _to_checkpoint(arguments: argparse.Namespace, model: UNet, path: Path) -> None:
     state = {name: tensor.to(getattr(torch, arguments.dtype)) for name, tensor in model.state_dict().items()}
     with atomic_folder(arguments.out) as new:
         save_checkpoint(new, model.config, state, model.audio, arguments.max_shard_size)
-        fitted = timesteps_file(local_model(arguments.model))
+        fitted = timesteps_file(path)
         if arguments.label is None and fitted.is_file():  # they are fitted to all classes
             shutil.copyfile(fitted, timesteps_file(new))
     print(f"wrote {arguments.out}; python -m ddim_fast.sample --model {arguments.out} samples from it")

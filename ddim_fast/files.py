@@ -70,9 +70,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_file(path: Path) -> None:
-    """
+    """See that a checkpoint's folder has this file.
+
     Raises:
-        FileNotFoundError: a checkpoint's folder lacks this file.
+        FileNotFoundError: it has not.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")

@@ -17,7 +17,7 @@ from ..processes import Processes
 from .parts import Parts, make_parts
 from .results import Results
 
-__all__ = ["Bar", "Work"]
+__all__ = ["Work"]
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def test_a_run_resumes_with_its_own_copy_of_the_autoencoder(runs, tmp_path):
 
 def test_what_is_not_done_in_latent_space(runs, run_here):
     for command, arguments, why in (
-        (export, ("--to=onnx", "--out=o"), "not of images: sampling in latent space needs torch"),
-        (export, ("--to=diffusers", "--out=o"), "not of images: sampling in latent space needs torch"),
+        (export, ("--to=onnx", "--out=o"), "not of images: an export has no place for its autoencoder"),
+        (export, ("--to=diffusers", "--out=o"), "not of images: an export has no place for its autoencoder"),
         (evaluate, ("--loss", "--data", runs / "photos"), "sample it with --out FILE.npz, and give that to --images"),
     ):
         code, out, error = run_here(command, "--model", runs / "model", *arguments)
