@@ -235,7 +235,7 @@ def save_checkpoint(
     Args:
         max_shard_size: write the weights in several files, see :func:`ddim_fast.models.weights.write_weights`; None in one.
     """
-    from .weights import write_weights
+    from .weights import write_weights  # needs torch, which a configuration does not
 
     folder.mkdir(parents=True, exist_ok=True)
     timesteps_file(folder).unlink(missing_ok=True)
