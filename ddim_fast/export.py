@@ -17,14 +17,24 @@ from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import SPACINGS
 from .files import atomic_folder
 from .interop.diffusers_weights import fold_class, save_diffusers
-from .models.checkpoint import DEFAULT_MODEL, save_checkpoint, timesteps_file
+from .models.checkpoint import (
+    AUTOENCODER,
+    DEFAULT_MODEL,
+    SNAPSHOTS,
+    local_model,
+    resolve_model,
+    save_checkpoint,
+    timesteps_file,
+)
 from .models.unet import UNet
+from .training.averages import average_of_length
 
 _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
   python -m ddim_fast.export --to diffusers --model ckpt.pth --out cifar10-diffusers
   python -m ddim_fast.export --to diffusers --class 9 --out boots-diffusers
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
+  python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --steps 10 --out small
   python -m ddim_fast.export --to onnx --unroll --dtype float16 --optimize cuda --out for-cuda
@@ -34,7 +44,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 # What can be exported to, and the options that are only for some of them.
 _OPTIONS = {
-    "checkpoint": ("dtype", "max_shard_size"),
+    "checkpoint": ("dtype", "ema_length", "max_shard_size"),
     "diffusers": (),
     "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
 }
@@ -48,6 +58,7 @@ def _parser() -> CommandParser:
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
+    p.add_argument("--ema-length", metavar="X", type=float, help=_LENGTH_HELP)
     onnx = p.add_argument_group("with --to onnx")
     onnx.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps of the whole sampler")
     onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
@@ -65,6 +76,10 @@ _TO_HELP = (
     "ddim_fast.train writes it, in any precision"
 )
 _DTYPE_HELP = "of a checkpoint, what the weights are stored in; of ONNX, what the network computes in (int8: on CPUs)"
+_LENGTH_HELP = (
+    "of a checkpoint: the weights averaged over this share of the training, up to 0.288, from the snapshots of a run of "
+    "ddim_fast.train --ema-snapshots (default: as the run averaged them)"
+)
 _SHARD_HELP = "of a checkpoint: weights in several files, of at most SIZE, such as 16MB"
 _CLASS_HELP = "of a class-conditional model, one class alone, or 'none' for its samples without a label (default: all)"
 
@@ -79,8 +94,17 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
         if arguments.to == "checkpoint" and arguments.dtype == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
-    path = pixel_model(parser, arguments.model, "an export has no place for its autoencoder")
+    if arguments.to == "checkpoint":
+        with parser.usage_errors():
+            resolve_model(arguments.model)
+        path = local_model(arguments.model)
+    else:
+        path = pixel_model(parser, arguments.model, "other programs' formats have no place for its autoencoder")
     model = UNet.from_pretrained(path)
+    if arguments.ema_length is not None:
+        with parser.usage_errors():
+            average = average_of_length(path / SNAPSHOTS, arguments.ema_length)
+        model.load_state_dict(average.weights)
     if arguments.label is not None:
         with parser.usage_errors():
             config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
@@ -101,8 +125,11 @@ def _to_checkpoint(arguments: argparse.Namespace, model: UNet, path: Path) -> No
     with atomic_folder(arguments.out) as new:
         save_checkpoint(new, model.config, state, model.audio, arguments.max_shard_size)
         fitted = timesteps_file(path)
-        if arguments.label is None and fitted.is_file():  # they are fitted to all classes
+        # They are fitted to all classes, and to these weights.
+        if arguments.label is None and arguments.ema_length is None and fitted.is_file():
             shutil.copyfile(fitted, timesteps_file(new))
+        if (path / AUTOENCODER).is_dir():
+            shutil.copytree(path / AUTOENCODER, new / AUTOENCODER)
     print(f"wrote {arguments.out}; python -m ddim_fast.sample --model {arguments.out} samples from it")
 
 

@@ -23,7 +23,7 @@ from .media import image_grid, save_image
 from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER, local_model
+from .models.checkpoint import AUTOENCODER, SNAPSHOTS, local_model
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
 from .training.data import ImageSet, load_images, to_unit_range
@@ -103,6 +103,7 @@ def _parser() -> CommandParser:
     p.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
     p.add_argument("--lr-schedule", choices=("constant", "cosine"), default=default.lr_schedule, help="after the warm-up")
     p.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
+    p.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
     p.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
     p.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
@@ -138,6 +139,10 @@ def _parser() -> CommandParser:
 _INIT_HELP = (
     "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
     "random ones"
+)
+_SNAPSHOTS_HELP = (
+    "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length afterwards "
+    "(default: none)"
 )
 _LATENTS_HELP = (
     "train on the latents of the autoencoder in this folder, an earlier run's or one saved by diffusers, of which the "
@@ -214,6 +219,8 @@ def _autoencoder_trainer(
     with parser.usage_errors():
         if arguments.class_conditional:
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
+        if options.ema_snapshots is not None:
+            raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
     data = load_images(arguments.data, config.in_channels, config.sample_size)
     return Trainer(Autoencoder(config).to(device), data, options)
@@ -303,6 +310,8 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
                 total.zero_()
                 logged, since = step.step, now
+            if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
+                trainer.write_snapshot(out / SNAPSHOTS)
             if last or step.step % arguments.save_every == 0:
                 trainer.save(out)
             if last or step.step % arguments.sample_every == 0:

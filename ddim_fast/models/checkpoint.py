@@ -26,6 +26,7 @@ __all__ = [
     "AUTOENCODER",
     "DEFAULT_MODEL",
     "HUB_FILES",
+    "SNAPSHOTS",
     "WEIGHTS",
     "Checkpoint",
     "load_audio",
@@ -51,6 +52,9 @@ WEIGHTS = "model"
 
 # The folder, beside the files of a network, of the autoencoder whose latents it was trained on.
 AUTOENCODER = "autoencoder"
+
+# The folder, beside the files of a network, of snapshots of its averaged weights while it was trained.
+SNAPSHOTS = "ema"
 
 # What a Hub repository is asked for: a checkpoint of ours, or one of diffusers. Not its pickles: most hold the weights twice.
 HUB_FILES = tuple(

@@ -19,6 +19,7 @@ from ..files import atomic_write
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
+from .averages import PowerAverages
 from .data import ImageSet, to_unit_range
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
@@ -39,6 +40,7 @@ class TrainingOptions:
         warmup: steps of linear warm-up.
         lr_schedule: after the warm-up, ``constant`` or ``cosine`` (to zero at the last step).
         ema: decay of the averaged weights, which are the ones that are sampled.
+        ema_snapshots: keep two more averages, for :meth:`Trainer.write_snapshot` to be called every so many steps, or None.
         grad_clip: largest norm of the gradient.
         min_snr_gamma: see :class:`DenoisingLoss`; None for the plain loss.
         label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
@@ -57,6 +59,7 @@ class TrainingOptions:
     warmup: int = 5000
     lr_schedule: str = "constant"
     ema: float = 0.9999
+    ema_snapshots: int | None = None
     grad_clip: float = 1.0
     min_snr_gamma: float | None = None
     label_dropout: float = 0.1
@@ -73,6 +76,7 @@ class TrainingOptions:
             ("warmup", self.warmup >= 0, "at least 0"),
             ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("ema_snapshots", self.ema_snapshots is None or self.ema_snapshots >= 1, "at least 1"),
             ("grad_clip", self.grad_clip > 0, "positive"),
             ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "positive"),
             ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
@@ -119,6 +123,7 @@ class Trainer(Generic[M]):
         self.options = options
         self.step = 0
         self.ema = EMA(model, options.ema)
+        self._averages = None if options.ema_snapshots is None else PowerAverages(model)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         self._loss = self._make_loss().to(model.device)
         self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True) if options.compile else self._loss_of
@@ -141,6 +146,8 @@ class Trainer(Generic[M]):
                 group["lr"] = lr
             self.optimizer.step()
             self.ema.update(self.step)
+            if self._averages is not None:
+                self._averages.update(self.step)
             self.step += 1
             yield TrainingStep(self.step, loss.detach(), grad_norm, lr)
 
@@ -163,11 +170,16 @@ class Trainer(Generic[M]):
                 "options": asdict(self.options),
                 "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(),
+                "averages": None if self._averages is None else self._averages.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
             buffer,
         )
         atomic_write(folder / "training_state.pt", buffer.getvalue())
+
+    def write_snapshot(self, folder: Path) -> None:
+        """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
+        self._averages.write_snapshot(folder, self.step)
 
     def load(self, folder: Path) -> None:
         """Go on from :meth:`save`.
@@ -188,8 +200,13 @@ class Trainer(Generic[M]):
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
+            averages = state.get("averages")
+            if self._averages is not None and averages is not None:
+                self._averages.load_state_dict(averages)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
+        if self._averages is not None and averages is None:
+            raise ValueError(f"{path}: the run kept no averages for snapshots so far, and an average begins with its run")
 
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""

@@ -7,6 +7,7 @@ from diffusers import DDIMPipeline
 
 from ddim_fast import UNet, UNetConfig, export, sample
 from ddim_fast.models.checkpoint import save_timesteps
+from ddim_fast.training.averages import PowerAverages, exponent_of_length
 
 
 @pytest.fixture
@@ -89,6 +90,9 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
         (["--dtype", "float16"], "--dtype is an option of --to checkpoint and --to onnx"),
         (["--max-shard-size", "1MB"], "--max-shard-size is an option of --to checkpoint"),
         (["--to", "checkpoint", "--dtype", "int8"], "weights of a checkpoint are float32, float16 or bfloat16"),
+        (["--ema-length", "0.1"], "--ema-length is an option of --to checkpoint"),
+        (["--to", "checkpoint", "--ema-length", "0.5"], "length of an average must be above 0 and at most 0.288; got 0.5"),
+        (["--to", "checkpoint", "--ema-length", "0.1"], "there are no snapshots of averages in"),
         (["--to", "checkpoint", "--max-shard-size", "16"], "'16' is not a size such as 500KB"),
     ],
     ids=str,
@@ -175,3 +179,23 @@ def test_a_class_of_a_checkpoint(run, checkpoint, small_unet, tmp_path):
     loaded, (x, t) = UNet.from_pretrained(tmp_path / "out"), (torch.randn(2, 3, 16, 16), torch.tensor([5, 700]))
     assert loaded.fitted_timesteps is None  # those are of all classes
     torch.testing.assert_close(loaded(x, t), small_unet(x, t, torch.tensor([3, 3])), atol=1e-5, rtol=1e-5)
+
+
+def test_an_average_of_another_length(run, checkpoint, small_unet, tmp_path):
+    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    model = UNet.from_pretrained(checkpoint)
+    averages = PowerAverages(model)
+    for step in range(40):
+        torch.nn.init.constant_(model.conv_in.bias, step)
+        averages.update(step)
+        averages.write_snapshot(checkpoint / "ema", step + 1)
+    for length in (0.05, 0.1, 0.2):
+        out = tmp_path / f"{length}"
+        code, _, err = run("--to", "checkpoint", "--model", checkpoint, "--ema-length", length, "--out", out)
+        loaded = UNet.from_pretrained(out)
+        share = exponent_of_length(length) + 1
+        # The weights were the numbers of the steps, whose mean under tau^gamma this is.
+        assert (code, err) == (0, "")
+        assert float(loaded.conv_in.bias.detach().mean()) == pytest.approx(40 * share / (share + 1) - 0.5, abs=0.3)
+        assert loaded.fitted_timesteps is None  # they were fitted to other weights
+        torch.testing.assert_close(loaded.conv_out.weight, small_unet.conv_out.weight, atol=1e-4, rtol=1e-3)

@@ -92,10 +92,18 @@ def test_a_run_resumes_with_its_own_copy_of_the_autoencoder(runs, tmp_path):
     assert torch.load(tmp_path / "model/training_state.pt", weights_only=True)["step"] == 6
 
 
+def test_an_exported_checkpoint_keeps_its_autoencoder(runs, run_here, here):
+    code, _, err = run_here(export, "--to=checkpoint", "--model", runs / "model", "--out=small")
+    assert (code, err) == (0, "")
+    for model in (runs / "model", here / "small"):
+        assert run_here(sample, "--model", model, "--seeds=0", "--steps=3", f"--out={model.name}-images", "--quiet")[0] == 0
+    assert (here / "small-images/000000.png").read_bytes() == (here / "model-images/000000.png").read_bytes()
+
+
 def test_what_is_not_done_in_latent_space(runs, run_here):
     for command, arguments, why in (
-        (export, ("--to=onnx", "--out=o"), "not of images: an export has no place for its autoencoder"),
-        (export, ("--to=diffusers", "--out=o"), "not of images: an export has no place for its autoencoder"),
+        (export, ("--to=onnx", "--out=o"), "other programs' formats have no place for its autoencoder"),
+        (export, ("--to=diffusers", "--out=o"), "other programs' formats have no place for its autoencoder"),
         (evaluate, ("--loss", "--data", runs / "photos"), "sample it with --out FILE.npz, and give that to --images"),
     ):
         code, out, error = run_here(command, "--model", runs / "model", *arguments)

@@ -108,6 +108,28 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert names(tmp_path / "parts") == FILES
 
 
+def test_averages_of_any_length_after_a_run_in_parts(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--ema-snapshots=2", "--steps"]
+    assert run_train(*start, 5, "--out", tmp_path / "whole")[0] == 0
+    assert run_train(*start, 3, "--out", tmp_path / "parts")[0] == 0
+    assert run_train("--out", tmp_path / "parts", "--resume", "--steps=5", "--device=cpu", "--quiet")[0] == 0
+    assert names(tmp_path / "whole") == FILES | {"ema"}
+    assert names(tmp_path / "whole/ema") == {f"{step:08d}.safetensors" for step in (2, 4, 5)}
+    assert names(tmp_path / "parts/ema") == {f"{step:08d}.safetensors" for step in (2, 3, 4, 5)}
+    for step in (2, 4, 5):
+        file = f"ema/{step:08d}.safetensors"
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_averages_begin_with_their_run(photos, tmp_path, run_train):
+    assert run_train("--data", photos, *RUN, "--steps=2", "--out", tmp_path / "run")[0] == 0
+    more = ("--resume", "--steps=4", "--ema-snapshots=1", "--device=cpu", "--quiet")
+    code, _, err = run_train("--out", tmp_path / "run", *more)
+    assert code == 1
+    assert_one_line(err, "error: ", "kept no averages for snapshots so far")
+    assert names(tmp_path / "run") == FILES
+
+
 def test_a_class_conditional_run_counts_the_folders(photos, tmp_path, run_train):
     out = tmp_path / "run"
     assert run_train("--data", photos, *RUN, "--class-conditional", "--steps=1", "--out", out)[0] == 0
@@ -135,6 +157,8 @@ def test_options_change_the_network(photos, tmp_path, run_train):
         (["--lr=fast"], ["--lr", "'fast'"]),
         (["--warmup=-1"], ["warmup must be at least 0"]),
         (["--ema=1"], ["ema must be in [0, 1)"]),
+        (["--ema-snapshots=0"], ["--ema-snapshots", "'0' is not a positive whole number"]),
+        (["--ema-snapshots=5", "--preset=autoencoder"], ["--ema-snapshots is for diffusion models"]),
         (["--grad-clip=0"], ["grad_clip must be positive"]),
         (["--label-dropout=2"], ["label_dropout must be in [0, 1]"]),
         (["--min-snr-gamma=0"], ["min_snr_gamma must be positive"]),
