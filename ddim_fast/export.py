@@ -105,6 +105,10 @@ def main() -> None:
         with parser.usage_errors():
             average = average_of_length(path / SNAPSHOTS, arguments.ema_length)
         model.load_state_dict(average.weights)
+        print(
+            f"average of length {arguments.ema_length:g} over {average.steps} steps of training; "
+            f"its profile is {average.error:.1%} off the one asked for"
+        )
     if arguments.label is not None:
         with parser.usage_errors():
             config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
