@@ -459,10 +459,10 @@ def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
     seeds, classes = _CALIBRATION_SEEDS, model.config.num_classes
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 
-    def fit() -> dict[int, list[int]]:
+    def fit() -> dict[str, dict[int, list[int]]]:
         with work.progress("fitting timesteps", 1) as bar:
             timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
-        calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "solver": "ddim", "ddim_fast": __version__}
+        calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
         print(f"wrote {save_timesteps(path, timesteps, calibration)}")
         return timesteps
 

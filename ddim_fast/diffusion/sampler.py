@@ -37,7 +37,7 @@ class Sampler:
         eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
         spacing: how the timesteps are chosen, or the timesteps themselves: see :func:`ddim_fast.select_timesteps`; or
             ``adaptive``, those fitted to the model (:func:`ddim_fast.diffusion.adaptive.fit_timesteps`), which lie beside its
-            checkpoint. They are fitted to the steps of DDIM without guidance.
+            checkpoint. They are fitted to the solver, without guidance; ``ddpm`` has those of ``ddim``.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
         engine: ``eager``; ``compiled``, by torch.compile, one compilation a batch size; ``captured``, the whole loop in one
             CUDA graph, for GPUs; or ``auto``, which is eager.
@@ -82,7 +82,7 @@ class Sampler:
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)
         if spacing == ADAPTIVE:
-            spacing = _fitted(model, steps)
+            spacing = _fitted(model, solver, steps)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self.tolerance = tolerance
         self._clip = clip_sample_range
@@ -475,9 +475,9 @@ def _check_tolerance(tolerance: float, eta: float | str, solver: str, engine: st
         )
 
 
-def _fitted(model: nn.Module, steps: int | None) -> list[int]:
-    """The timesteps fitted to ``model``."""
-    fitted = getattr(model, "fitted_timesteps", None)
+def _fitted(model: nn.Module, solver: str, steps: int | None) -> list[int]:
+    """The timesteps fitted to ``model`` and ``solver``."""
+    fitted = (getattr(model, "fitted_timesteps", None) or {}).get("ddim" if solver == "ddpm" else solver)
     if not fitted:
         raise ValueError(
             "spacing adaptive: no timesteps have been fitted to this model; "

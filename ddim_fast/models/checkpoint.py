@@ -249,8 +249,8 @@ def save_checkpoint(
     write_json(folder / "config.json", config.to_dict())
 
 
-def load_timesteps(path: Path, total: int) -> dict[int, list[int]] | None:
-    """The timesteps that were fitted to a checkpoint, by number of steps; None where there are none.
+def load_timesteps(path: Path, total: int) -> dict[str, dict[int, list[int]]] | None:
+    """The timesteps that were fitted to a checkpoint, by solver and number of steps; None where there are none.
 
     Args:
         path: the checkpoint, a folder or a file.
@@ -264,28 +264,37 @@ def load_timesteps(path: Path, total: int) -> dict[int, list[int]] | None:
         return None
     stored = read_json(file).get("timesteps")
     with naming(file):
-        if not isinstance(stored, dict) or not all(
-            _is_falling(run, total) and steps == str(len(run)) for steps, run in stored.items()
-        ):
-            raise ValueError(f"not timesteps, falling in 0..{total - 1}, by their number")
-    return {int(steps): run for steps, run in stored.items()}
+        if not isinstance(stored, dict) or not all(_are_runs(runs, total) for runs in stored.values()):
+            raise ValueError(f"not timesteps, falling in 0..{total - 1}, by solver and their number")
+    return {solver: {int(steps): run for steps, run in runs.items()} for solver, runs in stored.items()}
 
 
-def save_timesteps(path: Path, timesteps: dict[int, list[int]], calibration: dict[str, Any]) -> Path:
+def save_timesteps(path: Path, timesteps: dict[str, dict[int, list[int]]], calibration: dict[str, Any]) -> Path:
     """Write fitted timesteps beside a checkpoint; returns the file.
 
     Args:
+        timesteps: as :func:`load_timesteps` returns them.
         calibration: what they were fitted to, to be read by people.
     """
     file = timesteps_file(path)
-    lines = ",\n".join(f'  "{steps}": {json.dumps(run)}' for steps, run in timesteps.items())
-    atomic_write(file, f'{{\n "calibration": {json.dumps(calibration)},\n "timesteps": {{\n{lines}\n }}\n}}\n'.encode())
+    parts = []
+    for solver, runs in timesteps.items():
+        lines = ",\n".join(f'   "{steps}": {json.dumps(run)}' for steps, run in runs.items())
+        parts.append(f'  "{solver}": {{\n{lines}\n  }}')
+    text = ",\n".join(parts)
+    atomic_write(file, f'{{\n "calibration": {json.dumps(calibration)},\n "timesteps": {{\n{text}\n }}\n}}\n'.encode())
     return file
 
 
 def timesteps_file(path: Path) -> Path:
     """Where the timesteps are that were fitted to a checkpoint, if they were."""
     return path.with_name(f"{path.name}.timesteps.json") if path.is_file() else path / "timesteps.json"
+
+
+def _are_runs(runs: Any, total: int) -> bool:
+    if not isinstance(runs, dict):
+        return False
+    return all(_is_falling(run, total) and steps == str(len(run)) for steps, run in runs.items())
 
 
 def _is_falling(run: Any, total: int) -> bool:

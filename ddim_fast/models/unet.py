@@ -43,11 +43,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         config: the architecture, see :class:`UNetConfig`.
 
     Attributes:
-        fitted_timesteps: by their number, the timesteps that spacing ``adaptive`` samples with, where the checkpoint has some.
+        fitted_timesteps: by solver and number, the timesteps that spacing ``adaptive`` samples with, where the checkpoint has
+            some.
         audio: what its images mean as sound, where they do.
     """
 
-    fitted_timesteps: dict[int, list[int]] | None = None
+    fitted_timesteps: dict[str, dict[int, list[int]]] | None = None
     audio: AudioConfig | None = None
 
     def __init__(self, config: UNetConfig) -> None:

@@ -155,7 +155,7 @@ def test_help_shows_examples_and_defaults(run):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_in_parts(dtype, run, checkpoint, small_unet, tmp_path):
-    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    save_timesteps(checkpoint, {"ddim": {2: [700, 3]}}, {})
     options = ("--dtype", dtype, "--max-shard-size", "50KB")
     code, said, err = run("--to", "checkpoint", "--model", checkpoint, *options, "--out", tmp_path / "out")
     assert (code, err) == (0, "") and said.startswith(f"wrote {tmp_path / 'out'}; python -m ddim_fast.sample --model")
@@ -163,7 +163,7 @@ def test_a_checkpoint_in_parts(dtype, run, checkpoint, small_unet, tmp_path):
     largest = max(tensor.numel() for tensor in small_unet.state_dict().values()) * (4 if dtype == "float32" else 2)
     assert len(shards) > 3 and max(file.stat().st_size for file in shards) < max(50_000, largest) + 10_000
     loaded = UNet.from_pretrained(tmp_path / "out")
-    assert loaded.config == small_unet.config and loaded.fitted_timesteps == {2: [700, 3]}
+    assert loaded.config == small_unet.config and loaded.fitted_timesteps == {"ddim": {2: [700, 3]}}
     for name, weight in small_unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.to(getattr(torch, dtype)).float())
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_in_parts(dtype, run, checkpoint, small_unet, tmp_path):
 
 
 def test_a_class_of_a_checkpoint(run, checkpoint, small_unet, tmp_path):
-    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    save_timesteps(checkpoint, {"ddim": {2: [700, 3]}}, {})
     code, _, err = run("--to", "checkpoint", "--model", checkpoint, "--class", "3", "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     loaded, (x, t) = UNet.from_pretrained(tmp_path / "out"), (torch.randn(2, 3, 16, 16), torch.tensor([5, 700]))
@@ -182,7 +182,7 @@ def test_a_class_of_a_checkpoint(run, checkpoint, small_unet, tmp_path):
 
 
 def test_an_average_of_another_length(run, checkpoint, small_unet, tmp_path):
-    save_timesteps(checkpoint, {2: [700, 3]}, {})
+    save_timesteps(checkpoint, {"ddim": {2: [700, 3]}}, {})
     model = UNet.from_pretrained(checkpoint)
     averages = PowerAverages(model)
     for step in range(40):

@@ -47,39 +47,46 @@ def test_fitted_timesteps_beat_those_of_formulas(fake_network):
     network = fake_network(num_train_timesteps=60, beta_end=0.3)
     reports = []
     fitted = fit_timesteps(network, seeds=range(100, 108), most=25, on_step=lambda done, total: reports.append(done / total))
-    assert list(fitted) == list(range(1, 26)) and all(len(run) == steps for steps, run in fitted.items())
+    assert fitted.keys() == {"ddim", "dpm-solver++", "unipc"}
+    for runs in fitted.values():
+        assert list(runs) == list(range(1, 26)) and all(len(run) == steps for steps, run in runs.items())
     assert reports == sorted(reports) and reports[-1] <= 1
     exact = Sampler(network, steps=60, spacing="linear").sample(seeds=range(16))
 
-    def error(steps, spacing):
-        images = Sampler(network, steps=steps, spacing=spacing).sample(seeds=range(16))
+    def error(solver, steps, spacing):
+        images = Sampler(network, steps=steps, spacing=spacing, solver=solver).sample(seeds=range(16))
         return (images - exact).square().mean().sqrt().item()
 
     network.fitted_timesteps = fitted
-    for steps in (3, 5, 10):
-        adaptive = error(steps, "adaptive")
-        assert adaptive == error(None, fitted[steps])
-        assert adaptive <= 1.02 * min(error(steps, s) for s in ("linear", "quadratic", "trailing"))
-    assert error(5, "adaptive") < 0.9 * error(5, "quadratic")
+    for solver in fitted:
+        for steps in (3, 5, 10):
+            adaptive = error(solver, steps, "adaptive")
+            assert adaptive == error(solver, None, fitted[solver][steps])
+            assert adaptive <= 1.02 * min(error(solver, steps, s) for s in ("linear", "quadratic", "trailing"))
+        assert error(solver, 5, "adaptive") < 0.9 * error(solver, 5, "quadratic")
+    assert Sampler(network, steps=5, spacing="adaptive", solver="ddpm").timesteps.tolist() == fitted["ddim"][5]
 
 
 def test_a_model_without_a_fit_says_how_to_get_one(fake_network):
     network = fake_network()
     with pytest.raises(ValueError, match=r"python -m ddim_fast\.evaluate --fit-timesteps"):
         Sampler(network, spacing="adaptive")
-    network.fitted_timesteps = {1: [999], 2: [999, 3]}
+    network.fitted_timesteps = {"ddim": {1: [999], 2: [999, 3]}}
     with pytest.raises(ValueError, match="for 1 to 2 steps; got 20"):
         Sampler(network, spacing="adaptive")
+    with pytest.raises(ValueError, match=r"python -m ddim_fast\.evaluate --fit-timesteps"):
+        Sampler(network, spacing="adaptive", solver="unipc")
 
 
 def test_a_fit_lies_beside_the_checkpoint_and_goes_with_its_weights(small_unet, tmp_path):
     small_unet.save_pretrained(tmp_path / "m")
-    fitted = {1: [999], 2: [999, 400]}
+    fitted = {"ddim": {1: [999], 2: [999, 400]}, "unipc": {2: [998, 300]}}
     file = save_timesteps(tmp_path / "m", fitted, {"seeds": "0-3"})
     assert file == tmp_path / "m" / "timesteps.json" and load_timesteps(tmp_path / "m", 1000) == fitted
     model = UNet.from_pretrained(tmp_path / "m")
     assert model.fitted_timesteps == fitted
     assert Sampler(model, steps=2, spacing="adaptive").timesteps.tolist() == [999, 400]
+    assert Sampler(model, steps=2, spacing="adaptive", solver="unipc").timesteps.tolist() == [998, 300]
     small_unet.save_pretrained(tmp_path / "m")  # other weights, as far as anyone knows
     assert UNet.from_pretrained(tmp_path / "m").fitted_timesteps is None
 
@@ -92,10 +99,11 @@ def test_a_fit_lies_beside_the_checkpoint_and_goes_with_its_weights(small_unet, 
     "text",
     [
         "[]",
-        '{"timesteps": {"2": [3, 999]}}',
-        '{"timesteps": {"1": [1000]}}',
-        '{"timesteps": {"3": [2, 1]}}',
-        '{"timesteps": {"1": [true]}}',
+        '{"timesteps": {"1": [999]}}',
+        '{"timesteps": {"ddim": {"2": [3, 999]}}}',
+        '{"timesteps": {"ddim": {"1": [1000]}}}',
+        '{"timesteps": {"ddim": {"3": [2, 1]}}}',
+        '{"timesteps": {"ddim": {"1": [true]}}}',
     ],
 )
 def test_a_damaged_fit_is_named(text, small_unet, tmp_path):
