@@ -9,7 +9,8 @@ training, snapshots of both are written, and a least-squares combination of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,7 @@ def average_of_length(folder: Path, length: float) -> Average:
     return Average(_combine(paths.values(), coefficients.reshape(len(paths), len(LENGTHS))), end, float(error))
 
 
+@functools.cache
 def exponent_of_length(length: float) -> float:
     """gamma of the profile tau^gamma that has this relative standard deviation (ibid., appendix C).
 
@@ -121,7 +123,7 @@ def _inner_product(t: np.ndarray, a: np.ndarray, u: np.ndarray | int, b: np.ndar
     return (a + 1) * (b + 1) / (a + b + 1) * ratio**later / np.maximum(t, u)
 
 
-def _combine(paths: Iterator[Path], coefficients: np.ndarray) -> dict[str, Tensor]:
+def _combine(paths: Iterable[Path], coefficients: np.ndarray) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for path, of_lengths in zip(paths, coefficients, strict=True):
         snapshot = read_safetensors(path)
