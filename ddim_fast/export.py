@@ -14,7 +14,7 @@ import torch
 
 from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, pixel_model, run_command
 from .diffusion.solvers import SOLVERS
-from .diffusion.timesteps import SPACINGS
+from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .files import atomic_folder
 from .interop.diffusers_weights import fold_class, save_diffusers
 from .models.checkpoint import (
@@ -62,7 +62,7 @@ def _parser() -> CommandParser:
     onnx = p.add_argument_group("with --to onnx")
     onnx.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps of the whole sampler")
     onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
-    onnx.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=f"{', '.join(SPACINGS)}, or timesteps")
+    onnx.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)
     onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
     onnx.add_argument("--clip", metavar="R", type=float, help="clip the predicted image at each step (default: never)")
     onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
@@ -76,6 +76,7 @@ _TO_HELP = (
     "ddim_fast.train writes it, in any precision"
 )
 _DTYPE_HELP = "of a checkpoint, what the weights are stored in; of ONNX, what the network computes in (int8: on CPUs)"
+_SPACING_HELP = f"{', '.join((*SPACINGS, ADAPTIVE))}, or timesteps"
 _LENGTH_HELP = (
     "of a checkpoint: the weights averaged over this share of the training, up to 0.288, from the snapshots of a run of "
     "ddim_fast.train --ema-snapshots (default: as the run averaged them)"

@@ -1,7 +1,8 @@
 """The folder that an export writes, and how it is read again: with neither torch nor the package onnx.
 
 unet.onnx       the network                     sampler.onnx   the whole sampler
-config.json     what the network is, as in a checkpoint
+config.json     what the network is, and
+timesteps.json  those fitted to it, if there are some, as in a checkpoint
 schedule.json   the sampler's settings, timesteps and coefficients, and how the files were made
 README.md       for people                      SHA256SUMS     of all the others, as sha256sum writes them
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write, naming, read_json
-from ..models.checkpoint import load_config
+from ..models.checkpoint import load_config, load_timesteps, timesteps_file
 from ..models.config import UNetConfig
 
 __all__ = ["CHECKSUMS", "SAMPLER", "SCHEDULE", "UNET", "ExportFolder", "is_export", "write_checksums"]
@@ -80,6 +81,17 @@ class ExportFolder:
     def settings(self) -> dict[str, Any]:
         """The sampler's: steps, eta, spacing, solver and clip."""
         return self.schedule["settings"]
+
+    def fitted_timesteps(self) -> dict[str, dict[int, list[int]]] | None:
+        """Those of the network, by solver and number of steps; None where there are none.
+
+        Raises:
+            ValueError: their file is damaged or was changed.
+        """
+        file = timesteps_file(self.path)
+        if file.is_file():
+            _verify(self.path, _checksums(self.path), file.name)
+        return load_timesteps(self.path, self.config.num_train_timesteps)
 
     def model(self, name: str) -> Path:
         """The path of one of the models, after it was compared with its checksum, and external data of it as well.

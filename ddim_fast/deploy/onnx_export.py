@@ -17,6 +17,7 @@ from onnx import ModelProto
 from .. import __version__
 from ..diffusion.sampler import Sampler
 from ..files import atomic_folder, write_json
+from ..models.checkpoint import save_timesteps
 from ..models.unet import UNet
 from .card import model_card
 from .folder import SAMPLER, SCHEDULE, UNET, write_checksums
@@ -121,6 +122,8 @@ def export_onnx(
         }
         write_json(place / "config.json", model.config.to_dict())
         write_json(place / SCHEDULE, schedule)
+        if model.fitted_timesteps is not None:
+            save_timesteps(place, model.fitted_timesteps, {"model": source})
         card = model_card(model.config, schedule, source, command, sum(p.numel() for p in model.parameters()))
         (place / "README.md").write_text(card, encoding="utf-8")
         write_checksums(place)

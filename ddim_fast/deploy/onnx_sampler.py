@@ -14,7 +14,7 @@ from ..diffusion.guidance import guided_steps
 from ..diffusion.request import check_request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
-from ..diffusion.timesteps import select_timesteps
+from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
@@ -94,7 +94,10 @@ class OnnxSampler:
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
         schedule = NoiseSchedule.from_config(config)
-        self.timesteps = select_timesteps(schedule, chosen["steps"], chosen["spacing"])
+        spacing, steps = chosen["spacing"], chosen["steps"]
+        if spacing == ADAPTIVE:
+            spacing = choose_fitted(self.folder.fitted_timesteps(), chosen["solver"], steps)
+        self.timesteps = select_timesteps(schedule, steps, spacing)
         levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
         self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
 

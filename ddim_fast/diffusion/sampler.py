@@ -21,7 +21,7 @@ from .restoration import Codec, Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
 from .solvers import DDIM, make_solver
 from .tensor_request import TensorRequest
-from .timesteps import ADAPTIVE, select_timesteps
+from .timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from .trajectory import SamplerState
 
 __all__ = ["Sampler", "SamplerState"]
@@ -82,7 +82,7 @@ class Sampler:
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)
         if spacing == ADAPTIVE:
-            spacing = _fitted(model, solver, steps)
+            spacing = choose_fitted(getattr(model, "fitted_timesteps", None), solver, steps)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self.tolerance = tolerance
         self._clip = clip_sample_range
@@ -473,18 +473,3 @@ def _check_tolerance(tolerance: float, eta: float | str, solver: str, engine: st
         raise ValueError(
             f"a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
         )
-
-
-def _fitted(model: nn.Module, solver: str, steps: int | None) -> list[int]:
-    """The timesteps fitted to ``model`` and ``solver``."""
-    fitted = (getattr(model, "fitted_timesteps", None) or {}).get("ddim" if solver == "ddpm" else solver)
-    if not fitted:
-        raise ValueError(
-            "spacing adaptive: no timesteps have been fitted to this model; "
-            "python -m ddim_fast.evaluate --fit-timesteps --model MODEL does it, once"
-        )
-    if steps not in fitted:
-        raise ValueError(
-            f"spacing adaptive: the timesteps fitted to this model are for {min(fitted)} to {max(fitted)} steps; got {steps}"
-        )
-    return fitted[steps]

@@ -8,7 +8,7 @@ import numpy as np
 
 from .schedule import NoiseSchedule
 
-__all__ = ["ADAPTIVE", "SPACINGS", "select_timesteps"]
+__all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "select_timesteps"]
 
 # The spacing that is not made from the schedule: timesteps fitted to a model, which :class:`ddim_fast.Sampler` knows.
 ADAPTIVE = "adaptive"
@@ -69,6 +69,29 @@ def select_timesteps(
     if spacing.startswith("ermongroup"):
         return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)
     return _distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
+
+
+def choose_fitted(fitted: dict[str, dict[int, list[int]]] | None, solver: str, steps: int | None) -> list[int]:
+    """The timesteps of spacing ``adaptive``.
+
+    Args:
+        fitted: a model's, by solver and number of steps; None where it has none.
+        solver: ``ddpm`` has those of ``ddim``.
+
+    Raises:
+        ValueError: there are none for that solver and number.
+    """
+    runs = (fitted or {}).get("ddim" if solver == "ddpm" else solver)
+    if not runs:
+        raise ValueError(
+            f"spacing adaptive: no timesteps have been fitted to this model and {solver}; "
+            "python -m ddim_fast.evaluate --fit-timesteps --model MODEL does it, once"
+        )
+    if steps not in runs:
+        raise ValueError(
+            f"spacing adaptive: the timesteps fitted to this model are for {min(runs)} to {max(runs)} steps; got {steps}"
+        )
+    return runs[steps]
 
 
 def _linear(schedule: NoiseSchedule, steps: int) -> np.ndarray:

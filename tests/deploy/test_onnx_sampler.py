@@ -13,6 +13,7 @@ from onnx import TensorProto
 from ddim_fast import Sampler
 from ddim_fast.deploy import OnnxSampler
 from ddim_fast.deploy.folder import write_checksums
+from ddim_fast.deploy.onnx_export import export_onnx
 
 SEEDS, LABELS = [5, 2**62 + 7, 0, 9], [3, 2, 9, 3]
 
@@ -69,6 +70,27 @@ def test_other_settings_than_the_exported_call_the_network_each_step(settings, e
     expected = Sampler(exported.model, **torch_settings)
     assert sampler.timesteps.tolist() == expected.timesteps.tolist()
     assert_same(sampler.sample(seeds=SEEDS, labels=LABELS), expected.sample(seeds=SEEDS, labels=LABELS))
+
+
+def test_fitted_timesteps_go_with_the_network(use_exported, exported, export_folder, tmp_path, monkeypatch):
+    fitted = {"ddim": {4: [960, 700, 400, 90]}, "unipc": {4: [900, 600, 300, 50], 2: [800, 100]}}
+    monkeypatch.setattr(exported.model, "fitted_timesteps", fitted)
+    folder, request = tmp_path / "fitted", {"seeds": SEEDS, "labels": LABELS}
+    export_onnx(folder, exported.model, steps=4, spacing="adaptive", solver="unipc")
+    for settings, whole in (({}, True), ({"steps": 2}, False), ({"solver": "ddim"}, False)):
+        sampler = OnnxSampler(folder, **settings)
+        expected = Sampler(exported.model, **{"steps": 4, "spacing": "adaptive", "solver": "unipc", **settings})
+        assert sampler.runs_whole == whole and sampler.timesteps.tolist() == expected.timesteps.tolist()
+        assert_same(sampler.sample(**request), expected.sample(**request))
+    with pytest.raises(ValueError, match=r"for 2 to 4 steps; got 3"):
+        OnnxSampler(folder, steps=3)
+    with pytest.raises(ValueError, match=r"no timesteps have been fitted to this model and dpm-solver\+\+"):
+        OnnxSampler(folder, solver="dpm-solver++")
+    with pytest.raises(ValueError, match="no timesteps have been fitted to this model"):
+        OnnxSampler(export_folder, spacing="adaptive")
+    (folder / "timesteps.json").write_text((folder / "timesteps.json").read_text().replace("960", "970"))
+    with pytest.raises(ValueError, match=r"timesteps\.json: damaged or changed"):
+        OnnxSampler(folder)
 
 
 def test_no_label_a_single_label_and_given_noise(exported, export_folder):
