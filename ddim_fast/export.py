@@ -36,7 +36,7 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
-  python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --steps 10 --out small
+  python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --spacing adaptive --steps 5 --out small
   python -m ddim_fast.export --to onnx --unroll --dtype float16 --optimize cuda --out for-cuda
 """
 
