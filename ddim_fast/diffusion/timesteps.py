@@ -63,7 +63,7 @@ def select_timesteps(
             "adaptive timesteps are fitted to a model, not made from a schedule: Sampler(model, spacing='adaptive')"
         )
     if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}")
+        raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join((*SPACINGS, ADAPTIVE))}")
     if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
         raise ValueError(f"steps must be a whole number from 1 to {total}, the number of training timesteps; got {steps!r}")
     if spacing.startswith("ermongroup"):
