@@ -1,8 +1,8 @@
 """The folder that an export writes, and how it is read again: with neither torch nor the package onnx.
 
 unet.onnx       the network                     sampler.onnx   the whole sampler
-config.json     what the network is, and
-timesteps.json  those fitted to it, if there are some, as in a checkpoint
+config.json     what the network is, as in a checkpoint
+timesteps.json  the timesteps fitted to it, if there are some, as in a checkpoint
 schedule.json   the sampler's settings, timesteps and coefficients, and how the files were made
 README.md       for people                      SHA256SUMS     of all the others, as sha256sum writes them
 """
