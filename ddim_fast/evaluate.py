@@ -445,8 +445,8 @@ def _measure_trajectories(
         parts = work.rows("trajectory", settings, len(seeds), 2, compute)
 
         def find(parts: Parts = parts) -> dict[str, Any]:
-            square, evaluations = parts.all().mean(axis=0, dtype=float)
-            numbers = {"evaluations": float(evaluations), "error": float(square**0.5)}
+            evaluations = float(parts.all()[:, 1].mean(dtype=float))
+            numbers = {"evaluations": evaluations, **_root_mean("error", parts)}
             return {"images": len(seeds), "solution steps": total, **numbers}
 
         work.record("trajectory", settings, parts, find)
@@ -469,10 +469,17 @@ def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
     model.fitted_timesteps = work.processes.from_first(fit)
 
 
-def _mean(name: str, parts: Parts) -> dict[str, float]:
+def _mean(name: str, parts: Parts) -> dict[str, float | None]:
     values = parts.all()[:, 0].astype(float)
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {name: float(values.mean()), f"{name} standard error": error}
+
+
+def _root_mean(name: str, parts: Parts) -> dict[str, float | None]:
+    """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
+    mean = _mean(name, parts)
+    root, error = mean[name] ** 0.5, mean[f"{name} standard error"]
+    return {name: root, f"{name} standard error": error / (2 * root) if error is not None and root else error}
 
 
 def _names(known: Any) -> Callable[[str], list[str]]:

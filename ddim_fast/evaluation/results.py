@@ -236,7 +236,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "trajectory": {
         **_NETWORK,
         **_SAMPLER,
-        "error": _number("error", ".5f"),
+        "error": _with_error("error", ".5f"),
         "images": _number("images", ","),
         "seeds": _text("seeds"),
         "run": _number("run", "d"),

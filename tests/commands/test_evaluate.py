@@ -10,6 +10,7 @@ from PIL import Image
 
 from ddim_fast import evaluate
 from ddim_fast.evaluation.inception import FeatureNetwork
+from ddim_fast.evaluation.parts import Parts
 
 
 @pytest.fixture
@@ -131,10 +132,22 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 0, err
     assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
     found = {(r["settings"]["spacing"], r["settings"]["steps"]): r for r in rows(tmp_path, "trajectory")}
-    assert found["linear", 25]["error"] == 0 and found["adaptive", 3]["evaluations"] == 3
+    assert found["linear", 25]["error"] == found["linear", 25]["error standard error"] == 0
+    assert found["adaptive", 3]["evaluations"] == 3
+    assert 0 < found["adaptive", 3]["error standard error"] < found["adaptive", 3]["error"]
     assert found[None, None]["evaluations"] > 1
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
     assert code == 2 and "deterministic" in err
+
+
+def test_the_root_of_a_mean_and_its_standard_error(tmp_path):
+    """Against many means of as many numbers each."""
+    numbers = np.random.default_rng(0).gamma(3.0, size=(2000, 100)).astype(np.float32)
+    parts = Parts(tmp_path, 100, 1, 100)
+    parts.write(0, numbers[0][:, None])
+    found = evaluate._root_mean("x", parts)
+    assert found["x"] == pytest.approx(numbers[0].mean() ** 0.5, rel=1e-6)
+    assert found["x standard error"] == pytest.approx((numbers.mean(axis=1) ** 0.5).std(), rel=0.25)
 
 
 @pytest.mark.parametrize(
