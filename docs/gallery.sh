@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/gallery.md again, but for that of the web page: bash docs/gallery.sh FASHION_MNIST SPOKEN_DIGITS CIFAR10
-# FASHION_MNIST is the folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, SPOKEN_DIGITS the Free Spoken Digit
-# Dataset as a Parquet file (audio, label, speaker), CIFAR10 its test images as a Parquet file (image, label).
+# Makes the pictures of the documentation again, but for those of the web page, of latents and of measurements:
+#
+#     bash docs/gallery.sh FASHION_MNIST SPOKEN_DIGITS CIFAR10
+#
+# FASHION_MNIST is the folder of its four IDX files, SPOKEN_DIGITS the Free Spoken Digit Dataset as a Parquet file (audio, label,
+# speaker), CIFAR10 its test images as a Parquet file (image, label).
 set -euo pipefail
 data=$(realpath "$1")
 digits=$(realpath "$2")
 photographs=$(realpath "$3")
-pictures=$(realpath "$(dirname "$0")")/gallery
+docs=$(realpath "$(dirname "$0")")
+pictures=$docs/gallery
 mkdir -p "$pictures"
 cd "$(mktemp -d)"
 run() { python -m "ddim_fast.$1" "${@:2}" --quiet; }
@@ -35,6 +39,9 @@ for frame in range(5):
     moved.save(f"walk/{frame}.png")
 PYTHON
 
+run sample --guidance 2 --out samples --grid "$docs/samples.png"
+run sample --model cifar10-small --guidance 2 --out photographs --grid "$docs/cifar10-small.png"
+
 run reconstruct one --steps 50 --out reconstruction
 cp reconstruction/comparison.png "$pictures/reconstruction.png"
 
@@ -58,6 +65,45 @@ run sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guid
 run edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
 run edit fashion/7 --from 7 --to 9 --guidance 2 --strength 0.6 --out swapped
 for edit in strokes swapped; do cp $edit/comparison.png "$pictures/$edit.png"; done
+
+# Ten test images of sneakers and of dresses, and training images of dresses: 64 with sleeves and 64 without, by how many pixels are lit
+# beside the body.
+python - "$data" << 'PYTHON'
+import sys
+from pathlib import Path
+from PIL import Image
+from ddim_fast.training.data import load_images
+
+def save(folder, data, which):
+    Path(folder).mkdir()
+    for i in which:
+        Image.fromarray(data.images[i, 0].numpy()).save(f"{folder}/{i:05d}.png")
+
+test = load_images(f"{sys.argv[1]}/t10k-images-idx3-ubyte.gz", 1, 32)
+for name, label in (("sneakers", 7), ("dresses", 3)):
+    save(name, test, (test.labels == label).nonzero()[:10, 0].tolist())
+train = load_images(f"{sys.argv[1]}/train-images-idx3-ubyte.gz", 1, 32)
+dresses = (train.labels[:20000] == 3).nonzero()[:, 0]
+lit = (train.images[dresses, 0, 6:16, 2:10] > 0).flatten(1).sum(1)
+by_sleeves = dresses[lit.argsort(stable=True)].tolist()
+save("sleeveless", train, by_sleeves[:64])
+save("long", train, by_sleeves[-64:])
+PYTHON
+for strength in 0.6 1; do run edit sneakers --from 7 --to 9 --guidance 2 --strength $strength --out boots-$strength; done
+run edit sneakers --strength 0.6 --class 9 --guidance 2 --out boots-drawn
+run edit dresses --class 3 --direction long sleeveless --out sleeves
+python - "$docs/editing.png" << 'PYTHON'
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from ddim_fast.media import image_grid, save_image
+
+folders = ("sneakers", "boots-0.6", "boots-1", "boots-drawn", "dresses", "sleeves")
+pages = [sorted(path for path in Path(folder).glob("*.png") if path.stem.isdigit()) for folder in folders]
+pixels = np.array([Image.open(path) for page in pages for path in page], np.float32)[:, None]
+save_image(Path(sys.argv[1]), image_grid(pixels / 127.5 - 1), scale=2)
+PYTHON
 
 # The first recording of each digit by one speaker.
 python - "$digits" << 'PYTHON'

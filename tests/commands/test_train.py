@@ -299,10 +299,10 @@ def test_a_recipe_is_the_default_of_options_and_is_kept(photos, tmp_path, run_tr
     assert run_train(*base, "--recipe=fast", "--steps=2", "--ema=0.5", "--out", out)[0] == 0
     record = json.loads((out / "train.json").read_text())
     assert (record["recipe"], record["steps"], record["ema"]) == ("fast", 2, 0.5)
-    assert (record["lr"], record["lr_schedule"], record["min_snr_gamma"]) == (5e-4, "cosine", 5.0)
+    assert (record["lr"], record["lr_schedule"], record["min_snr_gamma"]) == (5e-4, "cosine", 20.0)
     assert UNet.from_pretrained(out).config.prediction_type == "v_prediction"
     assert run_train("--out", out, "--resume", "--steps=3", "--device=cpu", "--quiet")[0] == 0
-    assert json.loads((out / "train.json").read_text())["min_snr_gamma"] == 5.0
+    assert json.loads((out / "train.json").read_text())["min_snr_gamma"] == 20.0
 
     plain = tmp_path / "plain"
     assert run_train(*base, "--steps=1", "--out", plain)[0] == 0
