@@ -126,7 +126,7 @@ def clothes(tmp_path_factory):
 @pytest.mark.parametrize(
     "task,seen",
     [
-        (["inpaint", "--rectangle", "10,10,12,12"], 3),
+        (["inpaint", "--rectangle", "10,10,12,12"], 2),
         (["super-resolution", "--factor", "4"], 2),
         (["deblur", "--sigma", "1.5"], 2),
         (["compressed-sensing", "--ratio", "0.3"], 5),
