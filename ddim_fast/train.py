@@ -45,9 +45,9 @@ _EXAMPLES = """\
 
 # Values of options that are not given. "ddpm" is the papers', which the options' own defaults are. "fast" is for runs that are
 # much shorter: v-prediction (Salimans and Ho 2022) with min-SNR weights, which stop the timesteps from pulling in different
-# directions (Hang et al. 2023), with a gamma above their 5, which leaves grain in the images (docs/quality.md); a higher learning
-# rate, a short warm-up, and a cosine to zero, after which a run needs less averaging; so a shorter EMA (Karras et al. 2024: the
-# best length grows with that of the run).
+# directions (Hang et al. 2023; their gamma of 5 leaves grain in the images: docs/quality.md); a higher learning rate, a short
+# warm-up, and a cosine to zero, after which a run needs less averaging; so a shorter EMA (Karras et al. 2024: the best length
+# grows with that of the run).
 _RECIPES: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "fast": {
@@ -108,7 +108,7 @@ def _parser() -> CommandParser:
     p.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
     p.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
     p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
-    p.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors take 5 (default: unweighted)")
+    p.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors: 5 (default: unweighted)")
     p.add_argument(
         "--label-dropout",
         metavar="X",

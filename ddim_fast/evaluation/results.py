@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ def machine(device: torch.device) -> str:
 
 class Results:
     """``evaluation.json`` in a folder: rows of several kinds, and the runs that they come from. A row that is there is not made
-    again, so an evaluation of many settings goes on where it was stopped, and another adds its own.
+    again, so an evaluation of many settings goes on where it was stopped, and another adds its own, even at the same time.
 
     Args:
         folder: may not exist yet.
@@ -52,11 +55,8 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / "evaluation.json"
-        self._content: dict[str, Any] = read_json(path) if path.exists() else {"runs": [], "rows": []}
-        with naming(path):
-            if not all(isinstance(self._content.get(name), list) for name in ("runs", "rows")):
-                raise ValueError("not the results of an evaluation")
+        self._path = folder / "evaluation.json"
+        self._read()
 
     @property
     def rows(self) -> list[Row]:
@@ -65,6 +65,7 @@ class Results:
 
     def find(self, kind: str, settings: dict[str, Any]) -> Row | None:
         """The row of this kind with these settings, if it is there."""
+        self._read()
         return next((row for row in self.rows if row["kind"] == kind and row["settings"] == settings), None)
 
     def add(self, kind: str, settings: dict[str, Any], found: dict[str, Any], run: dict[str, Any]) -> Row:
@@ -76,16 +77,19 @@ class Results:
             found: the numbers.
             run: how they were made: command, machine and versions.
         """
-        if run not in self._content["runs"]:
-            self._content["runs"].append(run)
-        row = {"kind": kind, "settings": settings, "run": self._content["runs"].index(run) + 1, **found}
-        self.rows.append(row)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "evaluation.json", self._content)
+        with self._alone():
+            self._read()
+            if run not in self._content["runs"]:
+                self._content["runs"].append(run)
+            row = {"kind": kind, "settings": settings, "run": self._content["runs"].index(run) + 1, **found}
+            self.rows.append(row)
+            write_json(self._path, self._content)
         return row
 
     def report(self) -> list[Path]:
         """Write ``evaluation.md`` and a picture a kind, where there is matplotlib; returns the files."""
+        self._read()
         path = self.folder / "evaluation.md"
         atomic_write(path, self.markdown().encode())
         return [path, *self._draw()]
@@ -106,6 +110,23 @@ class Results:
             for i, run in enumerate(self._content["runs"], 1)
         ]
         return "\n".join([*parts, "Runs:\n", *runs]) + "\n"
+
+    def _read(self) -> None:
+        """What is in the file now, where other evaluations may have written."""
+        self._content: dict[str, Any] = read_json(self._path) if self._path.exists() else {"runs": [], "rows": []}
+        with naming(self._path):
+            if not all(isinstance(self._content.get(name), list) for name in ("runs", "rows")):
+                raise ValueError("not the results of an evaluation")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other evaluation writes to the folder."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
         """Rows that are comparable, with their title."""

@@ -1,4 +1,6 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -35,6 +37,21 @@ def test_rows_are_kept_and_found_again(tmp_path):
     again.add(*quality(5, 8.0, spacing="quadratic")[:3], {**RUN, "machine": "another"})
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [row["run"] for row in content["rows"]] == [1, 1, 2] and len(content["runs"]) == 2
+
+
+def test_evaluations_at_the_same_time_keep_each_others_rows(tmp_path):
+    def evaluate(spacing):
+        results = Results(tmp_path / "out")
+        barrier.wait()
+        for steps in range(1, 6):
+            results.add(*quality(steps, 1.0, spacing=spacing)[:3], {**RUN, "command": spacing})
+
+    barrier = Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(evaluate, map(str, range(8))))
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(content["rows"]) == 40 and len(content["runs"]) == 8
+    assert all(content["runs"][row["run"] - 1]["command"] == row["settings"]["spacing"] for row in content["rows"])
 
 
 def test_the_report_has_a_table_and_a_picture_a_kind(tmp_path):
