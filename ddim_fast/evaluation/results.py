@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,12 +120,9 @@ class Results:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """While no other evaluation writes to the folder."""
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with open(self.folder / ".lock", "a") as lock:  # freed when it is closed, and when the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(folder)
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
         """Rows that are comparable, with their title."""
