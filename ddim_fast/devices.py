@@ -19,13 +19,15 @@ def pick_device(name: str) -> torch.device:
     import torch  # not above: commands name devices before they know whether torch is needed
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; choose auto, cpu or cuda") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # some of torch's functions want the number
     return device
 
 

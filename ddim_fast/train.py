@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # What describes how a run goes on rather than what it is: not remembered from one call to the next.
-_PER_CALL = ("out", "resume", "device", "quiet")
+_PER_CALL = ("out", "resume", "device", "minutes", "quiet")
 
 
 def _parser() -> CommandParser:
@@ -133,8 +134,16 @@ def _parser() -> CommandParser:
     p.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     p.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
     p.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
+    p.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"a positive number of minutes; got {text}")
+    return minutes
 
 
 _INIT_HELP = (
@@ -281,6 +290,7 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
     _forget_after(out / "stats.jsonl", trainer.step)
     total = torch.zeros((), device=trainer.model.device)
     logged, since = trainer.step, time.perf_counter()
+    deadline = since + 60 * (arguments.minutes or math.inf)
     with (
         open(out / "stats.jsonl", "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=arguments.quiet, file=sys.stderr) as bar,
@@ -288,7 +298,7 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
         for step in trainer.run():
             total += step.loss
             bar.update()
-            last = step.step == options.steps
+            last = step.step == options.steps or time.perf_counter() > deadline
             if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
                 loss = total.item() / (step.step - logged)
                 if loss != loss or loss in (float("inf"), float("-inf")):
@@ -317,6 +327,8 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                 trainer.save(out)
             if last or step.step % arguments.sample_every == 0:
                 _save_grid(trainer, codec, out / "samples" / f"{step.step:07d}.png")
+            if last:
+                break
     if isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:

@@ -26,33 +26,39 @@ __all__ = [
 # Compute capabilities with 227 KiB of shared memory a block. What the others run fits the 99 KiB of 8.6, 8.9 and 12.0.
 LARGE_CHIPS = (90, 100, 103)
 
-# (bytes an element, large chips only, largest head dimension, queries and keys a block, warps, stages); the first row that
-# fits serves. The rows are fixed, not timed at first use: timing could choose, and round, differently on another run, and is
-# impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows for every four warps.
-# fp32 stays exact, without them; a thread then holds whole rows, so blocks are small. fp64 is for checking gradients.
+ANY = math.inf
+
+# (bytes an element, large chips only, largest head dimension, most queries and keys, queries and keys a block, warps, stages);
+# the first row that fits serves. The rows are fixed, not timed at first use: timing could choose, and round, differently on
+# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows for
+# every four warps. fp32 stays exact, without them; a thread then holds whole rows, so blocks are small. fp64 is for checking
+# gradients.
 FORWARD = (
-    (2, False, 128, 128, 64, 8, 3),
-    (2, True, 256, 128, 64, 8, 2),
-    (2, False, 256, 64, 32, 8, 2),
-    (4, False, 64, 32, 32, 4, 2),
-    (4, False, 256, 16, 16, 8, 2),
-    (8, False, 256, 16, 16, 4, 1),
+    (2, False, 256, 16, 16, 16, 1, 2),
+    (2, False, 256, 64, 64, 32, 4, 2),
+    (2, False, 64, ANY, 128, 64, 8, 3),
+    (2, False, 128, ANY, 128, 32, 8, 3),
+    (2, True, 256, ANY, 128, 32, 8, 3),
+    (2, False, 256, ANY, 64, 32, 8, 2),
+    (4, False, 64, ANY, 32, 32, 4, 2),
+    (4, False, 256, ANY, 16, 16, 8, 2),
+    (8, False, 256, ANY, 16, 16, 4, 1),
 )
 DQ = (
-    (2, False, 128, 64, 64, 4, 2),
-    (2, True, 256, 64, 64, 8, 2),
-    (2, False, 256, 32, 32, 8, 2),
-    (4, False, 64, 32, 32, 4, 2),
-    (4, False, 256, 16, 16, 4, 2),
-    (8, False, 256, 16, 16, 4, 1),
+    (2, False, 128, ANY, 64, 64, 4, 2),
+    (2, True, 256, ANY, 64, 64, 8, 2),
+    (2, False, 256, ANY, 32, 32, 8, 2),
+    (4, False, 64, ANY, 32, 32, 4, 2),
+    (4, False, 256, ANY, 16, 16, 4, 2),
+    (8, False, 256, ANY, 16, 16, 4, 1),
 )
 DKDV = (
-    (2, False, 64, 32, 64, 4, 2),
-    (2, False, 128, 64, 64, 8, 2),
-    (2, True, 256, 32, 64, 8, 2),
-    (2, False, 256, 32, 32, 8, 2),
-    (4, False, 256, 16, 16, 4, 2),
-    (8, False, 256, 16, 16, 4, 1),
+    (2, False, 64, ANY, 32, 64, 4, 2),
+    (2, False, 128, ANY, 64, 64, 8, 2),
+    (2, True, 256, ANY, 32, 64, 8, 2),
+    (2, False, 256, ANY, 32, 32, 8, 2),
+    (4, False, 256, ANY, 16, 16, 4, 2),
+    (8, False, 256, ANY, 16, 16, 4, 1),
 )
 
 
@@ -260,7 +266,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
     n, heads, queries, _ = _check_tensors(query, key, value)
     out, lse = new_output(query), new_lse(query)
     with torch.cuda.device_of(query):
-        options = _options(FORWARD, query)
+        options = _options(FORWARD, query, key)
         blocks = n * heads * triton.cdiv(queries, options["BLOCK_M"])
         if blocks:
             attention_kernel[(blocks,)](
@@ -299,7 +305,7 @@ def attention_backward(
         raise ValueError(f"lse must come from attention; got {lse.dtype} of shape {tuple(lse.shape)}")
     scales = (float(scale), scale * math.log2(math.e))
     with torch.cuda.device_of(query):
-        options = _options(DQ, query)
+        options = _options(DQ, query, key)
         blocks = n * heads * triton.cdiv(queries, options["BLOCK_M"])
         if blocks:
             attention_dq_kernel[(blocks,)](
@@ -309,7 +315,7 @@ def attention_backward(
                 *(t.stride() for t in (grad, query, key, value, out, dq)),
                 **options,
             )
-        options = _options(DKDV, query)
+        options = _options(DKDV, query, key)
         blocks = n * heads * triton.cdiv(keys, options["BLOCK_N"])
         if blocks:
             attention_dkdv_kernel[(blocks,)](
@@ -334,15 +340,15 @@ def new_lse(query: torch.Tensor) -> torch.Tensor:
     return torch.empty(query.shape[:3], dtype=dtype, device=query.device)
 
 
-def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor) -> dict[str, Any]:
+def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
     """What the kernels are specialised for, from the first row of ``tuning`` that fits."""
-    dim = query.shape[3]
+    dim, tokens = query.shape[3], max(query.shape[2], key.shape[2])
     # In its interpreter, Triton knows no chip.
     large = not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().arch in LARGE_CHIPS
     block_m, block_n, num_warps, num_stages = next(
         row
-        for size, only_large, largest_dim, *row in tuning
-        if size == query.element_size() and large >= only_large and dim <= largest_dim
+        for size, only_large, largest_dim, most_tokens, *row in tuning
+        if size == query.element_size() and large >= only_large and dim <= largest_dim and tokens <= most_tokens
     )
     return {
         "DIM": dim,

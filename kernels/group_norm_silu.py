@@ -1,7 +1,8 @@
 """GroupNorm, SiLU and what stands around them in a U-Net, forward and backward.
 
 A tile is `BLOCK_P` positions of one image by `BLOCK_C` channels, of which the first `GROUPS * GROUP_SIZE` are in use: whole
-groups. Where all positions of an image fit one tile, a program holds it in registers from the first sum to the result, and
+groups. `UNIT`, the largest power of two that divides a group, makes units of its channels: mostly the group is one unit.
+Where all positions of an image fit one tile, a program holds it in registers from the first sum to the result, and
 memory is read once and written once. Larger images are cut into chunks of positions and read twice: one kernel writes each
 chunk's statistics, one merges them in a fixed order, and one normalises.
 
@@ -10,6 +11,7 @@ Tiles depend on the shape of one image only, never on the number of images, so a
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ __all__ = ["Gradients", "group_norm_silu", "group_norm_silu_backward"]
 # pass, which holds two tiles: what fits its registers. The last entry is the largest tile that a multiprocessor holds; a
 # quarter of it leaves room for other programs, which read while this one computes.
 FORWARD = ((2048, 2), (4096, 4), (8192, 4), (16384, 8), (32768, 16))
-BACKWARD = ((2048, 4), (4096, 8), (16384, 16))
+BACKWARD = ((2048, 2), (4096, 4), (8192, 4), (16384, 8))
 
 # Bytes of a tile's rows in a channels_last image: whole 16-byte accesses, at least a sector of 32 bytes, and up to 64 where
 # that costs nothing.
@@ -30,26 +32,34 @@ ROW = 64
 SECTOR = 32
 ACCESS = 16
 
+# Rows of so many bytes cost less than reading an image twice.
+NARROWEST = 24
+
 # Tiles of fewer elements get more groups.
 SMALL = 2048
 
 # Groups and chunks that a program merges at a time.
 MERGE = (4, 256)
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit
-def _place(blocks, chunks, channels, positions, GROUPS: tl.constexpr, GROUP_SIZE, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The image, the chunk, the groups, channels and positions of this program, and which of them exist. Programs that share
-    the rows of a channels_last image are neighbours, so that what one leaves of a cache line the next finds in the cache."""
+def _place(blocks, chunks, channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The image and the chunk of this program; the group of each unit, and whether it exists; the channels and positions, and
+    which of them exist. Programs that share the rows of a channels_last image are neighbours, so that what one leaves of a
+    cache line the next finds in the cache."""
     program = tl.program_id(0)
     chunk = program // blocks % chunks
     image = (program // blocks // chunks).to(tl.int64)
     first = program % blocks * GROUPS
+    member = tl.arange(0, BLOCK_C // UNIT) // (GROUP_SIZE // UNIT)
     lane = tl.arange(0, BLOCK_C)
     c = first * GROUP_SIZE + lane
     p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
     has_channel = (lane < GROUPS * GROUP_SIZE) & (c < channels)
-    return image, chunk, first + tl.arange(0, GROUPS), c, p, has_channel, (p < positions)[:, None] & has_channel[None, :]
+    inside = (p < positions)[:, None] & has_channel[None, :]
+    return image, chunk, first + member, (member < GROUPS) & (first + member < groups), c, p, has_channel, inside
 
 
 @triton.jit
@@ -77,83 +87,141 @@ def _widened(values):
 
 
 @triton.jit
-def _numbers(ptr, c, has_channel):
-    """One number a channel, (1, BLOCK_C)."""
-    return _widened(tl.load(ptr + c, mask=has_channel, other=0.0))[None, :]
+def _by_unit(values, UNIT: tl.constexpr):
+    """(rows, channels of the tile) -> (rows, units, channels of a unit): the shape that all arithmetic is in. It moves nothing
+    from register to register."""
+    return tl.reshape(values, (values.shape[0], values.shape[1] // UNIT, UNIT))
 
 
 @triton.jit
-def _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside):
+def _flat(values):
+    """Back again."""
+    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]))
+
+
+@triton.jit
+def _loaded(pointers, inside, UNIT, WHOLE: tl.constexpr):
+    """A tile by unit, 0 outside the image."""
+    if WHOLE:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=inside, other=0.0)
+    return _by_unit(values, UNIT)
+
+
+@triton.jit
+def _store(pointers, values, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, _flat(values))
+    else:
+        tl.store(pointers, _flat(values), mask=inside)
+
+
+@triton.jit
+def _kept(values, inside, UNIT, WHOLE: tl.constexpr):
+    """The values of a tile by unit, 0 outside the image."""
+    if WHOLE:
+        return values
+    else:
+        return tl.where(_by_unit(inside, UNIT), values, 0.0)
+
+
+@triton.jit
+def _numbers(ptr, c, has_channel, UNIT):
+    """One number a channel, (1, units, channels of a unit)."""
+    return _by_unit(_widened(tl.load(ptr + c, mask=has_channel, other=0.0))[None, :], UNIT)
+
+
+@triton.jit
+def _store_numbers(ptr, c, values, has_channel):
+    """What :func:`_numbers` reads."""
+    tl.store(ptr + c[None, :], _flat(values), mask=has_channel[None, :])
+
+
+@triton.jit
+def _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside, UNIT, WHOLE):
     """The tile of v = concat(x, skip) + pre_shift, 0 outside the image."""
-    v = _widened(tl.load(pointers, mask=inside, other=0.0))
+    v = _widened(_loaded(pointers, inside, UNIT, WHOLE))
     if pre_shift_ptr is not None:
-        v += _numbers(pre_shift_ptr + image * pre_shift_stride, c, has_channel)
-        v = tl.where(inside, v, 0.0)
+        v = _kept(v + _numbers(pre_shift_ptr + image * pre_shift_stride, c, has_channel, UNIT), inside, UNIT, WHOLE)
     return v
 
 
 @triton.jit
-def _members(GROUPS: tl.constexpr, GROUP_SIZE, BLOCK_C: tl.constexpr):
-    """(GROUPS, BLOCK_C): which channel belongs to which group."""
-    return tl.arange(0, GROUPS)[:, None] == (tl.arange(0, BLOCK_C) // GROUP_SIZE)[None, :]
+def _over_positions(values):
+    """The sums, one number a channel: (1, units, channels of a unit)."""
+    return tl.sum(values, axis=0)[None, :, :]
 
 
 @triton.jit
-def _over_groups(values, GROUPS, GROUP_SIZE, BLOCK_C):
-    """(1, BLOCK_C) -> (GROUPS,) sums."""
-    return tl.sum(tl.where(_members(GROUPS, GROUP_SIZE, BLOCK_C), values, 0.0), axis=1)
+def _over_groups(values, GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The sums of each group, beside each of its units: (1, units, 1)."""
+    units: tl.constexpr = values.shape[1]
+    # First along the axis that a thread has most of. One axis at a time: over both at once, which is one axis after a permutation
+    # and a reshape, Triton 3.6 and 3.7 add the wrong lanes where the units between them are spread over lanes as well.
+    if CHANNELS_LAST:
+        sums = tl.sum(tl.sum(values, axis=2), axis=0)
+    else:
+        sums = tl.sum(tl.sum(values, axis=0), axis=1)
+    if GROUP_SIZE != UNIT:
+        member = tl.arange(0, units) // (GROUP_SIZE // UNIT)
+        sums = tl.sum(tl.where(member[:, None] == member[None, :], sums[None, :], 0.0), axis=1)
+    return sums[None, :, None]
 
 
 @triton.jit
-def _to_channels(values, GROUPS, GROUP_SIZE, BLOCK_C):
-    """(GROUPS,) -> (1, BLOCK_C), each channel having its group's number."""
-    return tl.sum(tl.where(_members(GROUPS, GROUP_SIZE, BLOCK_C), values[:, None], 0.0), axis=0)[None, :]
-
-
-@triton.jit
-def _tile_statistics(v, inside, positions, GROUPS, GROUP_SIZE, BLOCK_C):
-    """Each group's mean, provisionally, what that lacks of the mean, and the sum of squared deviations from the mean; and
-    the tile's deviations from the provisional mean.
+def _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE):
+    """Each group's mean, provisionally, what that lacks of the mean, and the sum of squared deviations from the mean, each
+    (1, units, 1); and the tile's deviations from the provisional mean.
 
     The second pass sums about the provisional mean and corrects both (Chan, Golub and LeVeque 1983). The mean stays in two
     parts, because rounding their sum may cost more digits than a small spread has.
     """
     count = positions * GROUP_SIZE
-    mean = _over_groups(tl.sum(v, axis=0)[None, :], GROUPS, GROUP_SIZE, BLOCK_C) / count
-    d = tl.where(inside, v - _to_channels(mean, GROUPS, GROUP_SIZE, BLOCK_C), 0.0)
-    correction = _over_groups(tl.sum(d, axis=0)[None, :], GROUPS, GROUP_SIZE, BLOCK_C) / count
-    squares = _over_groups(tl.sum(d * d, axis=0)[None, :], GROUPS, GROUP_SIZE, BLOCK_C)
+    mean = _over_groups(v, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+    d = _kept(v - mean, inside, UNIT, WHOLE)
+    correction = _over_groups(d, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+    squares = _over_groups(d * d, GROUP_SIZE, UNIT, CHANNELS_LAST)
     return mean, correction, squares - count * correction * correction, d
 
 
 @triton.jit
-def _statistics(v, inside, statistics_ptr, image, group, groups, positions, eps, GROUPS, GROUP_SIZE, BLOCK_C):
-    """v less a provisional mean; for each channel what that lacks of the mean, and 1 / sqrt(var + eps)."""
+def _statistics(
+    v, inside, statistics_ptr, image, group, has_group, groups, positions, eps, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE
+):
+    """v less a provisional mean; for each unit what that lacks of its group's mean, and 1 / sqrt(var + eps)."""
     if statistics_ptr is None:
-        _, correction, squares, d = _tile_statistics(v, inside, positions, GROUPS, GROUP_SIZE, BLOCK_C)
+        _, correction, squares, d = _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE)
         rstd = tl.rsqrt(squares / (positions * GROUP_SIZE) + eps)
     else:
-        pointers = statistics_ptr + image * 3 * groups + group
-        mean = tl.load(pointers, mask=group < groups, other=0.0)
-        correction = tl.load(pointers + groups, mask=group < groups, other=0.0)
-        rstd = tl.load(pointers + 2 * groups, mask=group < groups, other=0.0)
-        d = v - _to_channels(mean, GROUPS, GROUP_SIZE, BLOCK_C)
-    correction = _to_channels(correction, GROUPS, GROUP_SIZE, BLOCK_C)
-    return d, correction, _to_channels(rstd, GROUPS, GROUP_SIZE, BLOCK_C)
+        pointers, exists = (statistics_ptr + image * 3 * groups + group)[None, :, None], has_group[None, :, None]
+        mean = tl.load(pointers, mask=exists, other=0.0)
+        correction = tl.load(pointers + groups, mask=exists, other=0.0)
+        rstd = tl.load(pointers + 2 * groups, mask=exists, other=0.0)
+        d = v - mean
+    return d, correction, rstd
 
 
 @triton.jit
-def _gain_and_bias(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel):
+def _gain_and_bias(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel, UNIT):
     """Of y = normalised * gain + bias, one number a channel."""
-    gain = _numbers(weight_ptr, c, has_channel)
-    bias = _numbers(bias_ptr, c, has_channel)
+    gain = _numbers(weight_ptr, c, has_channel, UNIT)
+    bias = _numbers(bias_ptr, c, has_channel, UNIT)
     if scale_ptr is not None:
-        scale = 1.0 + _numbers(scale_ptr + image * scale_stride, c, has_channel)
+        scale = 1.0 + _numbers(scale_ptr + image * scale_stride, c, has_channel, UNIT)
         gain *= scale
         bias *= scale
     if shift_ptr is not None:
-        bias += _numbers(shift_ptr + image * shift_stride, c, has_channel)
+        bias += _numbers(shift_ptr + image * shift_stride, c, has_channel, UNIT)
     return gain, bias
+
+
+@triton.jit
+def _sigmoid(y):
+    if y.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-y))
+    else:
+        return 1.0 / (1.0 + tl.exp2(y * -LOG2E))  # without tl.exp's care for denormal results, to which 1 is added
 
 
 @triton.jit
@@ -172,21 +240,24 @@ def chunk_statistics_kernel(
     CHANNELS_LAST: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """What :func:`_tile_statistics` finds in each chunk, to (images, chunks, 3, groups)."""
-    image, chunk, group, c, p, has_channel, inside = _place(
-        blocks, chunks, x_channels + skip_channels, positions, GROUPS, GROUP_SIZE, BLOCK_P, BLOCK_C
+    image, chunk, group, has_group, c, p, has_channel, inside = _place(
+        blocks, chunks, x_channels + skip_channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P, BLOCK_C
     )
     pointers = _joined_pointers(x_ptr, skip_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
-    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside)
+    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside, UNIT, WHOLE)
     size = tl.minimum(positions - chunk * BLOCK_P, BLOCK_P)
-    mean, correction, squares, _ = _tile_statistics(v, inside, size, GROUPS, GROUP_SIZE, BLOCK_C)
-    pointers = partials_ptr + (image * chunks + chunk) * 3 * groups + group
-    tl.store(pointers, mean, mask=group < groups)
-    tl.store(pointers + groups, correction, mask=group < groups)
-    tl.store(pointers + 2 * groups, squares, mask=group < groups)
+    mean, correction, squares, _ = _tile_statistics(v, inside, size, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE)
+    pointers = (partials_ptr + (image * chunks + chunk) * 3 * groups + group)[None, :, None]
+    exists = has_group[None, :, None]
+    tl.store(pointers, mean, mask=exists)
+    tl.store(pointers + groups, correction, mask=exists)
+    tl.store(pointers + 2 * groups, squares, mask=exists)
 
 
 @triton.jit
@@ -268,26 +339,31 @@ def group_norm_silu_kernel(
     CHANNELS_LAST: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     channels = x_channels + skip_channels
-    image, _, group, c, p, has_channel, inside = _place(
-        blocks, chunks, channels, positions, GROUPS, GROUP_SIZE, BLOCK_P, BLOCK_C
+    image, _, group, has_group, c, p, has_channel, inside = _place(
+        blocks, chunks, channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P, BLOCK_C
     )
     pointers = _joined_pointers(x_ptr, skip_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
-    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside)
+    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside, UNIT, WHOLE)
     d, correction, rstd = _statistics(
-        v, inside, statistics_ptr, image, group, groups, positions, eps, GROUPS, GROUP_SIZE, BLOCK_C
+        v, inside, statistics_ptr, image, group, has_group, groups, positions, eps, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE
     )
-    gain, bias = _gain_and_bias(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel)
-    y = (d - correction) * rstd * gain + bias
+    gain, bias = _gain_and_bias(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel, UNIT
+    )
+    gain *= rstd
+    y = d * gain + (bias - correction * gain)
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        y *= _sigmoid(y)
     if residual_ptr is not None:
-        residual = tl.load(_pointers(residual_ptr, image, c, p, channels, positions, CHANNELS_LAST), mask=inside, other=0.0)
-        y += _widened(residual)
-    tl.store(_pointers(out_ptr, image, c, p, channels, positions, CHANNELS_LAST), y, mask=inside)
+        pointers = _pointers(residual_ptr, image, c, p, channels, positions, CHANNELS_LAST)
+        y += _widened(_loaded(pointers, inside, UNIT, WHOLE))
+    _store(_pointers(out_ptr, image, c, p, channels, positions, CHANNELS_LAST), y, inside, WHOLE)
 
 
 @triton.jit
@@ -319,54 +395,56 @@ def group_norm_silu_backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     channels = x_channels + skip_channels
-    image, chunk, group, c, p, has_channel, inside = _place(
-        blocks, chunks, channels, positions, GROUPS, GROUP_SIZE, BLOCK_P, BLOCK_C
+    image, chunk, group, has_group, c, p, has_channel, inside = _place(
+        blocks, chunks, channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P, BLOCK_C
     )
     pointers = _joined_pointers(x_ptr, skip_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
-    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside)
+    v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside, UNIT, WHOLE)
     # Both loads are under way before anything waits for one.
-    grad = tl.load(_pointers(grad_ptr, image, c, p, channels, positions, CHANNELS_LAST), mask=inside, other=0.0)
+    pointers = _pointers(grad_ptr, image, c, p, channels, positions, CHANNELS_LAST)
+    grad = _loaded(pointers, inside, UNIT, WHOLE)
     d, correction, rstd = _statistics(
-        v, inside, statistics_ptr, image, group, groups, positions, eps, GROUPS, GROUP_SIZE, BLOCK_C
+        v, inside, statistics_ptr, image, group, has_group, groups, positions, eps, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE
     )
-    gain, bias = _gain_and_bias(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel)
+    gain, bias = _gain_and_bias(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel, UNIT
+    )
     normalised = (d - correction) * rstd
     dy = _widened(grad)  # y = normalised * gain + bias
     if SILU:
         y = normalised * gain + bias
-        sigmoid = 1.0 / (1.0 + tl.exp(-y))
+        sigmoid = _sigmoid(y)
         dy *= sigmoid * (1.0 + y * (1.0 - sigmoid))
 
     # The other gradients follow from two sums over the positions. They are those of this tile where it is a whole image;
     # otherwise one launch writes those of each chunk, and the next one reads their totals.
     if statistics_ptr is None or x_grad_ptr is None:
-        dy_sum = tl.sum(dy, axis=0)[None, :]
-        product_sum = tl.sum(dy * normalised, axis=0)[None, :]
-        pointers = sums_ptr + (image * chunks + chunk) * 2 * channels + c[None, :]
-        tl.store(pointers, dy_sum, mask=has_channel[None, :])
-        tl.store(pointers + channels, product_sum, mask=has_channel[None, :])
+        dy_sum, product_sum = _over_positions(dy), _over_positions(dy * normalised)
+        first = sums_ptr + (image * chunks + chunk) * 2 * channels
+        _store_numbers(first, c, dy_sum, has_channel)
+        _store_numbers(first + channels, c, product_sum, has_channel)
     else:
-        sums_ptr += image * 2 * channels
-        dy_sum = _numbers(sums_ptr, c, has_channel)
-        product_sum = _numbers(sums_ptr + channels, c, has_channel)
+        first = sums_ptr + image * 2 * channels
+        dy_sum = _numbers(first, c, has_channel, UNIT)
+        product_sum = _numbers(first + channels, c, has_channel, UNIT)
 
     if x_grad_ptr is not None:
         # The norm takes out of the gradient what would move a group's mean or its spread.
         count = positions * GROUP_SIZE
-        of_mean = _over_groups(gain * dy_sum, GROUPS, GROUP_SIZE, BLOCK_C) / count
-        of_spread = _over_groups(gain * product_sum, GROUPS, GROUP_SIZE, BLOCK_C) / count
-        of_mean = _to_channels(of_mean, GROUPS, GROUP_SIZE, BLOCK_C)
-        of_spread = _to_channels(of_spread, GROUPS, GROUP_SIZE, BLOCK_C)
+        of_mean = _over_groups(gain * dy_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+        of_spread = _over_groups(gain * product_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
         dv = (dy * gain - of_mean - normalised * of_spread) * rstd
         pointers = _joined_pointers(x_grad_ptr, skip_grad_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
-        tl.store(pointers, dv, mask=inside)
+        _store(pointers, dv, inside, WHOLE)
         if pre_shift_grad_ptr is not None:
-            pointers = pre_shift_grad_ptr + (image * chunks + chunk) * channels + c
-            tl.store(pointers, tl.sum(tl.where(inside, dv, 0.0), axis=0), mask=has_channel)
+            first = pre_shift_grad_ptr + (image * chunks + chunk) * channels
+            _store_numbers(first, c, _over_positions(_kept(dv, inside, UNIT, WHOLE)), has_channel)
 
 
 def group_norm_silu(
@@ -446,7 +524,10 @@ def group_norm_silu_backward(
     options = {"dtype": call.wide, "device": x.device}
     allocate = torch.empty if grad.numel() > 0 else torch.zeros
     sums = allocate(len(x), call.chunks, 2, call.channels, **options)
-    pre_shift_grad = None if pre_shift is None else allocate(len(x), call.chunks, call.channels, **options)
+    pre_shift_grad = None
+    if pre_shift is not None:
+        parts = options if call.chunks > 1 else {**options, "dtype": pre_shift.dtype}
+        pre_shift_grad = allocate(len(x), call.chunks, call.channels, **parts)
     if grad.numel() > 0:
         inputs = (grad, call.x, call.skip, *call.numbers)
         rest = (*call.strides, *call.sizes, eps, silu)
@@ -459,16 +540,21 @@ def group_norm_silu_backward(
                 *inputs, statistics, sums, x_grad, skip_grad, pre_shift_grad, *rest, **call.options
             )
 
-    dy, product = sums[:, 0, 0], sums[:, 0, 1]  # sums over the positions of dy and of dy * normalised, (images, channels)
-    scale_grad = None if scale is None else (weight * product + bias * dy).to(scale.dtype)
-    shift_grad = None if shift is None else dy.to(shift.dtype, copy=True)
+    sums = sums[:, 0]  # over the positions, of dy and of dy * normalised: (images, 2, channels)
+    scale_grad = shift_grad = None
     if scale is not None:
-        dy, product = dy * (1 + scale.to(call.wide)), product * (1 + scale.to(call.wide))
+        scale_grad = (weight * sums[:, 1] + bias * sums[:, 0]).to(scale.dtype)
+    if shift is not None:
+        shift_grad = sums[:, 0].to(shift.dtype, copy=True)
+    if scale is not None:
+        sums = sums * (1 + scale.to(call.wide))[:, None]
+    if pre_shift is not None:
+        pre_shift_grad = pre_shift_grad[:, 0] if call.chunks == 1 else pre_shift_grad.sum(1).to(pre_shift.dtype)
     return Gradients(
         x_grad,
-        product.sum(0).to(weight.dtype),
-        dy.sum(0).to(bias.dtype),
-        None if pre_shift is None else pre_shift_grad.sum(1).to(pre_shift.dtype),
+        sums[:, 1].sum(0).to(weight.dtype),
+        sums[:, 0].sum(0).to(bias.dtype),
+        pre_shift_grad,
         scale_grad,
         shift_grad,
         skip_grad,
@@ -502,8 +588,10 @@ class _Call:
             "CHANNELS_LAST": channels_last,
             "GROUPS": groups,
             "GROUP_SIZE": group_size,
+            "UNIT": group_size & -group_size,
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
+            "WHOLE": self.positions % block_p == 0 and num_groups % groups == 0 and groups * group_size == block_c,
             "num_warps": num_warps,
         }
 
@@ -538,12 +626,16 @@ def _tile(
     groups = 1
     while groups < num_groups and wants_more(groups):
         groups *= 2
+    fewer = groups // 2
+    if fewer * group_size * itemsize >= NARROWEST and block_p * block_c(groups) > largest >= block_p * block_c(fewer):
+        groups = fewer
     if block_p * block_c(groups) > largest:  # an image takes several tiles, whose rows may as well be wide
         while groups < num_groups and is_narrow(groups):
             groups *= 2
         block_p = max(1, usual // block_c(groups))
     elements = block_p * block_c(groups)
-    num_warps = next((warps for limit, warps in tuning if elements <= limit), tuning[-1][1])
+    registers = elements * max(1, itemsize // 4)  # 16-bit values are widened
+    num_warps = next((warps for limit, warps in tuning if registers <= limit), tuning[-1][1])
     return groups, block_p, block_c(groups), num_warps
 
 

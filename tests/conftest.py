@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
 from ddim_fast import UNet, UNetConfig
 from ddim_fast.ops import native
 
+# What is compared in float32 is computed in float32, by convolutions on a GPU too.
+torch.backends.cudnn.allow_tf32 = False
+
 
 class Backend(NamedTuple):
     """An implementation under test, and where its tensors go."""

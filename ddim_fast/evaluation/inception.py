@@ -44,7 +44,8 @@ class FeatureNetwork(nn.Module):
         device = next(self.network.parameters()).device
         x = pictures.to(device).float().expand(-1, 3, -1, -1)
         x = (resize_bilinear(x, self.size) - 128) / 128
-        return self.network(x.contiguous(memory_format=torch.channels_last)).float()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 in full, as on a CPU
+            return self.network(x.contiguous(memory_format=torch.channels_last)).float()
 
     def of(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
         """The same of many pictures, so many at once."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "is_exporting", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -50,6 +50,14 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
                 raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: {reason}")
             return implementation
     raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: it has no such implementation")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work, for code that torch.compile traces: before torch 2.13, it takes
+    ``torch.compiler.is_exporting()`` for true whatever it compiles."""
+    import torch  # not above: who samples without torch reads this module
+
+    return torch.compiler._is_exporting_flag
 
 
 def why_not_triton(device: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose, why_not_triton
+from .dispatch import Implementation, choose, is_exporting, why_not_triton
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 
@@ -165,7 +165,7 @@ def _reference(call: _Call) -> Tensor:
         v = v + call.pre_shift.to(v.dtype)[:, :, None, None]
     weight, bias = call.weight, call.bias
     # On a CPU, PyTorch takes float32 weights with bfloat16 images; what it exports then is no graph of ONNX.
-    if weight.dtype == v.dtype or (v.device.type == "cpu" and not torch.compiler.is_exporting()):
+    if weight.dtype == v.dtype or (v.device.type == "cpu" and not is_exporting()):
         y = F.group_norm(v, call.num_groups, weight, bias, call.eps)
     else:
         y = F.group_norm(v.float(), call.num_groups, weight.float(), bias.float(), call.eps).to(v.dtype)
@@ -312,7 +312,7 @@ BACKWARD_IMPLEMENTATIONS = (
 def _compiles_to_operator(call: _Call) -> bool:
     """Where there is a kernel it beats the loops inductor makes of a norm. Elsewhere, and where a gradient is to be recorded
     on a CPU, inductor fuses the reference with what stands around it. An export keeps PyTorch's own operators, too."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     return call.x.is_cuda or (call.x.device.type == "cpu" and native.module is not None and not _records_gradient(call))
 
