@@ -1,9 +1,11 @@
-"""The machine code of the Triton ddim_step; its numbers are tested with the other implementations, in tests/ops."""
+"""The machine code of the Triton ddim_step, and what it computes. The source is tested with the other implementations, in
+tests/ops."""
 
 import sys
 
 import pytest
 from ahead_of_time import assert_fits, compile_ahead, compile_alone
+from ptx_on_cpu import run_ptx
 
 COEFFICIENTS = (1.25, -0.75, 0.3, 1.1, 0.9, 0.43, 0.2)
 
@@ -46,5 +48,34 @@ def test_machine_code(capability):
     compile_alone(__file__, capability)
 
 
+def check_numbers(capability: int) -> None:
+    """That the compiled kernel gives the definition's bits, and its own noise to the last digits."""
+    import torch
+
+    from ddim_fast.kernels.ddim_step import ddim_step
+    from ddim_fast.ops.ddim_step import ddim_step_reference
+
+    torch.manual_seed(0)
+    sample, output, unconditional, noise = torch.randn(4, 3, 3, 9, 7)
+    seeds, step = torch.tensor([0, 7, 2**62 + 1]), torch.tensor(1)
+    coefficients = torch.tensor([[0.0] * 7, COEFFICIENTS])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        images = [t.to(dtype) for t in (sample, output)]
+        guided = {"unconditional": unconditional.to(dtype), "guidance": 2.0}
+        for options in ({}, {"noise": noise.to(dtype)}, guided, {"seeds": seeds}, {**guided, "seeds": seeds}):
+            rest = {name: options[name] for name in options if name != "noise"}
+            arguments = (*images, coefficients, 1.0, options.get("noise"))
+            actual = run_ptx(lambda a=arguments, r=rest: ddim_step(*a, **r, step=step), capability)
+            expected = ddim_step_reference(*arguments, **rest, step=step)
+            tolerance = torch.finfo(dtype).eps if "seeds" in options else 0
+            torch.testing.assert_close(actual, expected, atol=4 * tolerance, rtol=tolerance, msg=f"{dtype}, {list(options)}")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_is_compiled_computes_what_is_meant(capability):
+    pytest.importorskip("triton")
+    compile_alone(__file__, capability, "numbers")
+
+
 if __name__ == "__main__":
-    check(int(sys.argv[1]))
+    (check_numbers if "numbers" in sys.argv else check)(int(sys.argv[1]))

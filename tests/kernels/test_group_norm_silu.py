@@ -1,11 +1,14 @@
-"""The machine code of the Triton group_norm_silu; its numbers are tested with the other implementations, in tests/ops."""
+"""The machine code of the Triton group_norm_silu, and what it computes. The source is tested with the other implementations, in
+tests/ops."""
 
+import itertools
 import re
 import sys
 from typing import NamedTuple
 
 import pytest
 from ahead_of_time import assert_fits, compile_ahead, compile_alone
+from ptx_on_cpu import run_ptx
 
 
 class Case(NamedTuple):
@@ -86,6 +89,63 @@ def test_machine_code(capability):
     compile_alone(__file__, capability)
 
 
+# Channels, channels of the skip, size, groups: groups and their units in one thread, in several lanes, in several warps, and not
+# a power of two; whole tiles and parts of them; one tile, and several.
+SHAPES = [
+    (8, 0, (5, 7), 2),
+    (32, 0, (8, 8), 8),
+    (96, 0, (4, 4), 1),
+    (24, 10, (5, 7), 2),
+    (130, 0, (3, 3), 2),
+    (128, 64, (8, 8), 32),
+    (256, 256, (4, 4), 32),
+    (5, 0, (83, 97), 1),
+    (16, 0, (48, 48), 8),
+]
+SMALLER_CHIPS = SHAPES[:4]
+
+
+def check_numbers(capability: int) -> None:
+    """That the compiled kernels give what the definition gives, forward and backward."""
+    import torch
+
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
+
+    layouts, dtypes = (torch.channels_last, torch.contiguous_format), (torch.float32, torch.bfloat16)
+    shapes = SHAPES if capability >= 90 else SMALLER_CHIPS
+    for (channels, more, size, groups), layout, dtype in itertools.product(shapes, layouts, dtypes):
+        torch.manual_seed(0)
+        x, skip, residual, grad = (
+            torch.randn(1 if size[0] > 9 else 2, c, *size).to(dtype).to(memory_format=layout) if c else None
+            for c in (channels, more, channels + more, channels + more)
+        )
+        weight, bias, shift = (torch.randn(*n, channels + more) for n in ((), (), (len(x),)))
+        options = {"pre_shift": shift, **({} if skip is None else {"skip": skip})}
+        out = run_ptx(lambda: group_norm_silu(x, groups, weight, bias, residual=residual, **options), capability)
+        found = run_ptx(lambda: group_norm_silu_backward(grad, x, groups, weight, bias, **options), capability)
+
+        tensors = {"x": x, "weight": weight, "bias": bias} | options
+        tensors = {name: t.double().contiguous().requires_grad_() for name, t in tensors.items()}
+        exact = group_norm_silu_reference(tensors["x"], groups, *list(tensors.values())[1:3], **dict(list(tensors.items())[3:]))
+        gradients = torch.autograd.grad(exact, list(tensors.values()), grad.double())
+        pairs = {"out": (out, exact.detach() + residual.double())}
+        pairs |= {name: (getattr(found, name), exact) for name, exact in zip(tensors, gradients, strict=True)}
+        for name, (actual, expected) in pairs.items():
+            error = (actual.double() - expected).abs().max() / expected.abs().max()
+            case = f"{name} of {channels} + {more} channels in {groups} groups, {size}, {layout}, {dtype}"
+            assert error < 8 * torch.finfo(actual.dtype).eps, f"{case}: {error}"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_is_compiled_computes_what_is_meant(capability):
+    pytest.importorskip("triton")
+    compile_alone(__file__, capability, "numbers")
+
+
 if __name__ == "__main__":
-    for case in CASES:
-        check(case, int(sys.argv[1]))
+    if "numbers" in sys.argv:
+        check_numbers(int(sys.argv[1]))
+    else:
+        for case in CASES:
+            check(case, int(sys.argv[1]))
