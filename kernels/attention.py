@@ -30,9 +30,9 @@ ANY = math.inf
 
 # (bytes an element, large chips only, largest head dimension, most queries and keys, queries and keys a block, warps, stages);
 # the first row that fits serves. The rows are fixed, not timed at first use: timing could choose, and round, differently on
-# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows for
-# every four warps. fp32 stays exact, without them; a thread then holds whole rows, so blocks are small. fp64 is for checking
-# gradients.
+# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows
+# for every four warps, where there are so many tokens. fp32 stays exact, without them; a thread then holds whole rows, so
+# blocks are small. fp64 is for checking gradients.
 FORWARD = (
     (2, False, 256, 16, 16, 16, 1, 2),
     (2, False, 256, 64, 64, 32, 4, 2),

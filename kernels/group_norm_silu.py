@@ -102,11 +102,7 @@ def _flat(values):
 @triton.jit
 def _loaded(pointers, inside, UNIT, WHOLE: tl.constexpr):
     """A tile by unit, 0 outside the image."""
-    if WHOLE:
-        values = tl.load(pointers)
-    else:
-        values = tl.load(pointers, mask=inside, other=0.0)
-    return _by_unit(values, UNIT)
+    return _by_unit(tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0.0), UNIT)
 
 
 @triton.jit
@@ -157,12 +153,9 @@ def _over_positions(values):
 def _over_groups(values, GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """The sums of each group, beside each of its units: (1, units, 1)."""
     units: tl.constexpr = values.shape[1]
-    # First along the axis that a thread has most of. One axis at a time: over both at once, which is one axis after a permutation
-    # and a reshape, Triton 3.6 and 3.7 add the wrong lanes where the units between them are spread over lanes as well.
-    if CHANNELS_LAST:
-        sums = tl.sum(tl.sum(values, axis=2), axis=0)
-    else:
-        sums = tl.sum(tl.sum(values, axis=0), axis=1)
+    # First along the axis that a thread has most of. One axis at a time: over both at once, which is one axis after a
+    # permutation and a reshape, Triton 3.6 and 3.7 add the wrong lanes where the units between them are in lanes as well.
+    sums = tl.sum(tl.sum(values, axis=2), axis=0) if CHANNELS_LAST else tl.sum(tl.sum(values, axis=0), axis=1)
     if GROUP_SIZE != UNIT:
         member = tl.arange(0, units) // (GROUP_SIZE // UNIT)
         sums = tl.sum(tl.where(member[:, None] == member[None, :], sums[None, :], 0.0), axis=1)

@@ -1,9 +1,9 @@
 """What Triton compiled, executed without a GPU: PTX, all threads of a block at a time, in numpy.
 
 Triton's own interpreter runs the source and knows nothing of layouts, shuffles and shared memory; here runs what the compiler
-made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses the loads and stores of the PTX go to.
-Enough of PTX for kernels without matrix products, whose branches all threads of a block take alike. Approximate functions are
-computed exactly, so the last digits are not those of a GPU.
+made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses its loads and stores go to. Enough of
+PTX for kernels without matrix products, whose branches all threads of a block take alike. Approximate functions are computed
+exactly, so the last digits are not those of a GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _ORIGIN = 4096
 _BYTES = (ctypes.c_uint8 * (1 << 47)).from_address(_ORIGIN)
 _MEMORY = {size: np.frombuffer(_BYTES, f"u{size}") for size in (1, 2, 4, 8)}
 
+# In numpy's words.
 _TYPES = {
-    **{f"{kind}{bits}": f"{letter}{bits // 8}" for kind, letter in (("b", "u"), ("u", "u"), ("s", "i")) for bits in (8, 16, 32, 64)},
+    **{f"{kind}{8 * n}": f"{letter}{n}" for kind, letter in (("b", "u"), ("u", "u"), ("s", "i")) for n in (1, 2, 4, 8)},
     **{"f16": "f2", "f32": "f4", "f64": "f8"},
 }
 _COMPARE = {
@@ -92,7 +93,8 @@ class Block:
         self.registers: dict[str, np.ndarray] = {}
         self.shared = np.full(SHARED, 0xFF, np.uint8)  # NaN until it is written
         self.arguments = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments] + [0, 0]
-        self.special = {"%tid.x": self.lanes, **{f"%ctaid.{axis}": np.full(self.threads, n) for axis, n in zip("xyz", place, strict=True)}}
+        blocks = {f"%ctaid.{axis}": np.full(self.threads, n) for axis, n in zip("xyz", place, strict=True)}
+        self.special = {"%tid.x": self.lanes, **blocks}
         at = 0
         while at < len(self.code):
             guard, opcode, parts, operands = self.code[at]
@@ -220,7 +222,9 @@ class Block:
         if operand == "global_smem":
             return np.zeros(self.threads, kind)
         number = int(operand.removesuffix("U"), 0)
-        return np.full(self.threads, number != 0) if kind == "?" else np.full(self.threads, number & (1 << 64) - 1, "u8").astype(kind)
+        if kind == "?":
+            return np.full(self.threads, number != 0)
+        return np.full(self.threads, number & (1 << 64) - 1, "u8").astype(kind)
 
     def set(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
         if name == "_":

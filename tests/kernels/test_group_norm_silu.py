@@ -4,6 +4,7 @@ tests/ops."""
 import itertools
 import re
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -89,8 +90,8 @@ def test_machine_code(capability):
     compile_alone(__file__, capability)
 
 
-# Channels, channels of the skip, size, groups: groups and their units in one thread, in several lanes, in several warps, and not
-# a power of two; whole tiles and parts of them; one tile, and several.
+# Channels, channels of the skip, size, groups: groups and their units in one thread, in several lanes, in several warps, and
+# not a power of two; whole tiles and parts of them; one tile, and several.
 SHAPES = [
     (8, 0, (5, 7), 2),
     (32, 0, (8, 8), 8),
@@ -122,8 +123,9 @@ def check_numbers(capability: int) -> None:
         )
         weight, bias, shift = (torch.randn(*n, channels + more) for n in ((), (), (len(x),)))
         options = {"pre_shift": shift, **({} if skip is None else {"skip": skip})}
-        out = run_ptx(lambda: group_norm_silu(x, groups, weight, bias, residual=residual, **options), capability)
-        found = run_ptx(lambda: group_norm_silu_backward(grad, x, groups, weight, bias, **options), capability)
+        arguments = (x, groups, weight, bias)
+        out = run_ptx(partial(group_norm_silu, *arguments, residual=residual, **options), capability)
+        found = run_ptx(partial(group_norm_silu_backward, grad, *arguments, **options), capability)
 
         tensors = {"x": x, "weight": weight, "bias": bias} | options
         tensors = {name: t.double().contiguous().requires_grad_() for name, t in tensors.items()}
