@@ -92,8 +92,9 @@ def run_in_turns(benchmark: Any, calls: dict[str, Callable[[], Any]], evaluation
 
 @functools.cache
 def copy_rate() -> float:
-    """Bytes read and written a second by a copy beyond the caches."""
-    size = 1 << (30 if DEVICE == "cuda" else 28)
+    """Bytes read and written a second by a copy beyond the caches, and of no more: an H100 copies 1 GiB at five sixths of the
+    rate of 128 MiB."""
+    size = 1 << 28
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * size / _median_seconds(lambda: target.copy_(source))

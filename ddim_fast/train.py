@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -140,10 +141,10 @@ def _parser() -> CommandParser:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"a positive number of minutes; got {text}")
-    return minutes
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a positive number of minutes; got {text!r}")
 
 
 _INIT_HELP = (

@@ -34,8 +34,10 @@ ANY = math.inf
 # for every four warps, where there are so many tokens. fp32 stays exact, without them; a thread then holds whole rows, so
 # blocks are small. fp64 is for checking gradients.
 FORWARD = (
-    (2, False, 256, 16, 16, 16, 1, 2),
-    (2, False, 256, 64, 64, 32, 4, 2),
+    (2, False, 128, 16, 16, 16, 1, 2),
+    (2, False, 256, 16, 16, 16, 2, 2),
+    (2, False, 128, 64, 64, 32, 4, 2),
+    (2, True, 256, 64, 64, 32, 4, 2),
     (2, False, 64, ANY, 128, 64, 8, 3),
     (2, False, 128, ANY, 128, 32, 8, 3),
     (2, True, 256, ANY, 128, 32, 8, 3),

@@ -13,8 +13,7 @@ else
     [ -d "$network" ] && begin=--init || begin=--preset
     options=(--data "$data" "$begin" "$network" --compile --save-every 2000 --sample-every 10000 "${@:5}")
 fi
-# An interrupted run keeps its last checkpoint, and 124 says that the time is up.
-timeout --signal=INT "${minutes}m" python -m ddim_fast.train --out "$run" "${options[@]}" --quiet || [ $? -eq 124 ]
+python -m ddim_fast.train --out "$run" "${options[@]}" --minutes "$minutes" --quiet
 tail -n 1 "$run/stats.jsonl"
 rm -rf "$run/stage"
 python -m ddim_fast.export --to checkpoint --model "$run" --dtype bfloat16 --max-shard-size 16MB --out "$run/stage"

@@ -108,6 +108,16 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert names(tmp_path / "parts") == FILES
 
 
+def test_a_run_that_stops_after_its_minutes_goes_on_later(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant"]
+    assert run_train(*start, "--steps", 3, "--out", tmp_path / "whole")[0] == 0
+    code, out, _ = run_train(*start, "--steps", 1000, "--minutes", 1e-9, "--out", tmp_path / "parts")
+    assert code == 0 and "trained to step 1;" in out
+    code, out, _ = run_train("--out", tmp_path / "parts", "--resume", "--steps", 3, "--device=cpu", "--quiet")
+    assert code == 0 and "trained to step 3;" in out
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+
+
 def test_averages_of_any_length_after_a_run_in_parts(photos, tmp_path, run_train):
     start = ["--data", photos, *RUN, "--ema-snapshots=2", "--steps"]
     assert run_train(*start, 5, "--out", tmp_path / "whole")[0] == 0
@@ -163,6 +173,8 @@ def test_options_change_the_network(photos, tmp_path, run_train):
         (["--label-dropout=2"], ["label_dropout must be in [0, 1]"]),
         (["--min-snr-gamma=0"], ["min_snr_gamma must be positive"]),
         (["--dropout=1"], ["dropout must be in [0, 1)"]),
+        (["--minutes=0"], ["--minutes", "a positive number of minutes; got '0'"]),
+        (["--minutes=soon"], ["--minutes", "'soon'"]),
         (["--prediction-type=eps"], ["--prediction-type", "'eps'"]),
         (["--device=warp"], ["unknown device 'warp'"]),
         (["--step=3"], ["--step"]),
