@@ -2,8 +2,8 @@
 
 Triton's own interpreter runs the source and knows nothing of layouts, shuffles and shared memory; here runs what the compiler
 made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses its loads and stores go to. Enough of
-PTX for kernels without matrix products, whose branches all threads of a block take alike. Approximate functions are computed
-exactly, so the last digits are not those of a GPU.
+PTX for kernels compiled for sm_80 (and for sm_90, where they have no matrix products), whose branches all threads of a block take
+alike. Approximate functions are computed exactly, so the last digits are not those of a GPU, and asynchronous copies are there at once, so a missing wait is not found.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def run_ptx(call: Callable[[], Any], capability: int = 90) -> Any:
     def run(self, *arguments, grid, warmup, **options):
         kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
         values = dict(zip((p.name for p in self.params), arguments, strict=False)) | options
-        passed = [values[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        passed = _passed(kernel.src.signature.values(), [values[name] for name in kernel.src.signature])
         block = Block(kernel.asm["ptx"], WARP * kernel.metadata.num_warps)
         for x, y, z in itertools.product(*(range(n) for n in (*grid, 1, 1)[:3])):
             block.run(passed, (x, y, z))
@@ -62,6 +62,15 @@ def run_ptx(call: Callable[[], Any], capability: int = 90) -> Any:
             return call()
     finally:
         JITFunction.run = launch
+
+
+def _passed(kinds: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Of a kernel's arguments, those that are not compiled into it; tuples one by one."""
+    passed = []
+    for kind, value in zip(kinds, values, strict=True):
+        if kind != "constexpr":
+            passed += _passed(kind, value) if isinstance(kind, (tuple, list)) else [value]
+    return passed
 
 
 class Block:
@@ -116,6 +125,10 @@ class Block:
             return self.move(parts, operands, active)
         if name in ("ldmatrix", "stmatrix"):
             return self.move_matrices(parts, operands)
+        if name == "mma":
+            return self.multiply_matrices(parts, operands)
+        if opcode.startswith("cp.async"):
+            return self.copy(operands, active) if len(operands) > 1 else None
         values = [self.value(o, kind) for o in operands[1:]] if kind and "{" not in "".join(operands) else []
         if name == "mov":
             if operands[0].startswith("{"):
@@ -202,6 +215,35 @@ class Block:
                 value = self.value(name, "u4")
                 memory[halves[0]], memory[halves[1]] = value & 0xFFFF, value >> 16
 
+    def multiply_matrices(self, parts: list[str], operands: list[str]) -> None:
+        """m16n8k16, of 16-bit numbers: each warp's D = A B + C (PTX ISA, "Matrix Fragments for mma.m16n8k16")."""
+        assert parts[3] == "m16n8k16"
+        group, pair = self.lanes % WARP // 4, self.lanes % 4 * 2
+        warp = self.lanes // WARP
+        a, b = np.zeros((self.threads // WARP, 16, 16)), np.zeros((self.threads // WARP, 16, 8))
+        c = np.zeros((self.threads // WARP, 16, 8))
+        for i, name in enumerate(_names(operands[1])):
+            for half, values in enumerate(_halves(self.value(name, "u4"), parts[7])):
+                a[warp, group + 8 * (i % 2), pair + half + 8 * (i // 2)] = values
+        for i, name in enumerate(_names(operands[2])):
+            for half, values in enumerate(_halves(self.value(name, "u4"), parts[7])):
+                b[warp, pair + half + 8 * i, group] = values
+        places = [(warp, group + 8 * (i // 2), pair + i % 2) for i in range(4)]
+        for place, name in zip(places, _names(operands[3]), strict=True):
+            c[place] = self.value(name, "f4")
+        product = (a @ b + c).astype("f4")
+        for place, name in zip(places, _names(operands[0]), strict=True):
+            self.set(name, product[place], np.ones(self.threads, bool))
+
+    def copy(self, operands: list[str], active: np.ndarray) -> None:
+        """From global to shared memory, with zeros after the bytes that are there."""
+        target, source = self.address(operands[0])[active], self.address(operands[1])[active] - _ORIGIN
+        size, there = int(operands[2], 0), self.value(operands[3], "i4")[active]
+        for i in range(size):
+            self.shared[target + i] = 0
+            inside = there > i
+            self.shared[target[inside] + i] = _MEMORY[1][source[inside] + i]
+
     def address(self, operand: str) -> np.ndarray:
         base, _, offset = operand.strip("[] ").partition("+")
         return self.value(base.strip(), "u8").astype(np.int64) + int(offset or 0)
@@ -237,6 +279,12 @@ class Block:
 
 def _names(register: str) -> list[str]:
     return [name.strip() for name in register.strip("{} ").split(",")]
+
+
+def _halves(value: np.ndarray, kind: str) -> list[np.ndarray]:
+    """Two 16-bit numbers."""
+    halves = [value & 0xFFFF, value >> 16]
+    return [(h << 16).view("f4") if kind == "bf16" else h.astype("u2").view("f2").astype("f4") for h in halves]
 
 
 def _rounded(value: np.ndarray, kind: str) -> np.ndarray:

@@ -1,11 +1,12 @@
-"""The machine code of the attention kernels, compiled ahead of time with the host functions' own block sizes, and what the host
-functions refuse. Their numbers are checked in tests/ops/test_attention.py."""
+"""The machine code of the attention kernels, compiled ahead of time with the host functions' own block sizes, what it computes,
+and what the host functions refuse. The source is checked in tests/ops/test_attention.py."""
 
 import sys
 
 import pytest
 import torch
 from ahead_of_time import assert_fits, compile_ahead, compile_alone
+from ptx_on_cpu import run_ptx
 
 # (dtype, heads, tokens, head dimension), for all block sizes but those of float64.
 CASES = (
@@ -85,5 +86,35 @@ def test_bad_inputs_are_named(change, message):
             attention(tensors["query"], tensors["key"], tensors["value"], 1.0)
 
 
+def check_numbers(capability: int) -> None:
+    """That the compiled kernels give what the definition gives, forward and backward."""
+    from ddim_fast.kernels.attention import attention, attention_backward
+    from ddim_fast.ops.attention import attention_reference
+
+    for dtype, tokens, dim in (
+        (torch.bfloat16, 16, 128),
+        (torch.bfloat16, 64, 128),
+        (torch.float16, 33, 40),
+        (torch.bfloat16, 130, 64),
+        (torch.float32, 33, 20),
+    ):
+        torch.manual_seed(0)
+        inputs = [torch.randn(1, tokens, 2, dim).to(dtype).transpose(1, 2) for _ in range(3)]
+        grad = torch.randn(1, tokens, 2, dim).to(dtype).transpose(1, 2)
+        out, lse = run_ptx(lambda: attention(*inputs, dim**-0.5), capability)  # noqa: B023
+        found = run_ptx(lambda: attention_backward(grad, *inputs, out, lse, dim**-0.5), capability)  # noqa: B023
+        doubles = [t.double().requires_grad_() for t in inputs]
+        exact = attention_reference(*doubles)
+        expected = (exact.detach(), *torch.autograd.grad(exact, doubles, grad.double()))
+        for name, actual, right in zip(("out", "dq", "dk", "dv"), (out, *found), expected, strict=True):
+            error = (actual.double() - right).abs().max() / right.abs().max()
+            assert error < 8 * torch.finfo(dtype).eps, f"{name}, {dtype}, {tokens} tokens, head dimension {dim}: {error}"
+
+
+def test_what_is_compiled_computes_what_is_meant():
+    pytest.importorskip("triton")
+    compile_alone(__file__, 80, "numbers")
+
+
 if __name__ == "__main__":
-    check_machine_code(int(sys.argv[1]))
+    (check_numbers if "numbers" in sys.argv else check_machine_code)(int(sys.argv[1]))
