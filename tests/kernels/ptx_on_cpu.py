@@ -1,9 +1,11 @@
 """What Triton compiled, executed without a GPU: PTX, all threads of a block at a time, in numpy.
 
 Triton's own interpreter runs the source and knows nothing of layouts, shuffles and shared memory; here runs what the compiler
-made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses its loads and stores go to. Enough of
-PTX for kernels compiled for sm_80 (and for sm_90, where they have no matrix products), whose branches all threads of a block take
-alike. Approximate functions are computed exactly, so the last digits are not those of a GPU, and asynchronous copies are there at once, so a missing wait is not found.
+made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses its loads and stores go to.
+
+It is enough of PTX for kernels compiled for sm_80, and for sm_90 where they have no matrix products, whose branches all threads
+of a block take alike. Approximate functions are computed exactly, so the last digits are not those of a GPU; asynchronous
+copies are there at once, so a missing wait is not found.
 """
 
 from __future__ import annotations
