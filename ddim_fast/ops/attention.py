@@ -141,9 +141,13 @@ def _why_not_triton(call: _Call) -> str | None:
 
 def _triton_pays(call: _Call) -> bool:
     n, heads, queries, dim = call.query.shape
-    return not _records_gradient(call) and any(
-        (call.query.dtype, queries, call.key.shape[2], dim) == (dtype, tokens, tokens, head_dim) and n * heads >= least
-        for dtype, tokens, head_dim, least in FASTER_IN_TRITON
+    return (
+        call.query.is_cuda
+        and not _records_gradient(call)
+        and any(
+            (call.query.dtype, queries, call.key.shape[2], dim) == (dtype, tokens, tokens, head_dim) and n * heads >= least
+            for dtype, tokens, head_dim, least in FASTER_IN_TRITON
+        )
     )
 
 

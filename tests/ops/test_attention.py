@@ -264,7 +264,8 @@ def test_the_kernel_serves_where_it_was_measured_to_pay(backend, monkeypatch):
         return choose("attention", module.IMPLEMENTATIONS, module._Call(*inputs, None)).backend
 
     query, key, value, _ = make_inputs(queries=16, keys=16, device=backend.device)
-    assert chosen(query, key, value) == "triton"
+    # It was measured on a GPU; the interpreter, which is slow, serves only where it is asked for.
+    assert chosen(query, key, value) == ("native" if backend.interpreted else "triton")
     assert chosen(query[:1], key[:1], value[:1]) != "triton"
     assert chosen(query, key[:, :, :15], value[:, :, :15]) != "triton"
     assert chosen(query.requires_grad_(), key, value) != "triton"
