@@ -298,8 +298,8 @@ print(moment, status)
 def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
     options, suffix, whole = job
     out = tmp_path / f"killed-#{suffix}"
-    command = [sys.executable, "-c", _KILLED, out, *options]
-    # One thread: a process that has started others must not be forked.
+    # One thread: a process that has started others must not be forked. Torch has some that wait, of which Python 3.12 warns.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _KILLED, out, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, env=environment)
     # The record, five images, the grid and the record again; or the record, three batches and the file.
