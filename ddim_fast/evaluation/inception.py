@@ -44,7 +44,8 @@ class FeatureNetwork(nn.Module):
         device = next(self.network.parameters()).device
         x = pictures.to(device).float().expand(-1, 3, -1, -1)
         x = (resize_bilinear(x, self.size) - 128) / 128
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 in full, as on a CPU
+        cudnn = torch.backends.cudnn  # with float32 in full, as on a CPU
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             return self.network(x.contiguous(memory_format=torch.channels_last)).float()
 
     def of(self, pictures: Tensor, batch_size: int = 64) -> Tensor:

@@ -56,22 +56,28 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_ahead(capability: int, call: Callable[[], Any]) -> list[Compiled]:
-    """Every kernel that ``call`` would launch, compiled for compute capability ``capability`` (80, 90)."""
+def instead_of_launching(capability: int, call: Callable[[], Any], do: Callable[..., None]) -> Any:
+    """``call()``, in which each launch compiles its kernel for compute capability ``capability`` (80, 90) and calls
+    ``do(kernel, arguments by name, grid)``."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    kernels = []
-
     def run(self, *arguments, grid, warmup, **options):
-        kernels.append(launch(self, *arguments, grid=grid, warmup=True, **options))
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        do(kernel, dict(zip((p.name for p in self.params), arguments, strict=False)) | options, grid)
 
     launch, JITFunction.run = JITFunction.run, run
     driver.set_active(_Driver(capability))
     try:
-        call()
+        return call()
     finally:
         JITFunction.run = launch
+
+
+def compile_ahead(capability: int, call: Callable[[], Any]) -> list[Compiled]:
+    """Every kernel that ``call`` would launch, compiled for compute capability ``capability``."""
+    kernels: list[Any] = []
+    instead_of_launching(capability, call, lambda kernel, arguments, grid: kernels.append(kernel))
     unique = {id(kernel): kernel for kernel in kernels}.values()
     return [_inspect(kernel) for kernel in unique]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from ahead_of_time import _Driver
+from ahead_of_time import instead_of_launching
 
 SHARED = 227 * 1024
 WARP = 32
@@ -45,25 +45,15 @@ _LINE = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);")
 
 def run_ptx(call: Callable[[], Any], capability: int = 90) -> Any:
     """``call()``, with every kernel that it launches compiled for ``capability`` and executed here."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    def run(self, *arguments, grid, warmup, **options):
-        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        values = dict(zip((p.name for p in self.params), arguments, strict=False)) | options
-        passed = _passed(kernel.src.signature.values(), [values[name] for name in kernel.src.signature])
+    def run(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+        passed = _passed(kernel.src.signature.values(), [arguments[name] for name in kernel.src.signature])
         block = Block(kernel.asm["ptx"], WARP * kernel.metadata.num_warps)
-        for x, y, z in itertools.product(*(range(n) for n in (*grid, 1, 1)[:3])):
-            block.run(passed, (x, y, z))
-        return kernel
+        for place in itertools.product(*(range(n) for n in (*grid, 1, 1)[:3])):
+            block.run(passed, place)
 
-    launch, JITFunction.run = JITFunction.run, run
-    driver.set_active(_Driver(capability))
-    try:
-        with np.errstate(all="ignore"):
-            return call()
-    finally:
-        JITFunction.run = launch
+    with np.errstate(all="ignore"):
+        return instead_of_launching(capability, call, run)
 
 
 def _passed(kinds: Iterable[Any], values: Iterable[Any]) -> list[Any]:
