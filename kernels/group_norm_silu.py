@@ -163,15 +163,26 @@ def _over_groups(values, GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, CHANNELS_
 
 
 @triton.jit
-def _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE):
+def _rounded_quotient(sums, count):
+    """A number to store and to subtract. What `/` stands for is a product with a reciprocal, which may be fused with a
+    subtraction: then what is subtracted has more digits than what is stored."""
+    if sums.dtype == tl.float64:
+        return sums / count
+    else:
+        return tl.div_rn(sums, tl.full(sums.shape, count, tl.float32))
+
+
+@triton.jit
+def _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE, STORED: tl.constexpr):
     """Each group's mean, provisionally, what that lacks of the mean, and the sum of squared deviations from the mean, each
-    (1, units, 1); and the tile's deviations from the provisional mean.
+    (1, units, 1); and the tile's deviations from the provisional mean. That is good for nothing else unless `STORED`.
 
     The second pass sums about the provisional mean and corrects both (Chan, Golub and LeVeque 1983). The mean stays in two
     parts, because rounding their sum may cost more digits than a small spread has.
     """
     count = positions * GROUP_SIZE
-    mean = _over_groups(v, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+    sums = _over_groups(v, GROUP_SIZE, UNIT, CHANNELS_LAST)
+    mean = _rounded_quotient(sums, count) if STORED else sums / count
     d = _kept(v - mean, inside, UNIT, WHOLE)
     correction = _over_groups(d, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
     squares = _over_groups(d * d, GROUP_SIZE, UNIT, CHANNELS_LAST)
@@ -184,7 +195,7 @@ def _statistics(
 ):
     """v less a provisional mean; for each unit what that lacks of its group's mean, and 1 / sqrt(var + eps)."""
     if statistics_ptr is None:
-        _, correction, squares, d = _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE)
+        _, correction, squares, d = _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE, False)
         rstd = tl.rsqrt(squares / (positions * GROUP_SIZE) + eps)
     else:
         pointers, exists = (statistics_ptr + image * 3 * groups + group)[None, :, None], has_group[None, :, None]
@@ -245,7 +256,7 @@ def chunk_statistics_kernel(
     pointers = _joined_pointers(x_ptr, skip_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
     v = _input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel, inside, UNIT, WHOLE)
     size = tl.minimum(positions - chunk * BLOCK_P, BLOCK_P)
-    mean, correction, squares, _ = _tile_statistics(v, inside, size, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE)
+    mean, correction, squares, _ = _tile_statistics(v, inside, size, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE, True)
     pointers = (partials_ptr + (image * chunks + chunk) * 3 * groups + group)[None, :, None]
     exists = has_group[None, :, None]
     tl.store(pointers, mean, mask=exists)
@@ -287,7 +298,7 @@ def merge_kernel(
             partials_ptr, image, chunks, first, group, groups, positions, GROUP_SIZE, BLOCK_P, ROWS
         )
         mean += tl.sum(size * tl.load(pointers, mask=inside, other=0.0), axis=0)
-    mean /= count
+    mean = _rounded_quotient(mean, count)
     deviations = tl.zeros_like(mean)
     squares = tl.zeros_like(mean)
     for first in range(0, chunks, ROWS):

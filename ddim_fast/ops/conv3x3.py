@@ -78,7 +78,7 @@ def conv3x3_reference(
     """What the operator means, by PyTorch's own: differentiable, on any device. Arguments as :func:`conv3x3`."""
     rows = weight.shape[2]
     if upsample:
-        x = F.interpolate(x, scale_factor=(2.0 if rows == 3 else 1.0, 2.0), mode="nearest")
+        x = _enlarged(x, 2 if rows == 3 else 1)
     out = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), padding=(rows // 2, 1))
     return out if residual is None else out + residual
 
@@ -243,6 +243,22 @@ def _run_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     if prepared is None:
         weight = converted(weight, x.dtype)
     return conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepared)
+
+
+def _enlarged(x: Tensor, rows: int) -> Tensor:
+    """Each pixel ``rows`` times down and twice across."""
+    if not x.is_cuda or is_exporting():
+        return F.interpolate(x, scale_factor=(float(rows), 2.0), mode="nearest")
+    return _copied_larger(x, rows)
+
+
+def _copied_larger(x: Tensor, rows: int) -> Tensor:
+    """The same, channels_last. On a GPU it is a copy at a copy's rate, which PyTorch's kernel for this is not; and its gradient
+    is a sum, where torch.compile makes atomic additions of the other's, in the images' dtype and in any order."""
+    n, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    larger = pixels.expand(n, height, rows, width, 2, channels).reshape(n, rows * height, 2 * width, channels)
+    return larger.permute(0, 3, 1, 2)
 
 
 def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:

@@ -4,8 +4,9 @@ Triton's own interpreter runs the source and knows nothing of layouts, shuffles 
 made of them. A kernel's host function is called as it is, on CPU tensors, whose addresses its loads and stores go to.
 
 It is enough of PTX for kernels compiled for sm_80, and for sm_90 where they have no matrix products, whose branches all threads
-of a block take alike. Approximate functions are computed exactly, so the last digits are not those of a GPU; asynchronous
-copies are there at once, so a missing wait is not found.
+of a block take alike. Approximate functions are computed exactly, so the last digits are not those of a GPU; but a product or a
+quotient that is added keeps all its digits, as the assembler may fuse the two. Asynchronous copies are there at once, so a
+missing wait is not found.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Block:
     def run(self, arguments: list[Any], place: tuple[int, int, int]) -> None:
         """One block of the grid, at ``place``."""
         self.registers: dict[str, np.ndarray] = {}
+        self.unrounded: dict[str, np.ndarray] = {}
         self.shared = np.full(SHARED, 0xFF, np.uint8)  # NaN until it is written
         self.arguments = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments] + [0, 0]
         blocks = {f"%ctaid.{axis}": np.full(self.threads, n) for axis, n in zip("xyz", place, strict=True)}
@@ -153,6 +155,15 @@ class Block:
                 result = result + self.value(operands[3], double)
             result = result.astype(kind) if parts[1] == "hi" else result
         else:
+            may_fuse = kind == "f4" and "rn" not in parts
+            if may_fuse and name in ("mul", "div"):
+                product = _ARITHMETIC[name](*(v.astype("f8") for v in values))
+                self.set(operands[0], product.astype(kind), active)
+                if active.all():
+                    self.unrounded[operands[0]] = product
+                return None
+            if may_fuse and name in ("add", "sub"):
+                values = [self.unrounded.get(o, v) for o, v in zip(operands[1:], values, strict=True)]
             result = _ARITHMETIC[name](*values) if name not in ("min", "max") else _ARITHMETIC[name]("NaN" in parts, *values)
             result = result.astype(kind)
         self.set(operands[0], result, active)
@@ -263,6 +274,7 @@ class Block:
     def set(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
         if name == "_":
             return
+        self.unrounded.pop(name, None)
         raw = value if value.dtype == bool else value.view(f"u{value.dtype.itemsize}")
         if not active.all():
             raw = np.where(active, raw, self.registers.get(name, np.zeros_like(raw)))

@@ -139,6 +139,24 @@ def check_numbers(capability: int) -> None:
             assert error < 8 * torch.finfo(actual.dtype).eps, f"{case}: {error}"
 
 
+def check_large_mean(capability: int) -> None:
+    """That the compiled kernels, over one tile and several, do not lose the digits that a large mean leaves."""
+    import torch
+
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu
+    from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
+
+    for (channels, size, groups), layout in itertools.product(
+        [(32, (8, 8), 8), (5, (83, 97), 1), (16, (48, 48), 8)], [torch.channels_last, torch.contiguous_format]
+    ):
+        torch.manual_seed(0)
+        x = (100 + 1e-3 * torch.randn(1, channels, *size)).contiguous(memory_format=layout)
+        weight, bias = torch.randn(2, channels)
+        exact = group_norm_silu_reference(x.double().contiguous(), groups, weight.double(), bias.double())
+        error = (run_ptx(partial(group_norm_silu, x, groups, weight, bias), capability).double() - exact).abs().max()
+        assert error <= 8 * torch.finfo(torch.float32).eps * exact.abs().max(), f"{channels}, {size}, {layout}: {error}"
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_is_compiled_computes_what_is_meant(capability):
     pytest.importorskip("triton")
@@ -148,6 +166,7 @@ def test_what_is_compiled_computes_what_is_meant(capability):
 if __name__ == "__main__":
     if "numbers" in sys.argv:
         check_numbers(int(sys.argv[1]))
+        check_large_mean(int(sys.argv[1]))
     else:
         for case in CASES:
             check(case, int(sys.argv[1]))

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ddim_fast.ops import native
-from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_components, conv3x3_of, conv3x3_reference, prepare_conv3x3
+from ddim_fast.ops.conv3x3 import (
+    _copied_larger,
+    conv3x3,
+    conv3x3_components,
+    conv3x3_of,
+    conv3x3_reference,
+    prepare_conv3x3,
+)
 
 HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
 
@@ -303,3 +310,17 @@ def test_of_signals_it_is_along_the_width(monkeypatch, upsample):
 def test_the_native_one_says_that_it_has_none_for_signals():
     with pytest.raises(ValueError, match="it takes 3x3 weights, not 1x3"):
         prepare_conv3x3(torch.zeros(16, 16, 1, 3), torch.float32)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_enlarging_by_a_copy_is_interpolation(rows, layout, compiled):
+    x = torch.randn(2, 3, 5, 4).contiguous(memory_format=layout).requires_grad_()
+    larger = (torch.compile(_copied_larger, fullgraph=True) if compiled else _copied_larger)(x, rows)
+    assert larger.is_contiguous(memory_format=torch.channels_last)
+    exact = F.interpolate(x, scale_factor=(float(rows), 2.0), mode="nearest")
+    assert torch.equal(larger, exact)
+    weights = torch.randn_like(larger)
+    gradients = (torch.autograd.grad((image * weights).sum(), x)[0] for image in (larger, exact))
+    torch.testing.assert_close(*gradients)
