@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m ddim_fast.edit photos/ --strength 0.6
-  python -m ddim_fast.edit sneakers/ --from 7 --to 9 --guidance 2 --out boots
-  python -m ddim_fast.edit shirts/ --class 6 --direction dark/ bright/ --amount -1
+  python -m ddim_fast.edit horses/ --from 7 --to 4 --guidance 2 --out deer
+  python -m ddim_fast.edit cars/ --class 1 --direction dark/ bright/ --amount -1
 """
 
 # A picture of more is no longer one to look at.

@@ -59,7 +59,7 @@ from .training.data import ImageSet, load_images, to_unit_range
 _EXAMPLES = """\
   python -m ddim_fast.evaluate --fetch-inception
   python -m ddim_fast.evaluate --model runs/cifar10 --reference cifar10/ --steps 10,20,50 --out quality
-  python -m ddim_fast.evaluate --reference t10k-images-idx3-ubyte.gz --num 2000 --steps 5,10 --spacing quadratic,adaptive
+  python -m ddim_fast.evaluate --reference cifar10/test.parquet --num 2000 --steps 5,10 --spacing quadratic,adaptive
   python -m ddim_fast.evaluate --images samples.npz --reference fid-train-stats.npz
   python -m ddim_fast.evaluate --data cifar10/test.parquet --loss --reconstruction --steps 10,20,50,100
   python -m ddim_fast.evaluate --fit-timesteps --model runs/cifar10

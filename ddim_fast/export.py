@@ -32,7 +32,7 @@ from .training.averages import average_of_length
 _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
   python -m ddim_fast.export --to diffusers --model ckpt.pth --out cifar10-diffusers
-  python -m ddim_fast.export --to diffusers --class 9 --out boots-diffusers
+  python -m ddim_fast.export --to diffusers --class 7 --out horses-diffusers
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
-  python -m ddim_fast.sample --class 9 --guidance 2 --seeds 0-31 --out boots
+  python -m ddim_fast.sample --class 7 --guidance 2 --seeds 0-31 --out horses
   python -m ddim_fast.sample --solver unipc --spacing adaptive --steps 5
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png

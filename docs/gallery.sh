@@ -14,6 +14,7 @@ pictures=$docs/gallery
 mkdir -p "$pictures"
 cd "$(mktemp -d)"
 run() { python -m "ddim_fast.$1" "${@:2}" --quiet; }
+fashion() { run "$@" --model fashion-mnist; }
 
 # The first eight test images of each class, as photographs might lie there: a folder a class.
 python - "$data" << 'PYTHON'
@@ -40,30 +41,30 @@ for frame in range(5):
 PYTHON
 
 run sample --guidance 2 --out samples --grid "$docs/samples.png"
-run sample --model cifar10-small --guidance 2 --out photographs --grid "$docs/cifar10-small.png"
+fashion sample --guidance 2 --out fashion-samples --grid "$docs/fashion-mnist.png"
 
-run reconstruct one --steps 50 --out reconstruction
+fashion reconstruct one --steps 50 --out reconstruction
 cp reconstruction/comparison.png "$pictures/reconstruction.png"
 
-run interpolate one/3/first.png one/0/first.png --exact --frames 9 --out ends
+fashion interpolate one/3/first.png one/0/first.png --exact --frames 9 --out ends
 cp ends/grid.png "$pictures/interpolation.png"
 cp ends/film.gif "$pictures/interpolation.gif"
-run interpolate one/9/first.png one/5/first.png one/8/first.png one/1/first.png --exact --frames 7 --out corners
+fashion interpolate one/9/first.png one/5/first.png one/8/first.png one/1/first.png --exact --frames 7 --out corners
 cp corners/grid.png "$pictures/corners.png"
-run interpolate --video walk --factor 4 --class 9 --exact --out walk.gif
+fashion interpolate --video walk --factor 4 --class 9 --exact --out walk.gif
 cp walk.gif "$pictures"
 
-restore() { run restore --task "$@" --degrade --steps 10 --travel 1 5; }
+restore() { fashion restore --task "$@" --degrade --steps 10 --travel 1 5; }
 restore inpaint fashion/8 --class 8 --rectangle 10,10,12,12 --out inpaint
 restore super-resolution fashion/7 --class 7 --factor 4 --out small
 restore deblur fashion/2 --class 2 --sigma 1.5 --out blurred
 restore compressed-sensing fashion/3 --class 3 --ratio 0.25 --out sensed
-restore colorize "$photographs" --num-images 20 --model cifar10-small --out colorized
+run restore --task colorize "$photographs" --num-images 20 --degrade --steps 10 --travel 1 5 --out colorized
 for task in inpaint small blurred sensed colorized; do cp $task/comparison.png "$pictures/$task.png"; done
 
-run sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guided.png"
-run edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
-run edit fashion/7 --from 7 --to 9 --guidance 2 --strength 0.6 --out swapped
+fashion sample --class 9 --guidance 3 --seeds 0-9 --out boots --grid "$pictures/guided.png"
+fashion edit fashion/7 --strength 0.6 --class 9 --guidance 2 --out strokes
+fashion edit fashion/7 --from 7 --to 9 --guidance 2 --strength 0.6 --out swapped
 for edit in strokes swapped; do cp $edit/comparison.png "$pictures/$edit.png"; done
 
 # Ten test images of sneakers and of dresses, and training images of dresses: 64 with sleeves and 64 without, by how many pixels are lit
@@ -89,9 +90,9 @@ by_sleeves = dresses[lit.argsort(stable=True)].tolist()
 save("sleeveless", train, by_sleeves[:64])
 save("long", train, by_sleeves[-64:])
 PYTHON
-for strength in 0.6 1; do run edit sneakers --from 7 --to 9 --guidance 2 --strength $strength --out boots-$strength; done
-run edit sneakers --strength 0.6 --class 9 --guidance 2 --out boots-drawn
-run edit dresses --class 3 --direction long sleeveless --out sleeves
+for strength in 0.6 1; do fashion edit sneakers --from 7 --to 9 --guidance 2 --strength $strength --out boots-$strength; done
+fashion edit sneakers --strength 0.6 --class 9 --guidance 2 --out boots-drawn
+fashion edit dresses --class 3 --direction long sleeveless --out sleeves
 python - "$docs/editing.png" << 'PYTHON'
 import sys
 from pathlib import Path

@@ -38,8 +38,9 @@ NARROWEST = 24
 # Tiles of fewer elements get more groups.
 SMALL = 2048
 
-# Groups and chunks that a program merges at a time.
+# Groups and chunks that a program merges at a time; images and channels whose sums it adds.
 MERGE = (4, 256)
+TOTAL = (128, 16)
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -451,6 +452,21 @@ def group_norm_silu_backward_kernel(
             _store_numbers(first, c, _over_positions(_kept(dv, inside, UNIT, WHOLE)), has_channel)
 
 
+@triton.jit
+def totals_kernel(sums_ptr, bias_grad_ptr, weight_grad_ptr, images, channels, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sums of all images, (images, 2, channels), added up: the gradients of bias and weight."""
+    row, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dy_sums = tl.zeros([ROWS, BLOCK_C], sums_ptr.dtype.element_ty)
+    product_sums = tl.zeros_like(dy_sums)
+    for first in range(0, images, ROWS):
+        pointers = sums_ptr + (first + row) * 2 * channels + c[None, :]
+        inside = (first + row < images) & (c < channels)[None, :]
+        dy_sums += tl.load(pointers, mask=inside, other=0.0)
+        product_sums += tl.load(pointers + channels, mask=inside, other=0.0)
+    tl.store(bias_grad_ptr + c, tl.sum(dy_sums, axis=0), mask=c < channels)
+    tl.store(weight_grad_ptr + c, tl.sum(product_sums, axis=0), mask=c < channels)
+
+
 def group_norm_silu(
     x: torch.Tensor,
     num_groups: int,
@@ -554,10 +570,16 @@ def group_norm_silu_backward(
         sums = sums * (1 + scale.to(call.wide))[:, None]
     if pre_shift is not None:
         pre_shift_grad = pre_shift_grad[:, 0] if call.chunks == 1 else pre_shift_grad.sum(1).to(pre_shift.dtype)
+    bias_grad, weight_grad = (torch.empty(call.channels, dtype=t.dtype, device=x.device) for t in (bias, weight))
+    rows, block_c = TOTAL
+    with torch.cuda.device_of(x):
+        totals_kernel[triton.cdiv(call.channels, block_c),](
+            sums, bias_grad, weight_grad, len(x), call.channels, ROWS=rows, BLOCK_C=block_c
+        )
     return Gradients(
         x_grad,
-        sums[:, 1].sum(0).to(weight.dtype),
-        sums[:, 0].sum(0).to(bias.dtype),
+        weight_grad,
+        bias_grad,
         pre_shift_grad,
         scale_grad,
         shift_grad,

@@ -44,7 +44,7 @@ __all__ = [
 C = TypeVar("C", UNetConfig, AutoencoderConfig)
 
 PACKAGED = Path(__file__).parent / "packaged"
-DEFAULT_MODEL = "fashion-mnist"
+DEFAULT_MODEL = "cifar10-64"
 _AUDIO = "audio.json"
 
 # The name of the weights' file, without its suffix.

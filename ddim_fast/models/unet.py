@@ -131,7 +131,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
         Outside are the first convolution, the last residual block, which takes that convolution's result as its skip, and the
         output layers: a tenth of the network. Deep is everything else. With all of the first level outside, a third of the
-        network, the packaged model's images were no better.
+        network, the images of the packaged fashion-mnist were no better.
 
         Args:
             x: (N, C, H, W) noisy images.

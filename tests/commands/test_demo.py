@@ -82,7 +82,7 @@ def test_wrong_options(run_here):
 @contextlib.contextmanager
 def served():
     """The page's address, while it is served by the command."""
-    command = [sys.executable, "-m", "ddim_fast.demo", "--port", "0"]
+    command = [sys.executable, "-m", "ddim_fast.demo", "--model", "fashion-mnist", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
         try:
             yield re.search(r"http://\S+", server.stdout.readline())[0]

@@ -13,7 +13,7 @@ from ddim_fast.training.data import load_images, to_unit_range
 
 @pytest.fixture
 def run(run_here):
-    return functools.partial(run_here, edit)
+    return functools.partial(run_here, edit, "--model", "fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def sampler():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, sampler):
-    """Three samples of the packaged model, dark ones and bright ones of which, and an empty folder."""
+    """Three samples of the packaged fashion-mnist, dark ones and bright ones of which, and an empty folder."""
     place = tmp_path_factory.mktemp("pictures")
     images = to_uint8(sampler.sample(seeds=[0, 1, 2], labels=[7, 7, 9], guidance=2.0))
     for folder, change in (("shoes", 1.0), ("dark", 0.5), ("empty", None)):

@@ -11,7 +11,7 @@ from ddim_fast.media import to_uint8
 
 @pytest.fixture
 def run(run_here):
-    return functools.partial(run_here, interpolate)
+    return functools.partial(run_here, interpolate, "--model", "fashion-mnist")
 
 
 def picture(path):

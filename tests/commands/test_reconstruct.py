@@ -12,12 +12,12 @@ from ddim_fast import Sampler, UNet, reconstruct
 
 @pytest.fixture
 def run(run_here):
-    return functools.partial(run_here, reconstruct)
+    return functools.partial(run_here, reconstruct, "--model", "fashion-mnist")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two samples of the packaged model in folders of their classes, numbered as the model's."""
+    """Two samples of the packaged fashion-mnist in folders of their classes, numbered as the model's."""
     place = tmp_path_factory.mktemp("pictures")
     for label in range(10):
         (place / f"{label}").mkdir()

@@ -112,7 +112,7 @@ def test_colours_are_found_for_grey_images(run, checkpoint, here):
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """Four samples of the packaged model in folders of their classes, numbered as the model's."""
+    """Four samples of the packaged fashion-mnist in folders of their classes, numbered as the model's."""
     folder = tmp_path_factory.mktemp("clothes")
     labels = [0, 2, 5, 9]
     images = Sampler(UNet.from_pretrained("fashion-mnist"), steps=20).sample(seeds=range(4), labels=labels, guidance=2.0)
@@ -134,7 +134,7 @@ def clothes(tmp_path_factory):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_the_figures_say_what_the_model_adds(task, evaluations, seen, run, clothes, here):
-    code, out, _ = run("--task", *task, clothes, "--degrade", "--steps", 10)
+    code, out, _ = run("--task", *task, clothes, "--degrade", "--steps", 10, "--model", "fashion-mnist")
     assert code == 0 and f"4 images restored by {evaluations} network evaluations each" in out
     figures = record(here / "restored")["overall"]
     assert figures["psnr"] > figures["psnr_of_pseudo_inverse"] + seen
@@ -151,13 +151,26 @@ def test_a_blurred_file_is_sharper_afterwards(run, clothes, here):
     truth = picture(clothes / "9" / "9.png")
     blurred = to_uint8(blur(torch.tensor(truth / 127.5 - 1).float()[None, None]))[0, ..., 0]
     Image.fromarray(blurred).save(here / "boot.png")
-    assert run("--task", "deblur", "--sigma", 1, "boot.png", "--class", 9, "--steps", 10)[0] == 0
+    options = ["--class", 9, "--steps", 10, "--model", "fashion-mnist"]
+    assert run("--task", "deblur", "--sigma", 1, "boot.png", *options)[0] == 0
     before, after = (np.square(image - truth).mean() for image in (blurred, picture(here / "restored" / "boot.png")))
     assert after < before / 4
 
 
 def test_noise_is_added_where_images_are_degraded(run, clothes, here):
-    options = ["--task", "inpaint", "--rectangle", "0,0,8,8", clothes, "--degrade", "--steps", 2, "--quiet"]
+    options = [
+        "--task",
+        "inpaint",
+        "--rectangle",
+        "0,0,8,8",
+        clothes,
+        "--degrade",
+        "--steps",
+        2,
+        "--quiet",
+        "--model",
+        "fashion-mnist",
+    ]
     run(*options, "--noise-std", 0.2)
     added = record(here / "restored")["images"]["9"]["psnr_of_pseudo_inverse"]
     run(*options, "--out", "clean")
