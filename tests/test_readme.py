@@ -13,7 +13,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_api_example():
     names: dict = {}
     exec(EXAMPLES[0], names)
-    assert names["images"].shape == names["latents"].shape == (10, 1, 32, 32)
+    assert names["images"].shape == names["latents"].shape == (10, 3, 32, 32)
     assert names["images"].dtype == torch.float32 and names["images"].abs().max() < 1.5
     assert names["latents"].std() == pytest.approx(1.0, abs=0.25)
     assert len(names["timesteps"]) == 20

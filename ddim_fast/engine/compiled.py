@@ -40,11 +40,11 @@ class Compiled(Eager):
         key = (run.signature, deep is None, function is self.one_step)
         first = key not in self._compiled
         if first:
-            self._compiled[key] = self._compile(function, run)
+            self._compiled[key] = self._compile(function)
         with torch.compiler.set_stance("default" if first else "fail_on_recompile"):
             return self._compiled[key](x, run, index, deep)
 
-    def _compile(self, function: Callable[..., Any], run: Run) -> Callable[..., Any]:
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the one step, to be compiled for runs such as this one."""
 
         def sampling_step(x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
@@ -53,9 +53,8 @@ class Compiled(Eager):
         # torch.compile keeps what it compiled with a function's code, and gives up after a few times. Code of its own for each
         # signature, then, so that samplers and batch sizes do not count as recompilations of each other.
         own = types.FunctionType(sampling_step.__code__.replace(), sampling_step.__globals__, closure=sampling_step.__closure__)
-        options = None
-        if run.x.is_cuda:  # tuned, and without a table on the terminal for each convolution
-            options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "autotune_num_choices_displayed": 0}
+        # Should TORCHINDUCTOR_MAX_AUTOTUNE=1 have it tuned, which takes minutes: without a table on the terminal for each operator.
+        options = {"autotune_num_choices_displayed": 0}
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 

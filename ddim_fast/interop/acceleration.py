@@ -409,7 +409,7 @@ def _set_engine(model: nn.Module, engine: str) -> None:
     if engine == "compiled":
         model.compile(fullgraph=True)
         return
-    model.compile(fullgraph=True, mode="max-autotune")
+    model.compile(fullgraph=True, mode="reduce-overhead")  # CUDA graphs
     model._compiled_call_impl = functools.partial(_replayed, model._compiled_call_impl)
 
 
