@@ -53,7 +53,7 @@ class Compiled(Eager):
         # torch.compile keeps what it compiled with a function's code, and gives up after a few times. Code of its own for each
         # signature, then, so that samplers and batch sizes do not count as recompilations of each other.
         own = types.FunctionType(sampling_step.__code__.replace(), sampling_step.__globals__, closure=sampling_step.__closure__)
-        # Should TORCHINDUCTOR_MAX_AUTOTUNE=1 have it tuned, which takes minutes: without a table on the terminal for each operator.
+        # Where TORCHINDUCTOR_MAX_AUTOTUNE=1 has it tuned, which takes minutes, no table on the terminal for each operator.
         options = {"autotune_num_choices_displayed": 0}
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 

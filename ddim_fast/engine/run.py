@@ -90,7 +90,8 @@ class OneStep:
     Args:
         reuse: every how many steps the network computes its deep features; 1 is every step. In the steps between they are
             extrapolated linearly in the step's number (as by Liu et al. 2025, arXiv 2503.06923, of first order). Features that
-            merely stay as they are lag behind: with them, the packaged fashion-mnist did worse than by fewer steps in the same time.
+            merely stay as they are lag behind: with them, the packaged fashion-mnist did worse than by fewer steps in the same
+            time.
 
     Raises:
         ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
