@@ -452,4 +452,4 @@ def test_a_film_is_made_of_a_run_that_goes_on(run, checkpoint, tmp_path):
 def test_help_shows_examples_and_defaults(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "examples:" in out and "--class 9 --guidance 2" in out and "(default: 20)" in out
+    assert "examples:" in out and "--class 7 --guidance 2" in out and "(default: 20)" in out
