@@ -45,7 +45,7 @@ class Compiled(Eager):
             return self._compiled[key](x, run, index, deep)
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the one step, to be compiled for runs such as this one."""
+        """A function of the one step, to be compiled for what it is first called with."""
 
         def sampling_step(x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
             return function(x, run, index, deep)

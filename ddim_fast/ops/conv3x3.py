@@ -253,8 +253,8 @@ def _enlarged(x: Tensor, rows: int) -> Tensor:
 
 
 def _copied_larger(x: Tensor, rows: int) -> Tensor:
-    """The same, channels_last. On a GPU it is a copy at a copy's rate, which PyTorch's kernel for this is not; and its gradient
-    is a sum, where torch.compile makes atomic additions of the other's, in the images' dtype and in any order."""
+    """The same, channels_last, as a copy. Its gradient is a sum; of interpolation's, torch.compile makes atomic additions on a
+    GPU, in the images' dtype and in any order."""
     n, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
     larger = pixels.expand(n, height, rows, width, 2, channels).reshape(n, rows * height, 2 * width, channels)
