@@ -158,7 +158,8 @@ def test_a_blurred_file_is_sharper_afterwards(run, clothes, here):
 
 
 def test_noise_is_added_where_images_are_degraded(run, clothes, here):
-    options = [clothes, *"--model fashion-mnist --task inpaint --rectangle 0,0,8,8 --degrade --steps 2 --quiet".split()]
+    options = [clothes, "--model", "fashion-mnist", "--degrade", "--steps", 2, "--quiet"]
+    options += ["--task", "inpaint", "--rectangle", "0,0,8,8"]
     run(*options, "--noise-std", 0.2)
     added = record(here / "restored")["images"]["9"]["psnr_of_pseudo_inverse"]
     run(*options, "--out", "clean")
