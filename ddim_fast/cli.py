@@ -32,6 +32,7 @@ __all__ = [
     "CONVERT_HELP",
     "DTYPES",
     "IMAGES_HELP",
+    "INTERVAL_HELP",
     "MODEL_HELP",
     "CommandParser",
     "add_sampler_options",
@@ -58,6 +59,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
+INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import __version__
 from .cli import (
     DTYPES,
+    INTERVAL_HELP,
     MODEL_HELP,
     CommandParser,
     parse_eta,
@@ -32,6 +33,7 @@ from .cli import (
 )
 from .devices import pick_device
 from .diffusion.adaptive import fit_timesteps
+from .diffusion.guidance import check_interval
 from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
@@ -98,6 +100,7 @@ def _parser() -> CommandParser:
     p.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
     p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     p.add_argument(
         "--compile", action="store_true", help="the fastest execution on the device, as for python -m ddim_fast.sample"
@@ -213,6 +216,7 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
     if arguments.fit_timesteps:
         _fit(parser, work, model, folder)
     with parser.usage_errors():
+        check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         samplers = list(_samplers(arguments, model))
         for _, make in samplers:
             make(torch.float32)  # a setting that is impossible is found before anything is measured
@@ -274,7 +278,7 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict
         return {
             **options,
             **fitted,
-            "guidance": arguments.guidance,
+            **_guidance(arguments),
             "dtype": str(dtype).removeprefix("torch."),
             "engine": engine,
         }, make
@@ -285,6 +289,12 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict
                 yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
     for tolerance in arguments.tolerance:
         yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
+
+
+def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
+    interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
+    return {"guidance": arguments.guidance, **interval}
 
 
 def _measure_quality(
@@ -312,7 +322,7 @@ def _measure_quality(
         images = sampler.sample(
             seeds=seeds[numbers.start : numbers.stop],
             labels=None if labels is None else labels[numbers.start : numbers.stop],
-            guidance=arguments.guidance,
+            **_guidance(arguments),
             batch_size=arguments.batch_size,
         )
         if not torch.isfinite(images).all():
@@ -408,7 +418,7 @@ def _measure_trajectories(
     common = {
         "class": arguments.classes if model.config.num_classes is not None else None,
         "seeds": f"{seeds.start}-{seeds.stop - 1}",
-        "guidance": arguments.guidance,
+        **_guidance(arguments),
     }
 
     def sampled(sampler: Sampler, numbers: range) -> Tensor:
@@ -416,7 +426,7 @@ def _measure_trajectories(
         return sampler.sample(
             seeds=seeds[part],
             labels=None if labels is None else labels[part],
-            guidance=arguments.guidance,
+            **_guidance(arguments),
             batch_size=arguments.batch_size,
         ).cpu()
 

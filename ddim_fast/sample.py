@@ -17,6 +17,7 @@ from tqdm import tqdm
 from . import __version__
 from .cli import (
     DTYPES,
+    INTERVAL_HELP,
     MODEL_HELP,
     CommandParser,
     list_integers,
@@ -81,7 +82,7 @@ def _parser() -> CommandParser:
     p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
-    p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=_INTERVAL_HELP)
+    p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
     p.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     p.add_argument("--engine", choices=_ENGINES, default="auto", help=_ENGINE_HELP)
     p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
@@ -111,7 +112,6 @@ _TOLERANCE_HELP = (
     "0.05; each image takes the steps it needs"
 )
 _SPACING_HELP = f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0"
-_INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
 _COMPILE_HELP = (
     "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
     "on a CPU this package's C++ operators, or torch.compile where those were not built"

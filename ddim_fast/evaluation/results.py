@@ -190,13 +190,18 @@ def _line(row: Row) -> str:
     elif s.get("solver"):
         words += [s["solver"], s["spacing"]] + ([f"eta {s['eta']}"] if s["eta"] else [])
     if s.get("guidance") is not None:
-        words.append(f"guidance {s['guidance']:g}")
+        words.append(f"guidance {_guidance(row)}")
     return ", ".join(words)
 
 
 def _spacing(row: Row) -> str:
     s = row["settings"]
     return f"tolerance {s['tolerance']:g}" if s.get("tolerance") is not None else _text("spacing")(row)
+
+
+def _guidance(row: Row) -> str:
+    interval = row["settings"].get("guidance_interval")
+    return _text("guidance")(row) + ("" if interval is None else f" in {interval[0]}-{interval[1]}")
 
 
 def _text(name: str) -> Callable[[Row], str]:
@@ -240,7 +245,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "quality": {
         **_NETWORK,
         **_SAMPLER,
-        "guidance": _text("guidance"),
+        "guidance": _guidance,
         "precision of numbers": _text("dtype"),
         "FID": lambda row: f"{row[row['label']]:.2f}",
         "KID x 1000": _with_error("KID", ".2f", 1000),

@@ -90,6 +90,17 @@ def test_a_grid_of_settings_is_measured_once(run, checkpoint, photos, tmp_path, 
     assert len(rows(tmp_path, "quality")) == 8
 
 
+def test_guidance_in_an_interval(run, checkpoint, tmp_path):
+    command = ["--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 3, "--spacing", "linear"]
+    for options in ([], ["--guidance", 2], ["--guidance", 2, "--guidance-interval", 400, 600]):
+        code, _, err = run(*command, *options)
+        assert code == 0, err
+    none, everywhere, between = rows(tmp_path, "trajectory")
+    assert [row["evaluations"] for row in (none, everywhere, between)] == [3, 6, 4]
+    assert len({row["error"] for row in (none, everywhere, between)}) == 3
+    assert between["settings"]["guidance_interval"] == [400, 600] and "guidance_interval" not in everywhere["settings"]
+
+
 def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_inception):
     command = ["--images", photos, "--reference", photos, "--inception", tmp_path]
     code, _out, _ = run(*command, "--num", 40)
@@ -160,6 +171,8 @@ def test_the_root_of_a_mean_and_its_standard_error(tmp_path):
         (["--reference", "x", "--solver", "euler"], "unknown name 'euler'"),
         (["--reference", "x", "--tolerance", "small"], "'small' is not a list of numbers"),
         (["--trajectory-error", "--tolerance", "-1"], "tolerance must be a positive number; got -1"),
+        (["--trajectory-error", "--guidance", "2", "--guidance-interval", "600", "300"], "the lower one first"),
+        (["--trajectory-error", "--guidance-interval", "300", "600"], "give its scale, guidance, as well"),
         (["--reference", "x"], "there is no feature network"),
         (["--trajectory-error", "--model", "nobody"], "unknown model 'nobody'"),
     ],

@@ -59,6 +59,7 @@ def test_the_report_has_a_table_and_a_picture_a_kind(tmp_path):
     results = Results(tmp_path)
     for steps, fid in ((20, 3.25), (5, 9.0)):
         results.add(*quality(steps, fid, guidance=2.0))
+    results.add(*quality(50, 2.0, guidance=1.5, guidance_interval=[100, 700]))
     loss = {"images": 3, "loss": 0.03, "loss standard error": 0.001, "loss by timestep": {"0-9": 0.5, "10-99": None}}
     results.add("loss", {"model": "m", "data": "d"}, loss, RUN)
     files = results.report()
@@ -66,8 +67,8 @@ def test_the_report_has_a_table_and_a_picture_a_kind(tmp_path):
     lines = files[0].read_text().splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert "FID-10" in table[0] and "FID |" not in table[0]
-    assert [row.split(" | ")[4] for row in table[2:4]] == ["5", "20"] and "9.00" in table[2]
-    assert "0.0300 ± 0.0010 | 0-9: 0.5 |" in table[6]
+    assert [row.split(" | ")[4:6] for row in table[2:5]] == [["5", "2"], ["20", "2"], ["50", "1.5 in 100-700"]]
+    assert "9.00" in table[2] and "0.0300 ± 0.0010 | 0-9: 0.5 |" in table[7]
     assert "1. a machine; ddim_fast 0, torch 0: `python -m ddim_fast.evaluate`" in lines
 
 
