@@ -21,8 +21,8 @@ S at once.
 
 Which of these costs describes a model and a solver, and whether a spacing from a formula does better than all of them, is
 measured for S = 1 to 10, 15 and 20 by sampling the calibration trajectories themselves with that solver: of the timesteps that
-are as near to the solution in pixels as linear and quadratic spacing, those are chosen whose images are the nearest with all
-frequencies counted alike, which is what FID was seen to follow (docs/quality.md).
+are as near to the solution in pixels as quadratic spacing, those are chosen whose images are the nearest with all frequencies
+counted alike, which is what FID was seen to follow (docs/quality.md).
 
 That few measured trajectories say which timesteps a model needs is the idea of Watson et al. 2021 ("Learning to Efficiently
 Sample from Diffusion Probabilistic Models"), who minimise the likelihood bound, a sum over steps too, by the same dynamic
@@ -54,13 +54,13 @@ _FLOW_STEPS, _FOLLOWED = 16, 0.03
 _GAINS = 10
 
 # The costs that are tried, every share of whitening with every c; p by solver; and the spacings that have to be beaten.
-_WHITENED = (0.0, 0.25, 0.5)
+_WHITENED = (0.25, 0.5, 1.0)
 _GAIN_POWERS = (0.5, 0.75, 1.0)
 _ERROR_POWER = {"ddim": 1.0, "dpm-solver++": 2.0, "unipc": 2.0}
 _RIVALS = ("linear", "quadratic", "trailing")
 
-# Nothing is chosen that is further from the solution than one of these.
-_BOUNDS = ("linear", "quadratic")
+# Nothing is chosen that is further from the solution, in pixels, than this one.
+_BOUND = "quadratic"
 
 # The power of 8-bit images' rounding, 2/255 a level: what is weaker counts as if it had that.
 _ROUNDING = (2 / 255) ** 2 / 12
@@ -139,7 +139,7 @@ def fit_timesteps(
         for steps in range(1, most + 1):
             if steps in _MEASURED:
                 found = [missed(solver, tuple(timesteps[steps])) for timesteps in candidates]
-                bound = min(missed(solver, tuple(rivals[spacing][steps]))[0] for spacing in _BOUNDS)
+                bound, _ = missed(solver, tuple(rivals[_BOUND][steps]))
                 near = [i for i, (in_pixels, _) in enumerate(found) if in_pixels <= bound]
                 best = candidates[min(near, key=lambda i: found[i][1])]
             chosen[solver][steps] = best[steps]
