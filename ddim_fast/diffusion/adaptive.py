@@ -138,10 +138,9 @@ def fit_timesteps(
         chosen[solver] = {}
         for steps in range(1, most + 1):
             if steps in _MEASURED:
-                found = [missed(solver, tuple(timesteps[steps])) for timesteps in candidates]
                 bound, _ = missed(solver, tuple(rivals[_BOUND][steps]))
-                near = [i for i, (in_pixels, _) in enumerate(found) if in_pixels <= bound]
-                best = candidates[min(near, key=lambda i: found[i][1])]
+                near = [timesteps for timesteps in candidates if missed(solver, tuple(timesteps[steps]))[0] <= bound]
+                best = min(near, key=lambda timesteps: missed(solver, tuple(timesteps[steps]))[1])
             chosen[solver][steps] = best[steps]
     return chosen
 
