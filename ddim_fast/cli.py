@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
+    from .jobs.outputs import Output
     from .models.audio import AudioConfig
-    from .outputs import Output
 
     AnySampler = Sampler | LatentSampler
 

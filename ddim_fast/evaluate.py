@@ -6,16 +6,13 @@ import argparse
 import functools
 import hashlib
 import itertools
-import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import __version__
 from .cli import (
@@ -38,25 +35,27 @@ from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .engine import fastest_engine
-from .evaluation.denoising import by_noise, denoising_error, spread_timesteps
-from .evaluation.frechet import frechet_distance
 from .evaluation.inception import FeatureNetwork, load_inception
-from .evaluation.kernel_distance import kernel_distance
-from .evaluation.parts import Parts, make_parts
+from .evaluation.measures import (
+    Draws,
+    Settings,
+    exact_images,
+    measure_loss,
+    measure_pictures,
+    measure_reconstruction,
+    measure_samples,
+    measure_trajectories,
+)
 from .evaluation.pictures import read_pictures
-from .evaluation.precision_recall import precision_recall
-from .evaluation.reconstruction import reconstruction_error
-from .evaluation.reference import KEPT_FEATURES, Reference, load_reference
-from .evaluation.results import Results, fid_label, machine
+from .evaluation.reference import Reference, load_reference
+from .evaluation.results import Results, machine
 from .evaluation.weights import default_weights, fetch_weights
 from .evaluation.work import Work
-from .files import cache_folder
-from .media import to_uint8
 from .models.checkpoint import DEFAULT_MODEL, save_timesteps
 from .models.checksum import weights_checksum
 from .models.unet import UNet
 from .processes import Processes
-from .training.data import ImageSet, load_images, to_unit_range
+from .training.data import ImageSet, load_images
 
 _EXAMPLES = """\
   python -m ddim_fast.evaluate --fetch-inception
@@ -202,17 +201,14 @@ def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: 
         "features": network.name,
         "num": count,
     }
-    if not work.has("quality", settings):
-        parts = work.rows("quality", settings, count, network.features, lambda n: network.of(pictures[n.start : n.stop]))
-        work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
+    measure_pictures(work, settings, pictures, network, reference)
 
 
 def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: Work) -> None:
-    device = work.device
     folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
-    model = model.to(device)
+    model = model.to(work.device)
     if arguments.fit_timesteps:
         _fit(parser, work, model, folder)
     with parser.usage_errors():
@@ -221,18 +217,28 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
         for _, make in samplers:
             make(torch.float32)  # a setting that is impossible is found before anything is measured
         data = None if arguments.data is None else _data(arguments, model)
-        seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _NUM))
+        for_quality, for_trajectories = (_draws(arguments, model, count) for count in (_NUM, _TRAJECTORIES))
         if arguments.reference is not None:
             network, reference = _reference(arguments, work, model.config.image_shape)
     if arguments.loss:
-        _measure_loss(arguments, work, model, weights, data)
+        measure_loss(work, {**weights, **_held_out(arguments, data), "dtype": "float32"}, model, data)
     if arguments.reconstruction:
-        _measure_reconstruction(parser, arguments, work, samplers, weights, data)
-    if arguments.trajectory_error:
-        _measure_trajectories(parser, arguments, work, model, samplers, weights)
-    if arguments.reference is not None:
         for settings, make in samplers:
-            _measure_quality(arguments, work, model, {**weights, **settings}, make, seeds, network, reference)
+            if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
+                parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
+            measure_reconstruction(work, {**weights, **settings, **_held_out(arguments, data)}, make, data)
+    if arguments.trajectory_error:
+        draws, drawn = for_trajectories
+        exact = functools.cache(lambda: exact_images(work, model, draws, [weights["weights"], drawn]))
+        for settings, make in samplers:
+            if settings["solver"] == "ddpm" or settings["eta"] not in (None, 0):
+                parser.error("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
+            measure_trajectories(work, {**weights, **settings, **drawn}, make, draws, exact)
+    if arguments.reference is not None:
+        draws, drawn = for_quality
+        drawn |= {"reference": arguments.reference, "features": network.name}
+        for settings, make in samplers:
+            measure_samples(work, {**weights, **settings, **drawn}, make, draws, network, reference)
 
 
 def _reference(
@@ -259,19 +265,41 @@ def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
     return ImageSet(data.images[: arguments.num], None if labels is None else labels[: arguments.num])
 
 
-_MakeSampler = Callable[[torch.dtype | None], Sampler]
+def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
+    return {"data": arguments.data, "num": len(data)}
 
 
-def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict[str, Any], _MakeSampler]]:
-    """Settings, and a function that makes their sampler in a dtype, or in the one that the user named."""
+def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[Draws, Settings]:
+    """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
+    seeds, classes = range(arguments.first_seed, arguments.first_seed + (arguments.num or count)), model.config.num_classes
+    draws = Draws(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
+    return draws, {
+        "class": arguments.classes if classes is not None else None,
+        "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        **draws.guidance,
+    }
+
+
+def _guidance(arguments: argparse.Namespace) -> Settings:
+    """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
+    interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
+    return {"guidance": arguments.guidance, **interval}
+
+
+# Makes a sampler in a dtype, or in the one that the user named.
+_MakeSampler = Callable[..., Sampler]
+
+
+def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[Settings, _MakeSampler]]:
+    """The samplers that the user names, each with its settings."""
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)
     engine = fastest_engine(device) if arguments.compile else "eager"
 
-    def setting(engine: str, **options: Any) -> tuple[dict[str, Any], _MakeSampler]:
-        def make(chosen: torch.dtype | None = None) -> Sampler:
+    def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
+        def make(chosen: torch.dtype = dtype) -> Sampler:
             named = {name: value for name, value in options.items() if value is not None}
-            return Sampler(model, engine=engine, dtype=chosen or dtype, **named)
+            return Sampler(model, engine=engine, dtype=chosen, **named)
 
         # A fit can be made anew: then these are other timesteps.
         fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}
@@ -291,177 +319,6 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[dict
         yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
 
 
-def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
-    interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
-    return {"guidance": arguments.guidance, **interval}
-
-
-def _measure_quality(
-    arguments: argparse.Namespace,
-    work: Work,
-    model: UNet,
-    settings: dict[str, Any],
-    make: _MakeSampler,
-    seeds: range,
-    network: FeatureNetwork,
-    reference: Reference,
-) -> None:
-    settings |= {
-        "class": arguments.classes if model.config.num_classes is not None else None,
-        "seeds": f"{seeds.start}-{seeds.stop - 1}",
-        "reference": arguments.reference,
-        "features": network.name,
-    }
-    if work.has("quality", settings):
-        return
-    labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
-    sampler = make(None)
-
-    def compute(numbers: range) -> Tensor:
-        images = sampler.sample(
-            seeds=seeds[numbers.start : numbers.stop],
-            labels=None if labels is None else labels[numbers.start : numbers.stop],
-            **_guidance(arguments),
-            batch_size=arguments.batch_size,
-        )
-        if not torch.isfinite(images).all():
-            raise ValueError(f"{arguments.model}: the samples are not finite; try --dtype float32")
-        features = network.of(torch.from_numpy(to_uint8(images)).movedim(-1, 1))
-        return torch.cat([features.cpu(), sampler.evaluations[:, None].float()], dim=1)
-
-    started = time.perf_counter()
-    parts = work.rows("quality", settings, len(seeds), network.features + 1, compute)
-    seconds = time.perf_counter() - started
-
-    def find() -> dict[str, Any]:
-        evaluations = float(parts.all()[:, -1].mean())
-        return {"evaluations": evaluations, **_quality(parts, network, reference), "seconds": seconds}
-
-    work.record("quality", settings, parts, find)
-
-
-def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
-    label = fid_label(parts.count)
-    fid = frechet_distance(reference.statistics, parts.statistics(network.features))
-    images = "unknown number of" if reference.images is None else f"{reference.images:,}"
-    found: dict[str, Any] = {"images": parts.count, "reference images": f"{images} images", "label": label, label: fid}
-    if reference.features is not None and min(parts.count, len(reference.features)) > 3:
-        features = parts.some(KEPT_FEATURES)[:, : network.features]
-        kid = kernel_distance(features, reference.features)
-        many = min(len(features), len(reference.features))  # both depend on the numbers, so they are made equal
-        pr = precision_recall(features[:many], reference.features[:many])
-        found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
-    return found
-
-
-def _measure_loss(arguments: argparse.Namespace, work: Work, model: UNet, weights: dict[str, str], data: ImageSet) -> None:
-    settings = {**weights, "data": arguments.data, "num": len(data), "dtype": "float32"}
-    if work.has("loss", settings):
-        return
-    network = model.for_inference(torch.float32)
-    timesteps = spread_timesteps(len(data), model.config.num_train_timesteps)
-
-    def compute(numbers: range) -> Tensor:
-        part = slice(numbers.start, numbers.stop)
-        labels = None if data.labels is None else data.labels[part]
-        images = to_unit_range(data.images[part])
-        return denoising_error(network, images, labels, timesteps[part], numbers, arguments.batch_size)[:, None]
-
-    parts = work.rows("loss", settings, len(data), 1, compute)
-
-    def find() -> dict[str, Any]:
-        each = by_noise(parts.all()[:, 0], timesteps.numpy(), model.config.num_train_timesteps)
-        return {"images": len(data), **_mean("loss", parts), "loss by timestep": each}
-
-    work.record("loss", settings, parts, find)
-
-
-def _measure_reconstruction(
-    parser: CommandParser,
-    arguments: argparse.Namespace,
-    work: Work,
-    samplers: list[tuple[dict[str, Any], _MakeSampler]],
-    weights: dict[str, str],
-    data: ImageSet,
-) -> None:
-    for settings, make in samplers:
-        if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
-            parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance and no --guidance")
-        settings = {**weights, **settings, "data": arguments.data, "num": len(data)}
-        if work.has("reconstruction", settings):
-            continue
-        sampler = make(None)
-
-        def compute(numbers: range, sampler: Sampler = sampler) -> Tensor:
-            part = slice(numbers.start, numbers.stop)
-            labels = None if data.labels is None else data.labels[part]
-            return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, arguments.batch_size)[:, None]
-
-        parts = work.rows("reconstruction", settings, len(data), 1, compute)
-        work.record("reconstruction", settings, parts, lambda p=parts: {"images": len(data), **_mean("error", p)})
-
-
-def _measure_trajectories(
-    parser: CommandParser,
-    arguments: argparse.Namespace,
-    work: Work,
-    model: UNet,
-    samplers: list[tuple[dict[str, Any], _MakeSampler]],
-    weights: dict[str, str],
-) -> None:
-    """The images of each sampler beside those that all T steps of DDIM make of the same noise, which are kept in the cache."""
-    shape, total = model.config.image_shape, model.config.num_train_timesteps
-    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num or _TRAJECTORIES))
-    with parser.usage_errors():
-        labels = seed_labels(arguments.classes, seeds, model.config.num_classes)
-    common = {
-        "class": arguments.classes if model.config.num_classes is not None else None,
-        "seeds": f"{seeds.start}-{seeds.stop - 1}",
-        **_guidance(arguments),
-    }
-
-    def sampled(sampler: Sampler, numbers: range) -> Tensor:
-        part = slice(numbers.start, numbers.stop)
-        return sampler.sample(
-            seeds=seeds[part],
-            labels=None if labels is None else labels[part],
-            **_guidance(arguments),
-            batch_size=arguments.batch_size,
-        ).cpu()
-
-    @functools.cache
-    def solution() -> Tensor:
-        key = hashlib.sha256(json.dumps([weights["weights"], common], sort_keys=True).encode()).hexdigest()[:32]
-        parts = Parts(cache_folder() / "solutions" / key, len(seeds), shape[0] * shape[1] * shape[2], arguments.batch_size)
-        exact = Sampler(model, steps=total, spacing="linear")
-        with work.progress(f"{total} steps", len(seeds)) as bar:
-            make_parts(parts, lambda numbers: sampled(exact, numbers).flatten(1), work.processes, bar)
-        return torch.from_numpy(parts.all()).reshape(len(seeds), *shape)
-
-    for settings, make in samplers:
-        if settings["solver"] == "ddpm" or settings["eta"] not in (None, 0):
-            parser.error("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
-        settings = {**weights, **settings, **common}
-        if work.has("trajectory", settings):
-            continue
-        sampler, exact = make(None), solution()
-
-        def compute(numbers: range, sampler: Sampler = sampler, exact: Tensor = exact) -> Tensor:
-            difference = sampled(sampler, numbers) - exact[numbers.start : numbers.stop]
-            error = difference.double().square().mean(dim=(1, 2, 3))
-            return torch.stack([error, sampler.evaluations.double()], dim=1)
-
-        parts = work.rows("trajectory", settings, len(seeds), 2, compute)
-
-        def find(parts: Parts = parts) -> dict[str, Any]:
-            evaluations = float(parts.all()[:, 1].mean(dtype=float))
-            numbers = {"evaluations": evaluations, **_root_mean("error", parts)}
-            return {"images": len(seeds), "solution steps": total, **numbers}
-
-        work.record("trajectory", settings, parts, find)
-
-
 def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
     """Fit timesteps, write them beside the checkpoint, and give them to the model."""
     if not path.exists():
@@ -477,19 +334,6 @@ def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
         return timesteps
 
     model.fitted_timesteps = work.processes.from_first(fit)
-
-
-def _mean(name: str, parts: Parts) -> dict[str, float | None]:
-    values = parts.all()[:, 0].astype(float)
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {name: float(values.mean()), f"{name} standard error": error}
-
-
-def _root_mean(name: str, parts: Parts) -> dict[str, float | None]:
-    """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
-    mean = _mean(name, parts)
-    root, error = mean[name] ** 0.5, mean[f"{name} standard error"]
-    return {name: root, f"{name} standard error": error / (2 * root) if error is not None and root else error}
 
 
 def _names(known: Any) -> Callable[[str], list[str]]:

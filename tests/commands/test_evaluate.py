@@ -10,7 +10,6 @@ from PIL import Image
 
 from ddim_fast import evaluate
 from ddim_fast.evaluation.inception import FeatureNetwork
-from ddim_fast.evaluation.parts import Parts
 
 
 @pytest.fixture
@@ -149,16 +148,6 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert found[None, None]["evaluations"] > 1
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
     assert code == 2 and "deterministic" in err
-
-
-def test_the_root_of_a_mean_and_its_standard_error(tmp_path):
-    """Against many means of as many numbers each."""
-    numbers = np.random.default_rng(0).gamma(3.0, size=(2000, 100)).astype(np.float32)
-    parts = Parts(tmp_path, 100, 1, 100)
-    parts.write(0, numbers[0][:, None])
-    found = evaluate._root_mean("x", parts)
-    assert found["x"] == pytest.approx(numbers[0].mean() ** 0.5, rel=1e-6)
-    assert found["x standard error"] == pytest.approx((numbers.mean(axis=1) ** 0.5).std(), rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,205 @@
+"""What is measured of a model or of pictures: a row of the results each, made in parts by all processes, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.sampler import Sampler
+from ..files import cache_folder
+from ..media import to_uint8
+from ..models.unet import UNet
+from ..training.data import ImageSet, to_unit_range
+from .denoising import by_noise, denoising_error, spread_timesteps
+from .frechet import frechet_distance
+from .inception import FeatureNetwork
+from .kernel_distance import kernel_distance
+from .parts import Parts, make_parts
+from .precision_recall import precision_recall
+from .reconstruction import reconstruction_error
+from .reference import KEPT_FEATURES, Reference
+from .results import fid_label
+from .work import Work
+
+__all__ = [
+    "Draws",
+    "Settings",
+    "exact_images",
+    "measure_loss",
+    "measure_pictures",
+    "measure_reconstruction",
+    "measure_samples",
+    "measure_trajectories",
+]
+
+# What decides the numbers of a row, as it stands in the results.
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which images are sampled.
+
+    Attributes:
+        seeds: one an image.
+        labels: their classes; None without.
+        guidance: ``guidance`` and ``guidance_interval`` of :meth:`ddim_fast.Sampler.sample`.
+    """
+
+    seeds: range
+    labels: list[int] | None
+    guidance: dict[str, Any]
+
+    def sample(self, sampler: Sampler, numbers: range, batch_size: int) -> Tensor:
+        """(n, C, H, W): those of these numbers, counted from the first seed."""
+        part = slice(numbers.start, numbers.stop)
+        labels = None if self.labels is None else self.labels[part]
+        return sampler.sample(seeds=self.seeds[part], labels=labels, **self.guidance, batch_size=batch_size)
+
+
+def measure_pictures(work: Work, settings: Settings, pictures: Tensor, network: FeatureNetwork, reference: Reference) -> None:
+    """FID, KID, precision and recall of (N, C, H, W) uint8 pictures."""
+    if work.has("quality", settings):
+        return
+    parts = work.rows("quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop]))
+    work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
+
+
+def measure_samples(
+    work: Work,
+    settings: Settings,
+    make_sampler: Callable[[], Sampler],
+    draws: Draws,
+    network: FeatureNetwork,
+    reference: Reference,
+) -> None:
+    """The same of what a sampler makes.
+
+    Raises:
+        ValueError: samples are not finite.
+    """
+    if work.has("quality", settings):
+        return
+    sampler = make_sampler()
+
+    def compute(numbers: range) -> Tensor:
+        images = draws.sample(sampler, numbers, work.batch_size)
+        if not torch.isfinite(images).all():
+            raise ValueError(f"{settings['model']}: the samples are not finite; try --dtype float32")
+        features = network.of(torch.from_numpy(to_uint8(images)).movedim(-1, 1))
+        return torch.cat([features.cpu(), sampler.evaluations[:, None].float()], dim=1)
+
+    parts = work.rows("quality", settings, len(draws.seeds), network.features + 1, compute)
+
+    def find() -> dict[str, Any]:
+        return {"evaluations": float(parts.all()[:, -1].mean()), **_quality(parts, network, reference)}
+
+    work.record("quality", settings, parts, find)
+
+
+def measure_loss(work: Work, settings: Settings, model: UNet, data: ImageSet) -> None:
+    """The squared error of epsilon on held-out images, in float32: see :func:`denoising_error`."""
+    if work.has("loss", settings):
+        return
+    network, total = model.for_inference(torch.float32), model.config.num_train_timesteps
+    timesteps = spread_timesteps(len(data), total)
+
+    def compute(numbers: range) -> Tensor:
+        part = slice(numbers.start, numbers.stop)
+        labels = None if data.labels is None else data.labels[part]
+        images = to_unit_range(data.images[part])
+        return denoising_error(network, images, labels, timesteps[part], numbers, work.batch_size)[:, None]
+
+    parts = work.rows("loss", settings, len(data), 1, compute)
+
+    def find() -> dict[str, Any]:
+        each = by_noise(parts.all()[:, 0], timesteps.numpy(), total)
+        return {"images": len(data), **_mean("loss", parts), "loss by timestep": each}
+
+    work.record("loss", settings, parts, find)
+
+
+def measure_reconstruction(work: Work, settings: Settings, make_sampler: Callable[[], Sampler], data: ImageSet) -> None:
+    """The squared error of held-out images that were encoded and decoded: see :func:`reconstruction_error`."""
+    if work.has("reconstruction", settings):
+        return
+    sampler = make_sampler()
+
+    def compute(numbers: range) -> Tensor:
+        part = slice(numbers.start, numbers.stop)
+        labels = None if data.labels is None else data.labels[part]
+        return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, work.batch_size)[:, None]
+
+    parts = work.rows("reconstruction", settings, len(data), 1, compute)
+    work.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts)})
+
+
+def measure_trajectories(
+    work: Work, settings: Settings, make_sampler: Callable[[], Sampler], draws: Draws, exact: Callable[[], Tensor]
+) -> None:
+    """The root mean square distance of a sampler's images from those of :func:`exact_images`, which ``exact`` returns."""
+    if work.has("trajectory", settings):
+        return
+    sampler, solution = make_sampler(), exact()
+
+    def compute(numbers: range) -> Tensor:
+        difference = draws.sample(sampler, numbers, work.batch_size).cpu() - solution[numbers.start : numbers.stop]
+        error = difference.double().square().mean(dim=(1, 2, 3))
+        return torch.stack([error, sampler.evaluations.double()], dim=1)
+
+    parts = work.rows("trajectory", settings, len(draws.seeds), 2, compute)
+
+    def find() -> dict[str, Any]:
+        evaluations = float(parts.all()[:, 1].mean(dtype=float))
+        numbers = {"evaluations": evaluations, **_root_mean("error", parts)}
+        return {"images": len(draws.seeds), "solution steps": sampler.config.num_train_timesteps, **numbers}
+
+    work.record("trajectory", settings, parts, find)
+
+
+def exact_images(work: Work, model: UNet, draws: Draws, identity: list[Any]) -> Tensor:
+    """(N, C, H, W) float32: what DDIM in all of the training timesteps makes. It takes long, and is kept in the user's cache.
+
+    Args:
+        identity: what decides the images: the weights, and what is drawn.
+    """
+    shape, steps, count = model.config.image_shape, model.config.num_train_timesteps, len(draws.seeds)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    parts = Parts(cache_folder() / "solutions" / key, count, shape[0] * shape[1] * shape[2], work.batch_size)
+    sampler = Sampler(model, steps=steps, spacing="linear")
+    with work.progress(f"{steps} steps", count) as bar:
+        make_parts(parts, lambda numbers: draws.sample(sampler, numbers, work.batch_size).cpu().flatten(1), work.processes, bar)
+    return torch.from_numpy(parts.all()).reshape(count, *shape)
+
+
+def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
+    label = fid_label(parts.count)
+    fid = frechet_distance(reference.statistics, parts.statistics(network.features))
+    images = "unknown number of" if reference.images is None else f"{reference.images:,}"
+    found: dict[str, Any] = {"images": parts.count, "reference images": f"{images} images", "label": label, label: fid}
+    if reference.features is not None and min(parts.count, len(reference.features)) > 3:
+        features = parts.some(KEPT_FEATURES)[:, : network.features]
+        kid = kernel_distance(features, reference.features)
+        many = min(len(features), len(reference.features))  # both depend on the numbers, so they are made equal
+        pr = precision_recall(features[:many], reference.features[:many])
+        found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
+    return found
+
+
+def _mean(name: str, parts: Parts) -> dict[str, float | None]:
+    values = parts.all()[:, 0].astype(float)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {name: float(values.mean()), f"{name} standard error": error}
+
+
+def _root_mean(name: str, parts: Parts) -> dict[str, float | None]:
+    """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
+    mean = _mean(name, parts)
+    root, error = mean[name] ** 0.5, mean[f"{name} standard error"]
+    return {name: root, f"{name} standard error": error / (2 * root) if error is not None and root else error}
