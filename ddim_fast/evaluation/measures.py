@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.adaptive import whitening
 from ..diffusion.sampler import Sampler
 from ..files import cache_folder
 from ..media import to_uint8
@@ -120,7 +122,7 @@ def measure_loss(work: Work, settings: Settings, model: UNet, data: ImageSet) ->
 
     def find() -> dict[str, Any]:
         each = by_noise(parts.all()[:, 0], timesteps.numpy(), total)
-        return {"images": len(data), **_mean("loss", parts), "loss by timestep": each}
+        return {"images": len(data), **_mean("loss", parts.all()[:, 0]), "loss by timestep": each}
 
     work.record("loss", settings, parts, find)
 
@@ -137,28 +139,33 @@ def measure_reconstruction(work: Work, settings: Settings, make_sampler: Callabl
         return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, work.batch_size)[:, None]
 
     parts = work.rows("reconstruction", settings, len(data), 1, compute)
-    work.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts)})
+    work.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts.all()[:, 0])})
 
 
 def measure_trajectories(
     work: Work, settings: Settings, make_sampler: Callable[[], Sampler], draws: Draws, exact: Callable[[], Tensor]
 ) -> None:
-    """The root mean square distance of a sampler's images from those of :func:`exact_images`, which ``exact`` returns."""
+    """The root mean square distance of a sampler's images from those of :func:`exact_images`, which ``exact`` returns: in
+    pixels, and with all frequencies counted alike, see :func:`ddim_fast.diffusion.adaptive.whitening`, which leaves the mean
+    square of the exact images as it is."""
     if work.has("trajectory", settings):
         return
     sampler, solution = make_sampler(), exact()
+    whiten, size = whitening(solution, 1.0), solution.double().square().mean()
+    unit = size / whiten(solution).double().square().mean()
 
     def compute(numbers: range) -> Tensor:
         difference = draws.sample(sampler, numbers, work.batch_size).cpu() - solution[numbers.start : numbers.stop]
-        error = difference.double().square().mean(dim=(1, 2, 3))
-        return torch.stack([error, sampler.evaluations.double()], dim=1)
+        error, whitened = (d.double().square().mean(dim=(1, 2, 3)) for d in (difference, whiten(difference)))
+        return torch.stack([error, unit * whitened, sampler.evaluations.double()], dim=1)
 
-    parts = work.rows("trajectory", settings, len(draws.seeds), 2, compute)
+    parts = work.rows("trajectory", settings, len(draws.seeds), 3, compute)
 
     def find() -> dict[str, Any]:
-        evaluations = float(parts.all()[:, 1].mean(dtype=float))
-        numbers = {"evaluations": evaluations, **_root_mean("error", parts)}
-        return {"images": len(draws.seeds), "solution steps": sampler.config.num_train_timesteps, **numbers}
+        *errors, evaluations = parts.all().T.astype(float)
+        numbers = [_root_mean(name, error) for name, error in zip(("error", "whitened error"), errors, strict=True)]
+        steps = {"solution steps": sampler.config.num_train_timesteps, "evaluations": float(evaluations.mean())}
+        return {"images": len(draws.seeds), **steps, **numbers[0], **numbers[1]}
 
     work.record("trajectory", settings, parts, find)
 
@@ -192,14 +199,14 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
     return found
 
 
-def _mean(name: str, parts: Parts) -> dict[str, float | None]:
-    values = parts.all()[:, 0].astype(float)
+def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
+    values = values.astype(float)
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {name: float(values.mean()), f"{name} standard error": error}
 
 
-def _root_mean(name: str, parts: Parts) -> dict[str, float | None]:
+def _root_mean(name: str, values: np.ndarray) -> dict[str, float | None]:
     """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
-    mean = _mean(name, parts)
+    mean = _mean(name, values)
     root, error = mean[name] ** 0.5, mean[f"{name} standard error"]
     return {name: root, f"{name} standard error": error / (2 * root) if error is not None and root else error}

@@ -259,6 +259,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         **_NETWORK,
         **_SAMPLER,
         "error": _with_error("error", ".5f"),
+        "whitened error": _with_error("whitened error", ".5f"),
         "images": _number("images", ","),
         "seeds": _text("seeds"),
         "run": _number("run", "d"),
@@ -282,7 +283,8 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 _TITLES: dict[str, Callable[[Row], str]] = {
     "quality": lambda row: f"{row['label']} against {row['settings']['reference']} ({row['reference images']})",
     "trajectory": lambda row: (
-        f"Distance to the solution in {row['solution steps']} steps (root mean square, images in [-1, 1])"
+        f"Distance to the solution in {row['solution steps']} steps "
+        "(root mean square, images in [-1, 1]; whitened: with all frequencies counted alike)"
     ),
     "reconstruction": lambda row: f"Reconstruction of {row['settings']['data']} (squared error a dimension, images in [0, 1])",
     "loss": lambda row: f"Squared error of epsilon on {row['settings']['data']}",

@@ -142,9 +142,10 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 0, err
     assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
     found = {(r["settings"]["spacing"], r["settings"]["steps"]): r for r in rows(tmp_path, "trajectory")}
-    assert found["linear", 25]["error"] == found["linear", 25]["error standard error"] == 0
+    assert all(found["linear", 25][name] == 0 for name in ("error", "whitened error", "error standard error"))
     assert found["adaptive", 3]["evaluations"] == 3
-    assert 0 < found["adaptive", 3]["error standard error"] < found["adaptive", 3]["error"]
+    for error in ("error", "whitened error"):
+        assert 0 < found["adaptive", 3][f"{error} standard error"] < found["adaptive", 3][error]
     assert found[None, None]["evaluations"] > 1
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
     assert code == 2 and "deterministic" in err
