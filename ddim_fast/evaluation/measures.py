@@ -121,8 +121,9 @@ def measure_loss(work: Work, settings: Settings, model: UNet, data: ImageSet) ->
     parts = work.rows("loss", settings, len(data), 1, compute)
 
     def find() -> dict[str, Any]:
-        each = by_noise(parts.all()[:, 0], timesteps.numpy(), total)
-        return {"images": len(data), **_mean("loss", parts.all()[:, 0]), "loss by timestep": each}
+        errors = parts.all()[:, 0]
+        each = by_noise(errors, timesteps.numpy(), total)
+        return {"images": len(data), **_mean("loss", errors), "loss by timestep": each}
 
     work.record("loss", settings, parts, find)
 
@@ -151,13 +152,13 @@ def measure_trajectories(
     if work.has("trajectory", settings):
         return
     sampler, solution = make_sampler(), exact()
-    whiten, size = whitening(solution, 1.0), solution.double().square().mean()
-    unit = size / whiten(solution).double().square().mean()
+    whiten = whitening(solution, 1.0)
+    unit = _mean_squares(solution).mean() / _mean_squares(whiten(solution)).mean()
 
     def compute(numbers: range) -> Tensor:
         difference = draws.sample(sampler, numbers, work.batch_size).cpu() - solution[numbers.start : numbers.stop]
-        error, whitened = (d.double().square().mean(dim=(1, 2, 3)) for d in (difference, whiten(difference)))
-        return torch.stack([error, unit * whitened, sampler.evaluations.double()], dim=1)
+        errors = _mean_squares(difference), unit * _mean_squares(whiten(difference))
+        return torch.stack([*errors, sampler.evaluations.double()], dim=1)
 
     parts = work.rows("trajectory", settings, len(draws.seeds), 3, compute)
 
@@ -197,6 +198,11 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
         pr = precision_recall(features[:many], reference.features[:many])
         found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
     return found
+
+
+def _mean_squares(x: Tensor) -> Tensor:
+    """(N,) float64 from (N, C, H, W)."""
+    return x.double().square().mean(dim=(1, 2, 3))
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
