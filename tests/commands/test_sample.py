@@ -316,7 +316,15 @@ def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {*outputs, f"whole{suffix}", "checkpoint", "here"}
 
 
-def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in the foreground: what a shell starts in the background ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeypatch, ctrl_c):
     options = ["--model", checkpoint, "--steps", 2, "--num-images", 24, "--batch-size", 1, "--out"]
     run(*options, tmp_path / "whole")
     replace, calls = os.replace, []
