@@ -23,21 +23,30 @@ struct Columns {
     const int32_t* start;
 };
 
+// Products that are added one after the other. Their rounding errors grow with the length of the chain, so a longer sum is one
+// of several chains.
+constexpr int64_t kChain = 64;
+
 // out[row] = sum over k of a[row][k] * b[k], for kRows rows and N vectors of columns.
 template <int N>
 DDIM_FAST_INLINE void multiply(const float* a, int64_t depth, const float* b, int64_t columns, float* out,
                                Columns) {
-    Vector sums[kRows][N] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        Vector right[N];
-        DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) right[n] = load(b + k * columns + n * kLanes);
-        DDIM_FAST_UNROLL for (int row = 0; row < kRows; ++row) {
-            const Vector left = broadcast(a[row * depth + k]);
-            DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) sums[row][n] += left * right[n];
+    for (int64_t begin = 0; begin < depth; begin += kChain) {
+        Vector sums[kRows][N] = {};
+        for (int64_t k = begin; k < smaller(begin + kChain, depth); ++k) {
+            Vector right[N];
+            DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) right[n] = load(b + k * columns + n * kLanes);
+            DDIM_FAST_UNROLL for (int row = 0; row < kRows; ++row) {
+                const Vector left = broadcast(a[row * depth + k]);
+                DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) sums[row][n] += left * right[n];
+            }
         }
+        DDIM_FAST_UNROLL for (int row = 0; row < kRows; ++row)
+            DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) {
+                float* const result = out + row * columns + n * kLanes;
+                store(result, begin == 0 ? sums[row][n] : load(result) + sums[row][n]);
+            }
     }
-    DDIM_FAST_UNROLL for (int row = 0; row < kRows; ++row)
-        DDIM_FAST_UNROLL for (int n = 0; n < N; ++n) store(out + row * columns + n * kLanes, sums[row][n]);
 }
 
 #ifdef DDIM_FAST_BF16

@@ -76,6 +76,18 @@ def test_is_as_exact_as_pytorch(dtype, shape, upsample, with_residual):
     assert rms(ours - exact) <= 2 * rms(theirs - exact) + 1e-7
 
 
+@needs_native
+@pytest.mark.parametrize("upsample", [False, True])
+def test_the_rounding_error_of_float32_does_not_grow_with_the_channels(upsample):
+    def relative_error(channels):
+        x, weight, _ = make(1, channels, 32, 16, 16)
+        exact = conv3x3_reference(x.double(), weight.double(), upsample=upsample)
+        ours = conv3x3(x, weight, upsample=upsample, prepared=prepare_conv3x3(weight, torch.float32))
+        return rms(ours - exact) / rms(exact)
+
+    assert relative_error(1024) <= 1.25 * relative_error(64)
+
+
 def int8_by_hand(x, weight, limits, upsample):
     """Products of rounded numbers in float64, component by component."""
     n, c, h, w = x.shape
