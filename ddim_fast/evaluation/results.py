@@ -139,6 +139,7 @@ class Results:
         matplotlib.use("agg")
         from cycler import cycler
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         # More lines than there are colours are told apart by their dashes.
         styles = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
@@ -164,6 +165,10 @@ class Results:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.tick_params(axis="y", which="minor", labelsize=7)
+            values = [y for points in lines.values() for _, y in points]
+            if max(values) < 5 * min(values):  # round numbers of a logarithmic axis would be two or three
+                axes.yaxis.set_major_locator(MaxNLocator(8))
+                axes.set_yticks([], minor=True)
             axes.title.set_size(9)
             axes.grid(alpha=0.3, which="both")
             figure.legend(fontsize=8, loc="outside right upper")
