@@ -25,21 +25,26 @@ if TYPE_CHECKING:
     from .diffusion.sampler import Sampler
     from .jobs.outputs import Output
     from .models.audio import AudioConfig
+    from .models.unet import UNet
 
     AnySampler = Sampler | LatentSampler
 
 __all__ = [
     "CONVERT_HELP",
     "DTYPES",
+    "GUIDE_HELP",
     "IMAGES_HELP",
     "INTERVAL_HELP",
     "MODEL_HELP",
+    "STEPS_HELP",
     "CommandParser",
     "add_sampler_options",
+    "check_guide_options",
     "image_labels",
     "job_progress",
     "list_integers",
     "load_labelled",
+    "load_model",
     "load_sampler",
     "make_sampler",
     "parse_class",
@@ -53,13 +58,20 @@ __all__ = [
     "sampler_settings",
     "seed_labels",
     "select_dtype",
+    "settle_steps",
 ]
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
+GUIDE_HELP = (
+    "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
+    "class, in a class or none (autoguidance)"
+)
 INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
+_SPACING_HELP = "how the timesteps are chosen, as of sample (default: quadratic)"
+STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
@@ -148,6 +160,18 @@ def parse_integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def settle_steps(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """Gives --steps and --spacing, where they are not given, what they are then; a usage error where they contradict each
+    other."""
+    listed = None if arguments.spacing is None else parse_spacing(arguments.spacing)
+    if isinstance(listed, list):
+        if arguments.steps not in (None, len(listed)):
+            parser.error(f"--steps {arguments.steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
+        arguments.steps = len(listed)
+    arguments.steps = 20 if arguments.steps is None else arguments.steps
+    arguments.spacing = arguments.spacing or "quadratic"
 
 
 def list_integers(numbers: Sequence[int]) -> str:
@@ -278,10 +302,8 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
 def add_sampler_options(parser: CommandParser) -> None:
     """The options of a command that encodes and decodes, which :func:`make_sampler` reads."""
     parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    parser.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
-    parser.add_argument(
-        "--spacing", metavar="NAME|LIST", default="quadratic", help="how the timesteps are chosen, as of sample"
-    )
+    parser.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
+    parser.add_argument("--spacing", metavar="NAME|LIST", help=_SPACING_HELP)
     parser.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
@@ -292,6 +314,7 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
     from .devices import pick_device
 
+    settle_steps(parser, arguments)
     with parser.usage_errors():
         device = pick_device(arguments.device)
     return load_sampler(
@@ -305,22 +328,39 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
     )
 
 
-def load_sampler(parser: CommandParser, name: str, device: torch.device, **options: Any) -> AnySampler:
+def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
+    """The network of a checkpoint, and its folder or file."""
+    from .models.unet import UNet
+
+    with parser.usage_errors():
+        resolve_model(name)
+    path = local_model(name)
+    return UNet.from_pretrained(path), path
+
+
+def check_guide_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """A usage error for --guide without --guidance."""
+    if arguments.guide is not None and arguments.guidance is None:
+        parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
+
+
+def load_sampler(
+    parser: CommandParser, name: str, device: torch.device, guide: str | None = None, **options: Any
+) -> AnySampler:
     """The sampler of a checkpoint; in latent space, if an autoencoder lies beside it.
 
     Args:
         name: the model, as of ``--model``.
+        guide: the same of its guide.
         options: of :class:`ddim_fast.Sampler`.
     """
     from .diffusion.latent import LatentSampler
     from .diffusion.sampler import Sampler
     from .interop.autoencoder import load_autoencoder
-    from .models.unet import UNet
 
-    with parser.usage_errors():
-        resolve_model(name)
-    folder = local_model(name)
-    model = UNet.from_pretrained(folder)
+    model, folder = load_model(parser, name)
+    if guide is not None:
+        options["guide"] = load_model(parser, guide)[0].to(device)
     with parser.usage_errors():
         sampler = Sampler(model.to(device), **options)
     if not (folder / AUTOENCODER).is_dir():

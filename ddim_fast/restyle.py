@@ -65,6 +65,8 @@ def main() -> None:
             restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
             errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
             how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+            if how["loudness_std"] == float("inf"):  # which JSON has no number for
+                how["loudness_std"] = "inf"
             write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
     except FileExistsError as error:
         parser.error(f"--out: {error}")

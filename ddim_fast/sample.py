@@ -17,9 +17,12 @@ from tqdm import tqdm
 from . import __version__
 from .cli import (
     DTYPES,
+    GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
+    STEPS_HELP,
     CommandParser,
+    check_guide_options,
     list_integers,
     load_sampler,
     parse_eta,
@@ -29,6 +32,7 @@ from .cli import (
     run_command,
     seed_labels,
     select_dtype,
+    settle_steps,
 )
 from .devices import pick_device
 from .diffusion.guidance import guided_steps
@@ -68,11 +72,11 @@ _ENGINES = ("auto", "eager", "compiled", "captured", "onnx")
 def _parser() -> CommandParser:
     p = CommandParser("sample", "Sample images or sounds from a diffusion model.", _EXAMPLES)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps")
+    p.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     p.add_argument(
         "--eta", metavar="X", type=parse_eta, default=0.0, help=f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT}"
     )
-    p.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)
+    p.add_argument("--spacing", metavar="NAME|LIST", help=_SPACING_HELP)
     p.add_argument("--tolerance", metavar="X", type=float, help=_TOLERANCE_HELP)
     p.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
     p.add_argument("--clip", metavar="R", type=float, help="clip the predicted image to [-R, R] at each step (default: never)")
@@ -83,6 +87,7 @@ def _parser() -> CommandParser:
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
+    p.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
     p.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     p.add_argument("--engine", choices=_ENGINES, default="auto", help=_ENGINE_HELP)
     p.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
@@ -111,7 +116,10 @@ _TOLERANCE_HELP = (
     "control the step size while sampling, instead of --steps and --spacing: the largest estimated error of a step, such as "
     "0.05; each image takes the steps it needs"
 )
-_SPACING_HELP = f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0"
+_SPACING_HELP = (
+    f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
+    "(default: quadratic)"
+)
 _COMPILE_HELP = (
     "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
     "on a CPU this package's C++ operators, or torch.compile where those were not built"
@@ -145,6 +153,9 @@ def main() -> None:
 
 def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
     """Check everything, then sample what is not there yet."""
+    check_guide_options(parser, arguments)
+    if arguments.tolerance is not None and (arguments.steps, arguments.spacing) != (None, None):
+        parser.error("--tolerance takes the place of --steps and --spacing; give one or the other")
     if arguments.engine == "onnx":
         sampler, checksum, made_on = _onnx_sampler(parser, arguments)
     else:
@@ -159,6 +170,8 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             guidance=arguments.guidance,
             guidance_interval=arguments.guidance_interval,
         )
+        if arguments.guidance_interval is not None and arguments.tolerance is None:
+            _check_some_guided(sampler.timesteps, arguments)
         if arguments.tolerance is not None and arguments.trajectory is not None:
             parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
         if arguments.trajectory is not None and arguments.trajectory.suffix.lower() != ".gif":
@@ -171,6 +184,7 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
     record = {
         "settings": _settings(arguments, sampler, labels, checksum),
         "model": arguments.model,
+        **({} if arguments.guide is None else {"guide": arguments.guide}),
         "ddim_fast": __version__,
         **made_on,
     }
@@ -180,6 +194,15 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         _run(sampler, output, missing, arguments, processes)
     elif processes.is_first and not arguments.quiet:
         print(f"{path} is finished: it holds these {len(arguments.seeds)} {output.noun}, made with these settings")
+
+
+def _check_some_guided(timesteps: np.ndarray, arguments: argparse.Namespace) -> None:
+    if not guided_steps(timesteps, arguments.guidance, arguments.guidance_interval).any() and arguments.guidance != 1:
+        low, high = arguments.guidance_interval
+        raise ValueError(
+            f"--guidance-interval {low} {high}: no step is there, so nothing would be guided; they are at "
+            + ", ".join(map(str, timesteps))
+        )
 
 
 def _torch_sampler(
@@ -193,6 +216,7 @@ def _torch_sampler(
 
     from .engine import fastest_engine
 
+    settle_steps(parser, arguments)
     with parser.usage_errors():
         if arguments.provider is not None:
             raise ValueError("--provider is an option of --engine onnx")
@@ -205,6 +229,7 @@ def _torch_sampler(
         parser,
         arguments.model,
         device,
+        arguments.guide,
         steps=arguments.steps,
         eta=arguments.eta,
         spacing=parse_spacing(arguments.spacing),
@@ -231,6 +256,7 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
             "--device": arguments.device != "auto",
             "--dtype": arguments.dtype != "auto",
             "--tolerance": arguments.tolerance is not None,
+            "--guide": arguments.guide is not None,
         }.items():
             if given:
                 raise ValueError(f"{option} is not an option of --engine onnx (see --provider, and export --dtype)")
@@ -238,8 +264,11 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
     folder = ready_export(arguments.model)
     exported = ExportFolder.open(folder).settings
     listed = exported["spacing"] if isinstance(exported["spacing"], str) else ",".join(map(str, exported["spacing"]))
-    parser.set_defaults(**{**exported, "steps": exported["steps"] or len(exported["spacing"]), "spacing": listed})
+    own_list = arguments.spacing is not None and isinstance(parse_spacing(arguments.spacing), list)
+    steps = None if own_list else exported["steps"] or len(exported["spacing"])
+    parser.set_defaults(**{**exported, "steps": steps, "spacing": listed})
     vars(arguments).update({name: getattr(parser.parse_args(), name) for name in exported})
+    settle_steps(parser, arguments)
 
     from .deploy.onnx_sampler import OnnxSampler
     from .deploy.session import onnxruntime
@@ -305,12 +334,16 @@ def _prepare(
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     missing = output.prepare(there, record)
-    if missing is None:
-        return output.path, None
-    if len(missing) < len(batches) and not arguments.quiet:
-        print(f"{output.path} holds {_progress_of(batches, missing)} {output.noun}; going on")
     # A film is of the first batch, which is made again where a run without a film has made it.
     filmed = arguments.trajectory is None or arguments.trajectory.exists()
+    if missing is None:
+        if filmed and (arguments.grid is None or arguments.grid.exists()):
+            return output.path, None
+        if not isinstance(output, FileFolder):
+            parser.error(f"{output.path} is finished, and a picture or a film is made together with it; choose another --out")
+        missing = []
+    if len(missing) < len(batches) and not arguments.quiet:
+        print(f"{output.path} holds {_progress_of(batches, missing)} {output.noun}; going on")
     return output.path, missing if filmed or 0 in missing else [0, *missing]
 
 

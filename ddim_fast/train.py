@@ -7,8 +7,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from .media import image_grid, save_image
 from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER, SNAPSHOTS, local_model
+from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
 from .training.data import ImageSet, load_images, to_unit_range
@@ -131,13 +134,19 @@ def _parser() -> CommandParser:
     )
     p.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of weights, order, noise and dropout")
+    p.add_argument("--seed", metavar="N", type=_seed, default=default.seed, help="of weights, order, noise and dropout")
     p.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     p.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
     p.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
     p.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
+
+
+def _seed(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**63:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
 
 
 def _minutes(text: str) -> float:
@@ -169,18 +178,23 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("training is one process; start it without torchrun")
     recipe = arguments.recipe
     record = arguments.out / "train.json"
     if arguments.resume:
         if not record.is_file():
             parser.error(f"--resume: there is no run in {arguments.out}")
         try:
-            parser.set_defaults(**json.loads(record.read_text(encoding="utf-8")))
+            begun = json.loads(record.read_text(encoding="utf-8"))
+            parser.set_defaults(**begun)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{record}: not the record of a run ({error})") from None
         arguments = parser.parse_args()
-        if recipe != "ddpm" and recipe != json.loads(record.read_text(encoding="utf-8")).get("recipe"):
+        if recipe != "ddpm" and recipe != begun.get("recipe"):
             parser.error(f"--recipe {recipe}: a run goes on with its own; begin another with another --out")
+        if arguments.latents != begun.get("latents"):
+            parser.error(f"--latents {arguments.latents}: a run goes on with its own; begin another with another --out")
     elif record.exists():
         parser.error(f"--out {arguments.out} holds a run already; go on with --resume or choose another folder")
     else:
@@ -203,6 +217,7 @@ def main() -> None:
     else:
         trainer, codec = _unet_trainer(parser, arguments, device, options, start)
     if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
+        _check_same_network(parser, arguments.out, trainer.model.config)
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
@@ -210,6 +225,16 @@ def main() -> None:
     if codec is not None:
         codec.autoencoder.save_pretrained(arguments.out / AUTOENCODER)
     _train(trainer, arguments, codec)
+
+
+def _check_same_network(parser: CommandParser, folder: Path, config: UNetConfig | AutoencoderConfig) -> None:
+    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
+    own = load_config(folder, type(config)).to_dict()
+    for name, value in config.to_dict().items():
+        if name != "dropout" and own.get(name) != value:
+            parser.error(
+                f"--resume: the network of this run has {name} {own.get(name)}, not {value}; train another in another --out"
+            )
 
 
 def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
@@ -232,6 +257,9 @@ def _autoencoder_trainer(
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
         if options.ema_snapshots is not None:
             raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
+        for name in ("dropout", "prediction_type", "min_snr_gamma"):
+            if getattr(arguments, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
     data = load_images(arguments.data, config.in_channels, config.sample_size)
     return Trainer(Autoencoder(config).to(device), data, options)
@@ -268,6 +296,8 @@ def _unet_trainer(
     if codec is not None:
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
+    with parser.usage_errors():
+        _grid_sampler(model)  # what cannot be sampled is not worth training
     if start is not None:
         model.load_state_dict(start.state_dict())
     model.audio = audio
@@ -288,18 +318,19 @@ def _load(
 def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec | None) -> None:
     """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids."""
     out, options = arguments.out, trainer.options
-    _forget_after(out / "stats.jsonl", trainer.step)
+    _forget_after(out, trainer.step)
     total = torch.zeros((), device=trainer.model.device)
     logged, since = trainer.step, time.perf_counter()
     deadline = since + 60 * (arguments.minutes or math.inf)
     with (
+        _interruptible() as interrupted,
         open(out / "stats.jsonl", "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=arguments.quiet, file=sys.stderr) as bar,
     ):
         for step in trainer.run():
             total += step.loss
             bar.update()
-            last = step.step == options.steps or time.perf_counter() > deadline
+            last = step.step == options.steps or time.perf_counter() > deadline or interrupted()
             if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
                 loss = total.item() / (step.step - logged)
                 if loss != loss or loss in (float("inf"), float("-inf")):
@@ -330,17 +361,51 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                 _save_grid(trainer, codec, out / "samples" / f"{step.step:07d}.png")
             if last:
                 break
+    if interrupted():
+        print(
+            f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
+        )
+        raise KeyboardInterrupt
     if isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
         print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that are about to be made again, because the run stopped after its last checkpoint."""
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is remembered. A
+    second one does.
+
+    Yields:
+        Whether it came.
+    """
+    came: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _forget_after(out: Path, step: int) -> None:
+    """Drop the lines and the snapshots of steps that are about to be made again, because the run stopped after its last
+    checkpoint; and a line that was not written to its end."""
+    path, kept = out / "stats.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        atomic_write(path, "".join(line + "\n" for line in kept).encode())
+        atomic_write(path, "".join(kept).encode())
+    for snapshot in (out / SNAPSHOTS).glob("[0-9]*.safetensors"):
+        if int(snapshot.stem) > step:
+            snapshot.unlink()
 
 
 def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
@@ -355,11 +420,15 @@ def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
         return
     seeds, num_classes = range(40), trainer.model.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    sampler = Sampler(trainer.averaged_model(), steps=20)
+    sampler = _grid_sampler(trainer.averaged_model())
     if codec is not None:
         sampler = LatentSampler(sampler, codec.autoencoder)
     images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
     save_image(path, image_grid(medium_of(sampler).shown(images)))
+
+
+def _grid_sampler(model: UNet) -> Sampler:
+    return Sampler(model, steps=min(20, model.config.num_train_timesteps))
 
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
@@ -373,7 +442,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     fields = _set_fields(arguments)
     for name in ("dropout", "prediction_type"):
         if getattr(arguments, name) is not None:
-            fields[name] = getattr(arguments, name)
+            fields.setdefault(name, getattr(arguments, name))  # a recipe's, where --set does not say another
     return fields
 
 

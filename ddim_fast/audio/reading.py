@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 
 from ..models.audio import AudioConfig
+from ..training.data import visible_files
 from ..training.parquet import read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]
@@ -79,7 +80,7 @@ def _open(spec: str) -> Iterator[_Row]:
 
 
 def _read_folder(folder: Path) -> Iterator[_Row]:
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES):
+    for path in sorted(p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES):
         inside = path.parent.relative_to(folder)
         yield str(path), path.read_bytes(), inside.as_posix() if inside.parts else None
 

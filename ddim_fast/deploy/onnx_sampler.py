@@ -88,14 +88,16 @@ class OnnxSampler:
             )
         given = {"steps": steps, "eta": eta, "spacing": spacing, "solver": solver, "clip": clip_sample_range}
         exported = self.folder.settings
-        chosen = {name: exported[name] if value == AS_EXPORTED else value for name, value in given.items()}
+        chosen = {
+            name: exported[name] if isinstance(value, str) and value == AS_EXPORTED else value for name, value in given.items()
+        }
         if not isinstance(chosen["spacing"], str):
             chosen |= {"spacing": [int(t) for t in chosen["spacing"]], "steps": None}
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
         schedule = NoiseSchedule.from_config(config)
         spacing, steps = chosen["spacing"], chosen["steps"]
-        if spacing == ADAPTIVE:
+        if isinstance(spacing, str) and spacing == ADAPTIVE:
             spacing = choose_fitted(self.folder.fitted_timesteps(), chosen["solver"], steps)
         self.timesteps = select_timesteps(schedule, steps, spacing)
         levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)

@@ -90,7 +90,9 @@ def solve_controlled(
         x0_there = predicted_image(first_order + bend * (_per_image(h) * slope), target, which)
         change = x0_there - x0
         missed = _size(change - _per_image(h) * slope) * weight / 2
-        made = (missed <= tolerance) | (target == place + 1)
+        # A step to what is not finite is not made again: there is no smaller one that would mend it.
+        broken = ~torch.isfinite(missed)
+        made = (missed <= tolerance) | (target == place + 1) | broken
         factor = (_SAFETY * (tolerance / missed.clamp(min=1e-12)) ** (1 / 3)).clamp(_SHRINK, _GROWTH)
 
         keep = made[:, None, None, None]
@@ -100,7 +102,7 @@ def solve_controlled(
         place = torch.where(made, target, place)
         h = h * factor
         rest = _per_image((end - where[place]) / 2) * slope
-        done = made & ((place == last) | (_size(rest) <= tolerance))
+        done = made & ((place == last) | (_size(rest) <= tolerance)) | broken
         images[which[done]] = (x0 + rest)[done]
         going = ~done
         which, place, x, x0, slope, h = (value[going] for value in (which, place, x, x0, slope, h))

@@ -2,7 +2,7 @@
 
 Each edit goes back to a noise level and samples from there. ``strength`` says how far, as the share of the training timesteps:
 at 1 the image is all noise, and what is kept is in the noise at most; at 0 nothing happens. Whatever the strength, it takes as
-many steps as the sampler has, where there are so many timesteps.
+many steps as the sampler has, where there are so many timesteps; of listed or adaptive ones, those up to where it starts.
 """
 
 from __future__ import annotations

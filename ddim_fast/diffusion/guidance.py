@@ -8,32 +8,63 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from .schedule import NoiseSchedule
 from .step import Array, step_coefficients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.config import UNetConfig
     from .sampler import Sampler
 
-__all__ = ["ClassifierGuidance", "Gradient", "check_guidance", "check_interval", "guided_steps", "likelihood_gradient"]
+__all__ = [
+    "ClassifierGuidance",
+    "Gradient",
+    "check_guidance",
+    "check_guide",
+    "check_interval",
+    "guided_steps",
+    "likelihood_gradient",
+]
 
 # (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect to x_t: see ddim_fast.Sampler.sample.
 Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 
-def check_guidance(guidance: float | None, labels: Any) -> float | None:
+def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False) -> float | None:
     """The guidance scale, None where it changes nothing.
+
+    Args:
+        with_guide: guidance is away from another network, not towards a label.
 
     Raises:
         ValueError: it is not a finite number, or there are no labels to guide towards.
     """
     if guidance is None or guidance == 1:
         return None
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float, np.number)) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number; got {guidance!r}")
-    if labels is None:
+    if labels is None and not with_guide:
         raise ValueError(f"guidance {guidance} needs class labels to guide towards")
     return float(guidance)
+
+
+def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
+    """Whether a network can be led away from another one.
+
+    Args:
+        config, guide: of the network and of its guide.
+
+    Raises:
+        ValueError: they are not of the same images, noise and classes; the message names what differs.
+    """
+    for name in ("image_shape", "prediction_type", "num_classes"):
+        own, other = getattr(config, name), getattr(guide, name)
+        if own != other and (name, other) != ("num_classes", None):
+            raise ValueError(f"the guide must be of the same kind as the network: its {name} is {other}, not {own}")
+    schedules = NoiseSchedule.from_config(config), NoiseSchedule.from_config(guide)
+    if not np.array_equal(*(schedule.alphas_cumprod for schedule in schedules)):
+        raise ValueError("the guide must be of the same kind as the network: its noise schedule is another one")
 
 
 def check_interval(interval: Sequence[int] | None, guidance: float | None, num_train_timesteps: int) -> tuple[int, int] | None:
@@ -56,11 +87,11 @@ def check_interval(interval: Sequence[int] | None, guidance: float | None, num_t
 
 
 def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, int] | None) -> Array:
-    """Which steps are guided, each by two evaluations of the network instead of one: (S,) bool.
+    """Which steps are guided, each by two evaluations instead of one: (S,) bool.
 
     Args:
         timesteps: (S,) of the run, an array or a tensor.
-        guidance: scale of classifier-free guidance; None or 1 for none.
+        guidance: the scale; None or 1 for none.
         interval: the timesteps that it is limited to, both included; None for all.
     """
     low, high = (-math.inf, math.inf) if interval is None else interval

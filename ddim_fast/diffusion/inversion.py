@@ -83,7 +83,7 @@ def inverse_step(step: Callable[[Tensor], Tensor], coefficients: StepCoefficient
 def _slope(step: StepCoefficients) -> float:
     """By how much x changes what the step leads to, if it does not change what the network says; of a network that predicts
     x_0, if it is right about the change."""
-    if step.x0_from_sample == 0 and step.x0_from_output == 1:
+    if step.x0_from_sample == 0 and step.x0_from_output == 1 and step.eps_from_output != 0:
         return -step.prev_from_x0 * step.eps_from_sample / step.eps_from_output
     return step.prev_from_x0 * step.x0_from_sample + step.prev_from_eps * step.eps_from_sample
 

@@ -36,11 +36,12 @@ def check_request(
     config: UNetConfig,
     *,
     stochastic: bool,
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int] | Any | None,
     x_T: Any,
     labels: Any,
     guidance: float | None,
     guidance_interval: Sequence[int] | None = None,
+    with_guide: bool = False,
 ) -> Checked:
     """The arguments of :meth:`ddim_fast.Sampler.sample`.
 
@@ -48,6 +49,7 @@ def check_request(
         config: the network.
         stochastic: whether the solver draws noise, for which it needs seeds.
         seeds, x_T, labels, guidance, guidance_interval: as there; x_T and labels of torch or of numpy.
+        with_guide: guidance is away from another network.
 
     Raises:
         ValueError: they do not fit each other or the network; the message names what does not.
@@ -58,6 +60,9 @@ def check_request(
         raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
     if x_T is not None and tuple(x_T.shape[1:]) != config.image_shape:
         raise ValueError(f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}")
+    if seeds is not None and not np.ndim(seeds):
+        raise ValueError(f"seeds are a list of whole numbers, one an image; got {seeds!r}")
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # an array or a tensor
     count = len(x_T if seeds is None else seeds)
     if x_T is not None and len(x_T) != count:
         raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
@@ -65,7 +70,7 @@ def check_request(
         count,
         None if seeds is None else check_seeds(seeds),
         _check_labels(labels, count, config.num_classes),
-        check_guidance(guidance, labels),
+        check_guidance(guidance, labels, with_guide),
         check_interval(guidance_interval, guidance, config.num_train_timesteps),
     )
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import Engine, Network, OneStep, Run, make_engine, select_engine
+from ..engine import Engine, Network, OneStep, Run, Update, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
-from .guidance import ClassifierGuidance, Gradient, guided_steps
+from .guidance import ClassifierGuidance, Gradient, check_guide, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
 from .restoration import Codec, Restoration, TimeTravel, restoration
@@ -51,10 +51,15 @@ class Sampler:
         tolerance: control the step size while sampling, instead of ``steps`` and ``spacing``: the largest estimated error of a
             step, see :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own, whatever the batch, so there is
             no run of fixed steps to compile or capture, no common trajectory, and :meth:`encode` is not available.
+        guide: a worse network for the same images, smaller or trained for less long. ``guidance`` then leads away from what it
+            predicts, eps = eps_guide + w (eps - eps_guide), with the same label or none (autoguidance; Karras et al. 2024,
+            arXiv 2406.02507), instead of away from what the network itself predicts without the label. With dtype torch.int8
+            it computes in the narrowest other one that is fast there.
 
     Attributes:
         timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
         evaluations: (N,) int64, how often the network was evaluated for each image of the last :meth:`sample`; None before.
+            Evaluations of a guide are not counted.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -73,6 +78,7 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         reuse: int = 1,
         tolerance: float | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         if tolerance is not None:
             _check_tolerance(tolerance, eta, solver, engine, reuse)
@@ -81,13 +87,17 @@ class Sampler:
         self.model = model.eval()
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)
-        if spacing == ADAPTIVE:
+        if isinstance(spacing, str) and spacing == ADAPTIVE:
             spacing = choose_fitted(getattr(model, "fitted_timesteps", None), solver, steps)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self.tolerance = tolerance
         self._clip = clip_sample_range
         self.eta = eta
         self._network = Network(self.model, dtype)
+        self.guide, self._guide = guide, None
+        if guide is not None:
+            check_guide(model.config, guide.config)
+            self._guide = Network(guide.eval(), dtype)
         self.engine = select_engine(engine, self.device)
         self.dtype = dtype
         self.reuse = reuse
@@ -104,9 +114,12 @@ class Sampler:
         # After the last step nothing is left of the noise.
         self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
         self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
-        self._engine = make_engine(self.engine, OneStep(self._network, self.solver, self.reuse))
+        self._engine = self._engine_of(self.solver, self.reuse)
         self._inversion: tuple[np.ndarray, Engine] | None = None
         self.evaluations: Tensor | None = None
+
+    def _engine_of(self, update: Update, reuse: int = 1) -> Engine:
+        return make_engine(self.engine, OneStep(self._network, update, reuse, self._guide))
 
     def starting_at(self, timestep: int) -> Sampler:
         """This sampler for the last part of the way, in as many steps: its x_T is an image with the noise of its first
@@ -141,7 +154,7 @@ class Sampler:
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """All that decides what an image is made of."""
-        return (self.model,)
+        return (self.model,) if self.guide is None else (self.model, self.guide)
 
     @property
     def runs_whole(self) -> bool:
@@ -167,8 +180,8 @@ class Sampler:
                 and the noise of stochastic sampling.
             x_T: (N, C, H, W) noise or latents to start from.
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
-            guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022);
-                None or 1 for none.
+            guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022), or
+                of guidance away from the sampler's ``guide``; None or 1 for none.
             guidance_interval: (t_low, t_high), the timesteps of the steps that are guided, both included; outside, the network
                 is evaluated once (Kynkaanniemi et al. 2024, arXiv 2404.07724). None for all steps.
             gradient: classifier guidance (Dhariwal and Nichol 2021): a function (x_t, timestep, x_0) -> the gradient of
@@ -193,7 +206,8 @@ class Sampler:
             self.evaluations = torch.empty(0, dtype=torch.int64)
             return self._in_batches(request, batch_size, self._sample_controlled)
         guided = guided_steps(self.timesteps, request.guidance, request.guidance_interval)
-        self.evaluations = torch.full((len(request),), len(guided) + int(guided.sum()))
+        again = int(guided.sum()) if self.guide is None else 0
+        self.evaluations = torch.full((len(request),), len(guided) + again)
         return self._in_batches(request, batch_size, lambda batch: self._sample(batch, on_step))
 
     def trajectory(
@@ -278,13 +292,13 @@ class Sampler:
             ValueError: the images do not fit the network, or the sampler has no inverse.
         """
         if self.solver.stochastic or self.tolerance is not None:
-            raise ValueError("encode needs a deterministic sampler of fixed steps; use eta=0 and no tolerance")
+            raise ValueError("encode needs a deterministic sampler of fixed steps; use solver ddim, eta=0 and no tolerance")
         request = TensorRequest.check(self, None, images, labels, guidance, guidance_interval)
         if exact:
             return self._in_batches(request, batch_size, self._encode_exactly)
         if self._inversion is None:
             timesteps, update = inversion(self.timesteps, self._levels, self.config.prediction_type)
-            self._inversion = timesteps, make_engine(self.engine, OneStep(self._network, update))
+            self._inversion = timesteps, self._engine_of(update)
         timesteps, engine = self._inversion
         return self._in_batches(
             request, batch_size, lambda batch: engine.last(self._run(batch, timesteps, engine.one_step.update.table))
@@ -346,6 +360,8 @@ class Sampler:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; arguments and errors as there,
         see :func:`ddim_fast.diffusion.restoration.restoration`."""
+        if self.tolerance is not None:
+            raise ValueError("restoring takes fixed steps, and with a tolerance each image takes its own; name steps instead")
         return restoration(
             self.timesteps,
             self._levels,
@@ -361,7 +377,7 @@ class Sampler:
         engine = self._last_restoring
         if engine is None or engine.one_step.update.operator is not operator or engine.one_step.update.codec is not codec:
             update = Restoration(operator, self.image_shape, self.solver.clip, codec)
-            engine = self._last_restoring = make_engine(self.engine, OneStep(self._network, update))
+            engine = self._last_restoring = self._engine_of(update)
         return engine
 
     def _in_batches(self, request: TensorRequest, batch_size: int, compute: Callable[[TensorRequest], Tensor]) -> Tensor:
@@ -399,19 +415,24 @@ class Sampler:
     def _sample_controlled(self, request: TensorRequest) -> Tensor:
         index = torch.zeros((), dtype=torch.int64, device=self.device)
         guidance, interval = request.guidance, request.guidance_interval
+        both = guidance is not None and self.guide is None
 
         def evaluate(x: Tensor, timesteps: Tensor, which: Tensor) -> Tensor:
             labels = None if request.labels is None else request.labels[which]
-            conditions = self._network.conditions_each(timesteps, labels, guidance is not None)
+            conditions = self._network.conditions_each(timesteps, labels, both)
             if guidance is None:
                 return self._network(x, conditions, index)
-            unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
+            if both:
+                unconditional, conditional = self._network(torch.cat([x, x]), conditions, index).chunk(2)
+            else:
+                conditional = self._network(x, conditions, index)
+                unconditional = self._guide(x, self._guide.conditions_each(timesteps, labels, False), index)
             scale = torch.where(guided_steps(timesteps, guidance, interval), guidance, 1.0)
             return torch.lerp(unconditional, conditional, scale[:, None, None, None])
 
         x, prediction_type = self._initial(request), self.config.prediction_type
         images, evaluations = solve_controlled(evaluate, x, self.schedule, prediction_type, self.tolerance, self._clip)
-        self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (1 if guidance is None else 2)])
+        self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (2 if both else 1)])
         return images
 
     def _initial(self, request: TensorRequest) -> Tensor:
@@ -440,13 +461,15 @@ class Sampler:
         device, guidance = self.device, request.guidance
         on_device = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
         guided = guided_steps(timesteps, guidance, request.guidance_interval)
+        labels, by_guide = request.labels, guidance is not None and self.guide is not None
         return Run(
             x=self._initial(request),
-            conditions=self._network.conditions(on_device, request.labels, guided=guidance is not None),
+            conditions=self._network.conditions(on_device, labels, guided=guidance is not None and not by_guide),
             table=torch.from_numpy(table).to(device),
             steps=torch.arange(len(timesteps), device=device),
             seeds=request.seeds if self.solver.stochastic else None,
             guidance=None if guidance is None else torch.tensor(guidance, device=device),
+            guide_conditions=self._guide.conditions(on_device, labels, guided=False) if by_guide else (),
             correction=None if request.gradient is None else self._classifier_guidance(request.gradient, on_device),
             unguided=frozenset(() if guidance is None else np.flatnonzero(~guided).tolist()),
         )

@@ -154,7 +154,8 @@ def step_coefficients(
         alphas_cumprod_t, alphas_cumprod_prev: the noise levels at both ends, floats or float64 tensors; a step towards more
             noise (inversion) is one too, with eta = 0.
         eta: 0 is DDIM, 1 the DDPM posterior, ``"sigma-hat"`` the larger variance the paper writes with a hat: the mean of
-            eta = 1 with noise of variance 1 - alphas_cumprod_t / alphas_cumprod_prev.
+            eta = 1 with noise of variance 1 - alphas_cumprod_t / alphas_cumprod_prev; none where alphas_cumprod_prev is 1,
+            since that is the finished image (Ho et al. 2020, algorithm 2).
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
 
     Raises:
@@ -170,8 +171,7 @@ def step_coefficients(
     # (1 - b) - sigma^2 with sigma written out: a sum of non-negative terms, so rounding cannot make it negative.
     towards_eps = ((1 - b) * ((1 - spread**2) + spread**2 * a * (1 - b) / (b * (1 - a)))) ** 0.5
     sigma = (1 - a / b) ** 0.5
-    if eta != SIGMA_HAT:
-        sigma = spread * sigma * ((1 - b) / (1 - a)) ** 0.5
+    sigma = sigma * (b != 1) if eta == SIGMA_HAT else spread * sigma * ((1 - b) / (1 - a)) ** 0.5
     return StepCoefficients(*reading, b**0.5, towards_eps, sigma)
 
 
@@ -225,6 +225,8 @@ def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
     """A noise level as a float where that is free, otherwise as a float64 tensor beside ``sample``."""
     import torch
 
+    if isinstance(value, (np.ndarray, list, tuple)):
+        value = torch.as_tensor(_checked_levels(value))
     if not isinstance(value, torch.Tensor):
         return float(value)
     if value.ndim == 0:
@@ -237,9 +239,17 @@ def _numpy_level(value: float | np.ndarray, sample: np.ndarray) -> float | np.nd
     """A noise level as a float, or as a float64 array that broadcasts against ``sample``."""
     if np.ndim(value) == 0:
         return float(value)
-    level = np.asarray(value, np.float64)
+    level = _checked_levels(value)
     _check_level_shape(level.shape, sample.shape)
     return level.reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def _checked_levels(values: Any) -> np.ndarray:
+    """Noise levels in the host's memory, as float64."""
+    levels = np.asarray(values, np.float64)
+    if not np.all((levels >= 0) & (levels <= 1)):
+        raise ValueError(f"noise levels must lie in [0, 1]; got {levels}")
+    return levels
 
 
 def _check_level_shape(shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> None:
@@ -258,7 +268,7 @@ def _seeds(seeds: Tensor | Sequence[int], sample: Tensor) -> Tensor:
 
 
 def _numpy_seeds(seeds: np.ndarray | Sequence[int], sample: np.ndarray) -> np.ndarray:
-    return seeds if isinstance(seeds, np.ndarray) else np.array(check_seeds(seeds), np.int64)
+    return np.ascontiguousarray(seeds if isinstance(seeds, np.ndarray) else np.array(check_seeds(seeds), np.int64))
 
 
 def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:

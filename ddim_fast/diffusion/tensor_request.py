@@ -56,14 +56,15 @@ class TensorRequest:
             labels=labels,
             guidance=guidance,
             guidance_interval=guidance_interval,
+            with_guide=sampler.guide is not None,
         )
-        if checked.guidance_interval is not None and sampler.reuse > 1:
+        if checked.guidance_interval is not None and sampler.reuse > 1 and sampler.guide is None:
             raise ValueError(
                 f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {sampler.reuse}"
             )
         return cls(
             None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
-            None if x_T is None else x_T.to(device, torch.float32).contiguous(),
+            None if x_T is None else _as_noise(x_T.to(device, torch.float32)),
             None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
             checked.guidance,
             checked.guidance_interval,
@@ -84,3 +85,9 @@ class TensorRequest:
     def _map(self, f: Callable[[Tensor], Tensor]) -> TensorRequest:
         tensors = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
         return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})
+
+
+def _as_noise(x_T: Tensor) -> Tensor:
+    """With the values of x_T, and else as if made from seeds: images of one channel can have other strides, and count as
+    contiguous all the same, which compiled code does not think."""
+    return torch.empty_like(x_T, memory_format=torch.contiguous_format).copy_(x_T.detach())

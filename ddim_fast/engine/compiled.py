@@ -37,7 +37,7 @@ class Compiled(Eager):
         return self.one_step.finish(state, *predicted, run, index)
 
     def _call(self, function: Callable[..., Any], x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
-        key = (run.signature, deep is None, function is self.one_step)
+        key = (run.signature, deep is None, function is self.one_step, torch.is_inference_mode_enabled())
         first = key not in self._compiled
         if first:
             self._compiled[key] = self._compile(function)

@@ -66,9 +66,10 @@ class Network:
 
         Args:
             timesteps: (S,) int64, in the order of the steps.
-            labels: (N,) or None.
+            labels: (N,) or None; an unconditional network has no use for them.
             guided: whether each image is evaluated without its label as well: the unlabelled ones come first.
         """
+        labels = None if self.num_classes is None else labels
         if guided:
             labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
         if not self._conditions_itself:
@@ -90,6 +91,7 @@ class Network:
             labels: (N,) or None.
             guided: as for :meth:`conditions`.
         """
+        labels = None if self.num_classes is None else labels
         if guided:
             timesteps, labels = timesteps.repeat(2), torch.cat([torch.full_like(labels, self.num_classes), labels])
         if not self._conditions_itself:

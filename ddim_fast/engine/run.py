@@ -45,7 +45,8 @@ class Run:
         table: (S, ...) float32, the solver's coefficients.
         steps: (S,) int64, 0 to S - 1.
         seeds: (N,) int64 of stochastic sampling, or None.
-        guidance: () float32, the scale of classifier-free guidance, or None.
+        guidance: () float32, the scale of guidance, or None.
+        guide_conditions: what the guide makes of timesteps and labels; empty without one, and in steps that are not guided.
         correction: (x, output, index) -> output, what is made of the network's output before the solver sees it; a function of
             anybody's, which is not compiled. None for nothing.
         unguided: the numbers of the steps that guidance leaves out.
@@ -57,23 +58,27 @@ class Run:
     steps: Tensor
     seeds: Tensor | None
     guidance: Tensor | None
+    guide_conditions: Conditions = ()
     correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     unguided: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor | None]:
         """Everything, in a fixed order."""
-        return [self.x, *self.conditions, self.table, self.steps, self.seeds, self.guidance]
+        return [self.x, self.table, self.steps, self.seeds, self.guidance, *self.conditions, *self.guide_conditions]
 
     def like(self, tensors: list[Tensor | None]) -> Run:
         """The same with other tensors, in the order of :attr:`tensors`."""
-        x, *conditions, table, steps, seeds, guidance = tensors
-        return replace(self, x=x, conditions=tuple(conditions), table=table, steps=steps, seeds=seeds, guidance=guidance)
+        x, table, steps, seeds, guidance, *conditions = tensors
+        own, guide = tuple(conditions[: len(self.conditions)]), tuple(conditions[len(self.conditions) :])
+        return replace(
+            self, x=x, table=table, steps=steps, seeds=seeds, guidance=guidance, conditions=own, guide_conditions=guide
+        )
 
     @property
     def signature(self) -> tuple:
-        """What one compilation or capture is good for: the shapes, and what there is."""
-        return tuple(None if t is None else tuple(t.shape) for t in self.tensors)
+        """What one compilation or capture is good for: the shapes and strides, and what there is."""
+        return tuple(None if t is None else (tuple(t.shape), t.stride()) for t in self.tensors)
 
     def at(self, number: int) -> Run:
         """The run as step ``number`` sees it."""
@@ -81,7 +86,8 @@ class Run:
 
     @functools.cached_property
     def _unguided(self) -> Run:
-        return replace(self, conditions=labelled(self.conditions), guidance=None)
+        conditions = self.conditions if self.guide_conditions else labelled(self.conditions)
+        return replace(self, conditions=conditions, guidance=None, guide_conditions=())
 
 
 class OneStep:
@@ -92,12 +98,13 @@ class OneStep:
             extrapolated linearly in the step's number (as by Liu et al. 2025, arXiv 2503.06923, of first order). Features that
             merely stay as they are lag behind: with them, the packaged fashion-mnist did worse than by fewer steps in the same
             time.
+        guide: the network that guidance leads away from; None for the same one without its label.
 
     Raises:
         ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
     """
 
-    def __init__(self, network: Network, update: Update, reuse: int = 1) -> None:
+    def __init__(self, network: Network, update: Update, reuse: int = 1, guide: Network | None = None) -> None:
         if not isinstance(reuse, int) or isinstance(reuse, bool) or reuse < 1:
             raise ValueError(f"reuse must be a whole number of steps, 1 or more; got {reuse!r}")
         if reuse > 1 and not network.can_reuse:
@@ -108,6 +115,7 @@ class OneStep:
         self.network = network
         self.update = update
         self.reuse = reuse
+        self.guide = guide
 
     def __call__(self, state: State, run: Run, index: Tensor, deep: Deep | None = None) -> Outcome:
         """One step.
@@ -122,18 +130,21 @@ class OneStep:
 
     def predict(self, x: Tensor, run: Run, index: Tensor, deep: Deep | None) -> tuple[Tensor, Tensor | None]:
         """The network's part of a step: its output at ``x``, guided, and its deep features if others use them."""
-        if run.guidance is not None:
-            x = torch.cat([x, x])
+        both = run.guidance is not None and self.guide is None
+        at = torch.cat([x, x]) if both else x
         if self.reuse == 1:
-            output = self.network(x, run.conditions, index)
+            output = self.network(at, run.conditions, index)
             features = None
         else:
             extrapolated = None if deep is None else self._extrapolated(deep, index)
-            output, features = self.network.reusing(x, run.conditions, index, extrapolated)
-        if run.guidance is not None:
+            output, features = self.network.reusing(at, run.conditions, index, extrapolated)
+        if both:
             # Ho and Salimans 2022, eq. 6: none + w (label - none), from one network call on both halves.
             unconditional, conditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, run.guidance)
+        elif run.guidance is not None:
+            # Karras et al. 2024, eq. 5, of any prediction that is linear in x_0: guide + w (network - guide).
+            output = torch.lerp(self.guide(x, run.guide_conditions, index), output, run.guidance)
         return output, features
 
     def finish(self, state: State, output: Tensor, features: Tensor | None, run: Run, index: Tensor) -> Outcome:

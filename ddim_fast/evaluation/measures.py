@@ -22,7 +22,7 @@ from .denoising import by_noise, denoising_error, spread_timesteps
 from .frechet import frechet_distance
 from .inception import FeatureNetwork
 from .kernel_distance import kernel_distance
-from .parts import Parts, make_parts
+from .parts import Parts, drawn, make_parts
 from .precision_recall import precision_recall
 from .reconstruction import reconstruction_error
 from .reference import KEPT_FEATURES, Reference
@@ -171,16 +171,17 @@ def measure_trajectories(
     work.record("trajectory", settings, parts, find)
 
 
-def exact_images(work: Work, model: UNet, draws: Draws, identity: list[Any]) -> Tensor:
+def exact_images(work: Work, model: UNet, guide: UNet | None, draws: Draws, identity: list[Any]) -> Tensor:
     """(N, C, H, W) float32: what DDIM in all of the training timesteps makes. It takes long, and is kept in the user's cache.
 
     Args:
+        model, guide: as of :class:`ddim_fast.Sampler`.
         identity: what decides the images: the weights, and what is drawn.
     """
     shape, steps, count = model.config.image_shape, model.config.num_train_timesteps, len(draws.seeds)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     parts = Parts(cache_folder() / "solutions" / key, count, shape[0] * shape[1] * shape[2], work.batch_size)
-    sampler = Sampler(model, steps=steps, spacing="linear")
+    sampler = Sampler(model, steps=steps, spacing="linear", guide=guide)
     with work.progress(f"{steps} steps", count) as bar:
         make_parts(parts, lambda numbers: draws.sample(sampler, numbers, work.batch_size).cpu().flatten(1), work.processes, bar)
     return torch.from_numpy(parts.all()).reshape(count, *shape)
@@ -195,7 +196,7 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
         features = parts.some(KEPT_FEATURES)[:, : network.features]
         kid = kernel_distance(features, reference.features)
         many = min(len(features), len(reference.features))  # both depend on the numbers, so they are made equal
-        pr = precision_recall(features[:many], reference.features[:many])
+        pr = precision_recall(drawn(features, many), drawn(reference.features, many))
         found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
     return found
 

@@ -15,7 +15,7 @@ from ..files import atomic_write
 from ..processes import Processes
 from .frechet import FeatureStatistics
 
-__all__ = ["Parts", "make_parts"]
+__all__ = ["Parts", "drawn", "make_parts"]
 
 
 class Parts:
@@ -68,8 +68,8 @@ class Parts:
     def some(self, limit: int) -> Tensor:
         """The rows of ``limit`` pictures, or of all where there are fewer: the same ones each time, drawn at random because
         data sets may be sorted."""
-        drawn = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))[:limit].sort().values.numpy()
-        rows = [self.read(k)[drawn[(drawn >= p.start) & (drawn < p.stop)] - p.start] for k, p in self._parts()]
+        chosen = _choice(self.count, limit).numpy()
+        rows = [self.read(k)[chosen[(chosen >= p.start) & (chosen < p.stop)] - p.start] for k, p in self._parts()]
         return torch.from_numpy(np.concatenate(rows))
 
     def remove(self) -> None:
@@ -80,7 +80,9 @@ class Parts:
         return [(k, self.pictures(k)) for k in range(len(self))]
 
     def _file(self, k: int) -> Path:
-        return self.folder / f"part-{k:05d}.npy"
+        # By what is in it: with another number of pictures a part it would be another one.
+        pictures = self.pictures(k)
+        return self.folder / f"part-{pictures.start:06d}-{pictures.stop - 1:06d}.npy"
 
     def _is_whole(self, k: int) -> bool:
         try:
@@ -88,6 +90,15 @@ class Parts:
         except (OSError, ValueError, EOFError):
             return False
         return stored.dtype == np.float32 and stored.shape == (len(self.pictures(k)), self.width)
+
+
+def drawn(rows: Tensor, limit: int) -> Tensor:
+    """``limit`` of the rows, or all where there are fewer: the same ones each time, at random and in their order."""
+    return rows[_choice(len(rows), limit)]
+
+
+def _choice(count: int, limit: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def make_parts(

@@ -44,11 +44,12 @@ def read_pictures(spec: str, image_shape: tuple[int, int, int] | None = None) ->
             with naming(record):
                 if json.loads(record.read_bytes()).get("finished") is not True:
                     raise ValueError("the job that fills this folder has not finished; the same command goes on with it")
-    if image_shape is None:
+    as_stored = image_shape is None
+    if as_stored:
         image_shape = native_shape(spec)
         if image_shape[1] != image_shape[2]:
             raise ValueError(f"{spec}: pictures must be square; these are {_size(image_shape)}")
-    return load_images(spec, image_shape[0], image_shape[1]).images
+    return load_images(spec, image_shape[0], image_shape[1], equal=as_stored).images
 
 
 def open_archive(path: Path) -> np.lib.npyio.NpzFile:
@@ -59,7 +60,10 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
         ValueError: it is damaged.
     """
     try:
-        return np.load(path, allow_pickle=False)
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array, a .npy file")
+        return archive
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -36,6 +36,7 @@ class Reference:
         features: (n, D) float32 of some of them, or None where only statistics are known.
         network: the name of the feature network, or None where the file does not say.
         resolution: (H, W) of the pictures, or None where the file does not say.
+        content: a checksum of the pictures, or of the file of statistics; empty where it is not known yet.
     """
 
     spec: str
@@ -44,6 +45,7 @@ class Reference:
     features: Tensor | None
     network: str | None
     resolution: tuple[int, int] | None
+    content: str = ""
 
     def check(self, network: FeatureNetwork, resolution: tuple[int, int]) -> None:
         """See that pictures of this resolution, seen through this network, can be compared with it.
@@ -110,7 +112,7 @@ def load_reference(
         if is_statistics:
             reference = _read_statistics(path)
             reference.check(network, image_shape[1:])
-            return reference
+            return replace(reference, content=hashlib.sha256(path.read_bytes()).hexdigest())
     pictures = read_pictures(spec, image_shape)
     key = hashlib.sha256(f"{network.name} {tuple(pictures.shape)} ".encode() + pictures.numpy().tobytes()).hexdigest()[:32]
     cached = cache_folder() / "references" / f"{key}.npz"
@@ -124,7 +126,7 @@ def load_reference(
 
         make_parts(parts, lambda numbers: network.of(pictures[numbers.start : numbers.stop]), processes, count)
         processes.from_first(lambda: _finish(parts, spec, network, image_shape, cached))
-    return replace(_read_statistics(cached), spec=spec)
+    return replace(_read_statistics(cached), spec=spec, content=key)
 
 
 def _finish(parts: Parts, spec: str, network: FeatureNetwork, image_shape: tuple[int, int, int], path: Path) -> None:

@@ -205,8 +205,9 @@ def _spacing(row: Row) -> str:
 
 
 def _guidance(row: Row) -> str:
-    interval = row["settings"].get("guidance_interval")
-    return _text("guidance")(row) + ("" if interval is None else f" in {interval[0]}-{interval[1]}")
+    interval, guide = (row["settings"].get(name) for name in ("guidance_interval", "guide"))
+    limited = "" if interval is None else f" in {interval[0]}-{interval[1]}"
+    return _text("guidance")(row) + limited + ("" if guide is None else f", guide {guide}")
 
 
 def _text(name: str) -> Callable[[Row], str]:

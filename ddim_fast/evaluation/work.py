@@ -72,7 +72,20 @@ class Work:
 
 
 # Of a row's settings, those that are the same in a whole command.
-_SILENT = ("model", "weights", "reference", "features", "data", "seeds", "class", "timesteps", "engine")
+_SILENT = (
+    "model",
+    "weights",
+    "guide weights",
+    "reference",
+    "reference content",
+    "features",
+    "data",
+    "data content",
+    "seeds",
+    "class",
+    "timesteps",
+    "engine",
+)
 
 
 class Bar:

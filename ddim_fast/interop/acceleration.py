@@ -144,9 +144,11 @@ def accelerate(
         raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
     _check_kind(model_or_pipeline)
     components = dict(_networks(model_or_pipeline))
-    for model in components.values():
-        if isinstance(model, _DENOISERS):
-            engine = select_engine(engine, model.device)
+    denoisers = [model for model in components.values() if isinstance(model, _DENOISERS)]
+    if not denoisers and engine not in ("auto", "eager"):
+        raise ValueError(f"engine {engine!r} is for denoising networks, and there is none here")
+    for model in denoisers:
+        engine = select_engine(engine, model.device)
     unaccelerate(model_or_pipeline)
     report = Report("eager" if engine == "auto" else engine)
     for name, model in components.items():
@@ -398,6 +400,8 @@ def _replace_schedulers(pipe: DiffusionPipeline, report: Report) -> None:
                 fast.set_timesteps(component.num_inference_steps, component.timesteps.device)
             fast.replaces = component
             setattr(pipe, name, fast)
+            # What is saved is to be loaded where this package is not.
+            pipe.register_to_config(**{name: ("diffusers", kind.__name__)})
             report.replaced.append(Accelerated(name, kind.__name__, _SCHEDULERS[kind].__name__))
         elif name not in served and component is not None and hasattr(component, "config"):
             report.left_alone.append(LeftAlone(name, kind.__name__, "it is none of the classes served here"))

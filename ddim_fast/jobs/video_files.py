@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +23,11 @@ __all__ = ["VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
 
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
-# Players show GIFs of shorter frames far too slowly.
-_SHORTEST_GIF_FRAME = 20
+# How long a GIF shows a frame is written in hundredths of a second, in two bytes; players show shorter ones far too slowly.
+_SHORTEST_GIF_FRAME, _LONGEST_GIF_FRAME = 2, 65535
+
+# What Pillow raises on GIFs that end too early.
+_DAMAGED = (UnidentifiedImageError, OSError, EOFError, IndexError, SyntaxError, struct.error)
 
 
 def read_frames(source: Path) -> Iterator[Image.Image]:
@@ -45,7 +50,7 @@ def read_frames(source: Path) -> Iterator[Image.Image]:
         try:
             with Image.open(source) as film:
                 yield from (frame.convert("RGB") for frame in ImageSequence.Iterator(film))
-        except (UnidentifiedImageError, OSError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{source}: not a readable GIF ({error})") from None
     else:
         decoded, about = _decoded(source)
@@ -76,7 +81,7 @@ class VideoFile(PngFolder):
         rate: frames a second. Of a GIF at most 50.
 
     Raises:
-        ValueError: an MP4 cannot be written here.
+        ValueError: an MP4 cannot be written here, or a GIF of so few frames a second.
     """
 
     def __init__(self, path: Path, batches: Batches, rate: float) -> None:
@@ -85,6 +90,8 @@ class VideoFile(PngFolder):
         self.rate = rate
         if path.suffix.lower() != ".gif":
             _ffmpeg()
+        elif 100 / rate > _LONGEST_GIF_FRAME:
+            raise ValueError(f"a GIF shows a frame for {_LONGEST_GIF_FRAME / 100:g} s at most; {rate:g} a second is too few")
 
     def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
         if self.path.exists():
@@ -104,8 +111,10 @@ class VideoFile(PngFolder):
 
 def _write_gif(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
     first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
-    duration = max(_SHORTEST_GIF_FRAME, round(1000 / rate))
-    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+    # Each frame ends where it should to the nearest hundredth, so that the whole lasts as long as it should.
+    ends = [round(100 * i / rate) for i in range(len(rest) + 2)]
+    durations = [10 * max(_SHORTEST_GIF_FRAME, end - start) for start, end in pairwise(ends)]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _write_mp4(path: Path, frames: Iterable[np.ndarray], image_shape: Sequence[int], rate: float) -> None:

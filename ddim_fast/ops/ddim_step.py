@@ -379,6 +379,8 @@ def _check(call: _Step, out: Tensor | None) -> None:
     for name, tensor in images.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, but sample is a tensor of torch; give both as the same")
         if tensor.shape != sample.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but sample has {tuple(sample.shape)}")
         if tensor.device != sample.device:

@@ -109,13 +109,15 @@ def _why_not_native(call: _Step) -> str | None:
     if any(np.ndim(c) for c in call.coefficients):
         return "it takes the noise levels as numbers, not as arrays"
     for name, array in call.images.items():
-        if array.dtype != np.float32 or not array.flags.c_contiguous:
-            return f"it takes contiguous float32 arrays, and {name} is not one"
+        if array.dtype != np.float32 or not array.flags.c_contiguous or not array.flags.aligned:
+            return f"it takes contiguous and aligned float32 arrays, and {name} is not one"
     return None
 
 
 def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 IMPLEMENTATIONS = (
@@ -130,6 +132,8 @@ def _check(call: _Step, out_dtype: Any) -> None:
             raise ValueError(f"{name} has shape {array.shape}, but sample has {call.sample.shape}")
         if array.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"{name} must be a floating-point array; got {array.dtype}")
+    if not call.out.flags.writeable:
+        raise ValueError("out can only be read: it is a read-only array or memory map")
     if out_dtype is not None and call.out.dtype != out_dtype:
         raise ValueError(f"out_dtype is {np.dtype(out_dtype)}, but out is {call.out.dtype}")
     if len(call.coefficients) != 7:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import os
 import re
 import struct
 import zlib
@@ -14,15 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..records import PICTURES
 from .parquet import read_parquet
 
-__all__ = ["ImageSet", "fit_image", "image_files", "load_images", "native_shape", "read_images", "to_unit_range"]
+__all__ = [
+    "ImageSet",
+    "fit_image",
+    "image_files",
+    "load_images",
+    "native_shape",
+    "read_images",
+    "to_unit_range",
+    "visible_files",
+]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+# Pillow's modes without colour.
+_GREY = {"1", "L", "LA", "La"}
 
 
 @dataclass
@@ -53,9 +66,10 @@ def to_unit_range(images: Tensor) -> Tensor:
     return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
 
 
-def load_images(spec: str, channels: int, size: int | tuple[int, int]) -> ImageSet:
+def load_images(spec: str, channels: int, size: int | tuple[int, int], equal: bool = False) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
-    smaller ones are padded with black to the middle of the frame (28x28 -> 32x32).
+    smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
+    of them would have to be padded.
 
     Args:
         spec: one of
@@ -67,6 +81,8 @@ def load_images(spec: str, channels: int, size: int | tuple[int, int]) -> ImageS
               MNIST and Fashion-MNIST are distributed);
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
 
+        equal: refuse images of different sizes in any case.
+
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
         ValueError: it holds no images, damaged ones, or images of different sizes; or the network's are no square pictures.
@@ -75,15 +91,20 @@ def load_images(spec: str, channels: int, size: int | tuple[int, int]) -> ImageS
         raise ValueError(
             f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
         )
-    return _collect(read_images(spec), spec, channels, size)
+    return _collect(read_images(spec), spec, channels, size, equal)
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
-    """(channels, height, width) of the first image of a data set, as it is stored; ``spec`` and errors as for
-    :func:`load_images`."""
+    """(channels, height, width) of a data set's images as they are stored: the size of the first, and one channel where all
+    are grey; ``spec`` and errors as for :func:`load_images`."""
+    size = None
     for _, image, _ in read_images(spec):
-        return (1 if image.mode in ("1", "L") else 3, image.height, image.width)
-    raise ValueError(f"no images in {spec!r}")
+        size = size or (image.height, image.width)
+        if image.mode not in _GREY:
+            return (3, *size)
+    if size is None:
+        raise ValueError(f"no images in {spec!r}")
+    return (1, *size)
 
 
 Row = tuple[str, Image.Image, int | None]
@@ -110,19 +131,19 @@ def read_images(spec: str) -> Iterator[Row]:
     raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
-def _collect(rows: Iterable[Row], spec: str, channels: int, size: int) -> ImageSet:
+def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
     images, labels = [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:
         if first is None:
             first = (name, image.size)
-        if image.size != first[1]:
+        if image.size != first[1] and (equal or min(*image.size, *first[1]) < size):
             raise ValueError(
-                "the images of a data set must all have one size; "
+                f"the images of a data set must all have one size{'' if equal else f', or {size} pixels each way at least'}; "
                 f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
             )
-        if label is not None and not isinstance(label, int):
-            raise ValueError(f"{name}: class labels must be whole numbers; got {label!r}")
+        if label is not None and (not isinstance(label, int) or label < 0):
+            raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
         images.append(fit_image(image, channels, size))
         labels.append(label)
     if not images:
@@ -148,21 +169,30 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    files = {p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES}
+    files = {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES}
     return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those inside it, links to folders among them, but for hidden files and folders."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _decode(name: str, data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-        return image
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"{name}: not a readable image ({error})") from None
+    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return ImageOps.exif_transpose(image)
 
 
 def _read_folder(folder: Path) -> Iterator[Row]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     for path in sorted(image_files(folder)):
         parts = path.relative_to(folder).parts
         yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None

@@ -214,7 +214,8 @@ class Trainer(Generic[M]):
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
         averaged = self.averaged_model()
-        averaged.fit_scale(to_unit_range(self.data.images[:1000]))
+        some = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:1000]  # data sets may be sorted
+        averaged.fit_scale(to_unit_range(self.data.images[some.to(self.data.images.device)]))
         for name in ("latent_mean", "latent_std"):
             for weights in (self.model.state_dict(), self.ema.state_dict()):
                 weights[name].copy_(getattr(averaged, name))

@@ -100,6 +100,60 @@ def test_guidance_in_an_interval(run, checkpoint, tmp_path):
     assert between["settings"]["guidance_interval"] == [400, 600] and "guidance_interval" not in everywhere["settings"]
 
 
+def test_a_guide_is_part_of_the_settings(run, checkpoint, small_config, tmp_path):
+    from ddim_fast import UNet
+
+    torch.manual_seed(1)
+    UNet(small_config).save_pretrained(tmp_path / "guide")
+    command = ["--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 3, "--guidance", 2]
+    for options in ([], ["--guide", tmp_path / "guide"], ["--guide", checkpoint]):
+        code, _, err = run(*command, *options)
+        assert code == 0, err
+    itself, guided, nowhere = rows(tmp_path, "trajectory")
+    assert [row["evaluations"] for row in (itself, guided, nowhere)] == [6, 3, 3]
+    assert len({row["error"] for row in (itself, guided, nowhere)}) == 3
+    assert guided["settings"]["guide"] == str(tmp_path / "guide")
+    assert guided["settings"]["guide weights"] != nowhere["settings"]["guide weights"] == nowhere["settings"]["weights"]
+
+
+def test_another_batch_size_does_not_read_the_solutions_of_this_one(run, checkpoint, tmp_path):
+    command = ["--model", checkpoint, "--trajectory-error", "--num", 6, "--steps", 2]
+    errors = []
+    for size in (2, 4, 2):
+        assert run(*command, "--batch-size", size)[0] == 0
+        errors.append(rows(tmp_path, "trajectory")[0]["error"])
+        (tmp_path / "out" / "evaluation.json").unlink()
+    assert errors == pytest.approx([errors[0]] * 3, rel=1e-4)
+
+
+def test_changed_data_are_measured_anew(run, checkpoint, photos, tmp_path):
+    command = ["--model", checkpoint, "--data", photos, "--loss"]
+    assert run(*command)[0] == 0
+    Image.new("L", (16, 16), 255).save(photos / "class-0" / "00.png")
+    assert run(*command)[0] == 0
+    before, after = rows(tmp_path, "loss")
+    assert before["loss"] != after["loss"]
+
+
+def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, tmp_path, tiny_inception):
+    rng = np.random.default_rng(0)
+    kinds = [rng.integers(*limits, (300, 16, 16, 3), dtype=np.uint8) for limits in ((0, 120), (136, 256))]
+    np.savez(tmp_path / "images.npz", arr_0=np.concatenate([kind[:50] for kind in kinds]))
+    np.savez(tmp_path / "sorted.npz", arr_0=np.concatenate([kind[50:] for kind in kinds]))
+    command = ["--images", tmp_path / "images.npz", "--reference", tmp_path / "sorted.npz", "--inception", tmp_path]
+    code, _, err = run(*command, "--num", 100)
+    assert code == 0, err
+    (row,) = rows(tmp_path, "quality")
+    assert row["precision"] > 0.7 and row["recall"] > 0.7
+
+
+def test_a_single_array_is_no_archive(run, tmp_path, tiny_inception):
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, np.zeros((4, 16, 16, 3), np.uint8))
+    code, _, err = run("--images", tmp_path / "a.npz", "--reference", "x", "--inception", tmp_path, "--num", 4)
+    assert code == 2 and "a.npz: not a whole .npz file (it is a single array" in err
+
+
 def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_inception):
     command = ["--images", photos, "--reference", photos, "--inception", tmp_path]
     code, _out, _ = run(*command, "--num", 40)
@@ -165,6 +219,10 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
         (["--trajectory-error", "--guidance-interval", "300", "600"], "give its scale, guidance, as well"),
         (["--reference", "x"], "there is no feature network"),
         (["--trajectory-error", "--model", "nobody"], "unknown model 'nobody'"),
+        (["--trajectory-error", "--guide", "cifar10-64"], "give its scale, such as --guidance 2"),
+        (["--trajectory-error", "--guide", "fashion-mnist", "--guidance", "2"], "the guide must be of the same kind"),
+        (["--trajectory-error", "--solver", "unipc", "--eta", "1"], "there is no setting to measure"),
+        (["--trajectory-error", "--eta", "0,1"], "--trajectory-error is of deterministic samplers"),
     ],
 )
 def test_usage_errors_are_one_line(options, words, run):

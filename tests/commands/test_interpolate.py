@@ -39,6 +39,12 @@ def test_between_images_the_ends_are_the_images(run, here):
         assert np.abs(picture(here / f"{end}.png") - picture(here / "o" / f"{frame}.png")).max() <= 1
 
 
+def test_no_class_is_said_as_everywhere(run, here):
+    for out, options in (("a", []), ("b", ["--class", "none"])):
+        assert run("seed:1", "seed:2", "--steps", 1, "--frames", 2, "--out", out, "--quiet", *options) == (0, "", "")
+    assert (here / "a/0.png").read_bytes() == (here / "b/0.png").read_bytes()
+
+
 def test_four_corners_make_a_square(run, here):
     assert run("seed:1", "seed:2", "seed:3", "seed:4", "--steps", 1, "--frames", 4, "--out", "o", "--quiet") == (0, "", "")
     assert sorted(p.name for p in (here / "o").iterdir())[:16] == [f"{i:02d}.png" for i in range(16)]

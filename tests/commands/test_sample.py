@@ -124,6 +124,22 @@ def test_guidance_in_an_interval(run, checkpoint, tmp_path):
     assert images["none"] == images["outside"] and len(set(images.values())) == 3
 
 
+def test_a_guide_is_another_model(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, "--steps", 2, "--seeds", "0,1", "--quiet"]
+    assert run(*options, "--out", tmp_path / "plain")[0] == 0
+    # Away from itself leads nowhere.
+    assert run(*options, "--out", tmp_path / "o", "--guide", checkpoint, "--guidance", 2) == (0, "", "")
+    for name in ("000000.png", "000001.png"):
+        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert json.loads((tmp_path / "o/sampling.json").read_text())["guide"] == str(checkpoint)
+
+
+def test_steps_are_as_many_as_are_listed(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, "--spacing", "900,400,0", "--seeds", 0, "--out", tmp_path / "o"]
+    assert "1 images of 3 steps" in run(*options)[1]
+    assert json.loads((tmp_path / "o/sampling.json").read_text())["settings"]["steps"] == 3
+
+
 def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
     _, out, _ = run("--model", checkpoint, "--steps", 300, "--spacing", "ermongroup-uniform", "--seeds", "0", "--class", "none")
     assert "makes 334 timesteps of 300 steps" in out
@@ -144,6 +160,13 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--class", "none", "--guidance", "2"], "needs class labels"),
         (["--guidance", "2", "--guidance-interval", "600", "300"], "two timesteps, the lower one first"),
         (["--guidance-interval", "300", "600"], "give its scale"),
+        (["--guidance", "2", "--guidance-interval", "300", "310", "--steps", "2"], "no step is there"),
+        (["--guide", "cifar10-64"], "give its scale, such as --guidance 2"),
+        (["--guide", "cifar10-64", "--guidance", "2"], "its image_shape is (3, 32, 32), not (3, 16, 16)"),
+        (["--guide", "nobody", "--guidance", "2"], "unknown model 'nobody'"),
+        (["--spacing", "900,400,0", "--steps", "4"], "--steps 4 does not fit the 3 timesteps of --spacing"),
+        (["--tolerance", "0.1", "--steps", "4"], "--tolerance takes the place of --steps and --spacing"),
+        (["--grid", "grid.psd"], "unknown image format"),
         (["--spacing", "karras"], "unknown spacing 'karras'"),
         (["--spacing", "999,1000"], "timesteps must lie in 0..999"),
         (["--solver", "euler"], "--solver"),
@@ -455,6 +478,19 @@ def test_a_film_is_made_of_a_run_that_goes_on(run, checkpoint, tmp_path):
     (tmp_path / "a" / "000004.png").unlink()
     assert run(*options, "--trajectory", tmp_path / "film.gif")[0] == 0
     assert Image.open(tmp_path / "film.gif").n_frames == 2 and contents(tmp_path / "a") == whole
+
+
+def test_a_finished_folder_gets_the_film_and_the_grid_that_are_asked_for(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, "--steps", 2, "--seeds", "0-2", "--batch-size", 2]
+    assert run(*options, "--out", tmp_path / "o")[0] == 0
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "o").glob("0*.png")}
+    code, _, err = run(*options, "--out", tmp_path / "o", "--trajectory", tmp_path / "f.gif", "--grid", tmp_path / "g.png")
+    assert code == 0, err
+    assert (tmp_path / "f.gif").exists() and (tmp_path / "g.png").exists()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "o").glob("0*.png")} == pictures
+    assert run(*options, "--out", tmp_path / "o.npz")[0] == 0
+    code, _, err = run(*options, "--out", tmp_path / "o.npz", "--grid", tmp_path / "h.png")
+    assert code == 2 and "is finished, and a picture or a film is made together with it" in err
 
 
 def test_help_shows_examples_and_defaults(run):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -108,6 +109,72 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert names(tmp_path / "parts") == FILES
 
 
+@pytest.mark.parametrize(
+    "options,part",
+    [
+        (["--prediction-type=v_prediction"], "this run's network has prediction_type epsilon, not v_prediction"),
+        (["--latents=elsewhere"], "--latents elsewhere: a run goes on with its own"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_network(options, part, photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=1", "--out", out)[0] == 0
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    code, _, err = run_train("--out", out, "--resume", "--steps=2", "--device=cpu", *options)
+    assert code == 2
+    assert_one_line(err, part)
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_what_comes_after_the_checkpoint_is_forgotten(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--ema-snapshots=2", "--steps=4", "--out", out)[0] == 0
+    shutil.copy(out / "ema/00000004.safetensors", out / "ema/00000006.safetensors")
+    with open(out / "stats.jsonl", "a") as stats:  # the disk was full
+        stats.write('{"step": 4, "lo')
+    assert run_train("--out", out, "--resume", "--steps=5", "--device=cpu", "--quiet")[0] == 0
+    assert names(out / "ema") == {f"{step:08d}.safetensors" for step in (2, 4, 5)}
+    assert [json.loads(line)["step"] for line in (out / "stats.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
+def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_path, run_train, monkeypatch):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant"]
+    assert run_train(*start, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
+    learning_rate = train.Trainer._learning_rate
+
+    def ctrl_c(trainer, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return learning_rate(trainer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_learning_rate", ctrl_c)
+        code, _, err = run_train(*start, "--steps", 1000, "--out", tmp_path / "parts")
+    assert code == 130 and "stopped at step 2" in err and "--resume goes on" in err
+    assert run_train("--out", tmp_path / "parts", "--resume", "--steps", 4, "--device=cpu", "--quiet")[0] == 0
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+
+
+def test_training_under_torchrun_is_refused(photos, tmp_path, run_train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run_train("--data", photos, *RUN, "--out", tmp_path / "run")
+    assert code == 2
+    assert_one_line(err, "training is one process")
+
+
+def test_a_schedule_of_few_timesteps_has_a_grid(photos, tmp_path, run_train):
+    options = [*RUN[:-7], "num_train_timesteps=10", *RUN[-7:]]
+    code, _, err = run_train("--data", photos, *options, "--steps=1", "--out", tmp_path / "run")
+    assert code == 0, err
+
+
+def test_set_is_stronger_than_a_recipe(photos, tmp_path, run_train):
+    options = [*RUN[:-7], "prediction_type=sample", *RUN[-7:], "--recipe=fast", "--steps=1"]
+    code, _, err = run_train("--data", photos, *options, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/config.json").read_text())["prediction_type"] == "sample"
+
+
 def test_a_run_that_stops_after_its_minutes_goes_on_later(photos, tmp_path, run_train):
     start = ["--data", photos, *RUN, "--lr-schedule=constant"]
     assert run_train(*start, "--steps", 3, "--out", tmp_path / "whole")[0] == 0
@@ -177,6 +244,9 @@ def test_options_change_the_network(photos, tmp_path, run_train):
         (["--minutes=soon"], ["--minutes", "'soon'"]),
         (["--prediction-type=eps"], ["--prediction-type", "'eps'"]),
         (["--device=warp"], ["unknown device 'warp'"]),
+        (["--seed=99999999999999999999"], ["--seed", "is not a whole number from 0 to 2^63 - 1"]),
+        (["--preset=autoencoder", "--dropout=0.5"], ["--dropout is for diffusion models"]),
+        ([*NETWORK, "rescale_betas_zero_snr=true"], ["at zero SNR", "use v_prediction"]),
         (["--step=3"], ["--step"]),
         (["--resume"], ["--resume: there is no run in"]),
     ],

@@ -69,3 +69,14 @@ def test_there_are_no_common_steps(small_unet):
     ):
         with pytest.raises(ValueError, match="steps"):
             ask()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_ends_and_spoils_no_other_image(bad, fake_network):
+    network = fake_network(num_classes=4)
+    forward = network.forward
+    network.forward = lambda x, t, labels: torch.where(labels[:, None, None, None] == 2, bad, forward(x, t, labels))
+    sampler = Sampler(network, tolerance=0.05)
+    images = sampler.sample(seeds=[0, 1], labels=[2, 1])
+    assert not images[0].isfinite().all()
+    assert torch.equal(images[1], sampler.sample(seeds=[1], labels=1)[0])

@@ -219,3 +219,53 @@ def test_what_is_no_interval_is_named(arguments, message, fake_network):
 def test_features_are_not_shared_between_guided_steps_and_others(small_unet):
     with pytest.raises(ValueError, match="use reuse=1, not 2"):
         Sampler(small_unet, steps=4, reuse=2).sample(seeds=[0], labels=1, guidance=2.0, guidance_interval=(300, 600))
+
+
+@pytest.mark.parametrize("options", [{"steps": 60, "solver": "unipc"}, {"tolerance": 0.003}], ids=str)
+def test_a_guide_leads_away_from_its_mean(options):
+    """Of two normal distributions of one variance, guidance makes a third one at every noise level, whose mean is beyond."""
+    network, guide = GaussianNetwork("v_prediction"), GaussianNetwork("v_prediction", mean=MEAN - 0.2)
+    images = Sampler(network, guide=guide, **options).sample(seeds=range(100), guidance=3.0, batch_size=100)
+    assert images.mean().item() == pytest.approx(MEAN - 0.2 + 3 * 0.2, abs=0.01)
+    assert images.std().item() == pytest.approx(STD, abs=0.01)
+
+
+def test_a_guide_is_asked_in_the_interval_alone_and_in_the_same_class(fake_network):
+    network, guide = fake_network(num_classes=4), fake_network(num_classes=4)
+    sampler = Sampler(network, steps=None, spacing=[900, 600, 300, 0], guide=guide)
+    request = {"seeds": [1, 2], "labels": [0, 3]}
+    plain = sampler.sample(**request)
+    assert not guide.calls
+    # A guide that knows as much as the network leads nowhere, whatever the scale.
+    network.calls.clear()
+    assert torch.equal(sampler.sample(**request, guidance=2.5, guidance_interval=(300, 600)), plain)
+    assert network.calls == [900, 600, 300, 0] and guide.calls == [600, 300]
+    assert sampler.evaluations.tolist() == [4, 4]
+
+
+def test_a_guide_needs_no_labels_and_may_know_none(fake_network):
+    network, guide = fake_network(num_classes=4), fake_network()
+    sampler = Sampler(network, steps=3, guide=guide)
+    assert not torch.equal(sampler.sample(seeds=[0], labels=2, guidance=2.0), sampler.sample(seeds=[0], labels=2))
+    Sampler(fake_network(), steps=3, guide=guide).sample(seeds=[0], guidance=2.0)
+
+
+def test_a_guide_goes_with_reused_features_in_an_interval(small_unet):
+    sampler = Sampler(small_unet, steps=6, guide=small_unet, reuse=2)
+    request = {"seeds": [0, 1], "labels": 3}
+    guided = sampler.sample(**request, guidance=1.5, guidance_interval=(0, 500))
+    assert guided.isfinite().all() and not torch.equal(guided, sampler.sample(**request))
+
+
+@pytest.mark.parametrize(
+    "fields,what",
+    [
+        ({"sample_size": 16}, "image_shape is .*16, 16.*, not .*8, 8"),
+        ({"prediction_type": "v_prediction"}, "prediction_type is v_prediction, not epsilon"),
+        ({"num_classes": 5}, "num_classes is 5, not 4"),
+        ({"beta_end": 0.01}, "noise schedule"),
+    ],
+)
+def test_a_guide_of_another_kind_is_refused(fields, what, fake_network):
+    with pytest.raises(ValueError, match=f"the guide must be of the same kind as the network: its {what}"):
+        Sampler(fake_network(num_classes=4), guide=fake_network(**{"num_classes": 4, **fields}))

@@ -90,3 +90,10 @@ def test_what_has_no_exact_inverse_is_refused(options, fake_network):
     sampler = Sampler(fake_network(), steps=3, **options)
     with pytest.raises(ValueError, match=r"encode\(exact=True\) inverts steps of the ddim solver, without clipping"):
         sampler.encode(torch.zeros(1, *SHAPE), exact=True)
+
+
+def test_exact_inversion_from_zero_snr_of_a_network_that_predicts_the_image(fake_network):
+    network = fake_network(prediction_type="sample", rescale_betas_zero_snr=True)
+    sampler = Sampler(network, steps=4, spacing="trailing")
+    latents = sampler.encode(sampler.sample(seeds=[0, 1]), exact=True)
+    assert latents.isfinite().all()

@@ -146,6 +146,17 @@ def test_the_trajectory_visits_each_timestep_once(fake_network):
     torch.testing.assert_close(states[-1].x, sampler.sample(seeds=[0]))
 
 
+def test_timesteps_seeds_and_scales_may_be_arrays(fake_network):
+    network = fake_network(num_classes=4)
+    timesteps = select_timesteps(NoiseSchedule.from_config(network.config), 5, "quadratic")
+    sampler = Sampler(network, steps=None, spacing=timesteps)
+    expected = sampler.sample(seeds=[0, 1], labels=[1, 2], guidance=2.0)
+    for seeds, guidance in ((torch.arange(2), np.float32(2)), (np.arange(2), 2)):
+        assert torch.equal(sampler.sample(seeds=seeds, labels=[1, 2], guidance=guidance), expected)
+    with pytest.raises(ValueError, match="seeds are a list of whole numbers, one an image; got 3"):
+        sampler.sample(seeds=3)
+
+
 def test_x0_is_the_prediction_at_the_timestep(fake_network):
     network = fake_network()
     sampler = Sampler(network, steps=5, clip_sample_range=1.0)

@@ -65,6 +65,44 @@ def test_a_guidance_interval_leaves_out_the_same_steps(engine, solver, fake_netw
         torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guide_is_part_of_the_step(engine, fake_network):
+    network, guide = (on_device_of(engine, fake_network(num_classes=4)) for _ in range(2))
+    guide.weight.data *= 0.8
+    options = {"steps": None, "spacing": [900, 600, 300, 0], "solver": "unipc", "guide": guide}
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    for guidance, interval in ((2.5, (300, 600)), (4.0, (300, 600)), (1.5, None), (None, None)):
+        request = {"seeds": [1, 2], "labels": [0, 3], "guidance": guidance, "guidance_interval": interval}
+        torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_requests_that_differ_in_layout_or_mode_follow_each_other(engine, small_unet):
+    network = on_device_of(engine, small_unet)
+    sampler, eager = Sampler(network, steps=2, engine=engine), Sampler(network, steps=2)
+    guided = {"labels": [0, 1, 2, 3], "guidance": 2.0, "guidance_interval": (10, 600)}
+    x_T = torch.randn(4, 3, 16, 16)
+    plain = {"x_T": x_T, "batch_size": 3}
+    requests = (
+        {"seeds": range(4), **guided},
+        {"seeds": range(4), "labels": [0, 1, 2, 3]},
+        plain,
+        plain | {"x_T": x_T.clone().requires_grad_()},
+        plain | {"x_T": x_T.to(memory_format=torch.channels_last)},
+    )
+    for request in requests:
+        torch.testing.assert_close(sampler.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(sampler.sample(**plain), eager.sample(**plain), atol=1e-4, rtol=1e-4)
+
+
+def test_grey_images_of_any_strides_are_one_kind_of_request(fake_network):
+    network = fake_network(in_channels=1)
+    x_T = torch.randn(5, 8, 8, 1).permute(0, 3, 1, 2)  # contiguous, as images of one channel are, and strided like RGB
+    images = Sampler(network, steps=2, engine="compiled").sample(x_T=x_T, batch_size=3)
+    torch.testing.assert_close(images, Sampler(network, steps=2).sample(x_T=x_T), atol=1e-4, rtol=1e-4)
+
+
 def test_a_gradient_runs_between_what_is_compiled(fake_network):
     """Any function, of which torch.compile sees nothing: another one is no recompilation."""
     network = fake_network(num_classes=4)
@@ -183,9 +221,12 @@ def test_bfloat16_errs_no_more_than_twice_what_eager_pytorch_does(engine, small_
 
 
 def test_a_run_is_its_tensors(fake_network):
-    run = Run(torch.ones(1), (torch.zeros(2), torch.ones(3)), torch.ones(4), torch.ones(5), None, torch.ones(()))
+    guide = (torch.ones(6), torch.ones(7))
+    run = Run(torch.ones(1), (torch.zeros(2), torch.ones(3)), torch.ones(4), torch.ones(5), None, torch.ones(()), guide)
     same = run.like([t if t is None else t.clone() for t in run.tensors])
-    assert same.signature == run.signature == ((1,), (2,), (3,), (4,), (5,), None, ())
+    shapes = [None if there is None else there[0] for there in run.signature]
+    assert same.signature == run.signature and shapes == [(1,), (4,), (5,), None, (), (2,), (3,), (6,), (7,)]
+    assert len(same.conditions) == len(same.guide_conditions) == 2
     assert all(torch.equal(a, b) for a, b in zip(same.tensors, run.tensors, strict=True) if a is not None)
 
 

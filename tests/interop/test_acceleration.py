@@ -571,6 +571,7 @@ class TestPipelines:
         accelerate(pipe)
         expected = self.images(pipe)
         pipe.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
         loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(self.images(loaded), plain)

@@ -1,12 +1,13 @@
+import contextlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from ddim_fast.jobs.outputs import Batches
-from ddim_fast.jobs.video_files import VideoFile, frame_rate, read_frames
+from ddim_fast.jobs.video_files import VideoFile, _write_gif, frame_rate, read_frames
 
 
 def moving_square(count=5, colours=3):
@@ -79,3 +80,27 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
     write(tmp_path / "a.gif", moving_square())
     with pytest.raises(ValueError, match=r"a\.gif exists; choose another --out"):
         VideoFile(tmp_path / "a.gif", Batches(range(5), None, 2, (32, 32, 3)), 10).check(None, {})
+
+
+@pytest.mark.parametrize("rate", [7.5, 30, 40, 50])
+def test_a_gif_lasts_as_long_as_its_frames(rate, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (77, 8, 8, 1), dtype=np.uint8)
+    _write_gif(tmp_path / "film.gif", frames, rate)
+    with Image.open(tmp_path / "film.gif") as film:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
+    assert sum(durations) == pytest.approx(1000 * 77 / rate, abs=6) and max(durations) - min(durations) <= 10
+
+
+def test_a_gif_of_too_few_frames_a_second_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"for 655\.35 s at most; 0\.001 a second is too few"):
+        VideoFile(tmp_path / "film.gif", Batches(range(2), None, 2, (8, 8, 3)), 0.001)
+
+
+def test_a_gif_that_ends_too_early_is_named(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    _write_gif(tmp_path / "whole.gif", frames, 10)
+    data = (tmp_path / "whole.gif").read_bytes()
+    for length in range(7, len(data) - 1, 13):
+        (tmp_path / "cut.gif").write_bytes(data[:length])
+        with contextlib.suppress(ValueError):  # some of it can be read
+            list(read_frames(tmp_path / "cut.gif"))

@@ -1,5 +1,6 @@
 """fast_ddim_step on numpy arrays: the same bits as on tensors, and no torch in the process."""
 
+import functools
 import subprocess
 import sys
 
@@ -128,3 +129,21 @@ def test_needs_no_torch(forced, monkeypatch):
     monkeypatch.setenv("DDIM_FAST_BACKEND", forced)
     result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_arrays_that_only_the_reference_can_read():
+    rng = np.random.default_rng(0)
+    x, e = rng.standard_normal((2, 4, 3, 5), dtype=np.float32)
+    seeds = np.arange(8)
+    step = functools.partial(fast_ddim_step, model_output=e, alphas_cumprod_t=0.3, alphas_cumprod_prev=0.5, eta=1.0)
+    assert np.array_equal(step(x, seeds=seeds[::2]), step(x, seeds=seeds[::2].copy()))
+    shifted = np.frombuffer(b"12" + x.tobytes(), np.float32, offset=2).reshape(x.shape)
+    assert not shifted.flags.aligned
+    assert np.allclose(step(shifted, seeds=seeds[:4]), step(x, seeds=seeds[:4]), atol=1e-6)
+
+
+def test_what_is_for_reading_only_is_not_written():
+    x = np.ones((2, 3), np.float32)
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="out can only be read"):
+        fast_ddim_step(x, x, 0.3, 0.5, out=x)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_fast.training.data import ImageSet, load_images, to_unit_range
+from ddim_fast.training.data import ImageSet, load_images, native_shape, to_unit_range
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
@@ -148,11 +148,51 @@ def test_idx_as_mnist_is_distributed(zipped, labelled, tmp_path):
         assert (data.labels.tolist() == [3, 1, 9, 1]) if labelled else data.labels is None
 
 
-def test_images_of_different_sizes_are_both_named(tmp_path):
-    for name, size in (("a.png", (8, 8)), ("b.png", (8, 8)), ("c.png", (12, 10))):
+def test_images_of_different_sizes_are_both_named_where_one_would_be_padded(tmp_path):
+    for name, size in (("a.png", (8, 8)), ("b.png", (8, 8)), ("c.png", (12, 6))):
         Image.new("L", size).save(tmp_path / name)
-    with pytest.raises(ValueError, match=r"must all have one size; .*a\.png is 8x8 and .*c\.png is 12x10"):
+    with pytest.raises(ValueError, match=r"or 8 pixels each way at least; .*a\.png is 8x8 and .*c\.png is 12x6"):
         load_images(str(tmp_path), 1, 8)
+
+
+def test_photos_of_different_sizes_are_cropped_and_resized(tmp_path):
+    for name, size in (("a.png", (8, 8)), ("b.png", (30, 20))):
+        Image.new("L", size, 200).save(tmp_path / name)
+    assert load_images(str(tmp_path), 1, 8).images.eq(200).all()
+    with pytest.raises(ValueError, match=r"must all have one size; .*a\.png is 8x8 and .*b\.png is 30x20"):
+        load_images(str(tmp_path), 1, 8, equal=True)
+
+
+def test_hidden_files_are_no_images_and_linked_folders_are_classes(tmp_path):
+    for place in ("elsewhere", "data/a", "data/.checkpoints"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / place / "0.png")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    assert load_images(str(tmp_path / "data"), 1, 8).labels.tolist() == [0, 1]
+
+
+def test_a_photo_is_turned_as_it_says_it_is(tmp_path):
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    expected = torch.from_numpy(np.asarray(picture)[::-1, ::-1].copy())
+    assert torch.equal(load_images(str(tmp_path), 1, 8).images[0, 0], expected)
+
+
+def test_sixteen_bits_a_pixel_are_brought_to_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert torch.equal(load_images(str(tmp_path), 1, 8).images[0, 0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+
+
+def test_the_channels_of_a_data_set_are_those_of_all_its_images(tmp_path):
+    for name, mode in (("a.png", "L"), ("b.png", "RGB")):
+        Image.new(mode, (8, 8)).save(tmp_path / name)
+    assert native_shape(str(tmp_path)) == (3, 8, 8)
+    (tmp_path / "b.png").unlink()
+    Image.new("LA", (8, 8)).save(tmp_path / "c.png")
+    assert native_shape(str(tmp_path)) == (1, 8, 8)
 
 
 def test_an_empty_folder_is_named(tmp_path):
