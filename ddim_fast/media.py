@@ -15,7 +15,7 @@ from .files import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["image_format", "image_grid", "save_gif", "save_image", "to_uint8"]
+__all__ = ["check_channels", "image_format", "image_grid", "save_gif", "save_image", "to_uint8"]
 
 
 def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
@@ -69,6 +69,15 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], scale: int = 1, milliseco
 def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
+
+
+def check_channels(channels: int, instead: str) -> None:
+    """
+    Raises:
+        ValueError: a picture does not have so many channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels are no pictures, which have 1 or 3; {instead}")
 
 
 def image_format(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .files import write_json
-from .media import image_grid, save_image, to_uint8
+from .media import check_channels, image_grid, save_image, to_uint8
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -56,6 +56,7 @@ class Pictures:
     noun = "images"
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        check_channels(image_shape[0], "sample them with --out FILE.npz")
         self._shape = image_shape
 
     def load(self, spec: str) -> Tensor:

@@ -154,6 +154,8 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
         ValueError: an option or an image does not fit.
     """
     shape, seeds = sampler.image_shape, arguments.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds names one twice: {list_integers(seeds)}")
     operator = _operator(arguments, shape)
     travel = None if arguments.travel is None else TimeTravel(*arguments.travel)
     steps = {"eta": arguments.eta, "noise_std": arguments.noise_std, "travel": travel}

@@ -41,7 +41,7 @@ from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .jobs.outputs import Batches, FileFolder, NpzFile, Output, PngFolder
 from .jobs.sampling import Job, JobStep
-from .media import image_format, image_grid, save_gif, save_image
+from .media import check_channels, image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.checksum import weights_checksum
 from .processes import Processes
@@ -318,7 +318,10 @@ def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
         from .audio.output import WavFolder
 
         return WavFolder(path, batches, audio)
-    return NpzFile(path, batches) if path.suffix.lower() == ".npz" else PngFolder(path, batches)
+    if path.suffix.lower() == ".npz":
+        return NpzFile(path, batches)
+    check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
+    return PngFolder(path, batches)
 
 
 def _prepare(

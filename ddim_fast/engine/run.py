@@ -143,7 +143,7 @@ class OneStep:
             unconditional, conditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, run.guidance)
         elif run.guidance is not None:
-            # Karras et al. 2024, eq. 5, of any prediction that is linear in x_0: guide + w (network - guide).
+            # Karras et al. 2024: guide + w (network - guide), of any prediction that is linear in x_0.
             output = torch.lerp(self.guide(x, run.guide_conditions, index), output, run.guidance)
         return output, features
 

@@ -183,6 +183,7 @@ def test_an_interrupted_job_goes_on_to_the_same_files(run, checkpoint, here, int
 @pytest.mark.parametrize(
     "arguments,message",
     [
+        (["super-resolution", "photos", "--factor", "2", "--seeds", "0,0"], "--seeds names one twice"),
         (["inpaint", "photos"], "needs either --mask or --rectangle"),
         (["inpaint", "photos", "--rectangle", "1,2,3"], "'1,2,3' is no rectangle"),
         (["inpaint", "photos", "--rectangle", "10,0,7,2"], "the rectangle 10,0,7,2 (left, top, width, height) does not lie in"),

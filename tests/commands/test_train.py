@@ -112,7 +112,7 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
 @pytest.mark.parametrize(
     "options,part",
     [
-        (["--prediction-type=v_prediction"], "this run's network has prediction_type epsilon, not v_prediction"),
+        (["--prediction-type=v_prediction"], "the network of this run has prediction_type epsilon, not v_prediction"),
         (["--latents=elsewhere"], "--latents elsewhere: a run goes on with its own"),
     ],
 )
@@ -150,7 +150,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "_learning_rate", ctrl_c)
         code, _, err = run_train(*start, "--steps", 1000, "--out", tmp_path / "parts")
-    assert code == 130 and "stopped at step 2" in err and "--resume goes on" in err
+    assert code == 130 and "holds a checkpoint of step 2" in err and "--resume goes on" in err
     assert run_train("--out", tmp_path / "parts", "--resume", "--steps", 4, "--device=cpu", "--quiet")[0] == 0
     assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
 
@@ -289,14 +289,14 @@ def test_bad_data_is_one_line_and_exit_code_1(photos, tmp_path, run_train):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     Image.new("L", (8, 8)).save(mixed / "a.png")
-    Image.new("L", (9, 8)).save(mixed / "b.png")
+    Image.new("L", (9, 7)).save(mixed / "b.png")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "c.png").write_bytes(b"no image")
     before = names(tmp_path)
     for data, parts in (
         (tmp_path / "empty", ["no images in", "empty"]),
-        (mixed, ["a.png is 8x8", "b.png is 9x8"]),
+        (mixed, ["a.png is 8x8", "b.png is 9x7"]),
         (damaged, ["c.png: not a readable image"]),
         (tmp_path / "absent", ["no images at", "absent"]),
     ):

@@ -26,13 +26,13 @@ class GaussianNetwork(nn.Module):
 
     def posterior(self, x, timestep):
         """Mean and variance of x_0 given x_t, and by how much the mean changes with x_t."""
-        a = self.bar[timestep].double()
+        a = self.bar[timestep].double().reshape(-1, 1, 1, 1)
         total = a * self.std**2 + 1 - a
         slope = a.sqrt() * self.std**2 / total
         return self.mean + slope * (x.double() - a.sqrt() * self.mean), self.std**2 * (1 - a) / total, slope
 
     def forward(self, x, timesteps, labels=None):
-        a = self.bar[timesteps]
+        a = self.bar[timesteps].reshape(-1, 1, 1, 1)
         x0, x = self.posterior(x, timesteps)[0], x.double()
         if self.config.prediction_type == "sample":
             return x0.float()

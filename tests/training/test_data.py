@@ -281,7 +281,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         ({"image": [7]}, "row 0: no encoded image in column 'image'"),
         (
             {"image": [{"bytes": encoded(pixels(0, 8, 8))}], "label": ["cat"]},
-            "row 0: class labels must be whole numbers; got 'cat'",
+            "row 0: class labels must be whole numbers from 0; got 'cat'",
         ),
     ],
 )
