@@ -260,9 +260,10 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
 
 
 def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
-    """
+    """See that what is to be measured is something that a sampler of these settings has.
+
     Raises:
-        ValueError: a measure that is asked for is not one of these samplers.
+        ValueError: it is not.
     """
     guided = settings["guidance"] not in (None, 1)
     if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):

@@ -72,9 +72,10 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
 
 
 def check_channels(channels: int, instead: str) -> None:
-    """
+    """See that images can be written as pictures.
+
     Raises:
-        ValueError: a picture does not have so many channels.
+        ValueError: pictures do not have so many channels.
     """
     if channels not in (1, 3):
         raise ValueError(f"images of {channels} channels are no pictures, which have 1 or 3; {instead}")
