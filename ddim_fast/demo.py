@@ -141,7 +141,7 @@ def make_page(studio: Studio, name: str) -> gradio.Blocks:
         """What a person did wrong is shown on the page."""
 
         def call(*values: Any) -> np.ndarray:
-            if None in values:
+            if any(value is None for value in values):
                 raise gr.Error("a field is empty", print_exception=False)
             try:
                 return function(*values)
