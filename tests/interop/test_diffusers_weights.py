@@ -569,12 +569,14 @@ def test_a_failed_write_leaves_nothing(small_unet, tmp_path, monkeypatch):
 
 def test_an_empty_folder_is_filled_and_readable_as_the_umask_says(small_unet, tmp_path):
     (tmp_path / "saved").mkdir()
+    (tmp_path / "saved").chmod(0o711)
     before = os.umask(0o027)
     try:
         save_diffusers(tmp_path / "saved", small_unet.config, small_unet.state_dict())
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o711  # somebody's own
+    assert stat.S_IMODE((tmp_path / "saved" / "unet").stat().st_mode) == 0o750
     assert stat.S_IMODE((tmp_path / "saved" / "unet" / WEIGHTS).stat().st_mode) == 0o640
 
 
