@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_write", "cache_folder", "naming", "read_json", "require_file", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "cache_folder",
+    "naming",
+    "read_json",
+    "require_file",
+    "visible_files",
+    "write_json",
+]
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -74,6 +83,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those inside it, links to folders among them, but for hidden files and folders."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def require_file(path: Path) -> None:

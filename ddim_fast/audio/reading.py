@@ -12,8 +12,8 @@ import librosa
 import numpy as np
 import soundfile
 
+from ..files import visible_files
 from ..models.audio import AudioConfig
-from ..training.data import visible_files
 from ..training.parquet import read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]

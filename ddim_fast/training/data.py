@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import gzip
 import io
-import os
 import re
 import struct
 import zlib
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..files import visible_files
 from ..records import PICTURES
 from .parquet import read_parquet
 
@@ -29,7 +29,6 @@ __all__ = [
     "native_shape",
     "read_images",
     "to_unit_range",
-    "visible_files",
 ]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -171,13 +170,6 @@ def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
     files = {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES}
     return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
-
-
-def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those inside it, links to folders among them, but for hidden files and folders."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _decode(name: str, data: bytes) -> Image.Image:
