@@ -238,14 +238,15 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
             make(torch.float32)
             _check_settings(arguments, settings)
         data = None if arguments.data is None else _data(arguments, model)
+        held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (_NUM, _TRAJECTORIES))
         if arguments.reference is not None:
             network, reference = _reference(arguments, work, model.config.image_shape)
     if arguments.loss:
-        measure_loss(work, {**weights, **_held_out(arguments, data), "dtype": "float32"}, model, data)
+        measure_loss(work, {**weights, **held_out, "dtype": "float32"}, model, data)
     if arguments.reconstruction:
         for settings, make in samplers:
-            measure_reconstruction(work, {**weights, **settings, **_held_out(arguments, data)}, make, data)
+            measure_reconstruction(work, {**weights, **settings, **held_out}, make, data)
     if arguments.trajectory_error:
         draws, drawn = for_trajectories
         identity = [*(value for name, value in weights.items() if name.endswith("weights")), drawn]

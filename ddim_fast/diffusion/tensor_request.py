@@ -64,7 +64,7 @@ class TensorRequest:
             )
         return cls(
             None if seeds is None else torch.tensor(checked.seeds, dtype=torch.int64, device=device),
-            None if x_T is None else _as_noise(x_T.to(device, torch.float32)),
+            None if x_T is None else _in_plain_layout(x_T.to(device, torch.float32)),
             None if checked.labels is None else torch.from_numpy(checked.labels).to(device),
             checked.guidance,
             checked.guidance_interval,
@@ -87,7 +87,7 @@ class TensorRequest:
         return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})
 
 
-def _as_noise(x_T: Tensor) -> Tensor:
+def _in_plain_layout(x_T: Tensor) -> Tensor:
     """With the values of x_T, and else as if made from seeds: images of one channel can have other strides, and count as
     contiguous all the same, which compiled code does not think."""
     return torch.empty_like(x_T, memory_format=torch.contiguous_format).copy_(x_T.detach())
