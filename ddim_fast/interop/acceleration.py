@@ -22,6 +22,7 @@ from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
 from .diffusers_modules import (
     FAST,
     CastInputs,
+    CastMask,
     FastAttnProcessor,
     FastConv2d,
     FastGroupNorm,
@@ -119,8 +120,8 @@ def accelerate(
     noticed). No class of diffusers is touched.
 
     What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
-    and models whose weights an offloading hook moves. Where a gradient is recorded a module computes as it did before, in its
-    own dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
+    and models whose weights an offloading hook moves. Where a gradient is recorded, and under autocast, a module computes as it
+    did before, in its own dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
 
     Args:
         model_or_pipeline: a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel, or a pipeline with some of these.
@@ -144,7 +145,7 @@ def accelerate(
         raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
     _check_kind(model_or_pipeline)
     components = dict(_networks(model_or_pipeline))
-    denoisers = [model for model in components.values() if isinstance(model, _DENOISERS)]
+    denoisers = [model for model in map(_inside, components.values()) if isinstance(model, _DENOISERS)]
     if not denoisers and engine not in ("auto", "eager"):
         raise ValueError(f"engine {engine!r} is for denoising networks, and there is none here")
     for model in denoisers:
@@ -169,7 +170,8 @@ def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
         ValueError: it is neither a model nor a pipeline of diffusers.
     """
     _check_kind(model_or_pipeline)
-    for _, model in _networks(model_or_pipeline):
+    for _, network in _networks(model_or_pipeline):
+        model = _inside(network)
         if vars(model).pop("_fast_engine", None) is not None:
             vars(model).pop("_compiled_call_impl", None)
         for module in model.modules():
@@ -204,14 +206,19 @@ def _networks(given: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Mo
     """The networks served here, with their names: of a model itself that is empty."""
     components = given.components.items() if isinstance(given, DiffusionPipeline) else [("", given)]
     for name, component in components:
-        if isinstance(component, (*_DENOISERS, *_AUTOENCODERS)):
+        if isinstance(_inside(component), (*_DENOISERS, *_AUTOENCODERS)):
             yield name, component
+
+
+def _inside(component: Any) -> Any:
+    """The model in what torch.compile returned."""
+    return component._orig_mod if isinstance(component, torch._dynamo.eval_frame.OptimizedModule) else component
 
 
 def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, report: Report) -> None:
     reason = _why_not_model(model)
     if reason is not None:
-        report.left_alone.append(LeftAlone(name, type(model).__name__, reason))
+        report.left_alone.append(LeftAlone(name, type(_inside(model)).__name__, reason))
         return
     denoises = isinstance(model, _DENOISERS)
     _Visit(dtype if denoises else None, report).model(model, name)
@@ -220,12 +227,12 @@ def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, re
 
 
 def _why_not_model(model: nn.Module) -> str | None:
+    if model is not _inside(model) or model._compiled_call_impl is not None:
+        return "it is compiled already: accelerate it first, then compile"
     if hasattr(model, "_hf_hook") or "forward" in vars(model) or hasattr(model, "_diffusers_hook"):
         return "a hook moves or changes its weights (offloading, layerwise casting): accelerate it without"
     if any(p.is_meta for p in model.parameters()):
         return "some of its weights are not in memory (offloading)"
-    if model._compiled_call_impl is not None:
-        return "it is compiled already: accelerate it first, then compile"
     return None
 
 
@@ -278,11 +285,11 @@ class _Visit:
         self._adopt(conv, FastConv2d, name, by, self.dtype)
 
     def _linear(self, linear: nn.Linear, name: str) -> None:
-        if self._converts(linear):
+        if self.dtype is not None:  # that of the weights too: they may be moved to another one later
             self._adopt(linear, FastLinear, name, f"PyTorch in {self.dtype}", self.dtype)
 
     def _layer_norm(self, norm: nn.LayerNorm, name: str) -> None:
-        if norm.weight is not None and self._converts(norm):
+        if norm.weight is not None and self.dtype is not None:
             self._adopt(norm, FastLayerNorm, name, f"PyTorch in {self.dtype}")
 
     def _group_norm(self, norm: nn.GroupNorm, name: str) -> None:
@@ -296,10 +303,10 @@ class _Visit:
             reason = "it is a class of its own"
         elif block.upsample is not None or block.downsample is not None:
             reason = "it resamples between norm and convolution"
-        elif not isinstance(block.nonlinearity, nn.SiLU):
+        elif type(block.nonlinearity) is not nn.SiLU:
             reason = f"its nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
         elif not all(is_untouched(child, kind) for child, kind in parts_of(block)):
-            reason = "a norm or convolution in it is left alone"
+            reason = "a norm or convolution in it is left alone, or hooked"
         else:
             self._adopt(block, FastResnetBlock2D, name, "group_norm_silu, conv3x3")
             return
@@ -320,11 +327,13 @@ class _Visit:
             self._keep(block, name, "it does not enlarge by repetition before a 3x3 convolution")
 
     def _attention(self, attn: Attention, name: str) -> None:
+        if self.dtype is not None:
+            attn.register_forward_pre_hook(CastMask(), with_kwargs=True)
         reason = _why_not_attention(attn)
         if reason is not None:
             self._keep(attn, name, reason)
             return
-        attn.set_processor(FastAttnProcessor(attn.processor))
+        attn.set_processor(FastAttnProcessor(attn.processor, self.dtype))
         self.report.replaced.append(Accelerated(name, "Attention", "attention"))
 
     def _output_norm(self, module: nn.Module, name: str) -> None:
@@ -333,6 +342,7 @@ class _Visit:
         if norm is None or type(act) is not nn.SiLU or not is_untouched(norm, FastGroupNorm) or not is_untouched(act):
             return
         adopt(norm, FastGroupNormSiLU)
+        act._fast_owner = (module,)
         self._adopt(act, PassedOn, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
 
     def _adopt(self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None) -> None:
@@ -353,15 +363,12 @@ class _Visit:
             module.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
             module = getattr(module, "base_layer", None)
 
-    def _converts(self, module: nn.Module) -> bool:
-        return self.dtype is not None and module.weight.dtype != self.dtype
-
 
 def _why_closed(module: nn.Module) -> str | None:
     """Why nothing in a module may be replaced, or None."""
     if hasattr(module, "base_layer"):
         return "it is LoRA-wrapped"
-    if "forward" in vars(module):
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
         return "its forward is somebody else's (a hook)"
     if hasattr(module, "parametrizations"):
         return "its weights are parametrized"
@@ -393,11 +400,12 @@ def _replace_schedulers(pipe: DiffusionPipeline, report: Report) -> None:
         kind = type(component)
         if kind in _SCHEDULERS:
             fast = _SCHEDULERS[kind].from_config(component.config)
-            if not torch.equal(fast.alphas_cumprod, component.alphas_cumprod.cpu()):
-                report.left_alone.append(LeftAlone(name, kind.__name__, "its alphas_cumprod are not those of its config"))
-                continue
             if component.num_inference_steps is not None:
                 fast.set_timesteps(component.num_inference_steps, component.timesteps.device)
+            reason = _why_not_scheduler(component, fast)
+            if reason is not None:
+                report.left_alone.append(LeftAlone(name, kind.__name__, reason))
+                continue
             fast.replaces = component
             setattr(pipe, name, fast)
             # What is saved is to be loaded where this package is not.
@@ -405,6 +413,18 @@ def _replace_schedulers(pipe: DiffusionPipeline, report: Report) -> None:
             report.replaced.append(Accelerated(name, kind.__name__, _SCHEDULERS[kind].__name__))
         elif name not in served and component is not None and hasattr(component, "config"):
             report.left_alone.append(LeftAlone(name, kind.__name__, "it is none of the classes served here"))
+
+
+def _why_not_scheduler(scheduler: Any, fast: Any) -> str | None:
+    """Why ``fast``, made of the scheduler's config, cannot take its place, or None."""
+    for method in ("step", "set_timesteps", "scale_model_input", "add_noise"):
+        if method in vars(scheduler):
+            return f"its {method} is somebody else's"
+    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "init_noise_sigma", "timesteps"):
+        theirs, ours = (torch.as_tensor(getattr(s, name, 0.0)).cpu() for s in (scheduler, fast))
+        if not torch.equal(theirs, ours):
+            return f"its {name} is not that of its config"
+    return None
 
 
 def _set_engine(model: nn.Module, engine: str) -> None:
@@ -426,7 +446,7 @@ def _replayed(compiled: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _remove_casts(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, CastInputs):
+        if isinstance(hook, (CastInputs, CastMask)):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 

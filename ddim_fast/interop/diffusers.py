@@ -104,6 +104,11 @@ class _FastScheduler:
         self._levels = value.cpu()
         self._known = {}
 
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'. In the place of another scheduler it is that one which is saved: the folder is to be loaded where this
+        package is not."""
+        (super() if self.replaces is None else self.replaces).save_config(*args, **kwargs)
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -220,7 +225,7 @@ class _FastScheduler:
 class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
     """diffusers' DDIMScheduler (Song et al. 2021), with a faster ``step`` that does not wait for a GPU.
 
-    Options, methods and errors are those of ``diffusers.DDIMScheduler``, with one option more. In float32 on a CPU every option
+    Options and methods are those of ``diffusers.DDIMScheduler``, with one option more. In float32 on a CPU every option
     gives the same bits for finite input. In bfloat16 and float16 the result has the dtype that diffusers gives and a smaller
     error, because it is computed in float32 (with thresholding or ``use_clipped_model_output`` every operation rounds, but no
     coefficient). Noise is drawn from the same generators in the same order.

@@ -4,12 +4,13 @@ Each class here is a subclass of the one whose place it takes, and adds nothing 
 to the other by its ``__class__`` alone (see :func:`adopt` and :func:`give_back`), as PyTorch's parametrizations do it. So the
 module stays the same object, with its parameters, buffers, children and hooks; no class of diffusers or PyTorch is touched.
 
-What they compute, they compute for inference. Where a gradient is recorded, or where a child is no longer what it was (LoRA, a
-hook), a module does what the class does whose place it takes.
+What they compute, they compute for inference. Where a gradient is recorded, under autocast, which has dtypes of its own, or
+where a child is no longer what it was (LoRA, a hook), a module does what the class does whose place it takes.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import conv3x3_of
 from ..ops.derived import converted, forget
+from ..ops.dispatch import is_transformed
 from ..ops.group_norm_silu import group_norm_silu
 
 __all__ = [
     "FAST",
     "CastInputs",
+    "CastMask",
     "FastAttnProcessor",
     "FastConv2d",
     "FastGroupNorm",
@@ -46,6 +49,20 @@ __all__ = [
 ]
 
 
+def _while_adopted(kind: type[nn.Module]) -> type[nn.Module]:
+    """Of a class below: its ``forward`` for modules that are of it no more. Hooks of offloading and layerwise casting keep the
+    method that a module had when they came, and go on calling it when the module has been given back."""
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def forward_of(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (forward if isinstance(self, kind) else type(self).forward)(self, *args, **kwargs)
+
+    kind.forward = forward_of
+    return kind
+
+
+@_while_adopted
 class FastConv2d(nn.Conv2d):
     """In channels_last, and in the dtype that :func:`adopt` was given."""
 
@@ -54,7 +71,7 @@ class FastConv2d(nn.Conv2d):
     _fast_is_last = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if _records_gradient(x, self.weight, self.bias):
+        if _is_as_before(x, self.weight, self.bias) or not _pads_zeros(self):
             forget_weight(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
@@ -70,50 +87,67 @@ class FastConv2d(nn.Conv2d):
         return out.to(self.weight.dtype).contiguous() if self._fast_is_last else out
 
 
+@_while_adopted
 class FastLinear(nn.Linear):
     """In the dtype that :func:`adopt` was given."""
 
     _fast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if _records_gradient(x, self.weight, self.bias):
+        if _is_as_before(x, self.weight, self.bias):
             forget_weight(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
         return F.linear(x.to(dtype), converted(self.weight, dtype), None if self.bias is None else self.bias.to(dtype))
 
 
+@_while_adopted
 class FastLayerNorm(nn.LayerNorm):
     """Of input whose dtype is not the parameters', in the input's."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_as_before(x, self.weight, self.bias):
+            return super().forward(x.to(self.weight.dtype))
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+@_while_adopted
 class FastGroupNorm(nn.GroupNorm):
     """By our operator where there are images."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_as_before(x, self.weight, self.bias):
+            x = x.to(self.weight.dtype)
         if x.ndim == 4:
             return norm_silu(self, x, silu=False)
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+@_while_adopted
 class FastGroupNormSiLU(nn.GroupNorm):
-    """A norm and the SiLU after it, in one pass; :class:`PassedOn` then takes the place of the SiLU."""
+    """A norm and the SiLU after it, in one pass; :class:`PassedOn` then takes the place of the SiLU. Where somebody watches the
+    norm, the norm alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_silu(self, x)
+        if _is_as_before(x, self.weight, self.bias):
+            x = x.to(self.weight.dtype)
+        return norm_silu(self, x, silu=is_untouched(self))
 
 
+@_while_adopted
 class PassedOn(nn.SiLU):
-    """The SiLU that :class:`FastGroupNormSiLU` has computed already."""
+    """The SiLU that :class:`FastGroupNormSiLU` has computed already.
+
+    Attributes:
+        _fast_owner: the module whose ``conv_norm_out`` that norm is, in a tuple, so that it is no child.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return x if is_untouched(self._fast_owner[0].conv_norm_out, FastGroupNormSiLU) else super().forward(x)
 
 
+@_while_adopted
 class FastResnetBlock2D(ResnetBlock2D):
     """A residual block in two norms and two convolutions: the first bias, the time embedding, both SiLUs, the shortcut's bias
     and the sum are done in passing."""
@@ -145,11 +179,12 @@ class FastResnetBlock2D(ResnetBlock2D):
         """Whether the children are still those that were adopted, and no gradient is asked for."""
         if temb is None and self.time_embedding_norm == "scale_shift":
             return False  # an error, which is theirs to raise
-        return all(is_untouched(module, kind) for module, kind in parts_of(self)) and not _records_gradient(
-            x, temb, self.conv1.weight, self.conv2.weight, self.norm1.weight, self.norm2.weight
+        return all(is_untouched(module, kind) for module, kind in parts_of(self)) and not _is_as_before(
+            x, temb, *_parameters(self)
         )
 
 
+@_while_adopted
 class FastUpsample2D(Upsample2D):
     """Enlarged in the convolution, so that the large image is never written."""
 
@@ -157,7 +192,7 @@ class FastUpsample2D(Upsample2D):
         conv = conv_of(self)
         doubled = tuple(2 * size for size in hidden_states.shape[2:])
         served = (output_size is None or tuple(output_size) == doubled) and is_untouched(conv, FastConv2d)
-        if args or kwargs or not served or _records_gradient(hidden_states, conv.weight, conv.bias):
+        if args or kwargs or not served or _is_as_before(hidden_states, conv.weight, conv.bias):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return conv3x3_of(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
 
@@ -166,12 +201,15 @@ class FastAttnProcessor(AttnProcessor2_0):
     """Attention by our operator, and the norm before it.
 
     Attributes:
-        original: the processor whose place it takes, and which serves what this one does not: masks.
+        original: the processor whose place it takes, and which serves what this one does not.
+        dtype: that of the network, where it was given one.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.original = original
+        # Adapters make processors of the class that they find, without arguments.
+        self.original = AttnProcessor2_0() if original is None else original
+        self.dtype = dtype
 
     def __call__(
         self,
@@ -185,7 +223,10 @@ class FastAttnProcessor(AttnProcessor2_0):
     ) -> Tensor:
         is_image = hidden_states.ndim == 4
         normed = attn.group_norm is not None
-        if attention_mask is not None or args or kwargs or (normed and not (is_image and is_untouched(attn.group_norm))):
+        # In a network with a dtype, projections that record a gradient are in another one than those that do not.
+        as_before = self.dtype is None and _is_as_before(hidden_states, encoder_hidden_states, *_parameters(attn))
+        served = not normed or (is_image and is_untouched(attn.group_norm))
+        if as_before or args or kwargs or not served:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         tokens = norm_silu(attn.group_norm, hidden_states, silu=False) if normed else hidden_states
         if is_image:
@@ -193,7 +234,12 @@ class FastAttnProcessor(AttnProcessor2_0):
         others = tokens if encoder_hidden_states is None else encoder_hidden_states
         projected = (attn.to_q(tokens), attn.to_k(others), attn.to_v(others))
         q, k, v = (p.to(projected[0].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for p in projected)
-        out = attention(q, k, v).transpose(1, 2).flatten(2)
+        if attention_mask is None:
+            out = attention(q, k, v)
+        else:
+            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), attn.heads))
+            out = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype))
+        out = out.transpose(1, 2).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         if is_image:
@@ -214,6 +260,20 @@ class CastInputs:
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class CastMask:
+    """A forward pre-hook for attention in a network of another dtype: whatever its processor, the mask it is given is added to
+    products of that dtype."""
+
+    def __call__(self, attn: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        mask, query = kwargs.get("attention_mask"), getattr(attn.to_q, "base_layer", attn.to_q)
+        x = args[0] if args else kwargs["hidden_states"]
+        if mask is None or not mask.is_floating_point() or not isinstance(query, FastLinear):
+            return args, kwargs
+        if _is_as_before(x, query.weight, query.bias):
+            return args, kwargs
+        return args, kwargs | {"attention_mask": mask.to(compute_dtype(query))}
 
 
 # Of an adopted module: the class that it had.
@@ -244,7 +304,7 @@ def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = 
 def give_back(module: nn.Module) -> None:
     """Makes an adopted module what it was."""
     module.__class__ = FAST[type(module)]
-    for name in ("_fast_dtype", "_fast_is_last"):
+    for name in ("_fast_dtype", "_fast_is_last", "_fast_owner"):
         vars(module).pop(name, None)
     for parameter in module.parameters(recurse=False):
         forget(parameter)
@@ -261,8 +321,9 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
 
 
 def parts_of(block: ResnetBlock2D) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """The norms and convolutions of a residual block, with the classes they have once they are adopted."""
+    """What a residual block is computed without, with the classes they have once they are adopted."""
     parts = [(block.norm1, FastGroupNorm), (block.norm2, FastGroupNorm), (block.conv1, FastConv2d), (block.conv2, FastConv2d)]
+    parts.append((block.nonlinearity, nn.SiLU))
     return parts if block.conv_shortcut is None else [*parts, (block.conv_shortcut, FastConv2d)]
 
 
@@ -282,7 +343,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
     this ``kind``, if given."""
     if kind is not None and type(module) is not kind:
         return False
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module) and _pads_zeros(module)
 
 
 def forget_weight(weight: Tensor) -> None:
@@ -291,5 +352,19 @@ def forget_weight(weight: Tensor) -> None:
         forget(weight)
 
 
-def _records_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _pads_zeros(module: nn.Module) -> bool:
+    """Whether a convolution pads as ours do: others, such as tiling ones, are made by changing a module that is there."""
+    return getattr(module, "padding_mode", "zeros") == "zeros" and "_conv_forward" not in vars(module)
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All whose gradients may be recorded."""
+    return list(module.parameters()) if torch.is_grad_enabled() else []
+
+
+def _is_as_before(*tensors: Tensor | None) -> bool:
+    """Whether a module has to do what the class does whose place it takes: a gradient is recorded, or autocast or a transform
+    of torch.func decides what is computed. The first tensor says on which device."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return torch.is_autocast_enabled(tensors[0].device.type) or is_transformed()

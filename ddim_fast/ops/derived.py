@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .dispatch import is_exporting
+
 __all__ = ["converted", "derived", "forget"]
 
 Value = TypeVar("Value")
 
-# Of a weight, as many elements as this are compared with what they were, evenly spread.
+# Of a weight, up to as many elements as this are compared with what they were, evenly spread.
 SAMPLES = 64
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -37,13 +39,16 @@ def derived(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
         values = _known[weight] = {}
     entry = values.get(key)
     if entry is None or not entry.holds_for(weight):
+        # What was made of other contents, or of a dtype that the weight no longer has, would never be looked at again.
+        for stale in [k for k, e in values.items() if not e.holds_for(weight)]:
+            del values[stale]
         entry = values[key] = _Entry.of(weight, make())
     return entry.value
 
 
 def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in ``dtype`` and, if it is a convolution's, in channels_last, for inference: made once, but for compiled code,
-    which converts at every call."""
+    """``weight`` in ``dtype`` and, if it is a convolution's, in channels_last, for inference: made once, but for compiled or
+    exported code, which converts at every call."""
     layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
 
     def convert() -> Tensor:
@@ -51,7 +56,7 @@ def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     if weight.dtype == dtype and weight.is_contiguous(memory_format=layout):
         return weight
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_exporting():
         return weight.to(dtype)
     return derived(weight, ("converted", dtype), convert)
 
@@ -74,8 +79,8 @@ class _Entry(NamedTuple):
         dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
         if weight.device.type == "cpu" and dense and weight.numel():
             # In the order of memory. A view: it shows what is written later.
-            count = min(SAMPLES, weight.numel())
-            sample = weight.detach().as_strided((count,), (weight.numel() // count,))
+            stride = -(-weight.numel() // SAMPLES)
+            sample = weight.detach().as_strided((-(-weight.numel() // stride),), (stride,))
         return cls(weight.data_ptr(), _version(weight), sample, None if sample is None else sample.clone(), value)
 
     def holds_for(self, weight: Tensor) -> bool:

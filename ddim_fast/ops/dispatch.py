@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "is_exporting", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "is_exporting", "is_transformed", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -33,11 +34,14 @@ class Implementation:
 
 
 def choose(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
-    """The first implementation that can serve ``request`` and pays, or the one that DDIM_FAST_BACKEND names.
+    """The first implementation that can serve ``request`` and pays, or the one that DDIM_FAST_BACKEND names; where
+    :func:`is_exporting` holds, the reference.
 
     Raises:
         ValueError: DDIM_FAST_BACKEND names none, or one that cannot serve; the message says why.
     """
+    if sys.modules.get("torch") is not None and is_exporting():
+        return next(i for i in implementations if i.backend == "reference")
     forced = os.environ.get("DDIM_FAST_BACKEND")
     if not forced:
         return next(i for i in implementations if i.why_not(request) is None and i.pays(request))
@@ -53,11 +57,29 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is at work, for code that torch.compile traces: before torch 2.13, it takes
-    ``torch.compiler.is_exporting()`` for true whatever it compiles."""
+    """Whether somebody writes down or transforms PyTorch's operators, so that nothing may be computed behind their back:
+    torch.export, torch.jit.trace, make_fx, fake tensors, and where :func:`is_transformed` holds."""
     import torch  # not above: who samples without torch reads this module
 
-    return torch.compiler._is_exporting_flag
+    # Not torch.compiler.is_exporting(): before torch 2.13, what torch.compile traces takes it for true.
+    if torch.compiler._is_exporting_flag:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing() or is_transformed():
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is at work, in code that is not
+    compiled."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def why_not_triton(device: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose, is_exporting, why_not_triton
+from .dispatch import Implementation, choose, is_exporting, is_transformed, why_not_triton
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 
@@ -164,11 +164,17 @@ def _reference(call: _Call) -> Tensor:
     if call.pre_shift is not None:
         v = v + call.pre_shift.to(v.dtype)[:, :, None, None]
     weight, bias = call.weight, call.bias
-    # On a CPU, PyTorch takes float32 weights with bfloat16 images; what it exports then is no graph of ONNX.
-    if weight.dtype == v.dtype or (v.device.type == "cpu" and not is_exporting()):
+    if is_transformed() or (not v.requires_grad and (weight.requires_grad or bias.requires_grad)):
+        # Of channels_last images PyTorch (2.13) has no forward-mode derivative, and reads beyond memory for the gradient of the
+        # weights alone.
+        v = v.contiguous()
+    # On a CPU, PyTorch takes float32 weights with narrower images; what it exports then is no graph of ONNX.
+    is_mixed = v.device.type == "cpu" and weight.dtype == bias.dtype == torch.float32 and v.dtype != torch.float64
+    if weight.dtype == bias.dtype == v.dtype or (is_mixed and not is_exporting()):
         y = F.group_norm(v, call.num_groups, weight, bias, call.eps)
     else:
-        y = F.group_norm(v.float(), call.num_groups, weight.float(), bias.float(), call.eps).to(v.dtype)
+        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        y = F.group_norm(v.to(wide), call.num_groups, weight.to(wide), bias.to(wide), call.eps).to(v.dtype)
     if call.scale is not None:
         y = y * (1 + call.scale.to(y.dtype)[:, :, None, None])
     if call.shift is not None:
@@ -224,7 +230,8 @@ def _reference_backward(request: _Backward) -> list[Tensor]:
 
 
 def _run_reference(call: _Call) -> Tensor:
-    return _in_format_of(call.x, _reference(call))
+    result = _reference(call)
+    return result if is_exporting() else _in_format_of(call.x, result)  # torch.vmap does not say what a layout is
 
 
 def _run_native(call: _Call) -> Tensor:
