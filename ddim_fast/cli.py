@@ -293,10 +293,11 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
 
     from .training.data import load_images, to_unit_range
 
-    data = [load_images(spec, *sampler.image_shape[:2]) for spec in specs]
+    num_classes = sampler.config.num_classes
+    data = [load_images(spec, *sampler.image_shape[:2], num_classes=num_classes) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
-    return images, image_labels(chosen, own, sampler.config.num_classes)
+    return images, image_labels(chosen, own, num_classes)
 
 
 def add_sampler_options(parser: CommandParser) -> None:
@@ -339,7 +340,9 @@ def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
 
 
 def check_guide_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """A usage error for --guide without --guidance."""
+    """A usage error for --guide or --guidance-interval without --guidance."""
+    if arguments.guidance_interval is not None and arguments.guidance is None:
+        parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")
     if arguments.guide is not None and arguments.guidance is None:
         parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
 

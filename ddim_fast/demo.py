@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def main() -> None:
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port must be in 0..65535; got {arguments.port}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that a page was opened
+    with parser.usage_errors():
+        _check_address(arguments.host, arguments.port)
     try:
         import gradio
     except ImportError:
@@ -68,6 +71,19 @@ def main() -> None:
     _, url, _ = page.launch(**where, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
     print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
+
+
+def _check_address(host: str, port: int) -> None:
+    """See that the page can be served there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
 
 
 class Studio:

@@ -42,7 +42,8 @@ _STRENGTH_HELP = (
     "noise and removes it; with --to and --direction, the part of the way that is encoded (default there: 1)"
 )
 _CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them); "
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
+    "in folders called by their numbers, or as many as there are classes); "
     "SDEdit makes images of this class"
 )
 _DIRECTION_HELP = "images with an attribute and images without it: move along the mean difference of their latents"

@@ -192,6 +192,8 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
     if (arguments.reconstruction or arguments.loss) and arguments.data is None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     check_guide_options(parser, arguments)
+    if arguments.reference is not None and arguments.num == 1:
+        parser.error("--num 1: a distribution of images needs at least 2")
     if arguments.first_seed < 0:
         parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
 
@@ -288,7 +290,8 @@ def _reference(
 
 
 def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
-    data = load_images(arguments.data, model.config.in_channels, model.config.sample_size)
+    config = model.config
+    data = load_images(arguments.data, config.in_channels, config.sample_size, num_classes=config.num_classes)
     if arguments.num is not None and len(data) < arguments.num:
         raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num} of --num")
     labels = data.labels if model.config.num_classes is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from .diffusion.interpolation import slerp, slerp_grid
 from .files import atomic_folder, write_json
 from .jobs.outputs import PngFolder
 from .jobs.video import VideoJob, scan_frames
-from .jobs.video_files import VIDEO_SUFFIXES, VideoFile, frame_rate
+from .jobs.video_files import GIF_RATE, VIDEO_SUFFIXES, VideoFile, frame_rate
 from .media import image_grid, save_gif, save_image, to_uint8
 from .medium import Medium, Pictures, medium_of
 
@@ -135,7 +136,7 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
     }
     with parser.usage_errors():
         if arguments.out.suffix:
-            rate = arguments.fps or factor * (frame_rate(arguments.video) or _RATE)
+            rate = arguments.fps or _rate(arguments, factor)
             output = VideoFile(arguments.out, job.batches, rate)
         elif arguments.fps is not None:
             raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
@@ -192,6 +193,18 @@ def _write(out: Path, images: Tensor, medium: Medium, arguments: argparse.Namesp
         save_gif(out / "film.gif", [*pictures, *pictures[-2::-1]], scale, hold=800)
     names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
     write_json(out / "interpolation.json", {name: getattr(arguments, name) for name in names})
+
+
+def _rate(arguments: argparse.Namespace, factor: int) -> float:
+    """Frames a second with which a film lasts as long as before, or as many as its file can have."""
+    rate = factor * (frame_rate(arguments.video) or _RATE)
+    if arguments.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
+        return rate
+    if not arguments.quiet:
+        print(
+            f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
+        )
+    return GIF_RATE
 
 
 if __name__ == "__main__":

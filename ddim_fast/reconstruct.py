@@ -38,7 +38,8 @@ _EXAMPLES = """\
 _SHOWN = 20
 
 _CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them)"
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
+    "in folders called by their numbers, or as many as there are classes)"
 )
 _EXACT_HELP = "invert each step exactly, which takes five to ten times as long, instead of DDIM's approximation"
 
@@ -91,9 +92,11 @@ def _reconstruct(
     if not again.isfinite().all():
         raise ValueError("the reconstructions are not finite; try --dtype float32")
     errors = ((again - images) / 2).double().square().mean(dim=(1, 2, 3))
-    settings = {name: str(getattr(arguments, name)) for name in ("model", "steps", "spacing", "exact", "guidance")}
+    settings = {name: getattr(arguments, name) for name in ("model", "steps", "spacing", "exact", "guidance")}
     save_file(
-        {"x_T": noise} | ({} if labels is None else {"labels": torch.tensor(labels)}), out / "latents.safetensors", settings
+        {"x_T": noise} | ({} if labels is None else {"labels": torch.tensor(labels)}),
+        out / "latents.safetensors",
+        {name: str(value) for name, value in settings.items()},
     )
     write_json(out / "errors.json", {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
     # Noise of three standard deviations is black or white; that of latents is no picture.

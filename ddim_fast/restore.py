@@ -77,7 +77,8 @@ _NOISE_HELP = (
 _TRAVEL_HELP = "time travel: take every LENGTH steps REPEATS times, which takes that many times as long (default: none)"
 _SEEDS_HELP = "restore each image once a seed: another seed is another image that explains the same one"
 _CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them)"
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
+    "in folders called by their numbers, or as many as there are classes)"
 )
 _OUT_HELP = "a folder for a PNG an image; the same command goes on with an unfinished one"
 
@@ -141,6 +142,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--task deblur needs --sigma, the standard deviation of the blur in pixels")
     if arguments.task == "compressed-sensing" and not arguments.degrade:
         raise ValueError("--task compressed-sensing needs --degrade: there are no files of such measurements")
+    if not 0 <= arguments.eta <= 1:
+        raise ValueError(f"--eta must lie in [0, 1]; got {arguments.eta:g}")
     if arguments.noise_std is None:
         arguments.noise_std = _ROUNDING if arguments.task == "deblur" and not arguments.degrade else 0.0
     arguments.factor = arguments.factor or 2
@@ -162,7 +165,7 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
     sampler.restoration_steps(operator, **steps)
     if arguments.degrade:
         check_similarity(shape[1:])
-    names, pictures, own = _read(arguments, operator, shape)
+    names, pictures, own = _read(arguments, operator, shape, sampler.config.num_classes)
     measurement = to_unit_range(pictures).contiguous()
     if arguments.degrade:
         measurement = measure(operator, measurement, arguments.noise_std, range(len(names)))
@@ -198,7 +201,7 @@ def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJo
         "eta": arguments.eta,
         "travel": arguments.travel,
         "seeds": list_integers(seeds),
-        "class": None if labels is None else list_integers(labels),
+        "class": None if labels is None else ",".join(map(str, labels)),
         **sampler_settings(arguments, sampler),
     }
 
@@ -232,11 +235,11 @@ def _known(mask: Path, size: list[int]) -> Tensor:
 
 
 def _read(
-    arguments: argparse.Namespace, operator: LinearOperator, image_shape: tuple[int, int, int]
+    arguments: argparse.Namespace, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """Of each image a name, (N, C, H, W) uint8 pixels, and its class label or None."""
     channels, height, width = image_shape if arguments.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
-    rows = itertools.chain.from_iterable(map(read_images, arguments.images))
+    rows = itertools.chain.from_iterable(read_images(spec, num_classes) for spec in arguments.images)
     names, pictures, labels = [], [], []
     for i, (place, image, label) in enumerate(itertools.islice(rows, arguments.num_images)):
         if not arguments.degrade and image.size != (width, height):

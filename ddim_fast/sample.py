@@ -136,6 +136,8 @@ _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
     "int8: 8-bit convolutions, for CPUs"
 )
+# Of files that --out might be meant for, and that it does not write.
+_OTHER_FILES = {".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
 _CLASS_HELP = (
     "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
     "7/jackson, or a part of one, such as 7, which means each class that has it"
@@ -259,7 +261,8 @@ def _onnx_sampler(parser: CommandParser, arguments: argparse.Namespace) -> tuple
             "--guide": arguments.guide is not None,
         }.items():
             if given:
-                raise ValueError(f"{option} is not an option of --engine onnx (see --provider, and export --dtype)")
+                hint = {"--device": " (see --provider)", "--dtype": " (see export --dtype)"}.get(option, "")
+                raise ValueError(f"{option} is not an option of --engine onnx{hint}")
         resolve_model(arguments.model)
     folder = ready_export(arguments.model)
     exported = ExportFolder.open(folder).settings
@@ -320,6 +323,8 @@ def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
         return WavFolder(path, batches, audio)
     if path.suffix.lower() == ".npz":
         return NpzFile(path, batches)
+    if path.suffix.lower() in _OTHER_FILES:
+        raise ValueError(f"--out {path} would be a folder of that name; a file of all images is an .npz")
     check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
     return PngFolder(path, batches)
 

@@ -45,9 +45,10 @@ def ready_export(model: str | Path) -> Path:
             f"{str(model)!r} is exported to ONNX at its first use, which needs {error.name or error}: install it, or export on "
             "another machine (python -m ddim_fast.export --to onnx) and give the folder"
         ) from None
+    network = UNet.from_pretrained(path)
     print(f"exporting {model} to ONNX, once: {folder}", file=sys.stderr)
     try:
-        export_onnx(folder, UNet.from_pretrained(path), source=str(model))
+        export_onnx(folder, network, source=str(model))
     except OSError:
         if not is_export(folder):  # or else another process was faster
             raise

@@ -19,12 +19,12 @@ from ..records import VIDEO
 from ..training.data import image_files, read_images
 from .outputs import Batches, PngFolder
 
-__all__ = ["VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
+__all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
 
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
 # How long a GIF shows a frame is written in hundredths of a second, in two bytes; players show shorter ones far too slowly.
-_SHORTEST_GIF_FRAME, _LONGEST_GIF_FRAME = 2, 65535
+GIF_RATE, _LONGEST_GIF_FRAME = 50, 65535
 
 # What Pillow raises on GIFs that end too early.
 _DAMAGED = (UnidentifiedImageError, OSError, EOFError, IndexError, SyntaxError, struct.error)
@@ -90,6 +90,11 @@ class VideoFile(PngFolder):
         self.rate = rate
         if path.suffix.lower() != ".gif":
             _ffmpeg()
+        elif rate > GIF_RATE:
+            raise ValueError(
+                f"a GIF shows at most {GIF_RATE} frames a second, and this film would have {rate:g}; write an .mp4, or with "
+                f"--fps {GIF_RATE} or fewer"
+            )
         elif 100 / rate > _LONGEST_GIF_FRAME:
             raise ValueError(f"a GIF shows a frame for {_LONGEST_GIF_FRAME / 100:g} s at most; {rate:g} a second is too few")
 
@@ -113,7 +118,7 @@ def _write_gif(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
     first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
     # Each frame ends where it should to the nearest hundredth, so that the whole lasts as long as it should.
     ends = [round(100 * i / rate) for i in range(len(rest) + 2)]
-    durations = [10 * max(_SHORTEST_GIF_FRAME, end - start) for start, end in pairwise(ends)]
+    durations = [10 * (end - start) for start, end in pairwise(ends)]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 

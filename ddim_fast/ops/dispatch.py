@@ -66,10 +66,13 @@ def is_exporting() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    if torch.jit.is_tracing() or is_transformed():
+    c = torch._C
+    if c._is_tracing() or _transforms(torch):
         return True
-    modes = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+    if not c._len_torch_dispatch_stack():
+        return False
+    modes = c._TorchDispatchModeKey
+    return any(c._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
 
 
 def is_transformed() -> bool:
@@ -77,8 +80,10 @@ def is_transformed() -> bool:
     compiled."""
     import torch
 
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _transforms(torch)
+
+
+def _transforms(torch: Any) -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

@@ -65,7 +65,9 @@ def to_unit_range(images: Tensor) -> Tensor:
     return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
 
 
-def load_images(spec: str, channels: int, size: int | tuple[int, int], equal: bool = False) -> ImageSet:
+def load_images(
+    spec: str, channels: int, size: int | tuple[int, int], equal: bool = False, num_classes: int | None = None
+) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
     of them would have to be padded.
@@ -73,7 +75,8 @@ def load_images(spec: str, channels: int, size: int | tuple[int, int], equal: bo
     Args:
         spec: one of
 
-            - an image file, or a folder of them; where it holds folders, each is a class, labelled in the order of their names;
+            - an image file, or a folder of them; where it holds folders, each is a class, labelled in the order of their names,
+              numbers by their values;
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), in the layout of the
               Hugging Face Hub: a column ``image`` (or ``img``) of encoded images, optionally ``label`` (or ``fine_label``);
             - a folder with ``train-images-idx3-ubyte`` and its labels, gzipped or not, or one such image file (IDX, as
@@ -81,6 +84,8 @@ def load_images(spec: str, channels: int, size: int | tuple[int, int], equal: bo
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
 
         equal: refuse images of different sizes in any case.
+        num_classes: of a model that the labels are for. Folders are its classes then where they are called by their numbers, or
+            where there are just as many; otherwise their images have no label.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
@@ -90,7 +95,7 @@ def load_images(spec: str, channels: int, size: int | tuple[int, int], equal: bo
         raise ValueError(
             f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
         )
-    return _collect(read_images(spec), spec, channels, size, equal)
+    return _collect(read_images(spec, num_classes), spec, channels, size, equal)
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
@@ -106,17 +111,19 @@ def native_shape(spec: str) -> tuple[int, int, int]:
     return (1, *size)
 
 
+_SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
+
 Row = tuple[str, Image.Image, int | None]
 
 
-def read_images(spec: str) -> Iterator[Row]:
+def read_images(spec: str, num_classes: int | None = None) -> Iterator[Row]:
     """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
-    number), the image, and its class label or None. ``spec`` and errors as for :func:`load_images`."""
+    number), the image, and its class label or None. ``spec``, ``num_classes`` and errors as for :func:`load_images`."""
     path = Path(spec)
     if path.is_dir():
         parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
         train = [p for p in parquet if p.name.startswith("train")]
-        return _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path)
+        return _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path, num_classes)
     if path.is_file() and path.suffix == ".parquet":
         return _read_parquet([path])
     if path.is_file() and "idx3" in path.name:
@@ -146,7 +153,7 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bo
         images.append(fit_image(image, channels, size))
         labels.append(label)
     if not images:
-        raise ValueError(f"no images in {spec!r}")
+        raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
     has_labels = all(label is not None for label in labels)
     return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None)
 
@@ -183,11 +190,21 @@ def _decode(name: str, data: bytes) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _read_folder(folder: Path) -> Iterator[Row]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _read_folder(folder: Path, num_classes: int | None) -> Iterator[Row]:
+    labels = _labels([p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")], num_classes)
     for path in sorted(image_files(folder)):
         parts = path.relative_to(folder).parts
-        yield str(path), _decode(str(path), path.read_bytes()), classes.index(parts[0]) if len(parts) > 1 else None
+        yield str(path), _decode(str(path), path.read_bytes()), labels.get(parts[0]) if len(parts) > 1 else None
+
+
+def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
+    """The class of each folder, as :func:`load_images` says."""
+    are_numbers = all(map(str.isdecimal, folders))
+    if are_numbers and num_classes is not None and all(int(name) < num_classes for name in folders):
+        return {name: int(name) for name in folders}
+    if num_classes not in (None, len(folders)):
+        return {}
+    return {name: i for i, name in enumerate(sorted(folders, key=int if are_numbers else str))}
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[Row]:

@@ -71,6 +71,11 @@ def test_what_cannot_be_inpainted(studio):
         studio.inpaint(painted(studio.example(0, 9)), 5, 1, 9)
 
 
+def test_an_address_that_is_not_ours_is_one_line(run_here):
+    code, out, error = run_here(demo, "--host", "192.0.2.1", "--port", "7861")  # an address for documentation (RFC 5737)
+    assert (code, out) == (2, "") and "--host 192.0.2.1 --port 7861: " in error and error.count("\n") == 1
+
+
 def test_wrong_options(run_here):
     code, out, error = run_here(demo, "--port", "70000")
     assert (code, out) == (2, "") and "--port must be in 0..65535; got 70000" in error and error.count("\n") == 1

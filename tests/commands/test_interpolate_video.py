@@ -57,6 +57,11 @@ def test_from_an_mp4_to_an_mp4(run, checkpoint, clip, here):
     assert sorted(path.name for path in here.iterdir()) == ["a.mp4", "b.mp4", "clip"]
 
 
+def test_a_gif_of_more_frames_than_it_can_show_a_second_lasts_longer(run, checkpoint, clip, here):
+    code, _, err = run("--video", clip, "--factor", 10, "--model", checkpoint, "--steps", 1, "--out", "o.gif")
+    assert code == 0 and "it will last 2.4 times as long" in err and frame_rate(here / "o.gif") == 50
+
+
 @pytest.mark.parametrize("out", ["o", "o.gif"])
 def test_an_interrupted_job_goes_on_to_the_same_frames(out, run, checkpoint, clip, here, interrupted):
     options = ["--video", clip, "--model", checkpoint, "--steps", 1, "--batch-size", 4, "--out"]
@@ -94,6 +99,10 @@ def test_the_same_folder_takes_no_other_job(run, checkpoint, clip, here):
         (["--video", "clip", "--frames", "3"], "--video takes the place of the ends and of --frames"),
         (["--video", "clip", "--factor", "1"], "--factor must be at least 2, for a new frame between each two; got 1"),
         (["--video", "clip", "--fps", "0", "--out", "a.gif"], "--fps must be a positive number; got 0.0"),
+        (
+            ["--video", "clip", "--fps", "51", "--out", "a.gif"],
+            "a GIF shows at most 50 frames a second, and this film would have 51",
+        ),
         (["--video", "clip", "--fps", "5"], "--fps is for a GIF or MP4"),
         (["--video", "clip", "--out", "a.avi"], "a film is a folder, or a file .gif or .mp4; got 'a.avi'"),
         (["--video", "clip", "--out", "there.gif"], "there.gif exists; choose another --out"),

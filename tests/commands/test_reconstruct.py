@@ -28,7 +28,9 @@ def pictures(tmp_path_factory):
 
 
 def errors_of(folder):
-    return np.array(json.loads((folder / "errors.json").read_text())["errors"])
+    record = json.loads((folder / "errors.json").read_text())
+    assert isinstance(record["steps"], int) and isinstance(record["exact"], bool)
+    return np.array(record["errors"])
 
 
 def test_the_error_falls_with_the_steps_and_vanishes_with_exact(run, pictures, here):

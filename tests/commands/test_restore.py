@@ -200,7 +200,7 @@ def test_an_interrupted_job_goes_on_to_the_same_files(run, checkpoint, here, int
         (["super-resolution", "small", "--sigma", "1"], "--sigma is an option of --task deblur, not of super-resolution"),
         (["deblur", "photos"], "--task deblur needs --sigma"),
         (["deblur", "photos", "--sigma", "-1"], "sigma must be a positive number"),
-        (["deblur", "photos", "--sigma", "1", "--eta", "2"], "eta must lie in [0, 1]"),
+        (["deblur", "photos", "--sigma", "1", "--eta", "2"], "--eta must lie in [0, 1]; got 2"),
         (["compressed-sensing", "photos"], "needs --degrade"),
         (["compressed-sensing", "photos", "--degrade", "--ratio", "0"], "the ratio of compressed sensing must lie in (0, 1]"),
         (["colorize", "photos", "--class", "12"], "class 12 is out of range"),

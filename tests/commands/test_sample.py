@@ -187,6 +187,8 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--reuse", "0"], "--reuse"),
         (["--trajectory", "film.mp4"], "film.mp4"),
         (["--grid", "grid.xyz"], "grid.xyz"),
+        (["--out", "images.zip"], "--out images.zip would be a folder of that name; a file of all images is an .npz"),
+        (["--guidance-interval", "1", "2"], "--guidance-interval limits --guidance"),
         (["--nonsense"], "--nonsense"),
     ],
 )

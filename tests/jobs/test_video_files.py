@@ -39,12 +39,12 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     assert frame_rate(tmp_path) is None
 
 
-@pytest.mark.parametrize("rate,read_rate", [(10.0, 10.0), (25.0, 25.0), (400.0, 50.0)])
-def test_a_grey_gif_is_exact(rate, read_rate, tmp_path):
+@pytest.mark.parametrize("rate", [10.0, 25.0, 50.0])
+def test_a_grey_gif_is_exact(rate, tmp_path):
     frames = moving_square(colours=1)
     write(tmp_path / "a.gif", frames, rate)
     np.testing.assert_array_equal(read(tmp_path / "a.gif", "L"), frames[..., 0])
-    assert frame_rate(tmp_path / "a.gif") == read_rate
+    assert frame_rate(tmp_path / "a.gif") == rate
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 

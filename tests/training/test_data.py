@@ -59,6 +59,33 @@ def test_folders_in_a_folder_are_classes(tmp_path):
     assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist()
 
 
+@pytest.mark.parametrize(
+    "folders, num_classes, labels",
+    [
+        (["10", "9", "2"], None, [2, 1, 0]),
+        (["4", "7"], None, [0, 1]),
+        (["4", "7"], 10, [4, 7]),
+        (["2019", "2020"], 2, [0, 1]),
+        (["2019", "2020"], 10, None),
+        (["garden", "holiday"], 10, None),
+        (["cat", "dog"], 2, [0, 1]),
+    ],
+)
+def test_folders_called_by_numbers_are_the_classes_of_a_model(folders, num_classes, labels, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    data = load_images(str(tmp_path), 3, 8, num_classes=num_classes)
+    in_order = None if labels is None else [labels[folders.index(name)] for name in sorted(folders)]
+    assert (None if data.labels is None else data.labels.tolist()) == in_order
+
+
+def test_where_there_are_sounds_instead_it_says_so(tmp_path):
+    (tmp_path / "1.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"no images in .*, but sounds: train with --preset digits-mel"):
+        load_images(str(tmp_path), 3, 8)
+
+
 def test_jpegs_are_read(tmp_path):
     for name in ("a.jpg", "b.JPEG"):
         Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / name, "jpeg", quality=95)
