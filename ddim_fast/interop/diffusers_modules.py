@@ -238,7 +238,7 @@ class FastAttnProcessor(AttnProcessor2_0):
             out = attention(q, k, v)
         else:
             mask = attn.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), attn.heads))
-            out = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype))
+            out = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype) if mask.is_floating_point() else mask)
         out = out.transpose(1, 2).flatten(2)
         for layer in attn.to_out:
             out = layer(out)

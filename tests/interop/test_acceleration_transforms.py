@@ -259,6 +259,14 @@ class TestChangedAfterwards:
         unaccelerate(model)
         assert torch.equal(model(LATENT, 5, TEXT, encoder_attention_mask=MASK).sample, plain)
 
+    def test_masks_of_true_and_false(self, conditional):
+        model, plain = accelerated(conditional()), conditional()
+        tokens, mask = LATENT.flatten(2).transpose(1, 2).repeat(1, 1, 4), MASK[:, None].bool()
+        ours, theirs = (m.down_blocks[0].attentions[0].transformer_blocks[0].attn2 for m in (model, plain))
+        result = theirs(tokens, TEXT, attention_mask=mask)
+        close(ours(tokens, TEXT, attention_mask=mask), result)
+        assert not torch.allclose(theirs(tokens, TEXT), result)
+
     def test_adapters_make_processors_of_ours(self):
         assert type(FastAttnProcessor().original) is diffusers.models.attention_processor.AttnProcessor2_0
 
