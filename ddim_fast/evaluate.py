@@ -191,6 +191,8 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error("--images can be measured against --reference only; the rest needs a --model")
     if (arguments.reconstruction or arguments.loss) and arguments.data is None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
+    if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
+        parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
     check_guide_options(parser, arguments)
     if arguments.reference is not None and arguments.num == 1:
         parser.error("--num 1: a distribution of images needs at least 2")
