@@ -34,12 +34,13 @@ __all__ = [
     "DTYPES",
     "GUIDE_HELP",
     "IMAGES_HELP",
+    "IMAGE_CLASS_HELP",
     "INTERVAL_HELP",
     "MODEL_HELP",
     "STEPS_HELP",
     "CommandParser",
     "add_sampler_options",
-    "check_guide_options",
+    "check_guidance_options",
     "image_labels",
     "job_progress",
     "list_integers",
@@ -65,6 +66,10 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
+IMAGE_CLASS_HELP = (
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
+    "in folders called by their numbers, or as many as there are classes)"
+)
 GUIDE_HELP = (
     "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
     "class, in a class or none (autoguidance)"
@@ -331,15 +336,18 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
 
 def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
     """The network of a checkpoint, and its folder or file."""
+    from .deploy.folder import is_export
     from .models.unet import UNet
 
     with parser.usage_errors():
         resolve_model(name)
     path = local_model(name)
+    if is_export(path):
+        parser.error(f"{name} is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes")
     return UNet.from_pretrained(path), path
 
 
-def check_guide_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
+def check_guidance_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
     """A usage error for --guide or --guidance-interval without --guidance."""
     if arguments.guidance_interval is not None and arguments.guidance is None:
         parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")

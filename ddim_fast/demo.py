@@ -80,8 +80,7 @@ def _check_address(host: str, port: int) -> None:
         ValueError: it cannot.
     """
     try:
-        with socket.create_server((host, port)):
-            pass
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
 

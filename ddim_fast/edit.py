@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import (
+    IMAGE_CLASS_HELP,
     IMAGES_HELP,
     CommandParser,
     add_sampler_options,
@@ -41,11 +42,7 @@ _STRENGTH_HELP = (
     "how much of the noise the images are brought to, 0 to 1: the more, the less of them stays. Alone it is SDEdit, which adds "
     "noise and removes it; with --to and --direction, the part of the way that is encoded (default there: 1)"
 )
-_CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
-    "in folders called by their numbers, or as many as there are classes); "
-    "SDEdit makes images of this class"
-)
+_CLASS_HELP = f"{IMAGE_CLASS_HELP}; SDEdit makes images of this class"
 _DIRECTION_HELP = "images with an attribute and images without it: move along the mean difference of their latents"
 _EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
 

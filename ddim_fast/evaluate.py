@@ -21,7 +21,7 @@ from .cli import (
     INTERVAL_HELP,
     MODEL_HELP,
     CommandParser,
-    check_guide_options,
+    check_guidance_options,
     load_model,
     parse_eta,
     parse_integers,
@@ -193,7 +193,7 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
         parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
-    check_guide_options(parser, arguments)
+    check_guidance_options(parser, arguments)
     if arguments.reference is not None and arguments.num == 1:
         parser.error("--num 1: a distribution of images needs at least 2")
     if arguments.first_seed < 0:

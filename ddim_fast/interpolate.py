@@ -155,6 +155,18 @@ def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> 
         print(f"{frames} frames, {frames - count} of them new; see {arguments.out}")
 
 
+def _rate(arguments: argparse.Namespace, factor: int) -> float:
+    """Frames a second with which a film lasts as long as before, or as many as its file can have."""
+    rate = factor * (frame_rate(arguments.video) or _RATE)
+    if arguments.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
+        return rate
+    if not arguments.quiet:
+        print(
+            f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
+        )
+    return GIF_RATE
+
+
 def _label(named: str | None, medium: Medium) -> int | None:
     return None if named in (None, "none") else medium.label(named)
 
@@ -193,18 +205,6 @@ def _write(out: Path, images: Tensor, medium: Medium, arguments: argparse.Namesp
         save_gif(out / "film.gif", [*pictures, *pictures[-2::-1]], scale, hold=800)
     names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
     write_json(out / "interpolation.json", {name: getattr(arguments, name) for name in names})
-
-
-def _rate(arguments: argparse.Namespace, factor: int) -> float:
-    """Frames a second with which a film lasts as long as before, or as many as its file can have."""
-    rate = factor * (frame_rate(arguments.video) or _RATE)
-    if arguments.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
-        return rate
-    if not arguments.quiet:
-        print(
-            f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
-        )
-    return GIF_RATE
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import (
+    IMAGE_CLASS_HELP,
     IMAGES_HELP,
     CommandParser,
     add_sampler_options,
@@ -37,10 +38,6 @@ _EXAMPLES = """\
 # A picture of more is no longer one to look at.
 _SHOWN = 20
 
-_CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
-    "in folders called by their numbers, or as many as there are classes)"
-)
 _EXACT_HELP = "invert each step exactly, which takes five to ten times as long, instead of DDIM's approximation"
 
 
@@ -49,7 +46,7 @@ def _parser() -> CommandParser:
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
-    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import __version__
 from .cli import (
+    IMAGE_CLASS_HELP,
     CommandParser,
     add_sampler_options,
     image_labels,
@@ -76,10 +77,6 @@ _NOISE_HELP = (
 )
 _TRAVEL_HELP = "time travel: take every LENGTH steps REPEATS times, which takes that many times as long (default: none)"
 _SEEDS_HELP = "restore each image once a seed: another seed is another image that explains the same one"
-_CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
-    "in folders called by their numbers, or as many as there are classes)"
-)
 _OUT_HELP = "a folder for a PNG an image; the same command goes on with an unfinished one"
 
 
@@ -99,7 +96,7 @@ def _parser() -> CommandParser:
     p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
     p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
     add_sampler_options(p)
-    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
     p.add_argument("--engine", choices=ENGINES, default="auto", help="how the steps are executed, as of sample")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help=_OUT_HELP)
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")

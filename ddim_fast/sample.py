@@ -22,7 +22,7 @@ from .cli import (
     MODEL_HELP,
     STEPS_HELP,
     CommandParser,
-    check_guide_options,
+    check_guidance_options,
     list_integers,
     load_sampler,
     parse_eta,
@@ -136,8 +136,8 @@ _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
     "int8: 8-bit convolutions, for CPUs"
 )
-# Of files that --out might be meant for, and that it does not write.
-_OTHER_FILES = {".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
+# Whoever gives --out one of these does not mean a folder.
+_FILES = {".npz", ".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
 _CLASS_HELP = (
     "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
     "7/jackson, or a part of one, such as 7, which means each class that has it"
@@ -155,7 +155,7 @@ def main() -> None:
 
 def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
     """Check everything, then sample what is not there yet."""
-    check_guide_options(parser, arguments)
+    check_guidance_options(parser, arguments)
     if arguments.tolerance is not None and (arguments.steps, arguments.spacing) != (None, None):
         parser.error("--tolerance takes the place of --steps and --spacing; give one or the other")
     if arguments.engine == "onnx":
@@ -317,14 +317,15 @@ def _settings(
 
 
 def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
+    suffix = path.suffix.lower()
+    if suffix == ".npz" and audio is None:
+        return NpzFile(path, batches)
+    if suffix in _FILES:
+        raise ValueError(f"--out {path} would be a folder of that name; give a folder, or for images an .npz file")
     if audio is not None:
         from .audio.output import WavFolder
 
         return WavFolder(path, batches, audio)
-    if path.suffix.lower() == ".npz":
-        return NpzFile(path, batches)
-    if path.suffix.lower() in _OTHER_FILES:
-        raise ValueError(f"--out {path} would be a folder of that name; a file of all images is an .npz")
     check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
     return PngFolder(path, batches)
 

@@ -423,7 +423,7 @@ def _why_not_scheduler(scheduler: Any, fast: Any) -> str | None:
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "init_noise_sigma", "timesteps"):
         theirs, ours = (torch.as_tensor(getattr(s, name, 0.0)).cpu() for s in (scheduler, fast))
         if not torch.equal(theirs, ours):
-            return f"its {name} is not that of its config"
+            return f"its {name} was changed: its config makes it otherwise"
     return None
 
 

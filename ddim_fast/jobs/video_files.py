@@ -23,7 +23,7 @@ __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames
 
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
-# How long a GIF shows a frame is written in hundredths of a second, in two bytes; players show shorter ones far too slowly.
+# Frames a second, of which players show more far too slowly; and hundredths of a second a frame, for which a GIF has two bytes.
 GIF_RATE, _LONGEST_GIF_FRAME = 50, 65535
 
 # What Pillow raises on GIFs that end too early.

@@ -46,8 +46,7 @@ def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetenso
             return index, read_shards(index)
     names = [f"{stem}{suffix}" for suffix in suffixes]
     missing = f"no {names[0]}" if len(names) == 1 else f"neither {' nor '.join(names)}"
-    hint = "; it is an export to ONNX, for --engine onnx" if (folder / "unet.onnx").is_file() else ""
-    raise FileNotFoundError(f"{folder} is not a checkpoint: it has {missing}{hint}")
+    raise FileNotFoundError(f"{folder} is not a checkpoint: it has {missing}")
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from .dispatch import Implementation, choose, is_exporting, why_not_triton
+from .dispatch import Implementation, choose, is_observed, why_not_triton
 
 __all__ = ["attention", "attention_reference"]
 
@@ -47,7 +47,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None 
     """
     call = _Call(query, key, value, scale)
     _check(call)
-    if is_exporting():  # what is exported shall run without this package
+    if is_observed():  # what is exported shall run without this package
         return _run_pytorch(call)
     return choose("attention", IMPLEMENTATIONS, call).run(call)
 

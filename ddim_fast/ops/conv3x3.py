@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .derived import converted, derived, forget
-from .dispatch import Implementation, choose, is_exporting
+from .dispatch import Implementation, choose, is_observed
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_of", "conv3x3_reference", "prepare_conv3x3"]
 
@@ -46,7 +46,7 @@ def conv3x3(
         ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
     """
     call = _Call(x, prepared, bias, residual, upsample)
-    if prepared is None or is_exporting() or _records_gradient(call):
+    if prepared is None or is_observed() or _records_gradient(call):
         return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
     _check(call)
     return (_registered if torch.compiler.is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
@@ -61,7 +61,7 @@ def conv3x3_of(
     ``weight`` may have another dtype than ``x``, which the result has. Where a gradient is recorded, nothing is prepared, and
     what was is dropped.
     """
-    if is_exporting() or _records_gradient(_Call(x, None, bias, residual, upsample), weight):
+    if is_observed() or _records_gradient(_Call(x, None, bias, residual, upsample), weight):
         if not torch.compiler.is_compiling():
             forget(weight)
         return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
@@ -247,7 +247,7 @@ def _run_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 def _enlarged(x: Tensor, rows: int) -> Tensor:
     """Each pixel ``rows`` times down and twice across."""
-    if not x.is_cuda or is_exporting():
+    if not x.is_cuda or is_observed():
         return F.interpolate(x, scale_factor=(float(rows), 2.0), mode="nearest")
     return _copied_larger(x, rows)
 

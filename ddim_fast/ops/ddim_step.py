@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native
 from .ddim_step_numpy import check_settings
-from .dispatch import Implementation, choose, is_exporting, why_not_triton
+from .dispatch import Implementation, choose, is_observed, why_not_triton
 from .noise import seeded_noise
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
@@ -69,7 +69,7 @@ def ddim_step(
     _check(call, out)
     if torch.compiler.is_compiling():
         # Inductor makes one pass of the reference by itself; what it cannot is to draw noise at the kernels' price.
-        use_op = seeds is not None and not is_exporting() and not _has_loose_tensors(coefficients)
+        use_op = seeds is not None and not is_observed() and not _has_loose_tensors(coefficients)
         result = _registered(*_flat(call)) if use_op else _reference(call)
         return result if out is None else out.copy_(result)
     return choose("ddim_step", IMPLEMENTATIONS, (call, out)).run((call, out))

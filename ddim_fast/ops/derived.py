@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .dispatch import is_exporting
+from .dispatch import is_observed
 
 __all__ = ["converted", "derived", "forget"]
 
@@ -56,7 +56,7 @@ def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     if weight.dtype == dtype and weight.is_contiguous(memory_format=layout):
         return weight
-    if torch.compiler.is_compiling() or is_exporting():
+    if torch.compiler.is_compiling() or is_observed():
         return weight.to(dtype)
     return derived(weight, ("converted", dtype), convert)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "is_exporting", "is_transformed", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "is_observed", "is_transformed", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -35,12 +35,12 @@ class Implementation:
 
 def choose(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
     """The first implementation that can serve ``request`` and pays, or the one that DDIM_FAST_BACKEND names; where
-    :func:`is_exporting` holds, the reference.
+    :func:`is_observed` holds, the reference.
 
     Raises:
         ValueError: DDIM_FAST_BACKEND names none, or one that cannot serve; the message says why.
     """
-    if sys.modules.get("torch") is not None and is_exporting():
+    if sys.modules.get("torch") is not None and is_observed():
         return next(i for i in implementations if i.backend == "reference")
     forced = os.environ.get("DDIM_FAST_BACKEND")
     if not forced:
@@ -56,7 +56,7 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
     raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: it has no such implementation")
 
 
-def is_exporting() -> bool:
+def is_observed() -> bool:
     """Whether somebody writes down or transforms PyTorch's operators, so that nothing may be computed behind their back:
     torch.export, torch.jit.trace, make_fx, fake tensors, and where :func:`is_transformed` holds."""
     import torch  # not above: who samples without torch reads this module

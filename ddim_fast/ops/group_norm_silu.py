@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose, is_exporting, is_transformed, why_not_triton
+from .dispatch import Implementation, choose, is_observed, is_transformed, why_not_triton
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 
@@ -170,7 +170,7 @@ def _reference(call: _Call) -> Tensor:
         v = v.contiguous()
     # On a CPU, PyTorch takes float32 weights with narrower images; what it exports then is no graph of ONNX.
     is_mixed = v.device.type == "cpu" and weight.dtype == bias.dtype == torch.float32 and v.dtype != torch.float64
-    if weight.dtype == bias.dtype == v.dtype or (is_mixed and not is_exporting()):
+    if weight.dtype == bias.dtype == v.dtype or (is_mixed and not is_observed()):
         y = F.group_norm(v, call.num_groups, weight, bias, call.eps)
     else:
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -231,7 +231,7 @@ def _reference_backward(request: _Backward) -> list[Tensor]:
 
 def _run_reference(call: _Call) -> Tensor:
     result = _reference(call)
-    return result if is_exporting() else _in_format_of(call.x, result)  # torch.vmap does not say what a layout is
+    return result if is_observed() else _in_format_of(call.x, result)  # torch.vmap does not say what a layout is
 
 
 def _run_native(call: _Call) -> Tensor:
@@ -319,7 +319,7 @@ BACKWARD_IMPLEMENTATIONS = (
 def _compiles_to_operator(call: _Call) -> bool:
     """Where there is a kernel it beats the loops inductor makes of a norm. Elsewhere, and where a gradient is to be recorded
     on a CPU, inductor fuses the reference with what stands around it. An export keeps PyTorch's own operators, too."""
-    if is_exporting():
+    if is_observed():
         return False
     return call.x.is_cuda or (call.x.device.type == "cpu" and native.module is not None and not _records_gradient(call))
 

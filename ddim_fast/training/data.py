@@ -33,6 +33,8 @@ __all__ = [
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
+_SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
+
 # Pillow's modes without colour.
 _GREY = {"1", "L", "LA", "La"}
 
@@ -110,8 +112,6 @@ def native_shape(spec: str) -> tuple[int, int, int]:
         raise ValueError(f"no images in {spec!r}")
     return (1, *size)
 
-
-_SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
 
 Row = tuple[str, Image.Image, int | None]
 

@@ -187,7 +187,7 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--reuse", "0"], "--reuse"),
         (["--trajectory", "film.mp4"], "film.mp4"),
         (["--grid", "grid.xyz"], "grid.xyz"),
-        (["--out", "images.zip"], "--out images.zip would be a folder of that name; a file of all images is an .npz"),
+        (["--out", "images.zip"], "--out images.zip would be a folder of that name; give a folder, or for images an .npz file"),
         (["--guidance-interval", "1", "2"], "--guidance-interval limits --guidance"),
         (["--nonsense"], "--nonsense"),
     ],

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from small_networks import ATTENTION, BLOCKS, CROSS
 from torch import nn
 
 import ddim_fast
@@ -20,19 +21,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from ddim_fast.interop.diffusers import FastDDIMInverseScheduler, FastDDIMScheduler  # noqa: E402
 from ddim_fast.interop.diffusers_modules import FastAttnProcessor, FastConv2d, FastResnetBlock2D  # noqa: E402
 
-BLOCKS = {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 8,
-}
-ATTENTION = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
-CROSS = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-}
 DENOISERS = {
     "unet": lambda: diffusers.UNet2DModel(**BLOCKS, **ATTENTION),
     "as published": lambda: diffusers.UNet2DModel(

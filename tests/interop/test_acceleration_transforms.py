@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import io
 
 import pytest
 import torch
+from small_networks import ATTENTION, BLOCKS, CROSS
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,14 +22,6 @@ from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 from ddim_fast.interop.diffusers_modules import FAST, FastAttnProcessor  # noqa: E402
 from ddim_fast.ops.derived import _known  # noqa: E402
 
-BLOCKS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
-ATTENTION = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
-CROSS = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-}
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LATENT = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2))
@@ -37,21 +30,24 @@ DTYPES = pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 
 
 @pytest.fixture
-def network(randomise):
-    def make() -> nn.Module:
+def make(randomise):
+    """A function that makes the network of a class of diffusers, always the same."""
+
+    def make(kind: type[nn.Module], **options) -> nn.Module:
         torch.manual_seed(0)
-        return randomise(diffusers.UNet2DModel(**BLOCKS, **ATTENTION)).eval()
+        return randomise(kind(**BLOCKS, **options))
 
     return make
 
 
 @pytest.fixture
-def conditional(randomise):
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return randomise(diffusers.UNet2DConditionModel(**BLOCKS, **CROSS)).eval()
+def network(make):
+    return functools.partial(make, diffusers.UNet2DModel, **ATTENTION)
 
-    return make
+
+@pytest.fixture
+def conditional(make):
+    return functools.partial(make, diffusers.UNet2DConditionModel, **CROSS)
 
 
 class Called(nn.Module):
@@ -102,30 +98,28 @@ class TestTraced:
         close(graph(X + 1), expected, dtype)
         assert torch.equal(model(X + 1), expected)  # nothing of the fake tensors was kept
 
-    @torch.no_grad()
-    def test_the_older_export_to_onnx(self, network, dtype):
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnx")
-        model, file = Called(accelerated(network(), dtype)), io.BytesIO()
-        if dtype is not None:
-            pytest.skip("ONNX Runtime has no bfloat16 convolution on a CPU")
-        torch.onnx.export(model, (X,), file, dynamo=False)
-        session = onnxruntime.InferenceSession(file.getvalue())
-        (name,) = (given.name for given in session.get_inputs())
-        close(torch.from_numpy(session.run(None, {name: (X + 1).numpy()})[0]), model(X + 1))
+
+@torch.no_grad()
+def test_the_older_export_to_onnx(network):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, file = Called(accelerated(network())), io.BytesIO()
+    torch.onnx.export(model, (X,), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (name,) = (given.name for given in session.get_inputs())
+    close(torch.from_numpy(session.run(None, {name: (X + 1).numpy()})[0]), model(X + 1))
 
 
 class TestDifferentiated:
     @pytest.fixture
-    def convolutional(self, randomise):
+    def convolutional(self, make):
         """Without attention, of which diffusers has no forward-mode derivative."""
-        torch.manual_seed(0)
-        model = randomise(
-            diffusers.UNet2DModel(
-                **BLOCKS, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False
-            )
-        )
-        return lambda: copy.deepcopy(model).requires_grad_(False)
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+        def frozen() -> nn.Module:
+            return make(diffusers.UNet2DModel, **blocks, add_attention=False).requires_grad_(False)
+
+        return frozen
 
     def test_forward_mode(self, convolutional):
         def tangent(model: nn.Module) -> torch.Tensor:
@@ -253,8 +247,10 @@ class TestChangedAfterwards:
             return model
 
         plain = with_processor(conditional())(LATENT, 5, TEXT, encoder_attention_mask=MASK).sample
-        make = (lambda: accelerated(with_processor(conditional()), torch.bfloat16)) if before else None
-        model = make() if make else with_processor(accelerated(conditional(), torch.bfloat16))
+        if before:
+            model = accelerated(with_processor(conditional()), torch.bfloat16)
+        else:
+            model = with_processor(accelerated(conditional(), torch.bfloat16))
         close(model(LATENT, 5, TEXT, encoder_attention_mask=MASK).sample, plain, torch.bfloat16)
         unaccelerate(model)
         assert torch.equal(model(LATENT, 5, TEXT, encoder_attention_mask=MASK).sample, plain)
@@ -314,10 +310,10 @@ class TestPipelines:
     @pytest.mark.parametrize(
         "change, why",
         [
-            (lambda s: setattr(s, "final_alpha_cumprod", s.alphas_cumprod[3]), "its final_alpha_cumprod is not"),
-            (lambda s: setattr(s, "init_noise_sigma", 2.0), "its init_noise_sigma is not"),
-            (lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod * 0.9), "its alphas_cumprod is not"),
-            (lambda s: s.set_timesteps(10) or setattr(s, "timesteps", s.timesteps[2:]), "its timesteps is not"),
+            (lambda s: setattr(s, "final_alpha_cumprod", s.alphas_cumprod[3]), "its final_alpha_cumprod was changed"),
+            (lambda s: setattr(s, "init_noise_sigma", 2.0), "its init_noise_sigma was changed"),
+            (lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod * 0.9), "its alphas_cumprod was changed"),
+            (lambda s: s.set_timesteps(10) or setattr(s, "timesteps", s.timesteps[2:]), "its timesteps was changed"),
             (lambda s: setattr(s, "step", lambda *args, **kwargs: None), "its step is somebody else's"),
         ],
         ids=["final", "sigma", "alphas", "timesteps", "step"],
