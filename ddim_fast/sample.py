@@ -137,7 +137,7 @@ _DTYPE_HELP = (
     "int8: 8-bit convolutions, for CPUs"
 )
 # Whoever gives --out one of these does not mean a folder.
-_FILES = {".npz", ".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
+_FILES = {".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
 _CLASS_HELP = (
     "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
     "7/jackson, or a part of one, such as 7, which means each class that has it"
@@ -317,15 +317,15 @@ def _settings(
 
 
 def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
-    suffix = path.suffix.lower()
-    if suffix == ".npz" and audio is None:
-        return NpzFile(path, batches)
-    if suffix in _FILES:
-        raise ValueError(f"--out {path} would be a folder of that name; give a folder, or for images an .npz file")
     if audio is not None:
         from .audio.output import WavFolder
 
         return WavFolder(path, batches, audio)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return NpzFile(path, batches)
+    if suffix in _FILES:
+        raise ValueError(f"--out {path} would be a folder of that name; give a folder, or for images an .npz file")
     check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
     return PngFolder(path, batches)
 
