@@ -11,6 +11,7 @@ Neither a GPU nor torch is asked for. Where no C++ compiler works, the package i
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +27,24 @@ from setuptools.errors import BaseError, CCompilerError
 # Fused multiply-adds would change the last bit of results that are promised to equal plain fp32 arithmetic.
 HOST_FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FLAGS)]
+
+# The instruction sets that csrc/*_kernel.cpp are compiled for, and the flags of GCC and Clang that bring them. No -march: a
+# processor is asked for just these before their code is run.
+AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"baseline": [], **({"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS} if IS_X86 else {})}
+# Those that conv3x3 has more kernels for.
+PRODUCTS = {
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+    "avxvnni": [*AVX2_FLAGS, "-mavxvnni"],
+}
+KERNELS = {
+    "csrc/conv3x3_kernel.cpp": (INSTRUCTION_SETS | (PRODUCTS if IS_X86 else {}), ["-ffp-contract=fast"]),
+    "csrc/group_norm_silu_kernel.cpp": (INSTRUCTION_SETS, ["-ffp-contract=fast"]),
+    "csrc/ddim_step_kernel.cpp": (INSTRUCTION_SETS, []),
+}
 
 # Elsewhere compilers come without OpenMP, and the loops run on one thread.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
@@ -91,6 +110,7 @@ class BuildNative(build_ext):
             print(f"ddim_fast: building without CUDA: {error}", file=sys.stderr)
 
         try:
+            self.add_kernels(extension)
             super().build_extension(extension)
         except (BaseError, CCompilerError) as error:
             if mode == "1":
@@ -100,6 +120,18 @@ class BuildNative(build_ext):
                 f"it runs on PyTorch and Triton instead.\nddim_fast: WARNING: {error}",
                 file=sys.stderr,
             )
+
+    def add_kernels(self, extension: Pybind11Extension) -> None:
+        """Compiles csrc/*_kernel.cpp once for each instruction set and has the extension link the objects."""
+        for source, (instruction_sets, flags) in KERNELS.items():
+            for name, its_flags in instruction_sets.items():
+                extension.extra_objects += self.compiler.compile(
+                    [source],
+                    output_dir=os.path.join(self.build_temp, name),
+                    macros=[*extension.define_macros, ("DDIM_FAST_ISA", name)],
+                    extra_postargs=[*extension.extra_compile_args, *flags, *its_flags],
+                    depends=extension.depends,
+                )
 
     def add_cuda(self, extension: Pybind11Extension) -> None:
         """Compiles csrc/*.cu and has the extension link the objects."""
@@ -125,8 +157,9 @@ class BuildNative(build_ext):
 
 native = Pybind11Extension(
     "ddim_fast._native",
-    sources=sorted(glob("csrc/*.cpp")),
+    sources=sorted(set(glob("csrc/*.cpp")) - set(KERNELS)),
     depends=sorted(glob("csrc/*.h") + glob("csrc/*.cu")),
+    define_macros=[("DDIM_FAST_X86", None)] if IS_X86 else [],
     cxx_std=17,
     extra_compile_args=[*HOST_FLAGS, *OPENMP_FLAGS],
     extra_link_args=OPENMP_FLAGS,

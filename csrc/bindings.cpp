@@ -12,6 +12,7 @@
 #include "conv3x3.h"
 #include "ddim_step.h"
 #include "group_norm_silu.h"
+#include "instruction_set.h"
 
 namespace py = pybind11;
 
@@ -199,21 +200,27 @@ void check_channels(int64_t out_channels, int64_t in_channels) {
                                   std::to_string(channels));
 }
 
+void check_tile(int tile, bool fits) {
+    if (tile == 2 || (tile == 4 && fits)) return;
+    throw py::value_error("tile is " + std::to_string(tile) + ", but must be 2, or 4 in fp32 without upsample");
+}
+
 template <typename T, typename W>
-void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int num_threads, const ScalePointers& scales) {
+void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int tile, int num_threads, const ScalePointers& scales) {
     const Int8Scales int8 = {to_pointer<const float>(scales[0], "steps"), to_pointer<const float>(scales[1], "units"),
                              to_pointer<const int32_t>(scales[2], "start")};
     conv3x3(Conv3x3<T, W>{to_pointer<const T>(p[0], "x"), to_pointer<const W>(p[1], "weight"),
                           to_pointer<const float>(p[2], "bias"), to_pointer<const T>(p[3], "residual"),
-                          to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample, int8},
+                          to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample, tile, int8},
             num_threads);
 }
 
-void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads,
+void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads, int tile,
                      const std::optional<ScalePointers>& scales) {
     const auto [images, height, width, in_channels, out_channels] = sizes;
     check_channels(out_channels, in_channels);
-    if (scales && !conv3x3_has_int8()) throw py::value_error("conv3x3 in 8 bits needs a processor with AVX-512 VNNI");
+    check_tile(tile, !upsample && !bf16 && !scales);
+    if (scales && !conv3x3_has_int8()) throw py::value_error("conv3x3 in 8 bits needs a processor with AVX-512 VNNI or AVX-VNNI");
     if (!scales && bf16 && !conv3x3_has_bf16()) throw py::value_error("conv3x3 in bf16 needs a processor with AVX-512 BF16");
     check_range("num_threads", num_threads, 1, INT32_MAX);
     if (images < 0 || height < 0 || width < 0) throw py::value_error("images, height and width cannot be negative");
@@ -224,12 +231,13 @@ void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool 
         for (const uintptr_t address : *scales) require(address, "scales");
     const auto run = scales ? (bf16 ? run_conv3x3<bfloat16, int8_t> : run_conv3x3<float, int8_t>)
                             : (bf16 ? run_conv3x3<bfloat16, bfloat16> : run_conv3x3<float, float>);
-    run(pointers, sizes, upsample, num_threads, scales.value_or(ScalePointers{}));
+    run(pointers, sizes, upsample, tile, num_threads, scales.value_or(ScalePointers{}));
 }
 
 void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channels, int64_t in_channels, bool bf16,
-                             const std::optional<ScalePointers>& scales) {
+                             int tile, const std::optional<ScalePointers>& scales) {
     check_channels(out_channels, in_channels);
+    check_tile(tile, !bf16 && !scales);
     require(weight, "weight_ptr");
     require(out, "out_ptr");
     const float* from = to_pointer<const float>(weight, "weight_ptr");
@@ -241,7 +249,7 @@ void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channe
     } else if (bf16)
         prepare_conv3x3(from, to_pointer<bfloat16>(out, "out_ptr"), out_channels, in_channels);
     else
-        prepare_conv3x3(from, to_pointer<float>(out, "out_ptr"), out_channels, in_channels);
+        prepare_conv3x3(from, to_pointer<float>(out, "out_ptr"), out_channels, in_channels, tile);
 }
 
 }  // namespace
@@ -302,7 +310,7 @@ pre_shift_stride: values from one image's pre_shift to the next one's; 0 where a
 Raises ValueError for null addresses and sizes that do not fit.)");
 
     module.def("conv3x3", &ddim_fast::conv3x3_binding, "pointers"_a, "sizes"_a, "upsample"_a, "bf16"_a, "num_threads"_a,
-               py::kw_only(), "scales"_a = py::none(), py::call_guard<py::gil_scoped_release>(),
+               "tile"_a, py::kw_only(), "scales"_a = py::none(), py::call_guard<py::gil_scoped_release>(),
                R"(3x3 convolution with stride 1 and padding 1 over channels_last images in host memory.
 
 pointers: addresses of x, weight, bias, residual and out; 0 leaves out bias and residual. bias is fp32, the others are bf16
@@ -312,6 +320,7 @@ sizes: images, height and width of x, channels of x, channels of out. Channels c
 upsample: whether each pixel of x counts twice in both directions, as nearest-neighbour interpolation repeats it; out is
     then twice as high and as wide.
 num_threads: how many threads may share the work. Neither it nor the number of images changes a bit of the result.
+tile: of Winograd's algorithm, the outputs along each side of a tile: 2 or, in fp32 without upsample, 4. As in prepare_conv3x3.
 scales: for products of 8-bit numbers, addresses of steps (16), units and start (both 16 x channels of out), as
     prepare_conv3x3 made them with the weights.
 
@@ -319,13 +328,18 @@ Raises ValueError for null addresses, for sizes that do not fit, and for what th
 conv3x3_has_int8.)");
 
     module.def("prepare_conv3x3", &ddim_fast::prepare_conv3x3_binding, "weight_ptr"_a, "out_ptr"_a, "out_channels"_a,
-               "in_channels"_a, "bf16"_a, py::kw_only(), "scales"_a = py::none(), py::call_guard<py::gil_scoped_release>(),
+               "in_channels"_a, "bf16"_a, "tile"_a, py::kw_only(), "scales"_a = py::none(),
+               py::call_guard<py::gil_scoped_release>(),
                R"(Makes the weights of conv3x3, of fp32 weights of shape (out_channels, in_channels, 3, 3).
 
-out_ptr: 16 * out_channels * in_channels numbers, of bf16 or fp32; of int8 if there are scales.
+out_ptr: (tile + 2)^2 * out_channels * in_channels numbers, of bf16 or fp32; of int8 if there are scales.
+tile: 2 or, in fp32, 4.
 scales: addresses of steps, 16 fp32 numbers that bring the components of the transformed pixels to -128..127, and of the
     results units (fp32) and start (int32), 16 * out_channels of each.)");
 
+    module.def("instruction_set", &ddim_fast::instruction_set_name,
+               "What the operators of the CPU use: avx512, avx2 or baseline. DDIM_FAST_CPU=baseline or avx2, read once, asks for "
+               "less than the processor has.");
     module.def("conv3x3_has_bf16", &ddim_fast::conv3x3_has_bf16, "Whether conv3x3 takes bf16 on this processor.");
     module.def("conv3x3_has_int8", &ddim_fast::conv3x3_has_int8, "Whether conv3x3 takes scales on this processor.");
 

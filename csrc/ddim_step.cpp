@@ -1,10 +1,8 @@
 #include "ddim_step.h"
 
+#include "ddim_step_kernel.h"
 #include "parallel.h"
 #include "philox.h"
-
-#define DDIM_FAST_KERNEL "ddim_step_kernel.h"
-#include "each_cpu.h"
 
 namespace ddim_fast {
 namespace {
@@ -46,7 +44,7 @@ void step_range(StepRange* run, const DdimStep& op, int64_t begin, int64_t end) 
 }  // namespace
 
 void ddim_step(const DdimStep& op, int num_threads) {
-    StepRange* run = DDIM_FAST_FOR_THIS_CPU(step_range);
+    StepRange* run = DDIM_FAST_CHOOSE(step_range);
     const int64_t threads = std::clamp<int64_t>(op.numel / (op.seeds ? kNoiseGrain : kGrain), 1, num_threads);
     parallel_for(op.numel, kLine, threads, [&](int64_t begin, int64_t end) { step_range(run, op, begin, end); });
 }

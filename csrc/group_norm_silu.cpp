@@ -1,37 +1,11 @@
 #include "group_norm_silu.h"
 
 #include <algorithm>
-#include <cmath>
-#include <initializer_list>
 #include <numeric>
 #include <vector>
 
-// The module is compiled without fused multiply-adds, for the sake of the DDIM step's bits. Here they are welcome: the
-// exponential takes two thirds of the time with them.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
+#include "group_norm_silu_kernel.h"
 #include "parallel.h"
-
-namespace ddim_fast {
-namespace {
-
-// How an image's channels are cut into tasks, all but the last of the same size.
-struct Cut {
-    int64_t channels;  // a task, whole groups
-    int64_t tasks_an_image;
-    int64_t width;  // numbers in a row of a task's scratch memory
-
-    template <typename T>
-    explicit Cut(const GroupNormSilu<T>& op);
-};
-
-}  // namespace
-}  // namespace ddim_fast
-
-#define DDIM_FAST_KERNEL "group_norm_silu_kernel.h"
-#include "each_cpu.h"
 
 namespace ddim_fast {
 namespace {
@@ -44,24 +18,23 @@ constexpr int64_t kChannels = 64;
 constexpr int64_t kGrain = 1 << 15;
 
 template <typename T>
-Cut::Cut(const GroupNormSilu<T>& op) {
+Cut cut(const GroupNormSilu<T>& op) {
     const int64_t all = op.x_channels + op.skip_channels, group = all / op.groups;
-    const int64_t whole = std::lcm(group, baseline::kLanes);  // whole groups and whole vectors
-    channels = std::min(all, whole <= kChannels ? kChannels / whole * whole : (kChannels + group - 1) / group * group);
-    tasks_an_image = (all + channels - 1) / channels;
-    width = channels + baseline::kLanes;
+    const int64_t whole = std::lcm(group, kWidestVector);  // whole groups and whole vectors
+    const int64_t channels = std::min(all, whole <= kChannels ? kChannels / whole * whole : (kChannels + group - 1) / group * group);
+    return {channels, (all + channels - 1) / channels, channels + kWidestVector};
 }
 
 template <typename T>
 void run_parallel(const GroupNormSilu<T>& op, int num_threads) {
-    const Cut cut(op);
+    const Cut tasks = cut(op);
     const int64_t elements = op.images * (op.x_channels + op.skip_channels) * op.positions;
     if (elements == 0) return;
     const int64_t threads = std::clamp<int64_t>(elements / kGrain, 1, num_threads);
-    const auto run = DDIM_FAST_FOR_THIS_CPU(run_tasks<T>);
-    parallel_for(op.images * cut.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(cut.width * 4);  // a row of doubles, and five of floats
-        run(op, cut, begin, end, scratch.data());
+    const auto run = DDIM_FAST_CHOOSE(run_tasks<T>);
+    parallel_for(op.images * tasks.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(tasks.width * 4);  // a row of doubles, and five of floats
+        run(op, tasks, begin, end, scratch.data());
     });
 }
 

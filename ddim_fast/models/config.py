@@ -149,9 +149,14 @@ class UNetConfig(Fields):
         """Whether images are signals along their width."""
         return self.size[0] == 1
 
+    def level_size(self, level: int) -> tuple[int, int]:
+        """(height, width) of the images at a level, the full resolution being level 0."""
+        height, width = self.size
+        return (1 if self.one_dimensional else height // 2**level, width // 2**level)
+
     def attends(self, level: int) -> bool:
         """Whether the residual blocks of a level are followed by self-attention."""
-        return self.size[1] // 2**level in self.attention_resolutions
+        return self.level_size(level)[1] in self.attention_resolutions
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> UNetConfig:

@@ -171,8 +171,16 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     def _resnets(self) -> Iterator[_ResnetBlock]:
         """The residual blocks in the order in which they run."""
-        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from level.resnets
+        for _, block in self._levels():
+            yield from block.resnets
+
+    def _levels(self) -> Iterator[tuple[int, _Level | _MidBlock]]:
+        """The blocks in the order in which they run, each with its level of resolution, the full one being 0."""
+        last = len(self.down_blocks) - 1
+        yield from enumerate(self.down_blocks)
+        yield last, self.mid_block
+        for i, block in enumerate(self.up_blocks):
+            yield last - i, block
 
     def for_inference(self, dtype: torch.dtype) -> UNet:
         """A copy that computes images in ``dtype``, its weights converted and laid out once for the fastest operators, where
@@ -182,9 +190,13 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
+        for level, block in model._levels():
+            for resnet in block.resnets:
+                for convolution in (resnet.conv1, resnet.conv2):
+                    convolution.prepare(dtype, size=self.config.level_size(level))
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                if isinstance(module, Conv3x3):
+                if isinstance(module, Conv3x3) and module.prepared is None:
                     module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)
             elif isinstance(module, _Attention):
@@ -302,9 +314,11 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, **_kernel(config))
         self.prepared: Prepared | None = None
 
-    def prepare(self, dtype: torch.dtype, limits: Tensor | None = None) -> None:
-        """For images in ``dtype``; ``limits`` as of :func:`prepare_conv3x3`."""
-        self.prepared = prepare_conv3x3(self.weight, dtype, limits)
+    def prepare(
+        self, dtype: torch.dtype, limits: Tensor | None = None, *, size: tuple[int, int] | None = None
+    ) -> None:
+        """For images in ``dtype``; ``limits`` and ``size`` as of :func:`prepare_conv3x3`."""
+        self.prepared = prepare_conv3x3(self.weight, dtype, limits, size=size)
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
