@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..devices import bf16_is_fast
+from ..devices import bf16_is_fast, keep_memory
 from ..models.quantisation import quantise
 from ..models.unet import UNet
 
@@ -45,6 +45,7 @@ class Network:
         self._autocast = dtype != torch.float32 and not self._converts
         self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise_reusing")
         self.num_classes: int | None = model.config.num_classes
+        keep_memory(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -200,8 +200,10 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
                     module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)
             elif isinstance(module, _Attention):
+                module.fold()
                 for linear in (module.to_q, module.to_k, module.to_v, module.to_out):
-                    linear.to(dtype)
+                    if linear is not None:
+                        linear.to(dtype)
         return model
 
     @property
@@ -379,10 +381,26 @@ class _Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def fold(self) -> None:
+        """For inference with one head: the four linear layers become two, and the tokens are their own keys and values.
+
+        Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the attention
+        matrix P sums to 1, so that the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
+        """
+        if self.heads > 1:
+            return
+        wq, wk, wv, wo = (f.weight.double() for f in (self.to_q, self.to_k, self.to_v, self.to_out[0]))
+        bq, bv, bo = (f.bias.double() for f in (self.to_q, self.to_v, self.to_out[0]))
+        for linear, weight, bias in ((self.to_q, wk.T @ wq, wk.T @ bq), (self.to_out[0], wo @ wv, wo @ bv + bo)):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        self.to_k = self.to_v = None
+
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
-        q, k, v = (f(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        projections = (tokens if f is None else f(tokens) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in projections)
         attended = alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
