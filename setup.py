@@ -33,16 +33,16 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", ",".join(HOST_FL
 AVX2_FLAGS = ["-mavx2", "-mfma"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {"baseline": [], **({"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS} if IS_X86 else {})}
-# Those that conv3x3 has more kernels for.
-PRODUCTS = {
-    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
-    "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
-    "avxvnni": [*AVX2_FLAGS, "-mavxvnni"],
-}
+INSTRUCTION_SETS = {"baseline": []}
+# For the kernels that have a use for them.
+BF16, INT8 = {}, {}
+if IS_X86:
+    INSTRUCTION_SETS |= {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
+    BF16 = {"avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"]}
+    INT8 = {"avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"], "avxvnni": [*AVX2_FLAGS, "-mavxvnni"]}
 KERNELS = {
-    "csrc/conv3x3_kernel.cpp": (INSTRUCTION_SETS | (PRODUCTS if IS_X86 else {}), ["-ffp-contract=fast"]),
-    "csrc/group_norm_silu_kernel.cpp": (INSTRUCTION_SETS, ["-ffp-contract=fast"]),
+    "csrc/conv3x3_kernel.cpp": (INSTRUCTION_SETS | BF16 | INT8, ["-ffp-contract=fast"]),
+    "csrc/group_norm_silu_kernel.cpp": (INSTRUCTION_SETS | BF16, ["-ffp-contract=fast"]),
     "csrc/ddim_step_kernel.cpp": (INSTRUCTION_SETS, []),
 }
 

@@ -17,8 +17,11 @@ constexpr int64_t tiles_a_task(int tile) { return tile == 4 ? 36 : 72; }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <typename T, typename W = T>
+using RunTiles = void (*)(const Conv3x3<T, W>& op, const TileRange& range, void* scratch);
+
 template <typename T, typename W>
-void run_parallel(const Conv3x3<T, W>& op, int num_threads, void (*run)(const Conv3x3<T, W>&, const TileRange&, void*)) {
+void run_parallel(const Conv3x3<T, W>& op, int num_threads, RunTiles<T, W> run) {
     const int64_t tiles = op.images * tiles_along(op, op.height) * tiles_along(op, op.width);
     const int64_t groups = divide_up(tiles, kTileGroup);
     if (tiles == 0) return;
@@ -82,7 +85,7 @@ void for_each_component(const float* weight, int64_t k, int64_t in_channels, int
 template <typename W>
 W* place_of_weight(W* out, int64_t component, int64_t k, int64_t c, int64_t out_channels, int64_t in_channels) {
     constexpr int64_t kBeside = sizeof(float) / sizeof(W);
-    const int64_t strip = DDIM_FAST_CHOOSE(columns), first = k / strip * strip, width = std::min(strip, out_channels - first);
+    const int64_t strip = DDIM_FAST_CHOOSE(int64_t, columns), first = k / strip * strip, width = std::min(strip, out_channels - first);
     return out + (component * out_channels + first) * in_channels + (c / kBeside * width + k - first) * kBeside + c % kBeside;
 }
 
@@ -97,7 +100,7 @@ void prepare(const float* weight, T* out, int64_t out_channels, int64_t in_chann
 template <typename T>
 void run_int8(const Conv3x3<T, int8_t>& op, int num_threads) {
 #ifdef DDIM_FAST_X86
-    void (*run)(const Conv3x3<T, int8_t>&, const TileRange&, void*) = avxvnni::run_tiles;
+    RunTiles<T, int8_t> run = avxvnni::run_tiles;
     if (has_avx512_vnni()) run = avx512vnni::run_tiles;
     run_parallel(op, num_threads, run);
 #endif
@@ -110,11 +113,11 @@ bool conv3x3_has_bf16() { return has_avx512_bf16(); }
 // In AVX-512's place, AVX-VNNI would find its weights in another order.
 bool conv3x3_has_int8() { return has_avx512_vnni() || (instruction_set() == InstructionSet::avx2 && has_avx_vnni()); }
 
-void conv3x3(const Conv3x3<float>& op, int num_threads) { run_parallel(op, num_threads, DDIM_FAST_CHOOSE(run_tiles)); }
+void conv3x3(const Conv3x3<float>& op, int num_threads) { run_parallel(op, num_threads, DDIM_FAST_CHOOSE(RunTiles<float>, run_tiles)); }
 
 void conv3x3(const Conv3x3<bfloat16>& op, int num_threads) {
 #ifdef DDIM_FAST_X86
-    run_parallel(op, num_threads, avx512bf16::run_tiles);
+    run_parallel<bfloat16, bfloat16>(op, num_threads, avx512bf16::run_tiles);
 #endif
 }
 

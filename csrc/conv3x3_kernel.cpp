@@ -2,10 +2,6 @@
 // products of bf16 or of 8-bit numbers.
 #include "conv3x3_kernel.h"
 
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#include <immintrin.h>
-#endif
-
 #include "vector.h"
 
 namespace ddim_fast::DDIM_FAST_ISA {
@@ -76,13 +72,7 @@ DDIM_FAST_INLINE void store_component(float* p, Vector v, float) { store(p, v); 
 
 #ifdef __AVX512BF16__
 
-// Without the care of vector.h's store for numbers below 2^-126, which become zero.
-DDIM_FAST_INLINE void store_bf16(bfloat16* p, Vector v) {
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-    memcpy(p, &half, sizeof half);
-}
-
-DDIM_FAST_INLINE void store_component(bfloat16* p, Vector v, float) { store_bf16(p, v); }
+DDIM_FAST_INLINE void store_component(bfloat16* p, Vector v, float) { store(p, v); }
 
 // The same on pairs of numbers along the depth, which lie beside each other in a and in b.
 template <int N>
@@ -282,16 +272,6 @@ DDIM_FAST_INLINE bool vanishes(bool upsample, int64_t component) {
     return upsample && (component / 4 == 2 || component % 4 == 2);
 }
 
-DDIM_FAST_INLINE void store_result(float* p, Vector v) { store(p, v); }
-
-DDIM_FAST_INLINE void store_result(bfloat16* p, Vector v) {
-#ifdef __AVX512BF16__
-    store_bf16(p, v);
-#else
-    store(p, v);
-#endif
-}
-
 // A^T m A and what is added to it: `channels` of a tile's outputs, from `first` on. m's components lie `stride` apart.
 template <int kTile, typename T, typename W>
 DDIM_FAST_INLINE void transform_sums(const Conv3x3<T, W>& op, Place tile, const float* m, int64_t stride, int64_t first,
@@ -318,7 +298,7 @@ DDIM_FAST_INLINE void transform_sums(const Conv3x3<T, W>& op, Place tile, const 
             Winograd<kTile>::outputs(half[i], y);
             for (int64_t j = 0; j < columns_there; ++j) {
                 const int64_t at = corner + (i * width + j) * op.out_channels + c;
-                store_result(op.out + at, y[j] + bias + (op.residual ? load(op.residual + at) : Vector{}));
+                store(op.out + at, y[j] + bias + (op.residual ? load(op.residual + at) : Vector{}));
             }
         }
     }

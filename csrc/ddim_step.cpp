@@ -29,9 +29,9 @@ void draw_noise(const DdimStep& op, int64_t begin, int64_t count, float* z) {
     }
 }
 
-using StepRange = decltype(baseline::step_range);
+using StepRange = decltype(&baseline::step_range);
 
-void step_range(StepRange* run, const DdimStep& op, int64_t begin, int64_t end) {
+void step_range(StepRange run, const DdimStep& op, int64_t begin, int64_t end) {
     if (!op.seeds || op.coefficients.sigma == 0) return run(op, begin, end, op.noise, op.sample_dtype, 0);
     float tile[kTile];
     for (; begin < end; begin += kTile) {
@@ -44,7 +44,7 @@ void step_range(StepRange* run, const DdimStep& op, int64_t begin, int64_t end) 
 }  // namespace
 
 void ddim_step(const DdimStep& op, int num_threads) {
-    StepRange* run = DDIM_FAST_CHOOSE(step_range);
+    StepRange run = DDIM_FAST_CHOOSE(StepRange, step_range);
     const int64_t threads = std::clamp<int64_t>(op.numel / (op.seeds ? kNoiseGrain : kGrain), 1, num_threads);
     parallel_for(op.numel, kLine, threads, [&](int64_t begin, int64_t end) { step_range(run, op, begin, end); });
 }

@@ -26,12 +26,14 @@ Cut cut(const GroupNormSilu<T>& op) {
 }
 
 template <typename T>
-void run_parallel(const GroupNormSilu<T>& op, int num_threads) {
+using RunTasks = void (*)(const GroupNormSilu<T>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch);
+
+template <typename T>
+void run_parallel(const GroupNormSilu<T>& op, int num_threads, RunTasks<T> run) {
     const Cut tasks = cut(op);
     const int64_t elements = op.images * (op.x_channels + op.skip_channels) * op.positions;
     if (elements == 0) return;
     const int64_t threads = std::clamp<int64_t>(elements / kGrain, 1, num_threads);
-    const auto run = DDIM_FAST_CHOOSE(run_tasks<T>);
     parallel_for(op.images * tasks.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) {
         std::vector<double> scratch(tasks.width * 4);  // a row of doubles, and five of floats
         run(op, tasks, begin, end, scratch.data());
@@ -40,8 +42,16 @@ void run_parallel(const GroupNormSilu<T>& op, int num_threads) {
 
 }  // namespace
 
-void group_norm_silu(const GroupNormSilu<float>& op, int num_threads) { run_parallel(op, num_threads); }
+void group_norm_silu(const GroupNormSilu<float>& op, int num_threads) {
+    run_parallel(op, num_threads, DDIM_FAST_CHOOSE(RunTasks<float>, run_tasks));
+}
 
-void group_norm_silu(const GroupNormSilu<bfloat16>& op, int num_threads) { run_parallel(op, num_threads); }
+void group_norm_silu(const GroupNormSilu<bfloat16>& op, int num_threads) {
+    auto run = DDIM_FAST_CHOOSE(RunTasks<bfloat16>, run_tasks);
+#ifdef DDIM_FAST_X86
+    if (has_avx512_bf16()) run = avx512bf16::run_tasks;
+#endif
+    run_parallel(op, num_threads, run);
+}
 
 }  // namespace ddim_fast

@@ -237,10 +237,8 @@ class Task {
     float *added, *pivot, *mean, *gain, *bias;
 };
 
-}  // namespace
-
 template <typename T>
-__attribute__((flatten)) void run_tasks(const GroupNormSilu<T>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
+DDIM_FAST_INLINE void run(const GroupNormSilu<T>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
     Task<T> task(op, cut.width, scratch);
     for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % cut.tasks_an_image * cut.channels;
@@ -248,7 +246,16 @@ __attribute__((flatten)) void run_tasks(const GroupNormSilu<T>& op, const Cut& c
     }
 }
 
-template void run_tasks(const GroupNormSilu<float>&, const Cut&, int64_t, int64_t, double*);
-template void run_tasks(const GroupNormSilu<bfloat16>&, const Cut&, int64_t, int64_t, double*);
+}  // namespace
+
+#ifndef __AVX512BF16__
+__attribute__((flatten)) void run_tasks(const GroupNormSilu<float>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
+    run(op, cut, begin, end, scratch);
+}
+#endif
+
+__attribute__((flatten)) void run_tasks(const GroupNormSilu<bfloat16>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
+    run(op, cut, begin, end, scratch);
+}
 
 }  // namespace ddim_fast::DDIM_FAST_ISA

@@ -17,7 +17,14 @@ struct Cut {
 constexpr int64_t kWidestVector = 16;
 
 // The tasks [begin, end). scratch: cut.width doubles and five times as many floats.
-DDIM_FAST_DECLARE_EACH(template <typename T> void run_tasks(const GroupNormSilu<T>& op, const Cut& cut, int64_t begin, int64_t end,
-                                                            double* scratch);)
+DDIM_FAST_DECLARE_EACH(
+    void run_tasks(const GroupNormSilu<float>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch);
+    void run_tasks(const GroupNormSilu<bfloat16>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch);)
+
+#ifdef DDIM_FAST_X86
+namespace avx512bf16 {
+void run_tasks(const GroupNormSilu<bfloat16>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch);
+}
+#endif
 
 }  // namespace ddim_fast

@@ -157,8 +157,8 @@ class _Weight(NamedTuple):
         if self.limits is not None or self.dtype != torch.float32 or self.size is None or _is_exact():
             return 2
         few, many = (math.prod(-(-side // tile) for side in self.size) for tile in (4, 2))
-        # With few tiles an image, reading weights more than twice as large costs one image more than it saves.
-        return 4 if few >= 16 and 36 * few < 16 * many else 2
+        # With fewer tiles, reading weights that are more than twice as large costs one image more than it saves.
+        return 4 if few >= 4 and 36 * few < 16 * many else 2
 
 
 def _is_exact() -> bool:
