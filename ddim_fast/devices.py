@@ -32,12 +32,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: Ampere or later, or a CPU with AVX-512 BF16 or AMX."""
+    """Whether the device multiplies bfloat16 in hardware: Ampere or later, or a CPU with AVX-512 BF16 or AMX, where
+    DDIM_FAST_CPU does not ask for less."""
     import torch
+
+    from .ops import native
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    less = native.module is not None and native.module.instruction_set() != "avx512"
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and not less
 
 
 def keep_memory(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import native
 from .derived import converted, derived, forget
 from .dispatch import Implementation, choose, is_observed
+from .measured import is_faster_in_cpp
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_of", "conv3x3_reference", "prepare_conv3x3"]
 
@@ -199,16 +200,15 @@ def _why_not_native(request: _Weight) -> str | None:
     return None
 
 
-def _native_pays(request: _Weight) -> bool:
-    """What PyTorch is measured against is oneDNN; its matrix units (AMX) are faster than any vector."""
-    if request.dtype == torch.bfloat16:
-        return not torch.cpu._is_amx_tile_supported()
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+def _native_is_faster(request: _Weight) -> bool:
+    """On processors with matrix units (AMX), PyTorch's convolution in bfloat16 uses them and serves."""
+    has_amx = request.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return is_faster_in_cpp("conv3x3", request.dtype, "channels_last") and not has_amx
 
 
 # Under each other name it is PyTorch's convolution, on whatever device.
 IMPLEMENTATIONS = (
-    Implementation("native", _prepare_native, _why_not_native, _native_pays),
+    Implementation("native", _prepare_native, _why_not_native, _native_is_faster),
     *(Implementation(backend, lambda request: None, lambda request: None) for backend in ("triton", "cuda", "reference")),
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import native
 from .ddim_step_numpy import check_settings
 from .dispatch import Implementation, choose, is_observed, why_not_triton
+from .measured import is_faster_in_cpp
 from .noise import seeded_noise
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
@@ -170,6 +171,10 @@ def _why_not_native(request: _Request) -> str | None:
     return _why_not_compiled(request, "cpu", (torch.float32, torch.bfloat16))
 
 
+def _native_is_faster(request: _Request) -> bool:
+    return is_faster_in_cpp("ddim_step", request[0].sample.dtype, "contiguous")
+
+
 def _run_cuda(request: _Request) -> Tensor:
     call, out = request
     out = _result(call, out)
@@ -292,7 +297,7 @@ def _run_reference(request: _Request) -> Tensor:
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", _run_native, _why_not_native),
+    Implementation("native", _run_native, _why_not_native, _native_is_faster),
     Implementation("triton", _run_triton, _why_not_triton, lambda request: request[0].sample.is_cuda),
     Implementation("cuda", _run_cuda, _why_not_cuda),
     Implementation("reference", _run_reference, lambda request: None),

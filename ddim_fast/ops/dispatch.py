@@ -24,17 +24,18 @@ class Implementation:
         backend: one of :data:`BACKENDS`.
         run: computes the operator from a request, whatever that is for the operator.
         why_not: None when this implementation can serve the request, the reason otherwise.
-        pays: whether it is worth its while where it can serve; not asked when DDIM_FAST_BACKEND names it.
+        is_faster: whether a committed benchmark says that it is faster than PyTorch where it can serve; not asked when
+            DDIM_FAST_BACKEND names it.
     """
 
     backend: str
     run: Callable[[Any], Any]
     why_not: Callable[[Any], str | None]
-    pays: Callable[[Any], bool] = lambda request: True
+    is_faster: Callable[[Any], bool] = lambda request: True
 
 
 def choose(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
-    """The first implementation that can serve ``request`` and pays, or the one that DDIM_FAST_BACKEND names; where
+    """The first implementation that can serve ``request`` and is faster there, or the one that DDIM_FAST_BACKEND names; where
     :func:`is_observed` holds, the reference.
 
     Raises:
@@ -44,7 +45,9 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
         return next(i for i in implementations if i.backend == "reference")
     forced = os.environ.get("DDIM_FAST_BACKEND")
     if not forced:
-        return next(i for i in implementations if i.why_not(request) is None and i.pays(request))
+        for implementation in implementations:
+            if implementation.why_not(request) is None and implementation.is_faster(request):
+                return implementation
     if forced not in BACKENDS:
         raise ValueError(f"DDIM_FAST_BACKEND={forced!r} is unknown; choose {', '.join(BACKENDS)}")
     for implementation in implementations:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import Implementation, choose, is_observed, is_transformed, why_not_triton
+from .measured import is_faster_in_cpp
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 
@@ -235,8 +236,8 @@ def _run_reference(call: _Call) -> Tensor:
 
 
 def _run_native(call: _Call) -> Tensor:
-    pointers, sizes, stride, out, _alive = _arrays(call)
-    settings = call.eps, call.silu, _is_channels_last(call.x), call.x.dtype == torch.bfloat16
+    pointers, sizes, stride, out, alive = _arrays(call)
+    settings = call.eps, call.silu, _is_channels_last(alive[0]), out.dtype == torch.bfloat16
     native.module.group_norm_silu(pointers, sizes, *settings, torch.get_num_threads(), pre_shift_stride=stride)
     return out
 
@@ -247,6 +248,11 @@ def _why_not_native(call: _Call) -> str | None:
     if call.x.device.type != "cpu" or call.x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16 on the CPU, not {call.x.dtype} on {call.x.device}"
     return _why_no_gradient(call)
+
+
+def _native_is_faster(call: _Call) -> bool:
+    memory_format = "channels_last" if _is_channels_last(call.x) else "contiguous"
+    return is_faster_in_cpp("group_norm_silu", call.x.dtype, memory_format)
 
 
 _CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -302,7 +308,7 @@ def _run_triton_backward(request: _Backward) -> list[Tensor]:
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", _run_native, _why_not_native),
+    Implementation("native", _run_native, _why_not_native, _native_is_faster),
     Implementation("triton", _run_triton, _why_not_triton, lambda call: call.x.is_cuda),
     Implementation("cuda", _run_cuda, _why_not_cuda),
     Implementation("reference", _run_reference, lambda call: None),
@@ -335,26 +341,33 @@ def _why_no_gradient(call: _Call) -> str | None:
 def _arrays(call: _Call) -> tuple[list[int], list[int], int, Tensor, list[Tensor | None]]:
     """What the native module's functions take: pointers, sizes and the stride of pre_shift's rows; the result; and what must
     stay alive until they return."""
-    x = call.x
+    x, skip, residual, pre_shift = call.x, call.skip, call.residual, call.pre_shift
     layout = _format(x)
-    out = torch.empty((x.shape[0], call.channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
-    images = [None if t is None else t.contiguous(memory_format=layout) for t in (x, call.skip, call.residual)]
-    weight, bias, pre_shift, scale, shift = (
-        None if t is None else t.float() for t in (call.weight, call.bias, call.pre_shift, call.scale, call.shift)
-    )
-    if pre_shift is not None and pre_shift.stride(1) != 1:
-        pre_shift = pre_shift.contiguous()
-    stride = 0 if pre_shift is None else pre_shift.stride(0)  # rows of a larger table, or one row for all, stay where they are
-    numbers = [
-        weight.contiguous(),
-        bias.contiguous(),
-        pre_shift,
-        *(None if t is None else t.contiguous() for t in (scale, shift)),
-    ]
-    tensors = [*images, out, *numbers]
+    n, x_channels, height, width = x.shape
+    channels = call.channels
+    x = x.contiguous(memory_format=layout)
+    if skip is None:
+        out = torch.empty_like(x)
+    else:
+        skip = skip.contiguous(memory_format=layout)
+        out = _empty_image(x, channels)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    stride = 0
+    if pre_shift is not None:
+        pre_shift = pre_shift.float()
+        if pre_shift.stride(1) != 1:
+            pre_shift = pre_shift.contiguous()
+        stride = pre_shift.stride(0)  # rows of a larger table, or one row for all, stay where they are
+    numbers = (_dense(call.weight), _dense(call.bias), pre_shift, _dense(call.scale), _dense(call.shift))
+    tensors = [x, skip, residual, out, *numbers]
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    n, channels, height, width = x.shape
-    return pointers, [n, channels, call.channels - channels, height * width, call.num_groups], stride, out, tensors
+    return pointers, [n, x_channels, channels - x_channels, height * width, call.num_groups], stride, out, tensors
+
+
+def _dense(numbers: Tensor | None) -> Tensor | None:
+    """In float32, one after the other."""
+    return None if numbers is None else numbers.float().contiguous()
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -380,7 +393,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _check(call: _Call) -> None:
@@ -388,26 +401,29 @@ def _check(call: _Call) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor of shape (N, C, H, W); got {x.dtype} of shape {tuple(x.shape)}")
     n, x_channels, height, width = x.shape
-    channels, device = call.channels, x.device
-    per_channel, per_image = (channels,), (n, channels)
-    for name, tensor, shape, like_x in (
-        ("weight", call.weight, per_channel, False),
-        ("bias", call.bias, per_channel, False),
-        ("pre_shift", call.pre_shift, per_image, False),
-        ("scale", call.scale, per_image, False),
-        ("shift", call.shift, per_image, False),
-        ("residual", call.residual, (n, channels, height, width), True),
-        ("skip", call.skip, (n, channels - x_channels, height, width), True),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}")
-        if tensor.dtype != x.dtype and (like_x or not tensor.is_floating_point()):
-            raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}")
+    channels = call.channels
+    _check_tensor("weight", call.weight, (channels,), x)
+    _check_tensor("bias", call.bias, (channels,), x)
+    if call.pre_shift is not None:
+        _check_tensor("pre_shift", call.pre_shift, (n, channels), x)
+    if call.scale is not None:
+        _check_tensor("scale", call.scale, (n, channels), x)
+    if call.shift is not None:
+        _check_tensor("shift", call.shift, (n, channels), x)
+    if call.residual is not None:
+        _check_tensor("residual", call.residual, (n, channels, height, width), x, like_x=True)
+    if call.skip is not None:
+        _check_tensor("skip", call.skip, (n, channels - x_channels, height, width), x, like_x=True)
     if call.num_groups < 1 or channels % call.num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels; got {call.num_groups}")
     if not call.eps >= 0:
         raise ValueError(f"eps cannot be negative; got {call.eps}")
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, like_x: bool = False) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if tensor.dtype != x.dtype and (like_x or not tensor.is_floating_point()):
+        raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}")

@@ -1,0 +1,47 @@
+"""Where the C++ operators were measured to be faster than PyTorch's."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import native
+
+__all__ = ["FASTER_IN_CPP", "is_faster_in_cpp"]
+
+# (operator, instruction set, dtype, memory format), from the files every_cpu-*.json under benchmarks/results, which
+# benchmarks/every_cpu.py writes; tests/ops/test_measured.py compares the two. Where there is no row, PyTorch serves.
+FASTER_IN_CPP: frozenset[tuple[str, str, str, str]] = frozenset(
+    {
+        ("conv3x3", "avx2", "float32", "channels_last"),
+        ("conv3x3", "avx512", "float32", "channels_last"),
+        ("conv3x3", "avx512_bf16", "bfloat16", "channels_last"),
+        ("group_norm_silu", "avx2", "float32", "channels_last"),
+        ("group_norm_silu", "avx2", "float32", "contiguous"),
+        ("group_norm_silu", "avx512", "float32", "channels_last"),
+        ("group_norm_silu", "avx512", "float32", "contiguous"),
+        ("group_norm_silu", "avx512_bf16", "bfloat16", "channels_last"),
+        ("ddim_step", "avx2", "float32", "contiguous"),
+        ("ddim_step", "avx512", "float32", "contiguous"),
+    }
+)
+
+
+@functools.cache
+def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> bool:
+    """Whether the C++ operator was measured to be faster than PyTorch's on a processor like this one.
+
+    Args:
+        operator: ``conv3x3``, ``group_norm_silu`` or ``ddim_step``.
+        dtype: of the images.
+        memory_format: of the images, ``channels_last`` or ``contiguous``.
+    """
+    row = (operator, instruction_set(dtype), str(dtype).removeprefix("torch."), memory_format)
+    return row in FASTER_IN_CPP
+
+
+def instruction_set(dtype: torch.dtype) -> str:
+    """What the C++ operators compute with: baseline, avx2, avx512, or avx512_bf16 for bfloat16 where the processor has it."""
+    name = native.module.instruction_set()
+    return "avx512_bf16" if dtype == torch.bfloat16 and native.module.conv3x3_has_bf16() else name
