@@ -15,13 +15,19 @@ namespace {
 constexpr int64_t kChannels = 64;
 
 // Elements that are worth a thread of their own.
-constexpr int64_t kGrain = 1 << 15;
+constexpr int64_t kGrain = 1 << 13;
 
+int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// How a task's channels are cut changes no bit: a group is summed up in the same order wherever it stands.
 template <typename T>
-Cut cut(const GroupNormSilu<T>& op) {
+Cut cut(const GroupNormSilu<T>& op, int64_t threads) {
     const int64_t all = op.x_channels + op.skip_channels, group = all / op.groups;
     const int64_t whole = std::lcm(group, kWidestVector);  // whole groups and whole vectors
-    const int64_t channels = std::min(all, whole <= kChannels ? kChannels / whole * whole : (kChannels + group - 1) / group * group);
+    const int64_t share = (all * op.images + threads - 1) / threads;  // of few channels, each thread gets some
+    const int64_t most = whole <= kChannels ? std::clamp(round_up(share, whole), whole, kChannels / whole * whole)
+                                            : round_up(kChannels, group);
+    const int64_t channels = std::min(all, most);
     return {channels, (all + channels - 1) / channels, channels + kWidestVector};
 }
 
@@ -30,10 +36,10 @@ using RunTasks = void (*)(const GroupNormSilu<T>& op, const Cut& cut, int64_t be
 
 template <typename T>
 void run_parallel(const GroupNormSilu<T>& op, int num_threads, RunTasks<T> run) {
-    const Cut tasks = cut(op);
     const int64_t elements = op.images * (op.x_channels + op.skip_channels) * op.positions;
     if (elements == 0) return;
     const int64_t threads = std::clamp<int64_t>(elements / kGrain, 1, num_threads);
+    const Cut tasks = cut(op, threads);
     parallel_for(op.images * tasks.tasks_an_image, 1, threads, [&](int64_t begin, int64_t end) {
         std::vector<double> scratch(tasks.width * 4);  // a row of doubles, and five of floats
         run(op, tasks, begin, end, scratch.data());
