@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.unet import alone_as_two
+from ..models.unet import batch_invariant
 from .operators import LinearOperator
 from .restoration import Restoration
 from .sampler import Sampler
@@ -55,7 +55,7 @@ class LatentCodec:
     def _call(self, function: Callable[[Tensor], Any], x: Tensor, batch_size: int) -> Tensor:
         """``function`` of the autoencoder, some images at a time."""
         like = next(self.autoencoder.parameters())
-        parts = [alone_as_two(lambda x: _tensor(function(x)), part.to(like)).float() for part in x.split(batch_size)]
+        parts = [batch_invariant(lambda x: _tensor(function(x)), part.to(like)).float() for part in x.split(batch_size)]
         return torch.cat(parts)
 
 

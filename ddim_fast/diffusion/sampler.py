@@ -55,6 +55,8 @@ class Sampler:
             predicts, eps = eps_guide + w (eps - eps_guide), with the same label or none (autoguidance; Karras et al. 2024,
             arXiv 2406.02507), instead of away from what the network itself predicts without the label. With dtype torch.int8
             it computes in the narrowest other one that is fast there.
+        batch_invariant: an image of a U-Net is the same to the last bit alone and in any batch, in eager mode on a CPU. Where
+            an operator of PyTorch's sums in another order for a single image, it computes that image twice; False saves that.
 
     Attributes:
         timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
@@ -79,6 +81,7 @@ class Sampler:
         reuse: int = 1,
         tolerance: float | None = None,
         guide: nn.Module | None = None,
+        batch_invariant: bool = True,
     ) -> None:
         if tolerance is not None:
             _check_tolerance(tolerance, eta, solver, engine, reuse)
@@ -93,11 +96,11 @@ class Sampler:
         self.tolerance = tolerance
         self._clip = clip_sample_range
         self.eta = eta
-        self._network = Network(self.model, dtype)
+        self._network = Network(self.model, dtype, batch_invariant=batch_invariant)
         self.guide, self._guide = guide, None
         if guide is not None:
             check_guide(model.config, guide.config)
-            self._guide = Network(guide.eval(), dtype)
+            self._guide = Network(guide.eval(), dtype, batch_invariant=batch_invariant)
         self.engine = select_engine(engine, self.device)
         self.dtype = dtype
         self.reuse = reuse

@@ -26,12 +26,13 @@ class Network:
             ``condition`` and ``denoise_reusing``, see :class:`ddim_fast.UNet`, the first is called once for all steps.
         dtype: what the network computes in. torch.int8, for a U-Net on a CPU, means convolutions of 8-bit numbers once
             :meth:`quantise` has seen their inputs, and everything else in the narrowest dtype that is fast there.
+        batch_invariant: as of :meth:`ddim_fast.UNet.for_inference`.
 
     Raises:
         ValueError: the model has no 8-bit convolutions here.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
         self._converts = hasattr(model, "for_inference")
         if dtype == torch.int8:
             device = next(model.parameters()).device
@@ -40,7 +41,8 @@ class Network:
                     f"dtype torch.int8 is for a ddim_fast.UNet on a CPU, not for {type(model).__name__} on {device}"
                 )
             dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
-        self._model = model.for_inference(dtype) if self._converts else model
+        options = {"batch_invariant": batch_invariant} if isinstance(model, UNet) else {}
+        self._model = model.for_inference(dtype, **options) if self._converts else model
         self._dtype = dtype
         self._autocast = dtype != torch.float32 and not self._converts
         self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise_reusing")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .audio import AudioConfig
 from .checkpoint import load_audio, load_checkpoint, load_timesteps, local_model, save_checkpoint
 from .config import UNetConfig
 
-__all__ = ["UNet", "alone_as_two"]
+__all__ = ["UNet", "batch_invariant"]
 
 _MODEL_CARD = """\
 ---
@@ -142,12 +143,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             The prediction, as of :meth:`forward`; and the deep features, which the last residual block began with.
         """
         shifts = condition.expand(x.shape[0], -1).split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
-        skip = alone_as_two(self.conv_in, x)
+        skip = batch_invariant(self.conv_in, x, owner=self.conv_in)
         if deep is None:
             deep = self._deep_features(skip, shifts)
         last = self.up_blocks[-1]
         h = last.attend(-1, last.resnets[-1](deep, shifts[-1], skip))
-        return alone_as_two(self.conv_out, _norm(self.conv_norm_out, h)), deep
+        return batch_invariant(self.conv_out, _norm(self.conv_norm_out, h), owner=self.conv_out), deep
 
     def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         """From the first convolution's result to all that comes before the last residual block."""
@@ -182,14 +183,17 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         for i, block in enumerate(self.up_blocks):
             yield last - i, block
 
-    def for_inference(self, dtype: torch.dtype) -> UNet:
+    def for_inference(self, dtype: torch.dtype, *, batch_invariant: bool = True) -> UNet:
         """A copy that computes images in ``dtype``, its weights converted and laid out once for the fastest operators, where
         autocast converts them at each call. What is small and wants digits stays float32: embeddings and the norms' parameters.
 
         Args:
             dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.
+            batch_invariant: whether an image alone shall be the same to the last bit as in a batch, in eager mode on a CPU.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in model.modules():
+            module.batch_invariant = batch_invariant
         for level, block in model._levels():
             for resnet in block.resnets:
                 for convolution in (resnet.conv1, resnet.conv2):
@@ -275,16 +279,36 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
-def alone_as_two(operator: Callable[..., Tensor], *images: Tensor) -> Tensor:
+def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.Module | None = None) -> Tensor:
     """``operator`` on tensors of N images, in such a way that an image is the same to the last bit when it is alone.
 
-    On a CPU, torch's convolutions and attention sum in another order for a single image: small convolutions go to another
-    library, and threads divide the image where they would divide the batch. In eager inference it is given twice, then.
+    On a CPU, some of torch's convolutions sum in another order for a single image: small ones go to another library, and threads
+    divide the image where they would divide the batch. In eager inference such an operator is given the image twice.
+
+    Args:
+        owner: the module that the operator belongs to, for its attribute ``batch_invariant``; and to find out once, on noise,
+            whether this operator sums in another order at all. None always gives the image twice.
     """
     x = images[0]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1:
         return operator(*images)
+    if owner is not None and not (getattr(owner, "batch_invariant", True) and _depends_on_batch(operator, images, owner)):
+        return operator(*images)
     return operator(*(t.expand(2, -1, -1, -1) for t in images))[:1]
+
+
+_dependent: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+def _depends_on_batch(operator: Callable[..., Tensor], images: tuple[Tensor, ...], owner: nn.Module) -> bool:
+    """Whether ``operator`` sums in another order for one image than for two, found out once for each shape."""
+    answers = _dependent.setdefault(owner, {})
+    key = (torch.get_num_threads(), *((t.shape, t.dtype) for t in images))
+    if key not in answers:
+        generator = torch.Generator().manual_seed(0)
+        pair = [t.expand(2, -1, -1, -1).clone().normal_(generator=generator) for t in images]
+        answers[key] = not torch.equal(operator(*(t[:1] for t in pair)), operator(*pair)[:1])
+    return answers[key]
 
 
 class _RowLinear(nn.Linear):
@@ -331,7 +355,7 @@ class Conv3x3(nn.Conv2d):
             return conv3x3(x, self.weight, bias, residual=residual, upsample=upsample, prepared=self.prepared)
 
         images = (x,) if residual is None else (x, residual)
-        return alone_as_two(convolve, *images) if self.prepared is None else convolve(*images)
+        return batch_invariant(convolve, *images, owner=self) if self.prepared is None else convolve(*images)
 
 
 class _TimeEmbedding(nn.Module):
@@ -401,7 +425,7 @@ class _Attention(nn.Module):
         tokens = _norm(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
         projections = (tokens if f is None else f(tokens) for f in (self.to_q, self.to_k, self.to_v))
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in projections)
-        attended = alone_as_two(attention, q, k, v).transpose(1, 2).flatten(2)
+        attended = batch_invariant(attention, q, k, v, owner=self).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -416,7 +440,7 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel["kernel_size"], stride=(1 + rows, 2), padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return alone_as_two(self.conv, F.pad(x, self.after) if any(self.after) else x)
+        return batch_invariant(self.conv, F.pad(x, self.after) if any(self.after) else x, owner=self.conv)
 
 
 class _Upsample(nn.Module):
