@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,8 @@ class Network:
                     f"dtype torch.int8 is for a ddim_fast.UNet on a CPU, not for {type(model).__name__} on {device}"
                 )
             dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
+        elif dtype != torch.float32:
+            _warn_if_slow(dtype, next(model.parameters()).device)
         options = {"batch_invariant": batch_invariant} if isinstance(model, UNet) else {}
         self._model = model.for_inference(dtype, **options) if self._converts else model
         self._dtype = dtype
@@ -133,6 +136,15 @@ class Network:
                 output = self._model(x, rows, None if labels is None else labels.expand(len(x)))
         # Back in the layout of the sample: only tensors of one layout go through a solver's step in a single pass.
         return output.float().contiguous(), deep
+
+
+def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast(device)):
+        warnings.warn(
+            f"{dtype} is slower than torch.float32 on this processor, which does not multiply such numbers by itself: "
+            "several times, see docs/engines.md",
+            stacklevel=4,
+        )
 
 
 def labelled(conditions: Conditions) -> Conditions:

@@ -159,9 +159,7 @@ def torch_reference(sample, model_output, noise=None, unconditional=None, guidan
 @pytest.mark.parametrize("dtypes", [(0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1)], ids=str)
 @pytest.mark.parametrize("with_noise", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("cpu", ["baseline", "avx2", "the best"])
-def test_bf16_and_guidance(numel, dtypes, with_noise, guided, cpu, monkeypatch):
-    monkeypatch.setenv("DDIM_FAST_CPU", cpu)
+def test_bf16_and_guidance(numel, dtypes, with_noise, guided):
     state, network, result = ((torch.float32, torch.bfloat16)[code] for code in dtypes)
     generator = torch.Generator().manual_seed(0)
     sample, noise = torch.randn(2, numel, generator=generator).to(state)

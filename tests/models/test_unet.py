@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 
 from ddim_fast import UNet, UNetConfig
+from ddim_fast.models.unet import batch_invariant
 
 SMALL = {
     "sample_size": 16,
@@ -263,3 +266,56 @@ def test_a_copy_for_inference_is_about_as_exact_as_autocast(prepare, small_unet,
     assert all(torch.equal(p, before[name]) for name, p in small_unet.state_dict().items())
     assert small_unet.conv_in.weight.requires_grad and not any(p.requires_grad for p in model.parameters())
     assert model.time_embedding.linear_1.weight.dtype == model.conv_norm_out.weight.dtype == torch.float32
+
+
+def test_attention_of_one_head_needs_two_linear_layers():
+    """The copy for inference computes the same function; in float64, to its last digits."""
+    model = make_unet().double()
+    folded = copy.deepcopy(model.mid_block.attentions[0]).requires_grad_(False)
+    folded.fold()
+    assert folded.to_k is None and folded.to_v is None
+    x = 3 * torch.randn(2, 48, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model.mid_block.attentions[0](x), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_of_several_heads_keeps_its_layers():
+    model = make_unet(attention_head_dim=8)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor(500)
+    inference = model.for_inference(torch.float32)
+    assert inference.mid_block.attentions[0].to_k is not None
+    with torch.no_grad():
+        torch.testing.assert_close(inference(x, t), model(x, t), rtol=1e-4, atol=1e-5)
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls; what it returns depends on the batch, or does not."""
+
+    def __init__(self, depends: bool) -> None:
+        super().__init__()
+        self.depends, self.sizes = depends, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return x + len(x) if self.depends else x
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_an_image_is_computed_twice_only_where_its_bits_depend_on_the_batch(depends):
+    operator, x = Counting(depends), torch.randn(1, 2, 3, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(batch_invariant(operator, x, owner=operator), operator(x.expand(2, -1, -1, -1))[:1])
+    # The first two calls find out.
+    assert operator.sizes == [1, 2, *([2, 2] if depends else [1, 2]) * 2]
+    operator.batch_invariant, operator.sizes = False, []
+    with torch.no_grad():
+        batch_invariant(operator, x, owner=operator)
+    assert operator.sizes == [1]
+
+
+def test_finding_out_leaves_the_users_random_numbers_alone():
+    expected = torch.get_rng_state()
+    with torch.no_grad():
+        batch_invariant(operator := Counting(False), torch.zeros(1, 2, 3, 3), owner=operator)
+    assert torch.equal(torch.get_rng_state(), expected)

@@ -1,10 +1,7 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from winograd import int8_by_hand
 
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import (
@@ -20,6 +17,9 @@ HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
 
 needs_native = pytest.mark.skipif(native.module is None, reason=str(native.why_not))
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason="needs AVX-512 BF16"))]
+
+# Images so large that float32 is convolved by F(4x4, 3x3).
+LARGE = (32, 32)
 
 # N, C, K, H, W: odd sides, one pixel, blocks of 16 to 64 output channels and several of them, many tiles and few.
 SHAPES = [
@@ -77,32 +77,53 @@ def test_is_as_exact_as_pytorch(dtype, shape, upsample, with_residual):
 
 
 @needs_native
-@pytest.mark.parametrize("upsample", [False, True])
-def test_the_rounding_error_of_float32_does_not_grow_with_the_channels(upsample):
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 64, 32, 32)])
+def test_larger_tiles_err_less_than_2e_6(shape, with_residual):
+    x, weight, bias = make(*shape)
+    exact = conv3x3_reference(x.double(), weight.double(), bias.double())
+    residual = torch.randn_like(exact).float() if with_residual else None
+    prepared = prepare_conv3x3(weight, torch.float32, size=LARGE)
+    assert prepared[0].shape == (36, shape[2], shape[1])
+    ours = conv3x3(x, weight, bias, residual=residual, prepared=prepared)
+    assert rms(ours - exact - (0 if residual is None else residual)) <= 2e-6 * rms(exact)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "size,components",
+    [((32, 32), 36), ((8, 8), 36), ((7, 9), 36), ((4, 4), 16), ((6, 6), 16), ((1, 64), 16), (None, 16)],
+)
+def test_the_tile_is_chosen_by_the_size_of_the_images(size, components, monkeypatch):
+    weight = make(*SHAPES[0])[1]
+    assert len(prepare_conv3x3(weight, torch.float32, size=size)[0]) == components
+    monkeypatch.setenv("DDIM_FAST_CONV3X3", "exact")
+    assert len(prepare_conv3x3(weight, torch.float32, size=size)[0]) == 16
+    monkeypatch.setenv("DDIM_FAST_CONV3X3", "fast")
+    with pytest.raises(ValueError, match="DDIM_FAST_CONV3X3='fast' is unknown; the one choice is exact"):
+        prepare_conv3x3(weight, torch.float32, size=LARGE)
+
+
+@needs_native
+def test_narrow_numbers_have_small_tiles(monkeypatch):
+    weight = make(*SHAPES[0])[1]
+    if HAS_BF16:
+        assert len(prepare_conv3x3(weight, torch.bfloat16, size=LARGE)[0]) == 16
+    if native.module.conv3x3_has_int8():
+        assert len(prepare_conv3x3(weight, torch.float32, torch.ones(16), size=LARGE)[0]) == 16
+
+
+@needs_native
+@pytest.mark.parametrize("upsample,size", [(False, None), (True, None), (False, LARGE)])
+def test_the_rounding_error_of_float32_does_not_grow_with_the_channels(upsample, size):
     def relative_error(channels):
         x, weight, _ = make(1, channels, 32, 16, 16)
         exact = conv3x3_reference(x.double(), weight.double(), upsample=upsample)
-        ours = conv3x3(x, weight, upsample=upsample, prepared=prepare_conv3x3(weight, torch.float32))
+        prepared = prepare_conv3x3(weight, torch.float32, size=size)
+        ours = conv3x3(x, weight, upsample=upsample, prepared=prepared)
         return rms(ours - exact) / rms(exact)
 
     assert relative_error(1024) <= 1.25 * relative_error(64)
-
-
-def int8_by_hand(x, weight, limits, upsample):
-    """Products of rounded numbers in float64, component by component."""
-    n, c, h, w = x.shape
-    tiles = conv3x3_components(x, upsample=upsample).double().unflatten(1, (n, c, -1))
-    step = (limits / 127).double().reshape(16, 1, 1, 1)
-    pixels = (tiles / step).round().clamp(-128, 127) * step
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    weights = torch.einsum("ia,kcab,jb->ijkc", g, weight.double(), g).flatten(0, 1)
-    unit = weights.abs().amax(2, keepdim=True) / 127
-    sums = torch.einsum("ikc,ncti->nkti", (weights / unit).round() * unit, pixels.permute(1, 2, 3, 0)).unflatten(3, (4, 4))
-    a = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
-    scale = 2 if upsample else 1
-    rows, columns = -(-h * scale // 2), -(-w * scale // 2)
-    out = torch.einsum("pi,nktij,qj->nktpq", a, sums, a).unflatten(2, (rows, columns))
-    return out.permute(0, 1, 2, 4, 3, 5).reshape(n, -1, 2 * rows, 2 * columns)[..., : h * scale, : w * scale]
 
 
 @pytest.mark.skipif(native.module is None or not native.module.conv3x3_has_int8(), reason="needs AVX-512 VNNI")
@@ -134,10 +155,10 @@ def test_a_large_mean_costs_no_more_than_in_pytorch(dtype):
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("upsample", [False, True])
-def test_neither_batch_nor_threads_change_a_bit(dtype, upsample):
+@pytest.mark.parametrize("upsample,size", [(False, None), (True, None), (False, LARGE)])
+def test_neither_batch_nor_threads_change_a_bit(dtype, upsample, size):
     x, weight, bias = make(9, 32, 80, 8, 6, dtype)
-    prepared = prepare_conv3x3(weight, dtype)
+    prepared = prepare_conv3x3(weight, dtype, size=size)
     together = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared)
     threads = torch.get_num_threads()
     try:
@@ -174,9 +195,10 @@ def test_no_images_and_no_pixels_are_no_error():
 def test_infinities_and_nan_stay_what_they_are_nearby():
     x, weight, bias = make(1, 16, 16, 12, 12)
     x[0, 3, 0, 0] = float("nan")
-    out = conv3x3(x, weight, bias, prepared=prepare_conv3x3(weight, torch.float32))
-    assert out[0, :, 0, 0].isnan().all()
-    assert out[0, :, 4:, 4:].isfinite().all()
+    for size in (None, LARGE):
+        out = conv3x3(x, weight, bias, prepared=prepare_conv3x3(weight, torch.float32, size=size))
+        assert out[0, :, 0, 0].isnan().all()
+        assert out[0, :, 4:, 4:].isfinite().all()
 
 
 def test_gradients_are_pytorchs():
@@ -218,6 +240,14 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 @needs_native
+def test_larger_tiles_are_not_for_enlarged_images():
+    x, weight, bias = make(1, 16, 32, 4, 4)
+    prepared = prepare_conv3x3(weight, torch.float32, size=LARGE)
+    with pytest.raises(ValueError, match="upsample is for weights that were prepared without a size"):
+        conv3x3(x, weight, bias, upsample=True, prepared=prepared)
+
+
+@needs_native
 @pytest.mark.parametrize(
     "weight,dtype,message",
     [
@@ -244,23 +274,6 @@ def test_the_reference_needs_no_preparation(monkeypatch):
     assert prepare_conv3x3(torch.zeros(16, 16, 3, 3), torch.float32) is None
 
 
-@needs_native
-@pytest.mark.parametrize("cpu", ["baseline", "avx2"])
-def test_lesser_processors_compute_the_same(cpu):
-    """In a process of its own: the instruction set is chosen once."""
-    script = (
-        "import torch; from ddim_fast.ops import native; from ddim_fast.ops.conv3x3 import *; torch.manual_seed(0);"
-        "x, w, b = torch.randn(2, 32, 7, 6), torch.randn(80, 32, 3, 3), torch.randn(80);"
-        "p = prepare_conv3x3(w, torch.float32);"
-        "assert not native.module.conv3x3_has_bf16();"
-        "print(all(torch.allclose(conv3x3(x, w, b, upsample=u, prepared=p), conv3x3(x, w, b, upsample=u), atol=1e-3)"
-        " for u in (False, True)))"
-    )
-    environment = os.environ | {"DDIM_FAST_CPU": cpu, "DDIM_FAST_BACKEND": "native"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "True", result.stderr
-
-
 class TestWeightsOfSomebodyElse:
     """conv3x3_of: prepared by itself, never stale."""
 
@@ -268,12 +281,19 @@ class TestWeightsOfSomebodyElse:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("upsample", [False, True])
     def test_has_the_bits_of_prepared_weights(self, dtype, upsample):
-        x, weight, bias = make(*SHAPES[1], dtype)
-        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+        x, weight, bias = make(2, 32, 48, 9, 16, dtype)
+
+        def prepared():
+            return prepare_conv3x3(weight, dtype, size=None if upsample else (9, 16))
+
+        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared())
         for _ in range(2):
             assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
+        small = x[:, :, :4, :4]
+        expected_small = conv3x3(small, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+        assert torch.equal(conv3x3_of(small, weight, bias, upsample=upsample), expected_small)
         weight.mul_(2)
-        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
+        expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared())
         assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -149,18 +149,6 @@ def test_a_large_mean_costs_no_digits(backend, size, layout):
     assert error <= 8 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["native"], indirect=True)
-@pytest.mark.parametrize("cpu", ["baseline", "avx2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("channels,skip,size", [(48, 0, (4, 4)), (24, 10, (5, 7)), (64, 24, (16, 16))])
-def test_every_instruction_set(backend, cpu, channels, skip, size, dtype, layout, monkeypatch):
-    extras = ("pre_shift", "scale", "shift", "residual") if skip else ()
-    call = make_call(channels=channels, size=size, layout=layout, dtype=dtype, mean=-2.3, extras=extras, skip=skip)
-    monkeypatch.setenv("DDIM_FAST_CPU", cpu)
-    assert_as_exact_as_pytorch(backend, *call)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(
