@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import machine
 from peers import network, relative_error
 from torch import Tensor
 
@@ -37,7 +37,6 @@ from ddim_fast.ops.measured import instruction_set, is_faster_in_cpp
 
 MODELS = ("cifar10-128", "cifar10-64", "cifar10-small", "fashion-mnist", "spoken-digits")
 BATCHES = (1, 8)
-LIMITS = ("DDIM_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 # Of each case, at least so many turns and so many seconds.
@@ -207,21 +206,6 @@ def _evaluation(model: UNet, batch: int, backend: str) -> Callable[[], Tensor]:
         return ready(x, conditions, index)
 
     return evaluate
-
-
-def machine() -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = set(fields.get("flags", "").split())
-    return {
-        "processor": fields.get("model name", platform.processor()),
-        "family": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
-        "flags": sorted(flags & {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16"}),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

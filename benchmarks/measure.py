@@ -8,17 +8,24 @@ kernels.
 from __future__ import annotations
 
 import functools
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CALLS", "DEVICE", "copy_rate", "matmul_rate", "repeated", "run", "run_in_turns"]
+__all__ = ["CALLS", "CPU_LIMITS", "DEVICE", "copy_rate", "machine", "matmul_rate", "repeated", "run", "run_in_turns"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = 20 if DEVICE == "cuda" else 1
+
+# What holds ours, oneDNN's (OpenVINO has it too) and PyTorch's own operators to a lesser instruction set.
+CPU_LIMITS = ("DDIM_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+CPU_FLAGS = {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16"}
 
 # What run_in_turns takes: about so many seconds, and so many turns at least and at most.
 SECONDS, FEWEST, MOST = 20, 2, 50
@@ -117,3 +124,20 @@ def _median_seconds(call: Callable[[], Any]) -> float:
         timed()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2] / CALLS
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on and with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    facts = {
+        "processor": fields.get("model name", platform.machine()),
+        "family/model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
+        "flags": sorted(CPU_FLAGS & set(fields.get("flags", "").split())),
+        "limits": {name: os.environ[name] for name in CPU_LIMITS if name in os.environ},
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {})

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import every_cpu
 import pytest
-from measure import DEVICE
+from measure import CPU_LIMITS, DEVICE
 
 from ddim_fast.ops import native
 
-AVX2 = dict(zip(every_cpu.LIMITS, ("avx2", "AVX2", "avx2"), strict=True))
+AVX2 = dict(zip(CPU_LIMITS, ("avx2", "AVX2", "avx2"), strict=True))
 
 # PyTorch's time over ours: below these something is wrong, not only slower than it should be. Single operators may be calls of
 # ten microseconds.

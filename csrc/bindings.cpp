@@ -206,7 +206,8 @@ void check_tile(int tile, bool fits) {
 }
 
 template <typename T, typename W>
-void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int tile, int num_threads, const ScalePointers& scales) {
+void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int tile, int num_threads,
+                 const ScalePointers& scales) {
     const Int8Scales int8 = {to_pointer<const float>(scales[0], "steps"), to_pointer<const float>(scales[1], "units"),
                              to_pointer<const int32_t>(scales[2], "start")};
     conv3x3(Conv3x3<T, W>{to_pointer<const T>(p[0], "x"), to_pointer<const W>(p[1], "weight"),
@@ -220,7 +221,8 @@ void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool 
     const auto [images, height, width, in_channels, out_channels] = sizes;
     check_channels(out_channels, in_channels);
     check_tile(tile, !upsample && !bf16 && !scales);
-    if (scales && !conv3x3_has_int8()) throw py::value_error("conv3x3 in 8 bits needs a processor with AVX-512 VNNI or AVX-VNNI");
+    if (scales && !conv3x3_has_int8())
+        throw py::value_error("conv3x3 in 8 bits needs a processor with AVX-512 VNNI or AVX-VNNI");
     if (!scales && bf16 && !conv3x3_has_bf16()) throw py::value_error("conv3x3 in bf16 needs a processor with AVX-512 BF16");
     check_range("num_threads", num_threads, 1, INT32_MAX);
     if (images < 0 || height < 0 || width < 0) throw py::value_error("images, height and width cannot be negative");

@@ -85,7 +85,8 @@ void for_each_component(const float* weight, int64_t k, int64_t in_channels, int
 template <typename W>
 W* place_of_weight(W* out, int64_t component, int64_t k, int64_t c, int64_t out_channels, int64_t in_channels) {
     constexpr int64_t kBeside = sizeof(float) / sizeof(W);
-    const int64_t strip = DDIM_FAST_CHOOSE(int64_t, columns), first = k / strip * strip, width = std::min(strip, out_channels - first);
+    const int64_t strip = DDIM_FAST_CHOOSE(int64_t, columns), first = k / strip * strip;
+    const int64_t width = std::min(strip, out_channels - first);
     return out + (component * out_channels + first) * in_channels + (c / kBeside * width + k - first) * kBeside + c % kBeside;
 }
 

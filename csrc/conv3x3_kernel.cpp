@@ -1,5 +1,5 @@
-// The convolution of some tiles. Compiled once for each instruction set (see instruction_set.h), and once more for each that has
-// products of bf16 or of 8-bit numbers.
+// The convolution of some tiles. Compiled once for each instruction set (see instruction_set.h), and once more for each that
+// has products of bf16 or of 8-bit numbers.
 #include "conv3x3_kernel.h"
 
 #include "vector.h"
@@ -45,7 +45,8 @@ DDIM_FAST_INLINE void fetch(const char* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-// out[row] = sum over k of a[row][k] * b[k], for a group of tiles and N vectors of output channels. Rows of out lie kBlock apart.
+// out[row] = sum over k of a[row][k] * b[k], for a group of tiles and N vectors of output channels. Rows of b lie `width` apart,
+// those of out kBlock.
 template <int N>
 DDIM_FAST_INLINE void multiply(const float* a, int64_t depth, const float* b, int64_t width, float* out,
                                Aside<float> aside) {
@@ -174,9 +175,9 @@ DDIM_FAST_INLINE void multiply_block(const Conv3x3<T, W>& op, int64_t component,
             if constexpr (kInt8<W>) aside = {op.scales.units + at, op.scales.start + at};
             if constexpr (sizeof(W) == sizeof(float)) {
                 // The strip that follows this one in its block, or in the next component's.
-                const int64_t next = k + kStrip < channels ? at + kStrip : smaller(at + kStrip - channels + op.out_channels, last);
+                const int64_t next = at + kStrip + (k + kStrip < channels ? 0 : op.out_channels - channels);
                 const int64_t bytes = width * sizeof(float) * kTileGroup / rows;
-                aside = {reinterpret_cast<const char*>(op.weight + next * depth) + row / kTileGroup * bytes * depth, bytes};
+                aside = {reinterpret_cast<const char*>(op.weight + smaller(next, last) * depth) + row / kTileGroup * bytes * depth, bytes};
             }
             multiply_up_to<kVectors>(a + row * depth, depth, op.weight + at * depth, width, out + row * kBlock + k, aside);
         }

@@ -37,7 +37,8 @@ struct Scratch {
 
 // run_tiles: `scratch` begins with a cache line, and has room for the range.
 // columns: so many output channels' weights lie together, see prepare_conv3x3.
-DDIM_FAST_DECLARE_EACH(void run_tiles(const Conv3x3<float>& op, const TileRange& range, void* scratch); extern const int64_t columns;)
+DDIM_FAST_DECLARE_EACH(void run_tiles(const Conv3x3<float>& op, const TileRange& range, void* scratch);
+                       extern const int64_t columns;)
 
 #ifdef DDIM_FAST_X86
 namespace avx512bf16 {

@@ -249,12 +249,14 @@ DDIM_FAST_INLINE void run(const GroupNormSilu<T>& op, const Cut& cut, int64_t be
 }  // namespace
 
 #ifndef __AVX512BF16__
-__attribute__((flatten)) void run_tasks(const GroupNormSilu<float>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
+__attribute__((flatten)) void run_tasks(const GroupNormSilu<float>& op, const Cut& cut, int64_t begin, int64_t end,
+                                        double* scratch) {
     run(op, cut, begin, end, scratch);
 }
 #endif
 
-__attribute__((flatten)) void run_tasks(const GroupNormSilu<bfloat16>& op, const Cut& cut, int64_t begin, int64_t end, double* scratch) {
+__attribute__((flatten)) void run_tasks(const GroupNormSilu<bfloat16>& op, const Cut& cut, int64_t begin, int64_t end,
+                                        double* scratch) {
     run(op, cut, begin, end, scratch);
 }
 

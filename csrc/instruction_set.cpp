@@ -9,9 +9,10 @@ namespace {
 InstructionSet choose() {
 #ifdef DDIM_FAST_X86
     const char* asked = std::getenv("DDIM_FAST_CPU");
-    const auto allows = [asked](const char* less) { return asked == nullptr || std::strcmp(asked, less) != 0; };
-    if (!allows("baseline") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return InstructionSet::baseline;
-    if (allows("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const auto is_asked = [asked](const char* less) { return asked != nullptr && std::strcmp(asked, less) == 0; };
+    if (is_asked("baseline") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return InstructionSet::baseline;
+    if (!is_asked("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return InstructionSet::avx512;
     return InstructionSet::avx2;

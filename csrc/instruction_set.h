@@ -20,8 +20,8 @@ bool has_avx512_bf16();
 bool has_avx512_vnni();
 bool has_avx_vnni();
 
-// Declares something in the namespace of each instruction set, and chooses one of them, as a value of Type. setup.py defines DDIM_FAST_X86 where it compiles
-// for those of x86.
+// Declares something in the namespace of each instruction set, and chooses one of them, as a value of Type. setup.py defines
+// DDIM_FAST_X86 where it compiles for those of x86.
 #ifdef DDIM_FAST_X86
 #define DDIM_FAST_DECLARE_EACH(...)        \
     namespace baseline { __VA_ARGS__ }     \

@@ -117,8 +117,8 @@ DDIM_FAST_INLINE Vector first_lanes(Vector v, int64_t count) {
     return v;
 }
 
-// The smaller and the larger of a number and those of a vector, where NaN stays NaN. What GCC makes of `v > most ? most : v` takes
-// two instructions.
+// The smaller and the larger of a number and those of a vector, where NaN stays NaN. What GCC makes of `v > most ? most : v`
+// takes two instructions.
 DDIM_FAST_INLINE Vector at_most(float most, Vector v) {
 #if defined(__AVX512F__)
     return (Vector)_mm512_min_ps((__m512)broadcast(most), (__m512)v);

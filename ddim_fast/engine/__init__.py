@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import native
+from ..ops.measured import is_faster_in_cpp
 from .captured import Captured
 from .compiled import Compiled
 from .eager import Eager
@@ -44,10 +45,11 @@ def select_engine(name: str, device: torch.device) -> str:
 
 def fastest_engine(device: torch.device) -> str:
     """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager, since the native operators leave
-    torch.compile nothing to gain, as measured (docs/engines.md); without them, compiled."""
+    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled."""
     if device.type == "cuda":
         return "captured"
-    return "eager" if native.module is not None else "compiled"
+    serves = native.module is not None and is_faster_in_cpp("conv3x3", torch.float32, "channels_last")
+    return "eager" if serves else "compiled"
 
 
 def make_engine(name: str, one_step: OneStep) -> Engine:

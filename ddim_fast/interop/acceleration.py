@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..devices import keep_memory
 from ..engine import ENGINES, select_engine
 from ..models.unet import UNet
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
@@ -116,7 +117,7 @@ def accelerate(
     Replaced are residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
     in a pipeline, a DDIMScheduler or DDIMInverseScheduler. No weight is changed, moved or renamed: parameters, ``state_dict``,
     ``save_pretrained``, ``.to(...)``, LoRA and seeds are as before. What is made of the weights for inference is kept beside
-    them, up to 1.8 times their memory, and made anew when they change (:func:`ddim_fast.ops.derived.derived` says how that is
+    them, up to four times their memory, and made anew when they change (:func:`ddim_fast.ops.derived.derived` says how that is
     noticed). No class of diffusers is touched.
 
     What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
@@ -154,6 +155,7 @@ def accelerate(
     report = Report("eager" if engine == "auto" else engine)
     for name, model in components.items():
         _accelerate_model(name, model, dtype, report)
+        keep_memory(model.device)
     if isinstance(model_or_pipeline, DiffusionPipeline):
         _replace_schedulers(model_or_pipeline, report)
     return report

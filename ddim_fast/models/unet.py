@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
+from ..ops.dispatch import is_observed
 from ..ops.group_norm_silu import group_norm_silu
 from .audio import AudioConfig
 from .checkpoint import load_audio, load_checkpoint, load_timesteps, local_model, save_checkpoint
@@ -290,7 +291,7 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
             whether this operator sums in another order at all. None always gives the image twice.
     """
     x = images[0]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1 or torch.compiler.is_compiling() or is_observed():
         return operator(*images)
     if owner is not None and not (getattr(owner, "batch_invariant", True) and _depends_on_batch(operator, images, owner)):
         return operator(*images)

@@ -158,8 +158,10 @@ class _Weight(NamedTuple):
         if self.limits is not None or self.dtype != torch.float32 or self.size is None or _is_exact():
             return 2
         few, many = (math.prod(-(-side // tile) for side in self.size) for tile in (4, 2))
-        # With fewer tiles, reading weights that are more than twice as large costs one image more than it saves.
-        return 4 if few >= 4 and 36 * few < 16 * many else 2
+        # With fewer tiles, reading weights that are more than twice as large costs one image more than it saves; and there is a
+        # limit to what weights may take: this is 75 MB each.
+        is_small = math.prod(self.weight.shape[:2]) <= 2**19
+        return 4 if is_small and few >= 4 and 36 * few < 16 * many else 2
 
 
 def _is_exact() -> bool:

@@ -27,7 +27,7 @@ def convolve(tmp_path_factory):
     if native.module.instruction_set() == "baseline":
         pytest.skip("needs AVX2")
     library = tmp_path_factory.mktemp("avx_vnni") / "conv3x3.so"
-    subprocess.run(["g++", *FLAGS, HERE / "avx_vnni_on_avx2.cpp", "-o", library], check=True)
+    subprocess.run(["g++", *FLAGS, "-x", "c++", HERE / "avx_vnni_on_avx2.h", "-o", library], check=True)
     return ctypes.CDLL(str(library)).conv3x3_avx_vnni
 
 

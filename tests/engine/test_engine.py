@@ -262,6 +262,8 @@ def test_compiled_code_is_kept_where_it_lasts(chosen, kept, tmp_path, monkeypatc
 def test_the_fastest_engine_is_one_of_them(monkeypatch):
     assert fastest_engine(torch.device("cuda", 0)) == "captured"
     monkeypatch.setattr(native, "module", object())
-    assert fastest_engine(torch.device("cpu")) == "eager"
+    for serves, engine in ((True, "eager"), (False, "compiled")):
+        monkeypatch.setattr("ddim_fast.engine.is_faster_in_cpp", lambda *arguments, serves=serves: serves)
+        assert fastest_engine(torch.device("cpu")) == engine
     monkeypatch.setattr(native, "module", None)
     assert fastest_engine(torch.device("cpu")) == "compiled"

@@ -314,6 +314,13 @@ def test_an_image_is_computed_twice_only_where_its_bits_depend_on_the_batch(depe
     assert operator.sizes == [1]
 
 
+def test_what_is_traced_is_computed_once():
+    operator = Counting(True)
+    with torch.no_grad():
+        torch.jit.trace(lambda x: batch_invariant(operator, x, owner=operator), torch.zeros(1, 2, 3, 3), check_trace=False)
+    assert operator.sizes == [1]
+
+
 def test_finding_out_leaves_the_users_random_numbers_alone():
     expected = torch.get_rng_state()
     with torch.no_grad():

@@ -105,7 +105,12 @@ def test_the_tile_is_chosen_by_the_size_of_the_images(size, components, monkeypa
 
 
 @needs_native
-def test_narrow_numbers_have_small_tiles(monkeypatch):
+def test_weights_that_would_fill_memory_have_small_tiles():
+    assert len(prepare_conv3x3(torch.zeros(1024, 528, 3, 3), torch.float32, size=LARGE)[0]) == 16
+
+
+@needs_native
+def test_narrow_numbers_have_small_tiles():
     weight = make(*SHAPES[0])[1]
     if HAS_BF16:
         assert len(prepare_conv3x3(weight, torch.bfloat16, size=LARGE)[0]) == 16
