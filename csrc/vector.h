@@ -139,24 +139,32 @@ DDIM_FAST_INLINE Vector at_least(float least, Vector v) {
 #endif
 }
 
-// e^x to 2 ulp where it is a normal number: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
-DDIM_FAST_INLINE Vector exponential(Vector x) {
-    x = at_least(-87.0f, at_most(88.0f, x));
+// y / (1 + e^-y), with e^-y = 2^n 2^f to 2 ulp: n a whole number and 2^f a polynomial on [-1/2, 1/2]. NaN stays NaN.
+DDIM_FAST_INLINE Vector silu(Vector y) {
+    const float log2_e = 1.44269504088896341f;
+#ifdef __AVX512F__
+    const Vector x = at_most(88.0f, y);
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(x * -log2_e), 0);
+#else
+    const Vector x = at_least(-87.0f, at_most(87.0f, y));
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const Vector shifted = x * 1.44269504088896341f + magic;
+    const Vector shifted = x * -log2_e + magic;
     const Vector n = shifted - magic;
-    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+#endif
+    const Vector f = x * -log2_e - n;
+    Vector p = f * 0.00132647273f + 0.00967151299f;
+    p = p * f + 0.0555073359f;
+    p = p * f + 0.240222424f;
+    p = p * f + 0.693147004f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    const Vector denominator = (Vector)_mm512_scalef_ps((__m512)p, (__m512)n) + 1.0f;
+#else
     // The integer becomes the exponent of 2^n; the magic number's own bits are shifted out.
-    return p * (Vector)(((BitsVector)shifted << 23) + 0x3F800000u);
+    const Vector denominator = p * (Vector)(((BitsVector)shifted << 23) + 0x3F800000u) + 1.0f;
+#endif
+    return y / denominator;
 }
-
-DDIM_FAST_INLINE Vector silu(Vector y) { return y / (1.0f + exponential(-y)); }
 
 }  // namespace
 }  // namespace ddim_fast::DDIM_FAST_ISA

@@ -36,12 +36,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     DDIM_FAST_CPU does not ask for less."""
     import torch
 
-    from .ops import native
+    from .ops.measured import bf16_products
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    less = native.module is not None and native.module.instruction_set() != "avx512"
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and not less
+    return device.type == "cpu" and bf16_products() is not None
 
 
 def keep_memory(device: torch.device) -> None:

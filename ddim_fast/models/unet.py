@@ -291,7 +291,7 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
             whether this operator sums in another order at all. None always gives the image twice.
     """
     x = images[0]
-    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1 or torch.compiler.is_compiling() or is_observed():
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] != 1 or torch.compiler.is_compiling() or is_observed():
         return operator(*images)
     if owner is not None and not (getattr(owner, "batch_invariant", True) and _depends_on_batch(operator, images, owner)):
         return operator(*images)

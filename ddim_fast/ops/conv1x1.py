@@ -16,7 +16,7 @@ def conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     Args:
         x: (N, C, H, W).
         weight: (K, C, 1, 1), in the dtype of ``x``.
-        added: (N, K, H, W), or None.
+        added: (N, K, H, W), or None. Where no gradient is recorded, the sum may be written over it.
 
     Returns:
         (N, K, H, W).
@@ -25,7 +25,12 @@ def conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
         return F.conv2d(x, weight) if added is None else added + F.conv2d(x, weight)
     n, _, height, width = x.shape
     right = weight.flatten(1).t()
-    rows = _rows(x) @ right if added is None else torch.addmm(_rows(added), _rows(x), right)
+    if added is None:
+        rows = _rows(x) @ right
+    elif torch.is_grad_enabled():
+        rows = torch.addmm(_rows(added), _rows(x), right)
+    else:
+        rows = _rows(added).addmm_(_rows(x), right)  # without the copy that addmm makes of what it adds to
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import native
 from .derived import converted, derived, forget
 from .dispatch import Implementation, choose, is_observed
-from .measured import is_faster_in_cpp
+from .measured import bf16_products, is_faster_in_cpp
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_of", "conv3x3_reference", "prepare_conv3x3"]
 
@@ -204,8 +204,9 @@ def _why_not_native(request: _Weight) -> str | None:
 
 def _native_is_faster(request: _Weight) -> bool:
     """On processors with matrix units (AMX), PyTorch's convolution in bfloat16 uses them and serves."""
-    has_amx = request.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return is_faster_in_cpp("conv3x3", request.dtype, "channels_last") and not has_amx
+    if request.dtype == torch.bfloat16 and bf16_products() == "amx":
+        return False
+    return is_faster_in_cpp("conv3x3", request.dtype, "channels_last")
 
 
 # Under each other name it is PyTorch's convolution, on whatever device.

@@ -8,7 +8,7 @@ import torch
 
 from . import native
 
-__all__ = ["FASTER_IN_CPP", "is_faster_in_cpp"]
+__all__ = ["FASTER_IN_CPP", "bf16_products", "instruction_set", "is_faster_in_cpp"]
 
 # (operator, instruction set, dtype, memory format), from the files every_cpu-*.json under benchmarks/results, which
 # benchmarks/every_cpu.py writes; tests/ops/test_measured.py compares the two. Where there is no row, PyTorch serves.
@@ -39,6 +39,14 @@ def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> b
     """
     row = (operator, instruction_set(dtype), str(dtype).removeprefix("torch."), memory_format)
     return row in FASTER_IN_CPP
+
+
+@functools.cache
+def bf16_products() -> str | None:
+    """What PyTorch multiplies bfloat16 by on this CPU: amx, avx512_bf16, or None where it has no instructions for it."""
+    if not torch.cpu._is_avx512_bf16_supported() or (native.module and native.module.instruction_set() != "avx512"):
+        return None
+    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
 
 
 def instruction_set(dtype: torch.dtype) -> str:

@@ -14,3 +14,11 @@ def test_is_the_convolution_and_the_sum(layout, added):
     result = conv1x1(x, weight, other if added else None)
     torch.testing.assert_close(result, F.conv2d(x, weight) + (other if added else 0))
     assert result.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_those_of_the_convolution(layout):
+    x = torch.randn(2, 6, 5, 3, dtype=torch.float64).to(memory_format=layout)
+    weight, other = torch.randn(4, 6, 1, 1, dtype=torch.float64), torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    tensors = [x.requires_grad_(), weight.requires_grad_(), other.to(memory_format=layout).requires_grad_()]
+    assert torch.autograd.gradcheck(conv1x1, tensors)
