@@ -1,4 +1,4 @@
-"""Our operators beside PyTorch's, at each shape at which the networks call them, and one evaluation of cifar10-64.
+"""The C++ operators beside PyTorch's, at each shape at which the networks call them, and one evaluation of cifar10-64.
 
     python benchmarks/every_cpu.py [--out FILE.json]
 
@@ -30,7 +30,6 @@ from ddim_fast.devices import bf16_is_fast, keep_memory
 from ddim_fast.engine import Network
 from ddim_fast.models import unet
 from ddim_fast.ops import native
-from ddim_fast.ops.attention import FASTER_AS_PRODUCTS, attention, attention_reference
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
 from ddim_fast.ops.ddim_step import ddim_step, ddim_step_reference
 from ddim_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -61,8 +60,8 @@ def in_turns(calls: Calls, seconds: float = SECONDS) -> dict[str, float]:
 
 
 def shapes_of(model: UNet, batch: int) -> dict[str, Counter]:
-    """How often one evaluation calls which operator with what, by what decides how long that takes."""
-    seen: dict[str, Counter] = {"conv3x3": Counter(), "group_norm_silu": Counter(), "attention": Counter()}
+    """How often one evaluation calls conv3x3 and group_norm_silu with what, by what decides how long that takes."""
+    seen: dict[str, Counter] = {"conv3x3": Counter(), "group_norm_silu": Counter()}
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual=None, upsample=False, **_: Any) -> Tensor:
         seen["conv3x3"][tuple(x.shape), tuple(weight.shape[:2]), residual is not None, upsample] += 1
@@ -72,16 +71,12 @@ def shapes_of(model: UNet, batch: int) -> dict[str, Counter]:
         seen["group_norm_silu"][tuple(x.shape), groups, silu, pre_shift is not None, 0 if skip is None else skip.shape[1]] += 1
         return group_norm_silu_reference(x, groups, *numbers, silu=silu, pre_shift=pre_shift, skip=skip)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        seen["attention"][tuple(query.shape)] += 1
-        return attention_reference(query, key, value)
-
-    originals = unet.conv3x3, unet.group_norm_silu, unet.attention
-    unet.conv3x3, unet.group_norm_silu, unet.attention = convolve, normalise, attend
+    originals = unet.conv3x3, unet.group_norm_silu
+    unet.conv3x3, unet.group_norm_silu = convolve, normalise
     try:
         model(torch.randn(batch, *model.config.image_shape), torch.tensor(500))
     finally:
-        unet.conv3x3, unet.group_norm_silu, unet.attention = originals
+        unet.conv3x3, unet.group_norm_silu = originals
     return seen
 
 
@@ -132,17 +127,6 @@ def _group_norm_silu_case(shape: tuple, dtype: torch.dtype, layout: torch.memory
     return calls, group_norm_silu_reference(x.double(), groups, weight.double(), bias.double(), 1e-6, silu=silu, **wide)
 
 
-def attention_cases(shape: tuple, dtype: torch.dtype) -> Iterator[tuple[str, Calls, Tensor]]:
-    """Where it is not PyTorch's that serves."""
-    query, key, value = torch.randn(3, *shape).to(dtype)
-    if dtype == torch.bfloat16 and shape[2:] in FASTER_AS_PRODUCTS:
-        calls = {
-            "ours": lambda: attention(query, key, value),
-            "pytorch": lambda: attention_reference(query, key, value),
-        }
-        yield "contiguous", calls, attention_reference(query.double(), key.double(), value.double())
-
-
 def ddim_step_cases(shape: tuple, dtype: torch.dtype) -> Iterator[tuple[str, Calls, Tensor]]:
     x, output = torch.randn(2, *shape).to(dtype)
     coefficients = (1.2, -0.6, 0.3, 0.9, 0.8, 0.5, 0.0)
@@ -156,18 +140,13 @@ def ddim_step_cases(shape: tuple, dtype: torch.dtype) -> Iterator[tuple[str, Cal
     )
 
 
-CASES = {
-    "conv3x3": conv3x3_cases,
-    "group_norm_silu": group_norm_silu_cases,
-    "attention": attention_cases,
-    "ddim_step": ddim_step_cases,
-}
+CASES = {"conv3x3": conv3x3_cases, "group_norm_silu": group_norm_silu_cases, "ddim_step": ddim_step_cases}
 
 
 def operators() -> Iterator[dict[str, Any]]:
-    """A row for each operator, dtype, memory format and shape. ``ratio``: PyTorch's time over ours."""
+    """A row for each operator, dtype, memory format and shape. ``ratio``: PyTorch's time over that of the C++ operator."""
     dtypes = [torch.float32, *([torch.bfloat16] if bf16_is_fast(torch.device("cpu")) else [])]
-    counts = {operator: Counter() for operator in CASES}
+    counts: dict[str, Counter] = {"conv3x3": Counter(), "group_norm_silu": Counter(), "ddim_step": Counter()}
     for model in (network(name) for name in MODELS):
         for batch in BATCHES:
             counts["ddim_step"][(batch, *model.config.image_shape)] += 1
@@ -189,7 +168,7 @@ def operators() -> Iterator[dict[str, Any]]:
                         "memory format": memory_format,
                         "instruction set": instruction_set(dtype),
                         "calls": count,
-                        "chosen": operator == "attention" or is_faster_in_cpp(operator, dtype, memory_format),
+                        "chosen": is_faster_in_cpp(operator, dtype, memory_format),
                         "microseconds": round(ours * 1e6, 1),
                         "ratio": round(min(seconds.values()) / ours, 3),
                     }
@@ -234,7 +213,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["operator"], row["instruction set"], row["dtype"], row["memory format"]), []).append(row)
-    lines = ["| operator | instruction set | dtype | memory format | shapes | least | median | most | ours |", "|" + "---|" * 9]
+    lines = ["| operator | instruction set | dtype | memory format | shapes | least | median | most | C++ |", "|" + "---|" * 9]
     for key, members in groups.items():
         ratios = [row["ratio"] for row in members]
         numbers = f"{min(ratios):.2f} | {statistics.median(ratios):.2f} | {max(ratios):.2f}"
@@ -253,7 +232,7 @@ def main() -> None:
     with torch.no_grad():
         rows = [*evaluations(), *operators()]
     print(table(rows))
-    print("\nPyTorch's time over ours; last column: whether ours is chosen.")
+    print("\nPyTorch's time over that of the C++ operators; last column: whether they are chosen.")
     if arguments.out:
         lines = ",\n".join(json.dumps(row) for row in rows)
         arguments.out.write_text(f'{{"machine": {json.dumps(machine())},\n"rows": [\n{lines}\n]}}\n')

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from .dispatch import Implementation, choose, is_observed, why_not_triton
-from .measured import bf16_products
 
 __all__ = ["attention", "attention_reference"]
 
@@ -24,18 +23,13 @@ FASTER_IN_TRITON: tuple[tuple[torch.dtype, int, int, int], ...] = (
     (torch.bfloat16, 64, 256, 1),
 )
 
-# (tokens, head dimension) for which two matrix products and a softmax were measured to be faster than PyTorch's
-# scaled_dot_product_attention, in bfloat16 on CPUs that multiply it by AVX-512 BF16: every_cpu-avx512.json, as in measured.py.
-FASTER_AS_PRODUCTS: tuple[tuple[int, int], ...] = ((256, 256),)
-
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), without mask or dropout:
 
         out = softmax(scale * query @ key^T) @ value
 
-    PyTorch's scaled_dot_product_attention serves, but for the shapes in FASTER_IN_TRITON and, by PyTorch's matrix products, in
-    FASTER_AS_PRODUCTS. DDIM_FAST_BACKEND=triton asks for the
+    PyTorch's scaled_dot_product_attention serves, but for the shapes in FASTER_IN_TRITON. DDIM_FAST_BACKEND=triton asks for the
     kernel in ``ddim_fast.kernels.attention`` everywhere: it takes float32, bfloat16 and float16, head dimensions up to 256, and
     has first derivatives only.
 
@@ -145,7 +139,7 @@ def _why_not_triton(call: _Call) -> str | None:
     return why_not_triton(call.query.device)
 
 
-def _triton_is_faster(call: _Call) -> bool:
+def _triton_pays(call: _Call) -> bool:
     n, heads, queries, dim = call.query.shape
     return (
         call.query.is_cuda
@@ -161,42 +155,16 @@ def _run_pytorch(call: _Call) -> Tensor:
     return attention_reference(*call[:3], scale=call.scale)
 
 
-def _run_native(call: _Call) -> Tensor:
-    return _run_products(call) if _products_are_faster(call) else _run_pytorch(call)
-
-
-def _run_products(call: _Call) -> Tensor:
-    """The scores in float32, the means of the values in their own dtype."""
-    n, heads, _, dim = call.query.shape
-    query, key = (t.float().flatten(0, 1) for t in call[:2])
-    scale = 1 / math.sqrt(dim) if call.scale is None else call.scale
-    scores = torch.baddbmm(query.new_zeros(()), query, key.mT, beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1).to(call.value.dtype), call.value.flatten(0, 1)).unflatten(0, (n, heads))
-
-
-def _products_are_faster(call: _Call) -> bool:
-    """By one image's shape alone, so that its bits do not depend on the batch."""
-    query, key = call.query, call.key
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.shape[2] == key.shape[2]
-        and query.shape[2:] in FASTER_AS_PRODUCTS
-        and bf16_products() == "avx512_bf16"
-        and not _records_gradient(call)
-    )
-
-
 def _why_not_on(device: str, call: _Call) -> str | None:
     actual = call.query.device
     return None if actual.type == device else f"it takes tensors on {device}, not {actual}"
 
 
-# scaled_dot_product_attention is C++ on a CPU and CUDA on a GPU, and little here would improve on it there. So a network whose
+# scaled_dot_product_attention is C++ on a CPU and CUDA on a GPU, and nothing here would improve on it there. So a network whose
 # operators are all asked to be native, or all CUDA, finds it under these names, too.
 IMPLEMENTATIONS = (
-    Implementation("triton", _run_triton, _why_not_triton, _triton_is_faster),
-    Implementation("native", _run_native, lambda call: _why_not_on("cpu", call)),
+    Implementation("triton", _run_triton, _why_not_triton, _triton_pays),
+    Implementation("native", _run_pytorch, lambda call: _why_not_on("cpu", call)),
     Implementation("cuda", _run_pytorch, lambda call: _why_not_on("cuda", call)),
     Implementation("reference", _run_pytorch, lambda call: None),
 )

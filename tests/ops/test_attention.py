@@ -4,9 +4,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim_fast.ops import attention as module
-from ddim_fast.ops.attention import FASTER_AS_PRODUCTS, _registered, _registered_backward, attention, attention_reference
+from ddim_fast.ops.attention import _registered, _registered_backward, attention, attention_reference
 from ddim_fast.ops.dispatch import choose
-from ddim_fast.ops.measured import bf16_products
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -321,21 +320,3 @@ def test_offsets_beyond_32_bits(backend):
         actual = with_gradients(attention, *inputs[:i], moved, *inputs[i + 1 :])
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e)
-
-
-@pytest.mark.skipif(bf16_products() != "avx512_bf16", reason="needs AVX-512 BF16")
-@pytest.mark.parametrize("tokens,dim", FASTER_AS_PRODUCTS)
-class TestProducts:
-    """On a CPU, in bfloat16."""
-
-    @pytest.mark.parametrize("scale", [None, 0.5])
-    def test_are_about_as_exact_and_do_not_depend_on_the_batch(self, tokens, dim, scale):
-        query, key, value = torch.randn(3, 5, 2, tokens, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
-        exact = attention_reference(query.double(), key.double(), value.double(), scale=scale)
-        ours = attention(query, key, value, scale=scale)
-        theirs = attention_reference(query, key, value, scale=scale)
-        assert not torch.equal(ours, theirs)
-        assert (ours - exact).square().mean().sqrt() <= 1.4 * (theirs - exact).square().mean().sqrt()
-        for size in (1, 2, 3):
-            parts = zip(query.split(size), key.split(size), value.split(size), strict=True)
-            assert torch.equal(torch.cat([attention(*part, scale=scale) for part in parts]), ours)
