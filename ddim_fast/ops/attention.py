@@ -139,7 +139,7 @@ def _why_not_triton(call: _Call) -> str | None:
     return why_not_triton(call.query.device)
 
 
-def _triton_pays(call: _Call) -> bool:
+def _triton_is_faster(call: _Call) -> bool:
     n, heads, queries, dim = call.query.shape
     return (
         call.query.is_cuda
@@ -163,7 +163,7 @@ def _why_not_on(device: str, call: _Call) -> str | None:
 # scaled_dot_product_attention is C++ on a CPU and CUDA on a GPU, and nothing here would improve on it there. So a network whose
 # operators are all asked to be native, or all CUDA, finds it under these names, too.
 IMPLEMENTATIONS = (
-    Implementation("triton", _run_triton, _why_not_triton, _triton_pays),
+    Implementation("triton", _run_triton, _why_not_triton, _triton_is_faster),
     Implementation("native", _run_pytorch, lambda call: _why_not_on("cpu", call)),
     Implementation("cuda", _run_pytorch, lambda call: _why_not_on("cuda", call)),
     Implementation("reference", _run_pytorch, lambda call: None),

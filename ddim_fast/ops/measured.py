@@ -22,8 +22,10 @@ FASTER_IN_CPP: frozenset[tuple[str, str, str, str]] = frozenset(
         ("group_norm_silu", "avx512", "float32", "channels_last"),
         ("group_norm_silu", "avx512", "float32", "contiguous"),
         ("group_norm_silu", "avx512_bf16", "bfloat16", "channels_last"),
+        ("group_norm_silu", "avx512_bf16", "bfloat16", "contiguous"),
         ("ddim_step", "avx2", "float32", "contiguous"),
         ("ddim_step", "avx512", "float32", "contiguous"),
+        ("ddim_step", "avx512_bf16", "bfloat16", "contiguous"),
     }
 )
 
