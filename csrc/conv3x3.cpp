@@ -114,7 +114,9 @@ bool conv3x3_has_bf16() { return has_avx512_bf16(); }
 // In AVX-512's place, AVX-VNNI would find its weights in another order.
 bool conv3x3_has_int8() { return has_avx512_vnni() || (instruction_set() == InstructionSet::avx2 && has_avx_vnni()); }
 
-void conv3x3(const Conv3x3<float>& op, int num_threads) { run_parallel(op, num_threads, DDIM_FAST_CHOOSE(RunTiles<float>, run_tiles)); }
+void conv3x3(const Conv3x3<float>& op, int num_threads) {
+    run_parallel(op, num_threads, DDIM_FAST_CHOOSE(RunTiles<float>, run_tiles));
+}
 
 void conv3x3(const Conv3x3<bfloat16>& op, int num_threads) {
 #ifdef DDIM_FAST_X86

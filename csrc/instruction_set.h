@@ -23,11 +23,11 @@ bool has_avx_vnni();
 // Declares something in the namespace of each instruction set, and chooses one of them, as a value of Type. setup.py defines
 // DDIM_FAST_X86 where it compiles for those of x86.
 #ifdef DDIM_FAST_X86
-#define DDIM_FAST_DECLARE_EACH(...)        \
-    namespace baseline { __VA_ARGS__ }     \
-    namespace avx2 { __VA_ARGS__ }         \
+#define DDIM_FAST_DECLARE_EACH(...)    \
+    namespace baseline { __VA_ARGS__ } \
+    namespace avx2 { __VA_ARGS__ }     \
     namespace avx512 { __VA_ARGS__ }
-#define DDIM_FAST_CHOOSE(Type, name)                            \
+#define DDIM_FAST_CHOOSE(Type, name)                                  \
     (instruction_set() == InstructionSet::avx512 ? Type(avx512::name) \
      : instruction_set() == InstructionSet::avx2 ? Type(avx2::name)   \
                                                  : Type(baseline::name))

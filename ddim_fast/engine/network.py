@@ -141,7 +141,8 @@ class Network:
 def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast(device)):
         warnings.warn(
-            f"{dtype} takes 5 to 9 times as long as torch.float32 on this processor, which has no instructions for it",
+            f"{dtype} may be slow: without instructions for it, as this processor seems to be, a network took 5 to 9 times as "
+            "long as in torch.float32",
             stacklevel=4,
         )
 

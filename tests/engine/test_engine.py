@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -267,3 +268,14 @@ def test_the_fastest_engine_is_one_of_them(monkeypatch):
         assert fastest_engine(torch.device("cpu")) == engine
     monkeypatch.setattr(native, "module", None)
     assert fastest_engine(torch.device("cpu")) == "compiled"
+
+
+@pytest.mark.parametrize(
+    "dtype,fast,warns", [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)]
+)
+def test_a_slow_precision_says_what_it_costs(dtype, fast, warns, small_unet, monkeypatch):
+    monkeypatch.setattr("ddim_fast.engine.network.bf16_is_fast", lambda device: fast)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Network(small_unet, dtype)
+    assert any("5 to 9 times" in str(warning.message) for warning in caught) == warns
