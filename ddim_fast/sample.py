@@ -130,7 +130,7 @@ _ENGINE_HELP = (
     "wrote, whose settings are the defaults then, or is exported at its first use"
 )
 _PROVIDER_HELP = (
-    "with --engine onnx, ONNX Runtime's execution provider, such as cuda or cpu (default: the fastest that is there)"
+    "with --engine onnx, ONNX Runtime's execution provider, such as cuda or cpu (default: the fastest that starts here)"
 )
 _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "

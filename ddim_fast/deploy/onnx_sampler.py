@@ -38,14 +38,15 @@ class OnnxSampler:
     """:class:`ddim_fast.Sampler` without torch: the same seeds give the same images, but for rounding.
 
     With the settings it was exported with, an export's whole sampler is one call of ONNX Runtime. With others, or when somebody
-    watches the steps, the exported network is called once a step.
+    watches the steps, the exported network is called once a step. Threads may share a sampler: their calls of ONNX Runtime, which
+    uses all cores for each, take turns.
 
     Args:
         model: a folder written by ``python -m ddim_fast.export --to onnx``; or a packaged model or a checkpoint, which is
             exported at its first use, for which torch is needed then, and kept in the user's cache.
         steps, eta, spacing, solver, clip_sample_range: as of :class:`ddim_fast.Sampler`; each is as it was exported, unless it
             is given.
-        provider: ONNX Runtime's execution provider, ``cuda`` or ``cpu`` for instance; None is the fastest that is there.
+        provider: ONNX Runtime's execution provider, ``cuda`` or ``cpu`` for instance; None is the fastest that starts here.
         cuda_graph: whether, on CUDA, steps are replayed as a CUDA graph.
 
     Attributes:

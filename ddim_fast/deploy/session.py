@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,32 +15,59 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("this needs onnxruntime: pip install 'ddim_fast[onnx]', or onnxruntime alone") from None
 
+from ..devices import cpu_threads
+
 __all__ = ["Session", "pick_provider"]
 
 # Those that are chosen where nobody names one, the fastest first. TensorRT and the like compile for minutes: by name only.
 _PREFERRED = ("CUDA", "ROCM", "Dml", "CPU")
 
 
+# An ONNX model of one Identity; the package that could make it, onnx, is not needed for sampling.
+_IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+
 def pick_provider(name: str | None = None) -> str:
     """ONNX Runtime's name of an execution provider.
 
     Args:
-        name: ``cuda``, ``cpu``, ``tensorrt`` ..., or as ONNX Runtime calls it; None is the fastest that is there.
+        name: ``cuda``, ``cpu``, ``tensorrt`` ..., or as ONNX Runtime calls it; None is the fastest that starts here, with a
+            warning where one that this onnxruntime was built for does not.
 
     Raises:
         ValueError: it is not there.
     """
     there = {p.removesuffix("ExecutionProvider"): p for p in onnxruntime.get_available_providers()}
     if name is None:
-        return next(there[p] for p in _PREFERRED if p in there)
+        return next(there[p] for p in _PREFERRED if p in there and (p == "CPU" or _starts(there[p])))
     for short, provider in there.items():
         if name.lower() in (short.lower(), provider.lower()):
             return provider
     raise ValueError(f"provider {name!r} is not there: this onnxruntime has {', '.join(p.lower() for p in there)}")
 
 
+def _starts(provider: str) -> bool:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is missing is said below, in one line
+    with contextlib.redirect_stdout(None):  # onnxruntime prints what it falls back to
+        try:
+            started = provider in onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider]).get_providers()
+        except Exception:  # onnxruntime's have no base but this
+            started = False
+    if not started:
+        warnings.warn(
+            f"onnxruntime has {provider}, but it does not start here (no such device, or a library of it is missing); another "
+            "provider is used. Name one to do without this warning, such as cpu",
+            stacklevel=4,
+        )
+    return started
+
+
 class Session:
-    """A model that is ready to run.
+    """A model that is ready to run. Calls from several threads take turns.
 
     Args:
         path: the model's file.
@@ -54,7 +82,7 @@ class Session:
     def __init__(self, path: Path, provider: str, *, cuda_graph: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors are raised
-        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        options.intra_op_num_threads = cpu_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores alone
         self._device = {"CUDAExecutionProvider": "cuda"}.get(provider, "cpu")
         captured = cuda_graph and self._device == "cuda"
@@ -67,6 +95,7 @@ class Session:
         if provider not in self._session.get_providers():
             raise ValueError(f"{path.name}: {provider} was asked for, but it does not start here (a library of it is missing)")
         self._path = path
+        self._turn = threading.Lock()  # a call fills the tensors that it shares with the next one
         self._shapes: tuple | None = None
         self._graphs = 0
 
@@ -77,7 +106,7 @@ class Session:
             ValueError: the model refuses the inputs.
             RuntimeError: memory ran out.
         """
-        with _translated(self._path):
+        with _translated(self._path), self._turn:
             shapes = (shape, *(array.shape for array in inputs.values()))
             if shapes != self._shapes:
                 self._bind(inputs, shape)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..devices import cpu_threads
 from . import native
 from .dispatch import Implementation, choose
 from .noise import seeded_noise_numpy
@@ -94,7 +94,7 @@ def _run_native(call: _Step) -> None:
         call.sample.size,
         [float(c) for c in call.coefficients],
         math.inf if call.clip is None else call.clip,
-        _threads(),
+        cpu_threads(),
         unconditional_ptr=address(call.unconditional),
         guidance=1.0 if call.guidance is None else call.guidance,
         seeds_ptr=address(call.seeds),
@@ -112,12 +112,6 @@ def _why_not_native(call: _Step) -> str | None:
         if array.dtype != np.float32 or not array.flags.c_contiguous or not array.flags.aligned:
             return f"it takes contiguous and aligned float32 arrays, and {name} is not one"
     return None
-
-
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 IMPLEMENTATIONS = (

@@ -171,7 +171,7 @@ def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve images sampled from an export to ONNX.")
     parser.add_argument("--model", default="cifar10-64", help="what export --to onnx wrote (default: a packaged model)")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that is there)")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that starts here)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once, the most of a request (default: 16)")

@@ -3,9 +3,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
@@ -14,6 +16,7 @@ from ddim_fast import Sampler
 from ddim_fast.deploy import OnnxSampler
 from ddim_fast.deploy.folder import write_checksums
 from ddim_fast.deploy.onnx_export import export_onnx
+from ddim_fast.deploy.onnx_sampler import AS_EXPORTED
 
 SEEDS, LABELS = [5, 2**62 + 7, 0, 9], [3, 2, 9, 3]
 
@@ -151,6 +154,31 @@ def test_a_provider_that_is_not_there_is_told(export_folder):
         assert OnnxSampler(export_folder, provider=name).provider.endswith("ExecutionProvider")
 
 
+def test_a_provider_that_does_not_start_gives_way_unless_it_was_asked_for(export_folder, monkeypatch):
+    """onnxruntime-gpu lists CUDA on every machine."""
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("ddim_fast.deploy.session.onnxruntime.get_available_providers", lambda: listed)
+    with pytest.warns(UserWarning, match="has CUDAExecutionProvider, but it does not start here"):
+        sampler = OnnxSampler(export_folder)
+    assert sampler.provider == "CPUExecutionProvider" and sampler.sample(seeds=[0]).shape == (1, *sampler.image_shape)
+    with pytest.raises(ValueError, match="CUDAExecutionProvider was asked for, but it does not start here"):
+        OnnxSampler(export_folder, provider="cuda").sample(seeds=[0])
+
+
+@pytest.mark.parametrize("asked,threads", [("1", 1), ("1,4", 1), ("", None), ("many", None)])
+def test_threads_are_as_many_as_omp_num_threads_says(asked, threads, export_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    options = []
+    monkeypatch.setattr(
+        "ddim_fast.deploy.session.onnxruntime.InferenceSession",
+        lambda path, given, _make=onnxruntime.InferenceSession, **settings: (
+            options.append(given) or _make(path, given, **settings)
+        ),
+    )
+    OnnxSampler(export_folder, provider="cpu").load()
+    assert [o.intra_op_num_threads for o in options] == [threads or len(os.sched_getaffinity(0))]
+
+
 def _to_external(folder, location):
     """Moves the weights of the network to a file of their own."""
     path = folder / "unet.onnx"
@@ -282,3 +310,14 @@ def test_a_bfloat16_model_needs_another_provider(folder):
     write_checksums(folder)
     with pytest.raises(ValueError, match="bfloat16 model, which ONNX Runtime cannot run on a CPU"):
         OnnxSampler(folder, provider="cpu")
+
+
+@pytest.mark.parametrize("steps", [AS_EXPORTED, 3])
+def test_threads_get_their_own_images(steps, export_folder):
+    """Of an export's whole sampler, and of its network called once a step."""
+    sampler = OnnxSampler(export_folder, steps=steps)
+    requests = [{"seeds": range(k, k + 1 + k % 3), "labels": k % 10} for k in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        found = [*threads.map(lambda request: sampler.sample(**request), requests)]
+    for request, images in zip(requests, found, strict=True):
+        np.testing.assert_array_equal(images, sampler.sample(**request))
