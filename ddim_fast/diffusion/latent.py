@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine import inference
 from ..models.unet import batch_invariant
 from .operators import LinearOperator
 from .restoration import Restoration
@@ -114,6 +115,7 @@ class LatentSampler:
         :meth:`Sampler.encode`. What the autoencoder loses of an image does not come back."""
         return self.sampler.encode(self.latents(images), **options)
 
+    @inference()
     def restore(
         self,
         measurement: Tensor,
@@ -137,7 +139,7 @@ class LatentSampler:
             raise ValueError(f"the measurement is of images of shape {shape}, but the autoencoder's are {self.image_shape}")
         latents = self.sampler.restore(measurement, operator, noise_std=noise_std, codec=self.codec, **options)
         images = self.decode(latents, batch_size)
-        return images if noise_std else Restoration(operator, self.image_shape).corrected(images, seen)
+        return images if noise_std else Restoration(operator, self.image_shape, self.image_shape).corrected(images, seen)
 
     def starting_at(self, timestep: int) -> LatentSampler:
         """For the last part of the way, as :meth:`Sampler.starting_at`."""
@@ -149,6 +151,7 @@ class LatentSampler:
         """The images' latents in the noise of the first timestep, as :meth:`Sampler.noised`."""
         return self.sampler.noised(self.latents(images), seeds)
 
+    @inference()
     def latents(self, images: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
         """The autoencoder's latents of (N, C, H, W) images in [-1, 1], as the network knows them.
 
@@ -160,6 +163,7 @@ class LatentSampler:
             raise ValueError(f"expected images of shape (N, {expected}); got {tuple(images.shape)}")
         return self.codec.encode(images, batch_size) if len(images) else torch.empty(0, *self.config.image_shape)
 
+    @inference()
     def decode(self, latents: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
         """The images of (N, c, h, w) latents, (N, C, H, W) float32; not clipped."""
         return self.codec.decode(latents, batch_size) if len(latents) else torch.empty(0, *self.image_shape)

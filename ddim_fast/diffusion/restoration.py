@@ -135,7 +135,7 @@ class Codec(Protocol):
 
 
 class Restoration:
-    """A solver's part of a step, which keeps to a measurement y. It serves one run after the other: its coefficients are what
+    """A solver's part of a step, which keeps to a measurement y. It serves any number of runs: its coefficients are what
     :func:`restoration` returns, and A^+ y goes into a run with the noise, see :meth:`pack`.
 
     In latent space the measurement is of decoded images. There x_0 is moved by what its image's correction is to the
@@ -145,6 +145,7 @@ class Restoration:
     Args:
         operator: A, on the device of the runs.
         shape: (C, H, W) of what the network denoises.
+        seen_shape: (C, H, W) of A^+ y; with a codec that of the decoded images.
         clip: clip the network's x_0 to [-r, r]; None does not.
         codec: of latents; None where the network denoises images.
     """
@@ -152,22 +153,26 @@ class Restoration:
     stochastic = True
 
     def __init__(
-        self, operator: LinearOperator, shape: tuple[int, int, int], clip: float | None = None, codec: Codec | None = None
+        self,
+        operator: LinearOperator,
+        shape: tuple[int, int, int],
+        seen_shape: tuple[int, int, int],
+        clip: float | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.operator = operator
         self.shape = shape
+        self.seen_shape = seen_shape
         self.clip = clip
         self.codec = codec
-        self._seen_shape = shape
 
     def pack(self, noise: Tensor, seen: Tensor) -> Tensor:
         """(N, ...): x_T and A^+ y of N images as a run's x."""
-        self._seen_shape = tuple(seen.shape[1:])
         return torch.cat([noise.flatten(1), seen.flatten(1)], dim=1)
 
     def start(self, x: Tensor) -> State:
         noise, seen = x.tensor_split([math.prod(self.shape)], dim=1)
-        return noise.unflatten(1, self.shape).contiguous(), seen.unflatten(1, self._seen_shape).contiguous()
+        return noise.unflatten(1, self.shape).contiguous(), seen.unflatten(1, self.seen_shape).contiguous()
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
         x, seen = state

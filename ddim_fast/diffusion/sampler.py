@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import Engine, Network, OneStep, Run, Update, make_engine, select_engine
+from ..engine import Engine, Network, OneStep, Run, Update, inference, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from .controlled import solve_controlled
 from .guidance import ClassifierGuidance, Gradient, check_guide, guided_steps
@@ -28,7 +30,7 @@ __all__ = ["Sampler", "SamplerState"]
 
 
 class Sampler:
-    """Turns noise into images and back.
+    """Turns noise into images and back. Threads may share a sampler: each gets the images that it would get alone.
 
     Args:
         model: the network: a :class:`ddim_fast.UNet`, or any module with a ``config`` like its. It is put in eval mode. A U-Net
@@ -60,8 +62,8 @@ class Sampler:
 
     Attributes:
         timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
-        evaluations: (N,) int64, how often the network was evaluated for each image of the last :meth:`sample`; None before.
-            Evaluations of a guide are not counted.
+        evaluations: (N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None
+            before. Evaluations of a guide are not counted.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -119,7 +121,6 @@ class Sampler:
         self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
         self._engine = self._engine_of(self.solver, self.reuse)
         self._inversion: tuple[np.ndarray, Engine] | None = None
-        self.evaluations: Tensor | None = None
 
     def _engine_of(self, update: Update, reuse: int = 1) -> Engine:
         return make_engine(self.engine, OneStep(self._network, update, reuse, self._guide))
@@ -141,8 +142,12 @@ class Sampler:
             steps = self._steps and min(self._steps, timestep + 1)
             later = copy.copy(self)
             later._take_timesteps(select_timesteps(self.schedule, steps, self._spacing, timestep))
-            self._later[timestep] = later
+            self._later.setdefault(timestep, later)
         return self._later[timestep]
+
+    @property
+    def evaluations(self) -> Tensor | None:
+        return _of_thread.evaluations.get(self)
 
     @property
     def device(self) -> torch.device:
@@ -206,12 +211,15 @@ class Sampler:
         if self.tolerance is not None:
             if on_step is not None:
                 raise ValueError(_NO_STEPS)
-            self.evaluations = torch.empty(0, dtype=torch.int64)
-            return self._in_batches(request, batch_size, self._sample_controlled)
+            counts = [torch.empty(0, dtype=torch.int64)]
+            images = self._in_batches(request, batch_size, lambda batch: self._sample_controlled(batch, counts))
+            _of_thread.evaluations[self] = torch.cat(counts)
+            return images
         guided = guided_steps(self.timesteps, request.guidance, request.guidance_interval)
         again = int(guided.sum()) if self.guide is None else 0
-        self.evaluations = torch.full((len(request),), len(guided) + again)
-        return self._in_batches(request, batch_size, lambda batch: self._sample(batch, on_step))
+        images = self._in_batches(request, batch_size, lambda batch: self._sample(batch, on_step))
+        _of_thread.evaluations[self] = torch.full((len(request),), len(guided) + again)
+        return images
 
     def trajectory(
         self,
@@ -266,7 +274,7 @@ class Sampler:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
         TensorRequest.check(self, seeds, x_T, labels, guidance, guidance_interval)
 
-    @torch.no_grad()
+    @inference()
     def encode(
         self,
         images: Tensor,
@@ -307,7 +315,7 @@ class Sampler:
             request, batch_size, lambda batch: engine.last(self._run(batch, timesteps, engine.one_step.update.table))
         )
 
-    @torch.no_grad()
+    @inference()
     def restore(
         self,
         measurement: Tensor,
@@ -354,7 +362,7 @@ class Sampler:
             raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {self.image_shape}")
         request = TensorRequest.check(self, seeds, None, labels, guidance)
         run = self._run(request, timesteps, table)
-        engine = self._restoring(operator, codec)
+        engine = self._restoring(operator, codec, tuple(seen.shape[1:]))
         x = engine.one_step.update.pack(run.x, seen)
         return engine.last(dataclasses.replace(run, x=x, seeds=request.seeds))
 
@@ -375,11 +383,12 @@ class Sampler:
             travel=travel,
         )
 
-    def _restoring(self, operator: LinearOperator, codec: Codec | None) -> Engine:
+    def _restoring(self, operator: LinearOperator, codec: Codec | None, seen_shape: tuple[int, int, int]) -> Engine:
         """The engine of restorations, kept for more measurements by the same operator: it may have compiled the step."""
         engine = self._last_restoring
-        if engine is None or engine.one_step.update.operator is not operator or engine.one_step.update.codec is not codec:
-            update = Restoration(operator, self.image_shape, self.solver.clip, codec)
+        update = None if engine is None else engine.one_step.update
+        if update is None or (update.operator, update.codec, update.seen_shape) != (operator, codec, seen_shape):
+            update = Restoration(operator, self.image_shape, seen_shape, self.solver.clip, codec)
             engine = self._last_restoring = self._engine_of(update)
         return engine
 
@@ -405,7 +414,7 @@ class Sampler:
             x = inverse_step(lambda x, at=at, index=index: self._engine.step((x,), at, index, None)[0][0], coefficients, x)
         return x
 
-    @torch.no_grad()
+    @inference()
     def _sample_for_calibration(self) -> None:
         """A few images of all classes and of none, from seeds that nobody asks for."""
         classes = self.config.num_classes
@@ -414,8 +423,9 @@ class Sampler:
         request = TensorRequest(torch.tensor(seeds, device=self.device), None, labels, None)
         make_engine("eager", OneStep(self._network, self.solver)).last(self._run(request, self.timesteps, self.solver.table))
 
-    @torch.no_grad()
-    def _sample_controlled(self, request: TensorRequest) -> Tensor:
+    @inference()
+    def _sample_controlled(self, request: TensorRequest, counts: list[Tensor]) -> Tensor:
+        """The images; how often the network was evaluated for each is added to ``counts``."""
         index = torch.zeros((), dtype=torch.int64, device=self.device)
         guidance, interval = request.guidance, request.guidance_interval
         both = guidance is not None and self.guide is None
@@ -435,7 +445,7 @@ class Sampler:
 
         x, prediction_type = self._initial(request), self.config.prediction_type
         images, evaluations = solve_controlled(evaluate, x, self.schedule, prediction_type, self.tolerance, self._clip)
-        self.evaluations = torch.cat([self.evaluations, evaluations.cpu() * (2 if both else 1)])
+        counts.append(evaluations.cpu() * (2 if both else 1))
         return images
 
     def _initial(self, request: TensorRequest) -> Tensor:
@@ -443,7 +453,7 @@ class Sampler:
             return request.x_T
         return seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
 
-    @torch.no_grad()
+    @inference()
     def _sample(self, request: TensorRequest, on_step: Callable[[SamplerState], None] | None) -> Tensor:
         if on_step is None:
             return self._engine.last(self._run(request, self.timesteps, self.solver.table))
@@ -451,7 +461,7 @@ class Sampler:
             on_step(state)
         return state.x
 
-    @torch.no_grad()
+    @inference()
     def _trajectory(self, request: TensorRequest) -> Iterator[SamplerState]:
         run = self._run(request, self.timesteps, self.solver.table)
         before = run.x
@@ -481,6 +491,15 @@ class Sampler:
         """For runs of :meth:`sample`."""
         return ClassifierGuidance(gradient, timesteps, self._levels[:-1], self.config.prediction_type, self.solver.clip)
 
+
+class _OfThread(threading.local):
+    """What a thread's last calls leave behind."""
+
+    def __init__(self) -> None:
+        self.evaluations: WeakKeyDictionary[Sampler, Tensor] = WeakKeyDictionary()
+
+
+_of_thread = _OfThread()
 
 _NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
 

@@ -9,6 +9,7 @@ from ..ops.measured import is_faster_in_cpp
 from .captured import Captured
 from .compiled import Compiled
 from .eager import Eager
+from .inference import inference
 from .network import Network
 from .run import OneStep, Run, State, Update
 
@@ -21,6 +22,7 @@ __all__ = [
     "State",
     "Update",
     "fastest_engine",
+    "inference",
     "make_engine",
     "select_engine",
 ]

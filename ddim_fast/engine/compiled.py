@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend
 
 from ..files import cache_folder
 from .eager import Eager
@@ -21,7 +23,8 @@ __all__ = ["Compiled"]
 class Compiled(Eager):
     """One compilation for each signature of a run, and one for its steps that use deep features again, without graph breaks and
     for fixed shapes; should another become necessary later, that is an error and not a silent pause. Compiled code is kept on
-    disk, in the user's cache folder unless TORCHINDUCTOR_CACHE_DIR names another, so that the next process starts sooner."""
+    disk, in the user's cache folder unless TORCHINDUCTOR_CACHE_DIR names another, so that the next process starts sooner.
+    Threads compile in turns, and run what is compiled side by side."""
 
     one_size = True
 
@@ -29,6 +32,7 @@ class Compiled(Eager):
         super().__init__(one_step)
         _keep_compiled_code()
         self._compiled: dict[tuple, Callable[..., Any]] = {}
+        self._compiling = threading.Lock()
 
     def step(self, state: State, run: Run, index: Tensor, deep: Deep | None) -> Outcome:
         if run.correction is None:
@@ -38,11 +42,14 @@ class Compiled(Eager):
 
     def _call(self, function: Callable[..., Any], x: State | Tensor, run: Run, index: Tensor, deep: Deep | None) -> Any:
         key = (run.signature, deep is None, function is self.one_step, torch.is_inference_mode_enabled())
-        first = key not in self._compiled
-        if first:
-            self._compiled[key] = self._compile(function)
-        with torch.compiler.set_stance("default" if first else "fail_on_recompile"):
-            return self._compiled[key](x, run, index, deep)
+        if key not in self._compiled:
+            with self._compiling:
+                if key not in self._compiled:
+                    compiled = self._compile(function)
+                    result = compiled(x, run, index, deep)
+                    self._compiled[key] = compiled  # not before the call that compiles it: another thread's would, too
+                    return result
+        return self._compiled[key](x, run, index, deep)
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the one step, to be compiled for what it is first called with."""
@@ -53,9 +60,23 @@ class Compiled(Eager):
         # torch.compile keeps what it compiled with a function's code, and gives up after a few times. Code of its own for each
         # signature, then, so that samplers and batch sizes do not count as recompilations of each other.
         own = types.FunctionType(sampling_step.__code__.replace(), sampling_step.__globals__, closure=sampling_step.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=_once())
+
+
+def _once() -> Callable[..., Any]:
+    """Inductor, for a single compilation. torch.compiler.set_stance("fail_on_recompile") says this to the whole process: to other
+    threads, and to functions that are not ours."""
+    graphs = 0
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        if graphs > 1:
+            raise RuntimeError("the step of this sampler would be recompiled: something of it changed after its first run")
         # Where TORCHINDUCTOR_MAX_AUTOTUNE=1 has it tuned, which takes minutes, no table on the terminal for each operator.
-        options = {"autotune_num_choices_displayed": 0}
-        return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+        return lookup_backend("inductor")(graph, inputs, config_patches={"autotune_num_choices_displayed": 0})
+
+    return inductor
 
 
 def _keep_compiled_code() -> None:

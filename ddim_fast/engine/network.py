@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..devices import bf16_is_fast, keep_memory
 from ..models.quantisation import quantise
 from ..models.unet import UNet
+from .inference import inference
 
 __all__ = ["Conditions", "Network", "labelled"]
 
@@ -45,7 +46,8 @@ class Network:
         elif dtype != torch.float32:
             _warn_if_slow(dtype, next(model.parameters()).device)
         options = {"batch_invariant": batch_invariant} if isinstance(model, UNet) else {}
-        self._model = model.for_inference(dtype, **options) if self._converts else model
+        with inference():
+            self._model = model.for_inference(dtype, **options) if self._converts else model
         self._dtype = dtype
         self._autocast = dtype != torch.float32 and not self._converts
         self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise_reusing")

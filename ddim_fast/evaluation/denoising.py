@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
+from ..engine import inference
 from ..models.unet import UNet
 from ..ops.noise import seeded_noise
 
@@ -24,7 +25,7 @@ def spread_timesteps(count: int, total: int) -> Tensor:
     return timesteps
 
 
-@torch.no_grad()
+@inference()
 def denoising_error(
     network: UNet, images: Tensor, labels: Tensor | None, timesteps: Tensor, seeds: Sequence[int], batch_size: int = 64
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine import inference
 from ..files import naming
 from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
@@ -38,7 +39,7 @@ class FeatureNetwork(nn.Module):
         self.network, self.name, self.features, self.size = network.eval(), name, features, size
         self.requires_grad_(False)
 
-    @torch.no_grad()
+    @inference()
     def forward(self, pictures: Tensor) -> Tensor:
         """The features of (N, C, H, W) uint8 pictures, grey or RGB: (N, features) float32."""
         device = next(self.network.parameters()).device

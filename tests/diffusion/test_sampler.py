@@ -4,6 +4,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
+from ddim_fast.diffusion.operators import Blur
 from ddim_fast.ops import native
 from ddim_fast.ops.noise import INITIAL_NOISE
 
@@ -290,3 +291,37 @@ def test_bfloat16_is_near_float32_and_repeats_itself(engine, small_unet):
     assert images.dtype == torch.float32
     assert (images - exact).square().mean().sqrt() < 0.03 * exact.square().mean().sqrt()
     assert torch.equal(sampler.sample(**options), images)
+
+
+@pytest.mark.parametrize(
+    "dtype,options",
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (torch.bfloat16, {"reuse": 2}),
+        (torch.bfloat16, {"tolerance": 0.1}),
+        (torch.float16, {"dtype": torch.bfloat16}),
+    ],
+)
+def test_a_samplers_precision_is_its_own(dtype, options, small_unet):
+    """Whatever torch.autocast is around its making, its calls, or each step of a trajectory."""
+
+    def results(sampler):
+        yield sampler.sample(seeds=[0, 1], labels=3, guidance=2.0)
+        if sampler.tolerance is None:
+            yield from (state.x for state in sampler.trajectory(seeds=[0], labels=1))
+            yield sampler.encode(images)
+            yield sampler.restore(measurement, blur, seeds=[0, 1])
+
+    images, blur = torch.rand(2, 3, 16, 16), Blur((16, 16), 1.0)
+    measurement = blur(images)
+    options = {"steps": 2} | options
+    expected = [*results(Sampler(small_unet, **options))]
+    with torch.autocast("cpu", dtype):
+        sampler = Sampler(small_unet, **options)
+        found = []
+        for result in results(sampler):
+            assert torch.is_autocast_enabled("cpu")
+            found.append(result)
+    for result, other in zip(found, expected, strict=True):
+        assert result.dtype == torch.float32 and torch.equal(result, other)
