@@ -19,11 +19,18 @@ __all__ = ["check_channels", "image_format", "image_grid", "save_gif", "save_ima
 
 
 def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
-    """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8 on the host, values outside clipped."""
-    if isinstance(images, np.ndarray):
-        pixels = ((images.astype(np.float32).clip(-1, 1) + 1) * np.float32(127.5)).round().astype(np.uint8)
+    """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8 on the host, values outside clipped.
+
+    Raises:
+        ValueError: a number is infinite or none, as where a network overflows in float16.
+    """
+    floats = images.astype(np.float32) if isinstance(images, np.ndarray) else images.detach().float()
+    if not (abs(floats) < np.inf).all():
+        raise ValueError("the images are not finite; try --dtype float32")
+    if isinstance(floats, np.ndarray):
+        pixels = ((floats.clip(-1, 1) + 1) * np.float32(127.5)).round().astype(np.uint8)
     else:
-        pixels = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).round().byte().cpu().numpy()
+        pixels = (floats.clamp(-1, 1) + 1).mul(127.5).round().byte().cpu().numpy()
     return np.moveaxis(pixels, -3, -1)
 
 

@@ -11,6 +11,15 @@ def test_to_uint8_rounds_and_clips():
     assert to_uint8(values)[:, :, 0].tolist() == [[0, 0, 128, 255, 255, 191]]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.tensor, lambda values: np.array(values, np.float16)])
+def test_numbers_that_are_none_make_no_picture(kind, number):
+    """A network that overflows in float16 shows itself so; as bytes they would be black."""
+    for make in (to_uint8, lambda image: image_grid(image[None])):
+        with pytest.raises(ValueError, match="the images are not finite; try --dtype float32"):
+            make(kind([[[0.0, number]]]))
+
+
 def test_uint8_images_come_back_exactly():
     pixels = torch.arange(256, dtype=torch.float32)
     assert to_uint8((pixels / 127.5 - 1).view(1, 16, 16)).ravel().tolist() == list(range(256))

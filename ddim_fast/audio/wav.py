@@ -15,7 +15,13 @@ __all__ = ["is_whole_wav", "read_wav", "to_int16", "write_wav"]
 
 
 def to_int16(waves: np.ndarray) -> np.ndarray:
-    """Floating-point samples in [-1, 1] -> int16, values outside clipped."""
+    """Floating-point samples in [-1, 1] -> int16, values outside clipped.
+
+    Raises:
+        ValueError: a number is infinite or none.
+    """
+    if not np.isfinite(waves).all():
+        raise ValueError("the sounds are not finite; try --dtype float32")
     return (waves.clip(-1, 1) * 32767).round().astype(np.int16)
 
 

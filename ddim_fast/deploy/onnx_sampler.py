@@ -38,8 +38,8 @@ class OnnxSampler:
     """:class:`ddim_fast.Sampler` without torch: the same seeds give the same images, but for rounding.
 
     With the settings it was exported with, an export's whole sampler is one call of ONNX Runtime. With others, or when somebody
-    watches the steps, the exported network is called once a step. Threads may share a sampler: their calls of ONNX Runtime, which
-    uses all cores for each, take turns.
+    watches the steps, the exported network is called once a step. Threads may share a sampler: their calls of ONNX Runtime take
+    turns, each on all cores.
 
     Args:
         model: a folder written by ``python -m ddim_fast.export --to onnx``; or a packaged model or a checkpoint, which is

@@ -64,8 +64,8 @@ class Compiled(Eager):
 
 
 def _once() -> Callable[..., Any]:
-    """Inductor, for a single compilation. torch.compiler.set_stance("fail_on_recompile") says this to the whole process: to other
-    threads, and to functions that are not ours."""
+    """Inductor, for a single compilation. torch.compiler.set_stance("fail_on_recompile") would forbid a second one to the whole
+    process: to other threads, and to functions that are not ours."""
     graphs = 0
 
     def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

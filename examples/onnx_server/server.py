@@ -73,7 +73,7 @@ class Worker:
         if count > self.batch:
             raise HTTPException(413, f"{count} images are more than {self.batch}, the most of one request")
         try:  # what the sampler itself would refuse, before it waits
-            self.sampler.trajectory(seeds=request.seeds, labels=request.label)
+            self.sampler.check(seeds=request.seeds, labels=request.label)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
         if self.images + count > self.queue:
@@ -156,7 +156,11 @@ def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance
     @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def images(request: Images) -> Response:
         """The images side by side, as one PNG."""
-        grid = image_grid(await app.state.worker.sample(request), gap=0)
+        sampled = await app.state.worker.sample(request)
+        try:
+            grid = image_grid(sampled, gap=0)
+        except ValueError as error:  # the network overflowed
+            raise HTTPException(500, str(error)) from None
         buffer = io.BytesIO()
         Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid).save(buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png")

@@ -168,13 +168,13 @@ def test_a_provider_that_does_not_start_gives_way_unless_it_was_asked_for(export
 @pytest.mark.parametrize("asked,threads", [("1", 1), ("1,4", 1), ("", None), ("many", None)])
 def test_threads_are_as_many_as_omp_num_threads_says(asked, threads, export_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    options = []
-    monkeypatch.setattr(
-        "ddim_fast.deploy.session.onnxruntime.InferenceSession",
-        lambda path, given, _make=onnxruntime.InferenceSession, **settings: (
-            options.append(given) or _make(path, given, **settings)
-        ),
-    )
+    options, make = [], onnxruntime.InferenceSession
+
+    def session(path, given, **settings):
+        options.append(given)
+        return make(path, given, **settings)
+
+    monkeypatch.setattr("ddim_fast.deploy.session.onnxruntime.InferenceSession", session)
     OnnxSampler(export_folder, provider="cpu").load()
     assert [o.intra_op_num_threads for o in options] == [threads or len(os.sched_getaffinity(0))]
 

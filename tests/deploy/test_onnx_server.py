@@ -1,5 +1,6 @@
 """The example service, asked by a real client over the loopback interface."""
 
+import importlib.util
 import io
 import signal
 import socket
@@ -22,6 +23,15 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 SERVER = Path(__file__).parents[2] / "examples" / "onnx_server" / "server.py"
+
+
+@pytest.fixture(scope="module")
+def server_module():
+    spec = importlib.util.spec_from_file_location("onnx_server", SERVER)
+    module = sys.modules["onnx_server"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["onnx_server"]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +119,23 @@ def test_a_service_answers_refuses_and_ends(server, slow_folder):
     assert process.stderr.read() == ""
     with pytest.raises(httpx.ConnectError):
         client.get("/health")
+
+
+def test_a_network_that_overflows_is_an_error_not_a_black_picture(server_module):
+    """Only for those whose images are not finite."""
+    from fastapi.testclient import TestClient
+
+    class Overflowing:
+        provider, dtype = "CPUExecutionProvider", "float16"
+        check = staticmethod(lambda **request: None)
+
+        def sample(self, *, seeds, **request):
+            return np.stack([np.full((3, 8, 8), np.nan if seed == 7 else 0.0, np.float32) for seed in seeds])
+
+    with TestClient(server_module.make_app(Overflowing())) as client:
+        assert client.post("/images", json={"seeds": [1]}).status_code == 200
+        answer = client.post("/images", json={"seeds": [1, 7]})
+        assert answer.status_code == 500 and answer.json() == {"detail": "the images are not finite; try --dtype float32"}
 
 
 def test_a_server_without_a_model_says_so(tmp_path):
