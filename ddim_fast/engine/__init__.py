@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..ops import native
 from ..ops.measured import is_faster_in_cpp
 from .captured import Captured
-from .compiled import Compiled
+from .compiled import Compiled, why_not_compiled
 from .eager import Eager
 from .inference import inference
 from .network import Network
@@ -47,11 +49,15 @@ def select_engine(name: str, device: torch.device) -> str:
 
 def fastest_engine(device: torch.device) -> str:
     """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager, since the native operators leave
-    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled."""
-    if device.type == "cuda":
-        return "captured"
-    serves = native.module is not None and is_faster_in_cpp("conv3x3", torch.float32, "channels_last")
-    return "eager" if serves else "compiled"
+    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled. Where torch.compile does not
+    work, eager, with a warning."""
+    if device.type == "cpu" and native.module is not None and is_faster_in_cpp("conv3x3", torch.float32, "channels_last"):
+        return "eager"
+    problem = why_not_compiled(device)
+    if problem is not None:
+        warnings.warn(f"torch.compile does not work here, so what runs is slower than it could be: {problem}", stacklevel=2)
+        return "eager"
+    return "captured" if device.type == "cuda" else "compiled"
 
 
 def make_engine(name: str, one_step: OneStep) -> Engine:

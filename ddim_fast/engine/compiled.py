@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from ..files import cache_folder
 from .eager import Eager
 from .run import Deep, OneStep, Outcome, Run, State
 
-__all__ = ["Compiled"]
+__all__ = ["Compiled", "why_not_compiled"]
 
 
 class Compiled(Eager):
@@ -61,6 +62,18 @@ class Compiled(Eager):
         # signature, then, so that samplers and batch sizes do not count as recompilations of each other.
         own = types.FunctionType(sampling_step.__code__.replace(), sampling_step.__globals__, closure=sampling_step.__closure__)
         return torch.compile(own, fullgraph=True, dynamic=False, backend=_once())
+
+
+@functools.cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why torch.compile does not work on ``device``, in one line; None where it does. Compiles a sum, once, to find out: what it
+    needs, such as a C++ compiler or Triton, is its own affair."""
+    _keep_compiled_code()
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(16, device=device))
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 def _once() -> Callable[..., Any]:

@@ -260,14 +260,20 @@ def test_compiled_code_is_kept_where_it_lasts(chosen, kept, tmp_path, monkeypatc
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == kept.format(**places)
 
 
-def test_the_fastest_engine_is_one_of_them(monkeypatch):
-    assert fastest_engine(torch.device("cuda", 0)) == "captured"
+def test_the_fastest_engine_is_one_that_works_here(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr("ddim_fast.engine.why_not_compiled", lambda device: None)
+    assert fastest_engine(gpu) == "captured"
     monkeypatch.setattr(native, "module", object())
     for serves, engine in ((True, "eager"), (False, "compiled")):
         monkeypatch.setattr("ddim_fast.engine.is_faster_in_cpp", lambda *arguments, serves=serves: serves)
-        assert fastest_engine(torch.device("cpu")) == engine
+        assert fastest_engine(cpu) == engine
     monkeypatch.setattr(native, "module", None)
-    assert fastest_engine(torch.device("cpu")) == "compiled"
+    assert fastest_engine(cpu) == "compiled"
+    monkeypatch.setattr("ddim_fast.engine.why_not_compiled", lambda device: "no working C++ compiler")
+    for device in (cpu, gpu):
+        with pytest.warns(UserWarning, match="torch.compile does not work here.*: no working C"):
+            assert fastest_engine(device) == "eager"
 
 
 @pytest.mark.parametrize(
