@@ -93,7 +93,7 @@ class WaveformCodec(Codec):
     def loudness(self, images: Tensor) -> Tensor:
         config = self.config
         waves = F.pad(self._waves(images), (config.margin, config.margin))
-        window = torch.hann_window(config.n_fft, device=waves.device)
+        window = torch.hann_window(config.n_fft, dtype=waves.dtype, device=waves.device)
         squares = (waves.unfold(1, config.n_fft, config.hop) * window).square().sum(2) / window.square().sum()
         return 10 * squares.clamp(min=10 ** (config.floor_db / 10)).log10()
 

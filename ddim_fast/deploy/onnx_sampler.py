@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..diffusion.guidance import guided_steps
-from ..diffusion.request import check_request
+from ..diffusion.request import check_batch_size, check_request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
@@ -19,6 +19,7 @@ from ..diffusion.trajectory import SamplerState
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
 from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
+from ..scalars import plain
 from .cache import ready_export
 from .folder import SAMPLER, UNET, ExportFolder
 from .session import Session, pick_provider
@@ -90,7 +91,8 @@ class OnnxSampler:
         given = {"steps": steps, "eta": eta, "spacing": spacing, "solver": solver, "clip": clip_sample_range}
         exported = self.folder.settings
         chosen = {
-            name: exported[name] if isinstance(value, str) and value == AS_EXPORTED else value for name, value in given.items()
+            name: exported[name] if isinstance(value, str) and value == AS_EXPORTED else plain(value)
+            for name, value in given.items()
         }
         if not isinstance(chosen["spacing"], str):
             chosen |= {"spacing": [int(t) for t in chosen["spacing"]], "steps": None}
@@ -124,8 +126,7 @@ class OnnxSampler:
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        batch_size = check_batch_size(batch_size)
         request = self._request(seeds, x_T, labels, guidance, guidance_interval)
         images = np.empty((len(request.seeds), *self.config.image_shape), np.float32)
         for start in range(0, len(images), batch_size):
@@ -215,7 +216,7 @@ class OnnxSampler:
         self, seeds: Any, x_T: Any, labels: Any, guidance: float | None, guidance_interval: Sequence[int] | None
     ) -> _Request:
         """What is asked for, checked."""
-        x_T = None if x_T is None else np.ascontiguousarray(x_T, np.float32)
+        x_T = None if x_T is None else _as_array(x_T)
         checked = check_request(
             self.config,
             stochastic=self.solver.stochastic,
@@ -230,6 +231,15 @@ class OnnxSampler:
             labels = np.full(checked.count, classes, np.int64)
         seeds = np.array([0] * checked.count if checked.seeds is None else checked.seeds, np.int64)
         return _Request(seeds, x_T, labels, checked.guidance, checked.guidance_interval)
+
+
+def _as_array(x_T: Any) -> np.ndarray:
+    """Noise given as an array, or as a tensor by a program that has torch after all."""
+    x_T = x_T.detach().float().cpu() if hasattr(x_T, "detach") else x_T
+    try:
+        return np.ascontiguousarray(x_T, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"x_T is an array of numbers; got {type(x_T).__name__}") from None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ many steps as the sampler has, where there are so many timesteps; of listed or a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..scalars import is_finite, plain
 from .sampler import Sampler
+from .tensor_request import as_tensor
 
 __all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
 
@@ -25,7 +26,8 @@ def start_timestep(strength: float, num_train_timesteps: int) -> int | None:
     Raises:
         ValueError: the strength does not lie in [0, 1].
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+    strength = plain(strength)
+    if not is_finite(strength) or not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1]; got {strength!r}")
     steps = round(strength * num_train_timesteps)
     return steps - 1 if steps else None
@@ -57,7 +59,7 @@ def sdedit(
     """
     part = _part(sampler, strength)
     if part is None:
-        return images
+        return as_tensor(images)
     noisy = part.noised(images, seeds)
     x_T = None if strength == 1 else noisy  # sampling starts from noise alone, though a trace of the image is left there
     return part.sample(x_T=x_T, seeds=seeds, labels=labels, guidance=guidance, batch_size=batch_size)
@@ -161,11 +163,12 @@ def move_along(
     Raises:
         ValueError: as for :func:`swap_class`, the direction is of another shape, or the amount is no finite number.
     """
-    part = _part(sampler, strength)
+    part, direction = _part(sampler, strength), as_tensor(direction)
     if direction.shape != sampler.config.image_shape:
         raise ValueError(f"the direction must be of shape {sampler.config.image_shape}; got {tuple(direction.shape)}")
-    if not math.isfinite(amount):
-        raise ValueError(f"amount must be a finite number; got {amount}")
+    amount = plain(amount)
+    if not is_finite(amount):
+        raise ValueError(f"amount must be a finite number; got {amount!r}")
     latents = _encode(part, images, labels=labels, exact=exact, batch_size=batch_size)
     moved = latents + amount * direction.to(latents)
     return _decode(part, moved, labels=labels, guidance=guidance, batch_size=batch_size)
@@ -178,7 +181,7 @@ def _part(sampler: Sampler, strength: float) -> Sampler | None:
 
 
 def _encode(part: Sampler | None, images: Tensor, **request) -> Tensor:
-    return images if part is None else part.encode(images, **request)
+    return as_tensor(images) if part is None else part.encode(images, **request)
 
 
 def _decode(part: Sampler | None, latents: Tensor, **request) -> Tensor:

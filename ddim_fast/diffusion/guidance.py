@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..scalars import is_finite, is_whole, plain
 from .schedule import NoiseSchedule
 from .step import Array, step_coefficients
 
@@ -40,9 +41,10 @@ def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False
     Raises:
         ValueError: it is not a finite number, or there are no labels to guide towards.
     """
-    if guidance is None or guidance == 1:
+    guidance = plain(guidance)
+    if guidance is None or (is_finite(guidance) and guidance == 1):
         return None
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float, np.number)) or not math.isfinite(guidance):
+    if not is_finite(guidance):
         raise ValueError(f"guidance must be a finite number; got {guidance!r}")
     if labels is None and not with_guide:
         raise ValueError(f"guidance {guidance} needs class labels to guide towards")
@@ -75,15 +77,14 @@ def check_interval(interval: Sequence[int] | None, guidance: float | None, num_t
     """
     if interval is None:
         return None
-    numbers = list(interval) if isinstance(interval, Sequence) else []
-    whole = all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in numbers)
-    if len(numbers) != 2 or not whole or not 0 <= numbers[0] <= numbers[1] < num_train_timesteps:
+    numbers = [plain(t) for t in interval] if isinstance(interval, Sequence) or hasattr(interval, "tolist") else []
+    if len(numbers) != 2 or not all(map(is_whole, numbers)) or not 0 <= numbers[0] <= numbers[1] < num_train_timesteps:
         raise ValueError(
             f"guidance_interval is two timesteps, the lower one first, from 0 to {num_train_timesteps - 1}; got {interval!r}"
         )
     if guidance is None:
         raise ValueError("guidance_interval limits guidance; give its scale, guidance, as well")
-    return int(numbers[0]), int(numbers[1])
+    return numbers[0], numbers[1]
 
 
 def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, int] | None) -> Array:
@@ -150,7 +151,7 @@ class ClassifierGuidance:
             # With no signal x_t says nothing of the condition: the gradient is zero, and no output stands for another epsilon.
             shift = -math.sqrt(1 - level) / eps_from_output if level > 0 else 0.0
             rows.append((from_sample, from_output, shift))
-        self._table = torch.tensor(rows, device=timesteps.device)
+        self._table = torch.tensor(rows, dtype=torch.float32, device=timesteps.device)
 
     def __call__(self, x: Tensor, output: Tensor, index: Tensor) -> Tensor:
         """The output of step ``index``, () int64 beside it, at x: all (N, C, H, W) float32.

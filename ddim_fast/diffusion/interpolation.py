@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .tensor_request import as_tensor
+
 __all__ = ["between_all", "slerp", "slerp_grid"]
 
 
@@ -26,6 +28,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
+    a, b, t = map(as_tensor, (a, b, t))
     if a.shape != b.shape:
         raise ValueError(f"there is no way from noise of shape {tuple(a.shape)} to {tuple(b.shape)}")
     x, y = a.double(), b.double()
@@ -48,7 +51,7 @@ def between_all(points: Tensor, factor: int) -> Tensor:
     Returns:
         ((N - 1) (factor - 1), ...), without the points themselves.
     """
-    t = torch.linspace(0, 1, factor + 1)[1:-1]
+    t = torch.linspace(0, 1, factor + 1, dtype=torch.float32)[1:-1]
     return torch.cat([slerp(a, b, t) for a, b in itertools.pairwise(points)])
 
 
@@ -61,6 +64,6 @@ def slerp_grid(corners: Tensor, rows: int, columns: int) -> Tensor:
     Returns:
         (rows * columns, ...), a row after the other.
     """
-    down, across = torch.linspace(0, 1, rows), torch.linspace(0, 1, columns)
+    down, across = (torch.linspace(0, 1, count, dtype=torch.float32) for count in (rows, columns))
     left, right = slerp(corners[0], corners[2], down), slerp(corners[1], corners[3], down)
     return torch.cat([slerp(a, b, across) for a, b in zip(left, right, strict=True)])

@@ -15,6 +15,7 @@ from ..models.unet import batch_invariant
 from .operators import LinearOperator
 from .restoration import Restoration
 from .sampler import Sampler
+from .tensor_request import as_tensor
 from .trajectory import SamplerState
 
 __all__ = ["LatentCodec", "LatentSampler", "LatentState"]
@@ -80,7 +81,7 @@ class LatentSampler:
         self.codec = LatentCodec(autoencoder.to(sampler.device))
         shape = sampler.config.image_shape
         try:
-            self.image_shape = tuple(self.codec.decode(torch.zeros(1, *shape, device=sampler.device)).shape[1:])
+            self.image_shape = tuple(self.codec.decode(sampler.noise([0])).shape[1:])
         except RuntimeError as error:
             raise ValueError(f"the autoencoder does not decode the network's latents, of shape {shape}: {error}") from None
 
@@ -133,7 +134,8 @@ class LatentSampler:
             ValueError: as there, or the measurement is of images of another size than the autoencoder's.
         """
         operator = operator.to(self.device)
-        seen = operator.pseudo_inverse(measurement.to(self.device, torch.float32))
+        measurement = as_tensor(measurement).to(self.device, torch.float32)
+        seen = operator.pseudo_inverse(measurement)
         if tuple(seen.shape[1:]) != self.image_shape:
             shape = tuple(seen.shape[1:])
             raise ValueError(f"the measurement is of images of shape {shape}, but the autoencoder's are {self.image_shape}")
@@ -158,15 +160,18 @@ class LatentSampler:
         Raises:
             ValueError: the images are not of ``image_shape``.
         """
+        images = as_tensor(images)
         if tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images of shape (N, {expected}); got {tuple(images.shape)}")
-        return self.codec.encode(images, batch_size) if len(images) else torch.empty(0, *self.config.image_shape)
+        return self.codec.encode(images, batch_size) if len(images) else self.sampler.noise([])
 
     @inference()
     def decode(self, latents: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
         """The images of (N, c, h, w) latents, (N, C, H, W) float32; not clipped."""
-        return self.codec.decode(latents, batch_size) if len(latents) else torch.empty(0, *self.image_shape)
+        if len(latents) == 0:
+            return torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
+        return self.codec.decode(latents, batch_size)
 
 
 @dataclass
@@ -202,7 +207,7 @@ class LatentState:
 
 
 def _per_channel(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers)[:, None, None]
+    return torch.tensor(numbers, dtype=torch.float32)[:, None, None]
 
 
 def _tensor(result: Any) -> Tensor:

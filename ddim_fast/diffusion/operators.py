@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..scalars import is_finite, is_whole, plain
+
 __all__ = ["Blur", "CompressedSensing", "Downscale", "Grey", "LinearOperator", "Mask"]
 
 # Half the steps between the 8-bit levels of [-1, 1].
@@ -84,7 +86,7 @@ class Mask(LinearOperator):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-self.known.ndim :] != self.known.shape:
-            raise ValueError(f"a mask of {_size(self.known)} pixels does not fit images of {_size(images)}")
+            raise ValueError(f"a mask of shape {tuple(self.known.shape)} does not fit images of shape {tuple(images.shape)}")
         return images * self.known
 
     def pseudo_inverse(self, measurement: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ class Downscale(LinearOperator):
 
     def __init__(self, factor: int) -> None:
         super().__init__()
-        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2:
+        factor = plain(factor)
+        if not is_whole(factor) or factor < 2:
             raise ValueError(f"a scale factor is a whole number of 2 or more; got {factor!r}")
         self.factor = factor
 
@@ -168,7 +171,8 @@ class Blur(LinearOperator):
 
     def __init__(self, size: tuple[int, int], sigma: float, smallest: float = 0.03) -> None:
         super().__init__()
-        if not sigma > 0 or not math.isfinite(sigma):
+        sigma = plain(sigma)
+        if not is_finite(sigma) or sigma <= 0:
             raise ValueError(f"the blur's sigma must be a positive number of pixels; got {sigma!r}")
         gain = 1.0
         for side, length in zip(("rows", "columns"), size, strict=True):
@@ -207,7 +211,8 @@ class CompressedSensing(LinearOperator):
         pixels = math.prod(size)
         if pixels & (pixels - 1):
             raise ValueError(f"compressed sensing needs a number of pixels that is a power of 2; got {size[0]}x{size[1]}")
-        if not 0 < ratio <= 1:
+        ratio = plain(ratio)
+        if not is_finite(ratio) or not 0 < ratio <= 1:
             raise ValueError(f"the ratio of compressed sensing must lie in (0, 1]; got {ratio!r}")
         generator = torch.Generator().manual_seed(seed)
         self.size = size

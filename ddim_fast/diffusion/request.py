@@ -9,9 +9,10 @@ import numpy as np
 
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
+from ..scalars import is_whole, plain
 from .guidance import check_guidance, check_interval
 
-__all__ = ["Checked", "check_request"]
+__all__ = ["Checked", "check_batch_size", "check_request"]
 
 
 class Checked(NamedTuple):
@@ -60,19 +61,29 @@ def check_request(
         raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
     if x_T is not None and tuple(x_T.shape[1:]) != config.image_shape:
         raise ValueError(f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}")
-    if seeds is not None and not np.ndim(seeds):
-        raise ValueError(f"seeds are a list of whole numbers, one an image; got {seeds!r}")
-    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # an array or a tensor
+    seeds = None if seeds is None else check_seeds(seeds)
     count = len(x_T if seeds is None else seeds)
     if x_T is not None and len(x_T) != count:
         raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
     return Checked(
         count,
-        None if seeds is None else check_seeds(seeds),
+        seeds,
         _check_labels(labels, count, config.num_classes),
         check_guidance(guidance, labels, with_guide),
         check_interval(guidance_interval, guidance, config.num_train_timesteps),
     )
+
+
+def check_batch_size(batch_size: int) -> int:
+    """The images a network call.
+
+    Raises:
+        ValueError: it is no whole number of 1 or more.
+    """
+    batch_size = plain(batch_size)
+    if not is_whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of 1 or more; got {batch_size!r}")
+    return batch_size
 
 
 def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarray | None:

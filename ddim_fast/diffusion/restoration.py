@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops.ddim_step import ddim_step
 from ..ops.noise import INITIAL_NOISE, seeded_noise
+from ..scalars import is_finite, is_whole, plain
 from .operators import LinearOperator
 from .step import step_coefficients
 
@@ -62,9 +63,11 @@ class TimeTravel:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("length", self.length), ("repeats", self.repeats)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for name in ("length", "repeats"):
+            value = plain(getattr(self, name))
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"time travel needs a {name} of 1 or more; got {value!r}")
+            object.__setattr__(self, name, value)
 
     def steps(self, count: int) -> Iterator[tuple[int, int]]:
         """For each step of a run over ``count`` timesteps: the number of its timestep, and that of the timestep at whose noise
@@ -106,7 +109,8 @@ def restoration(
     Raises:
         ValueError: an option is out of range.
     """
-    if not noise_std >= 0 or not math.isfinite(noise_std):
+    eta, noise_std = plain(eta), plain(noise_std)
+    if not is_finite(noise_std) or noise_std < 0:
         raise ValueError(f"noise_std must be a number of 0 or more; got {noise_std!r}")
     evaluated, rows = [], []
     levels = [float(level) for level in alphas_cumprod]

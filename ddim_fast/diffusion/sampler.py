@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine, Network, OneStep, Run, Update, inference, make_engine, select_engine
-from ..ops.noise import INITIAL_NOISE, seeded_noise
+from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
+from ..scalars import is_finite, plain
 from .controlled import solve_controlled
 from .guidance import ClassifierGuidance, Gradient, check_guide, guided_steps
 from .inversion import inverse_step, inversion
 from .operators import LinearOperator
+from .request import check_batch_size
 from .restoration import Codec, Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
 from .solvers import DDIM, make_solver
-from .tensor_request import TensorRequest
+from .tensor_request import TensorRequest, as_tensor
 from .timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from .trajectory import SamplerState
 
@@ -85,6 +87,7 @@ class Sampler:
         guide: nn.Module | None = None,
         batch_invariant: bool = True,
     ) -> None:
+        steps, eta, clip_sample_range, reuse, tolerance = map(plain, (steps, eta, clip_sample_range, reuse, tolerance))
         if tolerance is not None:
             _check_tolerance(tolerance, eta, solver, engine, reuse)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -136,6 +139,7 @@ class Sampler:
         Raises:
             ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
         """
+        timestep = plain(timestep)
         if self.tolerance is not None:
             raise ValueError("with a tolerance sampling starts from noise alone; name steps instead")
         if timestep not in self._later:
@@ -352,8 +356,8 @@ class Sampler:
             ValueError: the measurement does not fit the operator, the seeds or the network.
         """
         operator = operator.to(self.device)
-        measurement = measurement.to(self.device, torch.float32)
-        if len(measurement) != len(seeds):
+        measurement = as_tensor(measurement).to(self.device, torch.float32)
+        if len(measurement) != len(seeds := check_seeds(seeds)):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
         timesteps, table = self.restoration_steps(operator, eta=eta, noise_std=noise_std, travel=travel)
         seen = operator.pseudo_inverse(measurement)
@@ -394,9 +398,8 @@ class Sampler:
 
     def _in_batches(self, request: TensorRequest, batch_size: int, compute: Callable[[TensorRequest], Tensor]) -> Tensor:
         """What ``compute`` makes of a request, ``batch_size`` images at a time."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        images = [torch.empty(0, *self.config.image_shape, device=self.device)]
+        batch_size = check_batch_size(batch_size)
+        images = [torch.empty(0, *self.config.image_shape, dtype=torch.float32, device=self.device)]
         for start in range(0, len(request), batch_size):
             batch = request[start : start + batch_size]
             full = min(batch_size, len(request))
@@ -440,7 +443,7 @@ class Sampler:
             else:
                 conditional = self._network(x, conditions, index)
                 unconditional = self._guide(x, self._guide.conditions_each(timesteps, labels, False), index)
-            scale = torch.where(guided_steps(timesteps, guidance, interval), guidance, 1.0)
+            scale = torch.where(guided_steps(timesteps, guidance, interval), guidance, 1.0).to(x.dtype)
             return torch.lerp(unconditional, conditional, scale[:, None, None, None])
 
         x, prediction_type = self._initial(request), self.config.prediction_type
@@ -481,7 +484,7 @@ class Sampler:
             table=torch.from_numpy(table).to(device),
             steps=torch.arange(len(timesteps), device=device),
             seeds=request.seeds if self.solver.stochastic else None,
-            guidance=None if guidance is None else torch.tensor(guidance, device=device),
+            guidance=None if guidance is None else torch.tensor(guidance, dtype=torch.float32, device=device),
             guide_conditions=self._guide.conditions(on_device, labels, guided=False) if by_guide else (),
             correction=None if request.gradient is None else self._classifier_guidance(request.gradient, on_device),
             unguided=frozenset(() if guidance is None else np.flatnonzero(~guided).tolist()),
@@ -505,7 +508,7 @@ _NO_STEPS = "with a tolerance each image takes steps of its own, so there are no
 
 
 def _check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str, reuse: int) -> None:
-    if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < math.inf:
+    if not is_finite(tolerance) or tolerance <= 0:
         raise ValueError(f"tolerance must be a positive number; got {tolerance!r}")
     if engine not in ("auto", "eager"):
         raise ValueError(

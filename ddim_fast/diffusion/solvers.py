@@ -88,8 +88,8 @@ def make_solver(
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; there are {', '.join(SOLVERS)}")
-    if clip_sample_range is not None and not clip_sample_range > 0:
-        raise ValueError(f"clip_sample_range must be positive; got {clip_sample_range}")
+    if clip_sample_range is not None and (not isinstance(clip_sample_range, (int, float)) or not clip_sample_range > 0):
+        raise ValueError(f"clip_sample_range must be a positive number; got {clip_sample_range!r}")
     if check_eta(eta) != 0 and name != "ddim":
         raise ValueError(f"eta is an option of the ddim solver; {name} takes eta = 0 only (got {eta!r})")
     if name in ("dpm-solver++", "unipc") and not np.all(np.diff(alphas_cumprod) > 0):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..ops.noise import check_seeds
+from ..scalars import is_finite, plain
 from .dlpack import imported, is_foreign, like
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def fast_ddim_step(
         options = {"eta": eta, "step": step, "prediction_type": prediction_type, "clip_sample_range": clip_sample_range}
         result = fast_ddim_step(**imported(arrays, "out"), **options, guidance=guidance, out_dtype=out_dtype)
         return like(result, sample) if out is None else out
-    stochastic = check_eta(eta) != 0
+    eta = check_eta(eta)
+    stochastic = eta != 0
     if stochastic and noise is None and seeds is None:
         raise ValueError(f"eta = {eta} needs noise, or seeds to make it from")
     if clip_sample_range is not None and not clip_sample_range > 0:
@@ -163,7 +165,8 @@ def step_coefficients(
             is not looked at, because that would wait for the device.
     """
     a, b = alphas_cumprod_t, alphas_cumprod_prev
-    spread = 1.0 if check_eta(eta) == SIGMA_HAT else eta
+    eta = check_eta(eta)
+    spread = 1.0 if eta == SIGMA_HAT else eta
     _check_levels(a, b, eta)
     reading = _reading(a, prediction_type)
     if spread == 0:
@@ -216,7 +219,8 @@ def check_eta(eta: float | str) -> float | str:
     Raises:
         ValueError: it is neither.
     """
-    if eta != SIGMA_HAT and (isinstance(eta, (str, bool)) or not 0 <= eta <= 1):
+    eta = plain(eta)
+    if eta != SIGMA_HAT and (not is_finite(eta) or not 0 <= eta <= 1):
         raise ValueError(f"eta must lie in [0, 1] or be {SIGMA_HAT!r}; got {eta!r}")
     return eta
 

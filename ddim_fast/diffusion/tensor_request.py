@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from .request import check_request
 if TYPE_CHECKING:
     from .sampler import Sampler
 
-__all__ = ["TensorRequest"]
+__all__ = ["TensorRequest", "as_tensor"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TensorRequest:
     ) -> TensorRequest:
         """The arguments of :meth:`ddim_fast.Sampler.sample`, and its errors."""
         device = sampler.device
+        x_T = None if x_T is None else as_tensor(x_T)
         if gradient is not None and sampler.runs_whole:
             raise ValueError(
                 "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
@@ -85,6 +87,20 @@ class TensorRequest:
     def _map(self, f: Callable[[Tensor], Tensor]) -> TensorRequest:
         tensors = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
         return dataclasses.replace(self, **{name: f(t) for name, t in tensors.items() if t is not None})
+
+
+def as_tensor(images: Any) -> Tensor:
+    """Images, noise or measurements, given as a tensor or as an array.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    if isinstance(images, Tensor):
+        return images
+    try:
+        return torch.from_numpy(np.array(images, np.float32))  # a copy: an array that can only be read makes no tensor
+    except (TypeError, ValueError):
+        raise ValueError(f"images and noise are tensors or arrays of numbers; got {type(images).__name__}") from None
 
 
 def _in_plain_layout(x_T: Tensor) -> Tensor:

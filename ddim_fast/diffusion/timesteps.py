@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..scalars import is_whole, plain
 from .schedule import NoiseSchedule
 
 __all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "select_timesteps"]
@@ -50,8 +51,9 @@ def select_timesteps(
         ValueError: there is no such spacing, or S is impossible for it, or the list is not one of distinct timesteps.
     """
     total = schedule.num_train_timesteps
+    steps, start = plain(steps), plain(start)
     if start is not None:
-        if not isinstance(start, (int, np.integer)) or not 0 <= start < total:
+        if not is_whole(start) or not 0 <= start < total:
             raise ValueError(f"start must be a timestep from 0 to {total - 1}; got {start!r}")
         if isinstance(spacing, str):
             return select_timesteps(NoiseSchedule(schedule.betas[: start + 1]), steps, spacing)
@@ -64,7 +66,7 @@ def select_timesteps(
         )
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join((*SPACINGS, ADAPTIVE))}")
-    if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+    if not is_whole(steps) or not 1 <= steps <= total:
         raise ValueError(f"steps must be a whole number from 1 to {total}, the number of training timesteps; got {steps!r}")
     if spacing.startswith("ermongroup"):
         return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)

@@ -49,8 +49,8 @@ def select_engine(name: str, device: torch.device) -> str:
 
 def fastest_engine(device: torch.device) -> str:
     """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager, since the native operators leave
-    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled. Where torch.compile does not
-    work, eager, with a warning."""
+    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled. Where torch.compile does
+    not work it is eager, with a warning."""
     if device.type == "cpu" and native.module is not None and is_faster_in_cpp("conv3x3", torch.float32, "channels_last"):
         return "eager"
     problem = why_not_compiled(device)

@@ -66,8 +66,8 @@ class Compiled(Eager):
 
 @functools.cache
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why torch.compile does not work on ``device``, in one line; None where it does. Compiles a sum, once, to find out: what it
-    needs, such as a C++ compiler or Triton, is its own affair."""
+    """Why torch.compile does not work on ``device``, in one line; None where it does. Compiles a sum, once, to find out:
+    whether there is a C++ compiler, or Triton, that serves, only torch knows."""
     _keep_compiled_code()
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(16, device=device))

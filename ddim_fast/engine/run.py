@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..scalars import is_whole
 from .network import Conditions, Network, labelled
 
 __all__ = ["Deep", "OneStep", "Outcome", "Run", "State", "Update"]
@@ -105,7 +106,7 @@ class OneStep:
     """
 
     def __init__(self, network: Network, update: Update, reuse: int = 1, guide: Network | None = None) -> None:
-        if not isinstance(reuse, int) or isinstance(reuse, bool) or reuse < 1:
+        if not is_whole(reuse) or reuse < 1:
             raise ValueError(f"reuse must be a whole number of steps, 1 or more; got {reuse!r}")
         if reuse > 1 and not network.can_reuse:
             raise ValueError(

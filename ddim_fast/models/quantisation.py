@@ -81,7 +81,7 @@ def _quantise(module: Conv3x3, seen: _Seen) -> float:
 def _best_limits(values: Tensor) -> Tensor:
     """For (16, M) magnitudes, the limits that round them to 8 bits with the least squared error."""
     largest = values.amax(1).clamp(min=1e-6)
-    shares = torch.linspace(0.3, 1.0, 15)
+    shares = torch.linspace(0.3, 1.0, 15, dtype=torch.float32)
     errors = []
     for share in shares:
         step = (share * largest / 127)[:, None]

@@ -130,7 +130,8 @@ def conv3x3_components(x: Tensor, *, upsample: bool = False) -> Tensor:
     """
     if upsample:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    transform = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], device=x.device)
+    rows = [[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]
+    transform = torch.tensor(rows, dtype=torch.float32, device=x.device)
     height, width = x.shape[2:]
     tiles = F.pad(x.float(), (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
     return torch.einsum("ia,nchwab,jb->ijnchw", transform, tiles, transform).flatten(2).flatten(0, 1)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..scalars import is_whole, plain
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -89,15 +91,19 @@ def seeded_noise_numpy(seeds: np.ndarray | Sequence[int], step: int, shape: Sequ
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """``seeds`` themselves, as Python's integers.
+    """``seeds``, a list, an array or a tensor, as Python's integers.
 
     Raises:
-        ValueError: one is not a whole number in [0, 2^63).
+        ValueError: it is no list, or one is not a whole number in [0, 2^63).
     """
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+    try:
+        checked = [plain(seed) for seed in (seeds.tolist() if hasattr(seeds, "tolist") else seeds)]
+    except TypeError:
+        raise ValueError(f"seeds are a list of whole numbers, one an image; got {seeds!r}") from None
+    for seed in checked:
+        if not is_whole(seed) or not 0 <= seed < 2**63:
             raise ValueError(f"a seed is a whole number from 0 to 2^63 - 1; got {seed!r}")
-    return [int(seed) for seed in seeds]
+    return checked
 
 
 def seeded_words(seeds: Any, block: Any, step: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ def latent_space(codec: LatentCodec, size: int | None) -> tuple[tuple[int, int, 
         ValueError: the config has none.
     """
     config = codec.autoencoder.config
-    factor = codec.decode(torch.zeros(1, config.latent_channels, 8, 8)).shape[-1] // 8
+    factor = codec.decode(torch.zeros(1, config.latent_channels, 8, 8, dtype=torch.float32)).shape[-1] // 8
     if size is None:
         if getattr(config, "sample_size", None) is None:
             raise ValueError(f"the autoencoder names no size of images: give --set sample_size=N for images of {factor} * N")

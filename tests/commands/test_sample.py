@@ -55,12 +55,12 @@ def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fas
 
 def test_without_a_compiler_the_fastest_execution_is_a_slower_one(checkpoint, tmp_path):
     """Where torch.compile would serve, because the native operators do not."""
-    command = [sys.executable, "-m", "ddim_fast.sample", "--model", checkpoint, "--compile", "--steps", 2, "--seeds", 0]
+    out = tmp_path / "out"
+    options = ["--model", checkpoint, "--compile", "--steps", 2, "--seeds", 0, "--out", out]
+    command = [sys.executable, "-m", "ddim_fast.sample", *map(str, options)]
     missing = {"DDIM_FAST_CPU": "baseline", "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*map(str, command), "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120, env=os.environ | missing
-    )
-    assert done.returncode == 0 and (tmp_path / "out" / "000000.png").exists(), done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | missing)
+    assert done.returncode == 0 and (out / "000000.png").exists(), done.stderr
     assert "torch.compile does not work here" in done.stderr and "No working C++ compiler" in done.stderr
 
 

@@ -4,7 +4,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
-from ddim_fast.diffusion.operators import Blur
+from ddim_fast.diffusion.editing import move_along, sdedit
+from ddim_fast.diffusion.interpolation import slerp
+from ddim_fast.diffusion.operators import Blur, CompressedSensing, Downscale, Grey
+from ddim_fast.diffusion.restoration import TimeTravel
 from ddim_fast.ops import native
 from ddim_fast.ops.noise import INITIAL_NOISE
 
@@ -154,8 +157,59 @@ def test_timesteps_seeds_and_scales_may_be_arrays(fake_network):
     expected = sampler.sample(seeds=[0, 1], labels=[1, 2], guidance=2.0)
     for seeds, guidance in ((torch.arange(2), np.float32(2)), (np.arange(2), 2)):
         assert torch.equal(sampler.sample(seeds=seeds, labels=[1, 2], guidance=guidance), expected)
-    with pytest.raises(ValueError, match="seeds are a list of whole numbers, one an image; got 3"):
-        sampler.sample(seeds=3)
+    for one in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"seeds are a list of whole numbers, one an image; got .*3"):
+            sampler.sample(seeds=one)
+
+
+@pytest.mark.parametrize(
+    "whole,scalar",
+    [(np.int32, np.float32), (np.array, np.array), (torch.tensor, torch.tensor), (np.uint8, lambda x: np.array(x, np.float16))],
+)
+def test_numbers_may_be_those_of_numpy_and_torch(whole, scalar, fake_network):
+    """Whatever takes a number takes a scalar of numpy's, or an array or a tensor without dimensions."""
+    network, grey, half = fake_network(num_classes=4), Grey(3), 0.5
+
+    def results(whole, scalar):
+        images = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
+        sampler = Sampler(network, steps=whole(4), eta=scalar(half), clip_sample_range=scalar(half), reuse=whole(1))
+        guided = {"labels": whole(1), "guidance": scalar(half), "guidance_interval": (whole(100), whole(200))}
+        yield sampler.sample(seeds=[whole(0), whole(1)], batch_size=whole(1), **guided)
+        yield sampler.starting_at(whole(200)).sample(seeds=[0], labels=[whole(2)])
+        yield Sampler(network, tolerance=scalar(half)).sample(seeds=[0])
+        yield Sampler(network, steps=None, spacing=[whole(200), whole(0)]).sample(seeds=[0])
+        travel = TimeTravel(whole(1), whole(2))
+        options = {"eta": scalar(half), "noise_std": scalar(half), "travel": travel}
+        yield sampler.restore(grey(images), grey, seeds=[whole(1), whole(2)], **options)
+        for operator in (Downscale(whole(2)), Blur((8, 8), scalar(half)), CompressedSensing((8, 8), scalar(half))):
+            yield operator(images)
+        plain = Sampler(network, steps=4)
+        yield sdedit(plain, images, scalar(half), seeds=[0, 1])
+        yield move_along(plain, images, images[0], scalar(half), strength=scalar(half))
+
+    python = results(lambda number: number, lambda number: number)
+    for found, expected in zip(results(whole, scalar), python, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.double])
+def test_images_and_noise_may_be_arrays(convert, fake_network):
+    sampler, grey, x = Sampler(fake_network(), steps=2), Grey(3), torch.randn(2, *SHAPE)
+    calls = (
+        lambda x: sampler.sample(x_T=x),
+        lambda x: [*sampler.trajectory(x_T=x)][-1].x,
+        sampler.encode,
+        lambda x: sampler.noised(x, [0, 1]),
+        lambda x: sdedit(sampler, x, 0.0, seeds=[0, 1]).float(),
+        lambda x: move_along(sampler, x, x[0]),
+        lambda x: slerp(x[0], x[1], [0.0, 0.5]).float(),
+    )
+    for call in calls:
+        assert torch.equal(call(convert(x)), call(x))
+    assert torch.equal(sampler.restore(convert(grey(x)), grey, seeds=[0, 1]), sampler.restore(grey(x), grey, seeds=[0, 1]))
+    for wrong in ("noise", [["a"]], object()):
+        with pytest.raises(ValueError, match="images and noise are tensors or arrays of numbers; got"):
+            sampler.sample(x_T=wrong)
 
 
 def test_x0_is_the_prediction_at_the_timestep(fake_network):
@@ -206,7 +260,9 @@ def test_guidance_is_the_extrapolation_of_two_evaluations(fake_network):
         ({"solver": "euler"}, "unknown solver 'euler'"),
         ({"engine": "warp"}, "unknown engine 'warp'"),
         ({"spacing": "ermongroup-quad", "steps": 100, "solver": "dpm-solver++"}, "without repeats"),
-        ({"clip_sample_range": -1.0}, "clip_sample_range must be positive"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range must be a positive number"),
+        ({"clip_sample_range": "1"}, "clip_sample_range must be a positive number"),
+        ({"steps": True}, "steps must be"),
         ({"dtype": torch.int16}, "dtype must be"),
     ],
 )
