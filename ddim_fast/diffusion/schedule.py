@@ -120,9 +120,20 @@ class NoiseSchedule:
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """The schedule shifted and scaled so that nothing of the image is left at t = T - 1 (Lin et al. 2024, algorithm 1).
 
-        Needs a network that predicts v or the sample: from pure noise, epsilon says nothing about the image."""
+        Needs a network that predicts v or the sample: from pure noise, epsilon says nothing about the image.
+
+        Raises:
+            ValueError: the signal does not fall from timestep to timestep, so that there is nothing to scale.
+        """
         root = np.sqrt(self.alphas_cumprod.astype(np.float32))
         root_first, root_last = root[0], root[-1]
+        if np.any(root[:-1] <= root_last):
+            raise ValueError(
+                "zero terminal SNR needs a schedule whose alphas_cumprod falls, and is above its last value, at all timesteps "
+                f"before that; got {self.alphas_cumprod[0]:g} to {self.alphas_cumprod[-1]:g} in {len(root)} timesteps"
+            )
+        if len(root) < 2:
+            raise ValueError("zero terminal SNR needs 2 timesteps or more; got 1")
         root = (root - root_last) * (root_first / (root_first - root_last))
         bar = root**2
         alphas = np.concatenate([bar[:1], bar[1:] / bar[:-1]])

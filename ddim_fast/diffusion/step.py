@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ..ops.dispatch import is_observed
 from ..ops.noise import check_seeds
 from ..scalars import is_finite, plain
 from .dlpack import imported, is_foreign, like
@@ -30,6 +31,9 @@ __all__ = [
 Array: TypeAlias = Any
 
 SIGMA_HAT = "sigma-hat"
+
+# So small a share of signal is none: divided by its root, the numbers of a sample come near the largest of float32.
+_NO_SIGNAL = 1e-60
 
 
 def fast_ddim_step(
@@ -81,7 +85,8 @@ def fast_ddim_step(
         it is the array of numpy or torch that was computed, which they can take in turn.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, a value is out of range, noise is missing, or an array cannot be shared.
+        ValueError: shapes, dtypes or devices differ, a value is out of range, noise is missing, the prediction says nothing of
+            the image or of epsilon at this noise level (on a GPU that gives NaN), or an array cannot be shared.
     """
     arrays = {
         "sample": sample,
@@ -112,6 +117,7 @@ def fast_ddim_step(
 
         as_level, as_seeds = _level, _seeds
     a, b = (as_level(value, sample) for value in (alphas_cumprod_t, alphas_cumprod_prev))
+    _check_each(a, b, eta, prediction_type)
     return ddim_step(
         sample,
         model_output,
@@ -248,6 +254,27 @@ def _numpy_level(value: float | np.ndarray, sample: np.ndarray) -> float | np.nd
     return level.reshape(-1, *[1] * (sample.ndim - 1))
 
 
+def _check_each(a: Any, b: Any, eta: float | str, prediction_type: str) -> None:
+    """Raises what :func:`step_coefficients` finds wrong with each of several levels, where looking waits for nothing."""
+    if isinstance(a, float) and isinstance(b, float):
+        return
+    levels = [_on_host(level) for level in (a, b)]
+    if all(level is not None for level in levels):
+        for start, end in set(zip(*(level.ravel().tolist() for level in np.broadcast_arrays(*levels)), strict=True)):
+            step_coefficients(start, end, eta, prediction_type)
+
+
+def _on_host(level: Any) -> Any:
+    """The values of noise levels, or None: they are on another device, or there are none while code is compiled or traced."""
+    if isinstance(level, (float, np.ndarray)):
+        return level
+    import torch
+
+    if level.device.type != "cpu" or is_observed() or torch.compiler.is_compiling():
+        return None
+    return level.detach().numpy()
+
+
 def _checked_levels(values: Any) -> np.ndarray:
     """Noise levels in the host's memory, as float64."""
     levels = np.asarray(values, np.float64)
@@ -279,9 +306,9 @@ def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:
     """x_0 and eps as combinations of x_t and the network's output."""
     signal, noise = a**0.5, (1 - a) ** 0.5
     if prediction_type == "epsilon":
-        if isinstance(a, float) and a == 0:
+        if isinstance(a, float) and a <= _NO_SIGNAL:
             raise ValueError(
-                "at zero SNR (alphas_cumprod_t = 0) an epsilon prediction does not determine the image; "
+                f"at zero SNR (alphas_cumprod_t = {a:g}) an epsilon prediction does not determine the image; "
                 "use v_prediction or sample"
             )
         return 1 / signal, -noise / signal, 0.0, 1.0

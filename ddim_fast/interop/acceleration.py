@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from ..devices import keep_memory
 from ..engine import ENGINES, select_engine
 from ..models.unet import UNet
+from ..ops.derived import forget
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
 from .diffusers_modules import (
     FAST,
@@ -34,11 +37,12 @@ from .diffusers_modules import (
     FastUpsample2D,
     PassedOn,
     adopt,
-    conv_of,
     give_back,
     is_conv3x3,
     is_untouched,
-    parts_of,
+    why_not_attention,
+    why_not_resnet,
+    why_not_upsample,
 )
 
 from diffusers import (  # isort: skip - the module above says what is wrong where diffusers is missing
@@ -50,7 +54,7 @@ from diffusers import (  # isort: skip - the module above says what is wrong whe
     UNet2DModel,
     VQModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -138,7 +142,9 @@ def accelerate(
     Raises:
         ValueError: there is nothing here to accelerate, or an option is unknown or cannot be served.
 
-    Accelerated already, that is undone first: the last call's options count.
+    Accelerated already, that is undone first: the last call's options count. What is replaced later (a layer, an activation, an
+    attention processor) is computed by its own code; in a network with a ``dtype``, if it is not compiled, it is treated at
+    the next call as if it had been there before.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16, or None; got {dtype!r}")
@@ -176,12 +182,16 @@ def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
         model = _inside(network)
         if vars(model).pop("_fast_engine", None) is not None:
             vars(model).pop("_compiled_call_impl", None)
-        for module in model.modules():
-            if type(module) in FAST:
-                give_back(module)
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, _Newcomers):
+                del model._forward_pre_hooks[key]
+        # What has been taken out since may be put back in.
+        for module in dict.fromkeys([*model.modules(), *vars(model).pop("_fast_modules", ())]):
+            _undo(module)
             if isinstance(module, Attention) and isinstance(module.processor, FastAttnProcessor):
                 module.set_processor(module.processor.original)
-            _remove_casts(module)
+            for parameter in module.parameters(recurse=False):
+                forget(parameter)
     if isinstance(model_or_pipeline, DiffusionPipeline):
         for name, component in model_or_pipeline.components.items():
             if isinstance(component, tuple(_SCHEDULERS.values())) and component.replaces is not None:
@@ -224,6 +234,9 @@ def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, re
         return
     denoises = isinstance(model, _DENOISERS)
     _Visit(dtype if denoises else None, report).model(model, name)
+    model._fast_modules = list(model.modules())
+    if denoises and dtype is not None:
+        model.register_forward_pre_hook(_Newcomers(model, dtype), prepend=True)
     if denoises and report.engine != "eager":
         _set_engine(model, report.engine)
 
@@ -231,11 +244,64 @@ def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, re
 def _why_not_model(model: nn.Module) -> str | None:
     if model is not _inside(model) or model._compiled_call_impl is not None:
         return "it is compiled already: accelerate it first, then compile"
-    if hasattr(model, "_hf_hook") or "forward" in vars(model) or hasattr(model, "_diffusers_hook"):
+    moved = hasattr(model, "_hf_hook") or "forward" in vars(model) or hasattr(model, "_diffusers_hook")
+    if moved or any(map(_is_moved, model.modules())):
         return "a hook moves or changes its weights (offloading, layerwise casting): accelerate it without"
     if any(p.is_meta for p in model.parameters()):
         return "some of its weights are not in memory (offloading)"
     return None
+
+
+def _is_moved(module: nn.Module) -> bool:
+    hooks = getattr(module, "_diffusers_hook", None)
+    return hooks is not None and any(hooks.get_hook(name) is not None for name in ("layerwise_casting", "group_offloading"))
+
+
+class _Newcomers:
+    """A forward pre-hook of a network that computes in a dtype of its own. What has been put into the network since the last
+    call, such as a layer or an attention processor with weights, would not fit in as it is: it is treated as if it had been
+    there when the network was accelerated.
+
+    Args:
+        model: the network.
+        dtype: what it computes in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self._remember()
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling() and self._there != self._now():
+            with _LOOKING:
+                if self._there != self._now():  # no other thread has done it meanwhile
+                    self._visit()
+
+    def _now(self) -> list[Any]:
+        """What may be replaced, quickly: this is made at every call."""
+        return [*chain.from_iterable(map(dict.values, self._children)), *(attn.processor for attn in self._attentions)]
+
+    def _visit(self) -> None:
+        modules = list(self.model.modules())
+        # A layer of ours that LoRA wraps takes any input, and may be unwrapped again.
+        wrapped = {getattr(module, "base_layer", None) for module in modules}
+        for module in modules:
+            if module not in wrapped:
+                _undo(module)
+        _Visit(self.dtype, Report(""), again=True).model(self.model, "")
+        self.model._fast_modules = list(dict.fromkeys([*self.model._fast_modules, *self.model.modules()]))
+        self._remember()
+
+    def _remember(self) -> None:
+        modules = list(self.model.modules())
+        self._children = [module._modules for module in modules]
+        self._attentions = [module for module in modules if isinstance(module, Attention)]
+        self._there = self._now()
+
+
+# Held while a network's newcomers are visited; not an attribute of theirs, because networks are copied.
+_LOOKING = threading.Lock()
 
 
 class _Visit:
@@ -244,11 +310,13 @@ class _Visit:
     Args:
         dtype: what the model shall compute in, None for its own.
         report: gets what is replaced and what is not.
+        again: attention processors stay those that are there: ours, and what has been set by hand since.
     """
 
-    def __init__(self, dtype: torch.dtype | None, report: Report) -> None:
+    def __init__(self, dtype: torch.dtype | None, report: Report, again: bool = False) -> None:
         self.dtype = dtype
         self.report = report
+        self.again = again
 
     def model(self, model: nn.Module, name: str) -> None:
         """All of a model."""
@@ -270,9 +338,19 @@ class _Visit:
         if any(True for _ in module.parameters(recurse=False)):
             self._leave(module, name, "it is none of the classes served here")
             return
+        if isinstance(module, Attention) and self.dtype is not None:
+            reason = _why_not_projections(module)
+            if reason is not None:
+                self._leave(module, name, reason)
+                return
         for child_name, child in module.named_children():
-            if not (isinstance(module, ResnetBlock2D) and child_name == "time_emb_proj"):  # small and exact, too
-                self._visit(child, f"{name}.{child_name}" if name else child_name)
+            if isinstance(module, ResnetBlock2D) and child_name == "time_emb_proj":
+                continue  # small and exact, too
+            path = f"{name}.{child_name}" if name else child_name
+            if isinstance(module, _DENOISERS) and child_name == "conv_out" and type(child) is not nn.Conv2d:
+                self._leave(child, path, "it is no convolution, and returns what the network does")
+            else:
+                self._visit(child, path)
         for kind, block in ((ResnetBlock2D, self._resnet), (Upsample2D, self._upsample), (Attention, self._attention)):
             if isinstance(module, kind):
                 block(module, name)
@@ -295,43 +373,28 @@ class _Visit:
             self._adopt(norm, FastLayerNorm, name, f"PyTorch in {self.dtype}")
 
     def _group_norm(self, norm: nn.GroupNorm, name: str) -> None:
-        if norm.weight is None:
-            self._leave(norm, name, "it has no weight and bias")
-            return
         self._adopt(norm, FastGroupNorm, name, "group_norm_silu")
 
     def _resnet(self, block: ResnetBlock2D, name: str) -> None:
-        if type(block) is not ResnetBlock2D:
-            reason = "it is a class of its own"
-        elif block.upsample is not None or block.downsample is not None:
-            reason = "it resamples between norm and convolution"
-        elif type(block.nonlinearity) is not nn.SiLU:
-            reason = f"its nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
-        elif not all(is_untouched(child, kind) for child, kind in parts_of(block)):
-            reason = "a norm or convolution in it is left alone, or hooked"
-        else:
+        reason = why_not_resnet(block) if type(block) is ResnetBlock2D else _OF_ITS_OWN
+        if reason is None:
             self._adopt(block, FastResnetBlock2D, name, "group_norm_silu, conv3x3")
-            return
-        self._keep(block, name, reason)
+        else:
+            self._keep(block, name, reason)
 
     def _upsample(self, block: Upsample2D, name: str) -> None:
-        if (
-            type(block) is Upsample2D
-            and block.use_conv
-            and block.interpolate
-            and not block.use_conv_transpose
-            and block.norm is None
-            and is_untouched(conv_of(block), FastConv2d)
-            and is_conv3x3(conv_of(block))
-        ):
+        reason = why_not_upsample(block) if type(block) is Upsample2D else _OF_ITS_OWN
+        if reason is None:
             self._adopt(block, FastUpsample2D, name, "conv3x3")
         else:
-            self._keep(block, name, "it does not enlarge by repetition before a 3x3 convolution")
+            self._keep(block, name, reason)
 
     def _attention(self, attn: Attention, name: str) -> None:
         if self.dtype is not None:
             attn.register_forward_pre_hook(CastMask(), with_kwargs=True)
-        reason = _why_not_attention(attn)
+        if self.again:
+            return
+        reason = why_not_attention(attn, attn.processor) if type(attn) is Attention else _OF_ITS_OWN
         if reason is not None:
             self._keep(attn, name, reason)
             return
@@ -344,7 +407,7 @@ class _Visit:
         if norm is None or type(act) is not nn.SiLU or not is_untouched(norm, FastGroupNorm) or not is_untouched(act):
             return
         adopt(norm, FastGroupNormSiLU)
-        act._fast_owner = (module,)
+        norm._fast_owner = (module,)
         self._adopt(act, PassedOn, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
 
     def _adopt(self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None) -> None:
@@ -361,9 +424,12 @@ class _Visit:
         dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
         if self.dtype is None or not dtypes or self.dtype in dtypes:
             return
-        while module is not None:  # a layer that LoRA wraps may be unwrapped again
+        while module is not None and type(module) not in FAST:  # a layer that LoRA wraps may be unwrapped again
             module.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
             module = getattr(module, "base_layer", None)
+
+
+_OF_ITS_OWN = "it is a class of its own"
 
 
 def _why_closed(module: nn.Module) -> str | None:
@@ -380,20 +446,30 @@ def _why_closed(module: nn.Module) -> str | None:
     return None
 
 
-def _why_not_attention(attn: Attention) -> str | None:
-    processor = type(attn.processor)
-    if type(attn) is not Attention:
-        return "it is a class of its own"
-    if processor not in (AttnProcessor, AttnProcessor2_0):
-        return f"its processor is {processor.__name__}"
-    if processor is AttnProcessor and (not attn.scale_qk or attn.upcast_attention or attn.upcast_softmax):
-        return "its processor does not scale, or computes in float32"  # AttnProcessor2_0 knows neither
-    # What the processors in question have no place for.
-    others = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
-    for option in others:
-        if getattr(attn, option) is not None:
-            return f"it has {option}"
-    return None
+def _why_not_projections(attn: Attention) -> str | None:
+    """Why the projections of attention may not compute in another dtype, or None: where it is not ours that computes with them,
+    they would meet weights that do not."""
+    processor = attn.processor.original if isinstance(attn.processor, FastAttnProcessor) else attn.processor
+    if _stays(processor):
+        return f"its processor, {type(processor).__name__}, has weights of its own"
+    if why_not_attention(attn, processor) is None:
+        return None
+    parts = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "norm_cross")
+    return next((f"its {name} is left alone" for name in parts if _stays(getattr(attn, name, None))), None)
+
+
+def _stays(part: Any) -> bool:
+    """Whether a part of attention has weights that are left alone: of a module others than those of the layers served here, of
+    another object, which nobody looks into, any."""
+    if isinstance(part, nn.Module):
+        return any(_why_closed(m) is not None or _is_unknown(m) for m in part.modules())
+    leaves = torch.utils._pytree.tree_leaves(vars(part)) if hasattr(part, "__dict__") else []
+    return any(isinstance(leaf, (torch.Tensor, nn.Module)) for leaf in leaves)
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether a module has weights, and is none of the layers served here."""
+    return type(module) not in FAST.values() and any(True for _ in chain(module.parameters(False), module.buffers(False)))
 
 
 def _replace_schedulers(pipe: DiffusionPipeline, report: Report) -> None:
@@ -446,7 +522,9 @@ def _replayed(compiled: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, result)
 
 
-def _remove_casts(module: nn.Module) -> None:
+def _undo(module: nn.Module) -> None:
+    """Takes back what :class:`_Visit` did to a module, but for its attention processor."""
+    give_back(module)
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, (CastInputs, CastMask)):
             del module._forward_pre_hooks[key]

@@ -18,7 +18,9 @@ be set again after loading.
 
 from __future__ import annotations
 
+import math
 import operator
+import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.step import step_coefficients
 from ..diffusion.timesteps import SPACINGS, select_timesteps
 from ..ops.ddim_step import ddim_step
 
@@ -49,6 +52,9 @@ __all__ = ["FastDDIMInverseScheduler", "FastDDIMScheduler"]
 
 _COMPATS = ("diffusers", "exact")
 _THEIR_SPACINGS = ("leading", "trailing", "linspace")
+
+# Numbers of diffusers' float32 operations that are right to this are kept by compat="exact": so both have the same bits there.
+_ROUNDING = 1e-5
 
 
 class _Coefficients(NamedTuple):
@@ -80,6 +86,7 @@ class _FastScheduler:
         _rising: with compat="exact", the same from the least noise to the most.
         _levels: alphas_cumprod on the host.
         _known: coefficients computed so far, by what they depend on.
+        _has_warned: whether it has been said that diffusers' numbers are not finite.
     """
 
     replaces: Any = None
@@ -89,6 +96,7 @@ class _FastScheduler:
     _rising: Sequence[int] = ()
     _levels: Tensor
     _known: dict[tuple[Any, ...], _Coefficients]
+    _has_warned = False
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -194,6 +202,54 @@ class _FastScheduler:
         place = bisect_left(self._rising, timestep)
         return self._rising[place - 1] if place else -1
 
+    def _between(self, start: Tensor, end: Tensor, eta: float = 0.0, sigma: Tensor | None = None) -> _Coefficients:
+        """The coefficients of a step between two noise levels, by diffusers' operations on 0-dim tensors: float64 would round
+        otherwise. With compat="exact" those that have lost digits to these operations are computed in float64 instead.
+
+        Raises:
+            ValueError: compat="exact", and there is no such step.
+        """
+        sigma = torch.zeros(()) if sigma is None else sigma
+        numbers = (start**0.5, (1 - start) ** 0.5, end**0.5, (1 - end - sigma**2) ** 0.5, sigma)
+        theirs = _Coefficients(*map(float, numbers))
+        if self.config.compat == "diffusers":
+            return theirs
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1]; got {eta}")
+        # A step to its own level, such as from no noise to none, draws no noise.
+        right = step_coefficients(float(start), float(end), 0.0 if start == end else eta, "v_prediction")
+        exact = (right.x0_from_sample, right.eps_from_sample, right.prev_from_x0, right.prev_from_eps, right.sigma)
+        kept = (a if math.isclose(a, b, rel_tol=_ROUNDING) else b for a, b in zip(theirs, exact, strict=True))
+        return _Coefficients(*kept)
+
+    def _check(self, c: _Coefficients, kind: str, rederives: bool | None) -> None:
+        """Says that the result of a step is not finite: with compat="exact" as an error, otherwise as a warning, once.
+
+        Raises:
+            ValueError: compat="exact", and what the network predicts does not determine the step.
+        """
+        if c.signal > 0 and c.noise > 0 and math.isfinite(c.to_noise) and math.isfinite(c.sigma):
+            return
+        if c.signal == 0 and kind == "epsilon":
+            reason = (
+                "at zero SNR (alphas_cumprod = 0) epsilon does not determine the image; take a network that predicts v or the "
+                "sample, or rescale_betas_zero_snr=False"
+            )
+        elif c.noise == 0 and (kind == "sample" or rederives):
+            reason = (
+                "without noise (alphas_cumprod = 1) the image does not determine epsilon; take set_alpha_to_one=False, or a "
+                "network that predicts epsilon or v, without use_clipped_model_output"
+            )
+        elif math.isnan(c.to_noise) or math.isnan(c.sigma):
+            reason = "in float32 the variance left for epsilon is rounded to below zero; compat='exact' is right here"
+        else:
+            return
+        if self.config.compat == "exact":
+            raise ValueError(reason)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"this step is NaN or infinite, as diffusers' is: {reason}", stacklevel=4)
+
     def _move(
         self,
         output: Tensor,
@@ -208,6 +264,7 @@ class _FastScheduler:
         clip = self.config.clip_sample_range if self.config.clip_sample else None
         kind = self.config.prediction_type
         dtype = torch.promote_types(sample.dtype, output.dtype)
+        self._check(c, kind, use_clipped_model_output)
         multiples = None if thresholding or use_clipped_model_output else _multiples(kind, c, dtype)
         if multiples is not None and sample.shape == output.shape:
             moved = ddim_step(sample, output, (*multiples, c.to_signal, c.to_noise, 0.0), clip, out_dtype=dtype)
@@ -241,6 +298,10 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
             ``exact`` takes the next timestep of the run, and allows ``set_timesteps(timesteps=[...])`` and any of
             :data:`ddim_fast.diffusion.timesteps.SPACINGS` as ``timestep_spacing``. For a timestep that is not in the run, the
             next one is the largest that is smaller.
+
+            Where diffusers' arithmetic is NaN or infinite (with eta = 1 at many numbers of steps of the cosine and zero-SNR
+            schedules; with epsilon at zero SNR), ``diffusers`` is that too, and warns of it once. ``exact`` is right, or an
+            error where the prediction does not determine the step.
 
     Raises:
         ValueError: ``compat`` is neither.
@@ -314,8 +375,8 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
             ``prev_sample`` and ``pred_original_sample``.
 
         Raises:
-            ValueError: ``set_timesteps`` has not been called, ``prediction_type`` is unknown, or there is a generator beside
-                ``variance_noise``.
+            ValueError: ``set_timesteps`` has not been called, ``prediction_type`` is unknown, there is a generator beside
+                ``variance_noise``; or with ``compat="exact"``, eta is out of range or the step is not determined.
         """
         c = self._coefficients(self._number(timestep), float(eta))
         prev_sample, x0 = self._move(
@@ -341,11 +402,12 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
     def _coefficients(self, timestep: int, eta: float) -> _Coefficients:
         below = self._below(timestep)
         key = (timestep, below, eta, self.final_alpha_cumprod)
-        if key not in self._known:
+        c = self._known.get(key)
+        if c is None:
             start, end = self._levels[timestep], self._levels[below] if below >= 0 else self.final_alpha_cumprod
             variance = (1 - end) / (1 - start) * (1 - start / end)
-            self._known[key] = _between(start, end, eta * variance**0.5)
-        return self._known[key]
+            c = self._known[key] = self._between(start, end, eta, eta * variance**0.5)
+        return c
 
 
 class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
@@ -404,22 +466,16 @@ class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
     def _coefficients(self, timestep: int) -> _Coefficients:
         below = self._below(timestep)
         key = (timestep, below, self.initial_alpha_cumprod)
-        if key not in self._known:
+        c = self._known.get(key)
+        if c is None:
             start = self._levels[below] if below >= 0 else self.initial_alpha_cumprod
-            self._known[key] = _between(start, self._levels[timestep], torch.zeros(()))
-        return self._known[key]
+            c = self._known[key] = self._between(start, self._levels[timestep])
+        return c
 
 
 def _check_compat(compat: str) -> None:
     if compat not in _COMPATS:
         raise ValueError(f"compat must be {' or '.join(map(repr, _COMPATS))}; got {compat!r}")
-
-
-def _between(start: Tensor, end: Tensor, sigma: Tensor) -> _Coefficients:
-    """The coefficients of a step between two noise levels, by diffusers' operations on 0-dim tensors: float64 would round
-    otherwise."""
-    numbers = (start**0.5, (1 - start) ** 0.5, end**0.5, (1 - end - sigma**2) ** 0.5, sigma)
-    return _Coefficients(*map(float, numbers))
 
 
 def _multiples(prediction_type: str, c: _Coefficients, dtype: torch.dtype) -> tuple[float, float, float, float] | None:

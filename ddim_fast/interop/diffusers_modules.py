@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map_only
 
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
@@ -45,7 +47,9 @@ __all__ = [
     "give_back",
     "is_conv3x3",
     "is_untouched",
-    "parts_of",
+    "why_not_attention",
+    "why_not_resnet",
+    "why_not_upsample",
 ]
 
 
@@ -71,7 +75,7 @@ class FastConv2d(nn.Conv2d):
     _fast_is_last = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_as_before(x, self.weight, self.bias) or not _pads_zeros(self):
+        if type(self) is not FastConv2d or not _pads_zeros(self) or _is_as_before(x, self.weight, self.bias):
             forget_weight(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
@@ -94,7 +98,7 @@ class FastLinear(nn.Linear):
     _fast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_as_before(x, self.weight, self.bias):
+        if type(self) is not FastLinear or _is_as_before(x, self.weight, self.bias):
             forget_weight(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
@@ -117,34 +121,43 @@ class FastGroupNorm(nn.GroupNorm):
     """By our operator where there are images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_as_before(x, self.weight, self.bias):
-            x = x.to(self.weight.dtype)
+        x = _of_norm(self, x)
         if x.ndim == 4:
             return norm_silu(self, x, silu=False)
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 @_while_adopted
 class FastGroupNormSiLU(nn.GroupNorm):
-    """A norm and the SiLU after it, in one pass; :class:`PassedOn` then takes the place of the SiLU. Where somebody watches the
-    norm, the norm alone."""
+    """A norm and the SiLU after it, in one pass, for :class:`PassedOn` in the place of the SiLU. Where another activation has
+    been put there, or somebody watches one of the two, the norm alone.
+
+    Attributes:
+        _fast_owner: the module whose ``conv_norm_out`` this is, in a tuple, so that it is no child.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_as_before(x, self.weight, self.bias):
-            x = x.to(self.weight.dtype)
-        return norm_silu(self, x, silu=is_untouched(self))
+        silu = is_untouched(self) and self._is_followed()
+        out = norm_silu(self, _of_norm(self, x), silu=silu)
+        if silu:
+            out._fast_silu = True
+        return out
+
+    def _is_followed(self) -> bool:
+        act = getattr(self._fast_owner[0], "conv_act", None)
+        return type(act) is PassedOn and is_untouched(act)
 
 
 @_while_adopted
 class PassedOn(nn.SiLU):
-    """The SiLU that :class:`FastGroupNormSiLU` has computed already.
-
-    Attributes:
-        _fast_owner: the module whose ``conv_norm_out`` that norm is, in a tuple, so that it is no child.
-    """
+    """The SiLU of all but what :class:`FastGroupNormSiLU` says to have computed it of already."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if is_untouched(self._fast_owner[0].conv_norm_out, FastGroupNormSiLU) else super().forward(x)
+        if not getattr(x, "_fast_silu", False):
+            return super().forward(x)
+        x._fast_silu = False
+        return x
 
 
 @_while_adopted
@@ -158,30 +171,34 @@ class FastResnetBlock2D(ResnetBlock2D):
         x = input_tensor.to(compute_dtype(self.conv1))
         h = conv3x3_of(norm_silu(self.norm1, x), self.conv1.weight)
         numbers = {"pre_shift": self.conv1.bias}
-        if self.time_emb_proj is not None and temb is not None:
+        if temb is not None:
             embedded = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
             if self.time_embedding_norm == "default":
-                numbers["pre_shift"] = embedded + self.conv1.bias
+                numbers["pre_shift"] = _sum(embedded, self.conv1.bias)
             else:
                 numbers["scale"], numbers["shift"] = embedded.chunk(2, dim=1)
-        rows = {name: values.expand(len(x), -1) for name, values in numbers.items()}
+        rows = {name: values.expand(len(x), -1) for name, values in numbers.items() if values is not None}
         h = self.dropout(norm_silu(self.norm2, h, **rows))
         shortcut, bias = self.conv_shortcut, self.conv2.bias
         if shortcut is None:
             residual = x
         else:
             residual = conv1x1(x, converted(shortcut.weight, x.dtype))
-            bias = bias if shortcut.bias is None else bias + shortcut.bias
+            bias = _sum(bias, shortcut.bias)
         out = conv3x3_of(h, self.conv2.weight, bias, residual=residual)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
-        """Whether the children are still those that were adopted, and no gradient is asked for."""
-        if temb is None and self.time_embedding_norm == "scale_shift":
-            return False  # an error, which is theirs to raise
-        return all(is_untouched(module, kind) for module, kind in parts_of(self)) and not _is_as_before(
-            x, temb, *_parameters(self)
-        )
+        """Whether the block is still what was adopted, the embedding is what it takes, and no gradient is asked for."""
+        if (temb is None) != (self.time_emb_proj is None):
+            return False  # an error mostly, which is theirs to raise
+        if (self.time_embedding_norm == "scale_shift") if temb is None else (self.time_embedding_norm not in _EMBEDDED):
+            return False
+        return why_not_resnet(self) is None and not _is_as_before(x, temb, *_parameters(self))
+
+
+# How an embedding goes into a block.
+_EMBEDDED = ("default", "scale_shift")
 
 
 @_while_adopted
@@ -189,9 +206,9 @@ class FastUpsample2D(Upsample2D):
     """Enlarged in the convolution, so that the large image is never written."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        conv = conv_of(self)
         doubled = tuple(2 * size for size in hidden_states.shape[2:])
-        served = (output_size is None or tuple(output_size) == doubled) and is_untouched(conv, FastConv2d)
+        served = (output_size is None or tuple(output_size) == doubled) and why_not_upsample(self) is None
+        conv = conv_of(self) if served else None
         if args or kwargs or not served or _is_as_before(hidden_states, conv.weight, conv.bias):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return conv3x3_of(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
@@ -225,8 +242,8 @@ class FastAttnProcessor(AttnProcessor2_0):
         normed = attn.group_norm is not None
         # In a network with a dtype, projections that record a gradient are in another one than those that do not.
         as_before = self.dtype is None and _is_as_before(hidden_states, encoder_hidden_states, *_parameters(attn))
-        served = not normed or (is_image and is_untouched(attn.group_norm))
-        if as_before or args or kwargs or not served:
+        served = not normed or (is_image and is_untouched(attn.group_norm, FastGroupNorm))
+        if as_before or args or kwargs or not served or why_not_attention(attn, self.original) is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         tokens = norm_silu(attn.group_norm, hidden_states, silu=False) if normed else hidden_states
         if is_image:
@@ -234,14 +251,14 @@ class FastAttnProcessor(AttnProcessor2_0):
         others = tokens if encoder_hidden_states is None else encoder_hidden_states
         projected = (attn.to_q(tokens), attn.to_k(others), attn.to_v(others))
         q, k, v = (p.to(projected[0].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for p in projected)
+        scale = attn.scale if type(self.original) is AttnProcessor else None  # the other one does not look at it
         if attention_mask is None:
-            out = attention(q, k, v)
+            out = attention(q, k, v, scale=scale)
         else:
             mask = attn.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), attn.heads))
-            out = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype) if mask.is_floating_point() else mask)
-        out = out.transpose(1, 2).flatten(2)
-        for layer in attn.to_out:
-            out = layer(out)
+            mask = mask.to(q.dtype) if mask.is_floating_point() else mask
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         if is_image:
             out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
         if attn.residual_connection:
@@ -256,10 +273,10 @@ class CastInputs:
         self.dtype = dtype
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(map(self._cast, args)), {name: self._cast(value) for name, value in kwargs.items()}
+        return tree_map_only(Tensor, self._cast, (args, kwargs))
 
-    def _cast(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 class CastMask:
@@ -302,12 +319,17 @@ def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = 
 
 
 def give_back(module: nn.Module) -> None:
-    """Makes an adopted module what it was."""
-    module.__class__ = FAST[type(module)]
+    """Makes an adopted module what it was, others stay what they are."""
+    kind = type(module)
+    if kind in FAST:
+        module.__class__ = FAST[kind]
+    elif is_parametrized(module) and kind.__bases__[0] in FAST:
+        # Its class was made for it, and made of ours. Copies of the module may share it: so another one, not this one changed.
+        before = FAST[kind.__bases__[0]]
+        body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(f"Parametrized{before.__name__}", (before,), body)
     for name in ("_fast_dtype", "_fast_is_last", "_fast_owner"):
         vars(module).pop(name, None)
-    for parameter in module.parameters(recurse=False):
-        forget(parameter)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -320,11 +342,50 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
-def parts_of(block: ResnetBlock2D) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """What a residual block is computed without, with the classes they have once they are adopted."""
-    parts = [(block.norm1, FastGroupNorm), (block.norm2, FastGroupNorm), (block.conv1, FastConv2d), (block.conv2, FastConv2d)]
-    parts.append((block.nonlinearity, nn.SiLU))
-    return parts if block.conv_shortcut is None else [*parts, (block.conv_shortcut, FastConv2d)]
+def why_not_resnet(block: ResnetBlock2D) -> str | None:
+    """Why a residual block cannot be computed without calling its parts, or None. Asked at every call: any part may have been
+    replaced since."""
+    if block.upsample is not None or block.downsample is not None:
+        return "it resamples between norm and convolution"
+    act, shortcut = block.nonlinearity, block.conv_shortcut
+    if type(act) is not nn.SiLU:
+        return f"its nonlinearity is {type(act).__name__}, not SiLU"
+    if not (is_untouched(act) and is_untouched(block.norm1, FastGroupNorm) and is_untouched(block.norm2, FastGroupNorm)):
+        return _CHANGED
+    if not all(is_untouched(conv, FastConv2d) and is_conv3x3(conv) for conv in (block.conv1, block.conv2)):
+        return _CHANGED
+    return None if shortcut is None or (is_untouched(shortcut, FastConv2d) and _is_conv1x1(shortcut)) else _CHANGED
+
+
+_CHANGED = "a norm or convolution in it is left alone, of another shape, or hooked"
+
+
+def why_not_upsample(block: Upsample2D) -> str | None:
+    """Why an Upsample2D cannot be computed without calling its convolution, or None; asked at every call, too."""
+    if (
+        block.use_conv
+        and block.interpolate
+        and not block.use_conv_transpose
+        and block.norm is None
+        and is_untouched(conv_of(block), FastConv2d)
+        and is_conv3x3(conv_of(block))
+    ):
+        return None
+    return "it does not enlarge by repetition before a 3x3 convolution"
+
+
+def why_not_attention(attn: Attention, processor: Any) -> str | None:
+    """Why attention that ``processor`` is to compute cannot be computed by ours, or None; asked at every call, too."""
+    kind = type(processor)
+    if kind not in (AttnProcessor, AttnProcessor2_0):
+        return f"its processor is {kind.__name__}"
+    if kind is AttnProcessor and (not attn.scale_qk or attn.upcast_attention or attn.upcast_softmax):
+        return "its processor does not scale, or computes in float32"  # AttnProcessor2_0 knows neither
+    # What the processors in question have no place for.
+    for option in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim"):
+        if getattr(attn, option) is not None:
+            return f"it has {option}"
+    return None
 
 
 def conv_of(upsample: Upsample2D) -> nn.Module:
@@ -336,6 +397,11 @@ def is_conv3x3(conv: nn.Conv2d) -> bool:
     """Whether it is one of those that our operator is for."""
     shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+def _is_conv1x1(conv: nn.Conv2d) -> bool:
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.groups
+    return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
@@ -355,6 +421,17 @@ def forget_weight(weight: Tensor) -> None:
 def _pads_zeros(module: nn.Module) -> bool:
     """Whether a convolution pads as ours do: others, such as tiling ones, are made by changing a module that is there."""
     return getattr(module, "padding_mode", "zeros") == "zeros" and "_conv_forward" not in vars(module)
+
+
+def _of_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """The input of an adopted norm, in the dtype that it computes in."""
+    as_before = norm.weight is not None and _is_as_before(x, norm.weight, norm.bias)
+    return x.to(norm.weight.dtype) if as_before else x
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of biases, either of which there may not be."""
+    return b if a is None else a if b is None else a + b
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,9 @@ SAMPLES = 64
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+# Held where something is made, so that threads that want the same wait for one maker. What is found is found without it.
+_making = threading.RLock()
+
 
 def derived(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
     """``make()``, or what it returned at an earlier call with the same ``weight`` and ``key`` if the weight has not changed.
@@ -34,15 +38,16 @@ def derived(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
         key: what else the result depends on, hashable: what it is and its dtype.
         make: must not return the weight or a view of it.
     """
-    values = _known.get(weight)
-    if values is None:
-        values = _known[weight] = {}
-    entry = values.get(key)
+    entry = _known.get(weight, _NOTHING).get(key)
     if entry is None or not entry.holds_for(weight):
-        # What was made of other contents, or of a dtype that the weight no longer has, would never be looked at again.
-        for stale in [k for k, e in values.items() if not e.holds_for(weight)]:
-            del values[stale]
-        entry = values[key] = _Entry.of(weight, make())
+        with _making:
+            entry = _known.get(weight, _NOTHING).get(key)  # another thread may have made it meanwhile
+            if entry is None or not entry.holds_for(weight):
+                # What was made of other contents, or of a dtype that the weight no longer has, would never be looked at again.
+                kept = _known[weight] = {k: e for k, e in _known.get(weight, _NOTHING).items() if e.holds_for(weight)}
+                entry = _Entry.of(weight, make)
+                # A new dictionary: threads that look meanwhile never see one change.
+                _known[weight] = {**kept, key: entry}
     return entry.value
 
 
@@ -66,6 +71,9 @@ def forget(weight: Tensor) -> None:
     _known.pop(weight, None)
 
 
+_NOTHING: dict[Any, Any] = {}
+
+
 class _Entry(NamedTuple):
     address: int
     version: int | None
@@ -74,14 +82,15 @@ class _Entry(NamedTuple):
     value: Any
 
     @classmethod
-    def of(cls, weight: Tensor, value: Any) -> _Entry:
+    def of(cls, weight: Tensor, make: Callable[[], Any]) -> _Entry:
         sample = None
         dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
         if weight.device.type == "cpu" and dense and weight.numel():
             # In the order of memory. A view: it shows what is written later.
             stride = -(-weight.numel() // SAMPLES)
             sample = weight.detach().as_strided((-(-weight.numel() // stride),), (stride,))
-        return cls(weight.data_ptr(), _version(weight), sample, None if sample is None else sample.clone(), value)
+        # The value last: what another thread writes to the weight in the meantime is a change.
+        return cls(weight.data_ptr(), _version(weight), sample, None if sample is None else sample.clone(), make())
 
     def holds_for(self, weight: Tensor) -> bool:
         return (

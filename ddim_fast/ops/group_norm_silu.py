@@ -18,8 +18,8 @@ __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float = 1e-5,
     *,
     silu: bool = True,
@@ -41,7 +41,7 @@ def group_norm_silu(
     Args:
         x: (N, C_x, H, W); float32, bfloat16, float16 or float64, contiguous or channels_last (others are slower).
         num_groups: a divisor of C = C_x + C_skip.
-        weight, bias: (C,), in the dtype of ``x`` or float32.
+        weight, bias: (C,), in the dtype of ``x`` or float32; None is 1 and 0, as of a norm that is not affine.
         eps: added to the variance.
         silu: whether to apply SiLU.
         pre_shift: (N, C) added to the input, one number a channel: the time embedding.
@@ -57,6 +57,8 @@ def group_norm_silu(
     """
     call = _Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip)
     _check(call)
+    if weight is None or bias is None:
+        call = _with_parameters(call)
     if torch.compiler.is_compiling():
         return _registered(*call) if _compiles_to_operator(call) else _reference(call)
     return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)
@@ -67,8 +69,8 @@ class _Call(NamedTuple):
 
     x: Tensor
     num_groups: int
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
     silu: bool
     pre_shift: Tensor | None
@@ -82,11 +84,22 @@ class _Call(NamedTuple):
         return self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
 
 
-def group_norm_silu_reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, **options) -> Tensor:
+def _with_parameters(call: _Call) -> _Call:
+    """The same call with a weight and a bias, which all implementations take."""
+    weight, bias = call.weight, call.bias
+    return call._replace(
+        weight=call.x.new_ones(call.channels) if weight is None else weight,
+        bias=call.x.new_zeros(call.channels) if bias is None else bias,
+    )
+
+
+def group_norm_silu_reference(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, **options
+) -> Tensor:
     """What the operator means, in plain PyTorch: differentiable, on any device and layout. Arguments as
     :func:`group_norm_silu`."""
     defaults = dict.fromkeys(("pre_shift", "scale", "shift", "residual", "skip")) | {"silu": True}
-    return _reference(_Call(x, num_groups, weight, bias, eps, **(defaults | options)))
+    return _reference(_with_parameters(_Call(x, num_groups, weight, bias, eps, **(defaults | options))))
 
 
 @torch.library.custom_op("ddim_fast::group_norm_silu", mutates_args=())
@@ -402,8 +415,10 @@ def _check(call: _Call) -> None:
         raise ValueError(f"x must be a floating-point tensor of shape (N, C, H, W); got {x.dtype} of shape {tuple(x.shape)}")
     n, x_channels, height, width = x.shape
     channels = call.channels
-    _check_tensor("weight", call.weight, (channels,), x)
-    _check_tensor("bias", call.bias, (channels,), x)
+    if call.weight is not None:
+        _check_tensor("weight", call.weight, (channels,), x)
+    if call.bias is not None:
+        _check_tensor("bias", call.bias, (channels,), x)
     if call.pre_shift is not None:
         _check_tensor("pre_shift", call.pre_shift, (n, channels), x)
     if call.scale is not None:

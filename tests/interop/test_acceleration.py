@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -197,6 +200,35 @@ class TestTheSameResult:
         } and not report.left_alone
         unaccelerate(vae)
         assert all(torch.equal(result, expected) for result, expected in zip(call(), plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_first_calls_of_several_threads(make, dtype, monkeypatch):
+    """Each weight is prepared once, and what the threads see is what one alone does."""
+    from ddim_fast.ops import conv3x3
+
+    prepared, prepare = Counter(), conv3x3.prepare_conv3x3
+
+    def counting(weight, *args, **options):
+        prepared[weight.data_ptr(), str(args), str(options)] += 1
+        return prepare(weight, *args, **options)
+
+    monkeypatch.setattr(conv3x3, "prepare_conv3x3", counting)
+    model, call = make("unet")
+    accelerate(model, dtype=dtype)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                prepared.clear()
+                accelerate(model, dtype=dtype)  # once more: what was made of the weights is forgotten
+                results = list(pool.map(lambda _: call(model), range(4)))
+                assert set(prepared.values()) == {1}
+                assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(results[0], call(model))
 
 
 class TestReversible:

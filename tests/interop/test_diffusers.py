@@ -5,6 +5,7 @@
 import copy
 import doctest
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -440,6 +441,131 @@ class TestExact:
         for t in back.timesteps:
             x = back.step(eps, t, x).prev_sample
         torch.testing.assert_close(x, images(), rtol=1e-3, atol=1e-3)
+
+
+FINITE = {
+    **SCHEDULES,
+    "cosine, zero-snr": {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True},
+    "scaled, zero-snr": {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    "a level twice": {"trained_betas": [0.0, 0.0, *np.linspace(1e-3, 0.2, 198)], "num_train_timesteps": 200},
+    "noise alone": {"trained_betas": [*np.linspace(1e-4, 0.9, 199), 1.0], "num_train_timesteps": 200},
+}
+
+
+class TestWhatIsNotFinite:
+    """compat="exact" is right or an error that says why; compat="diffusers" is diffusers', and says so."""
+
+    # What each prediction cannot determine.
+    REASONS = {"epsilon": "at zero SNR", "sample": "without noise"}  # noqa: RUF012
+
+    @pytest.mark.parametrize("prediction_type", TYPES)
+    @pytest.mark.parametrize("schedule", FINITE)
+    def test_every_exact_step_is_equation_12(self, schedule, prediction_type):
+        x0, eps, z = 0.7, -1.3, 0.4
+        for spacing, steps, eta in ((s, n, e) for s in SPACINGS for n in (1, 3, 20, 133) for e in (0.0, 0.5, 1.0)):
+            options = {"timestep_spacing": spacing, "prediction_type": prediction_type, "compat": "exact", "clip_sample": False}
+            scheduler = FastDDIMScheduler(**FINITE[schedule] | options)
+            levels = scheduler.alphas_cumprod.double().tolist()
+            scheduler.set_timesteps(steps)
+            run = scheduler.timesteps.tolist()
+            ends = [*(levels[t] for t in run[1:]), float(scheduler.final_alpha_cumprod)]
+            for t, b in [*zip(run, ends, strict=True)][:: max(1, len(run) // 12)]:
+                a = levels[t]
+                x = a**0.5 * x0 + (1 - a) ** 0.5 * eps
+                output = {"epsilon": eps, "sample": x0, "v_prediction": a**0.5 * eps - (1 - a) ** 0.5 * x0}[prediction_type]
+                arguments = torch.full((1,), output), t, torch.full((1,), x), eta
+                undetermined = (prediction_type, a) in (("epsilon", 0.0), ("sample", 1.0))
+                if undetermined:
+                    with pytest.raises(ValueError, match=self.REASONS[prediction_type]):
+                        scheduler.step(*arguments, variance_noise=torch.full((1,), z))
+                    continue
+                result = scheduler.step(*arguments, variance_noise=torch.full((1,), z)).prev_sample.item()
+                sigma = 0.0 if a == b else eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+                right = b**0.5 * x0 + max(0.0, 1 - b - sigma**2) ** 0.5 * eps + sigma * z
+                lost = (b / a) ** 0.5 if prediction_type == "epsilon" else ((1 - b) / (1 - a)) ** 0.5 if a < 1 else 0
+                assert abs(result - right) < 1e-5 + 1e-6 * lost, (spacing, steps, eta, t, result, right)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}],
+        ids=["cosine", "zero-snr"],
+    )
+    def test_runs_that_are_nan_in_diffusers_are_finite(self, options):
+        options = {**options, "timestep_spacing": "trailing"}
+        theirs, ours = (
+            self.runs(kind, options | extra) for kind, extra in ((DDIMScheduler, {}), (FastDDIMScheduler, {"compat": "exact"}))
+        )
+        assert not all(theirs) and all(ours)
+
+    def runs(self, kind, options) -> list[bool]:
+        """For some numbers of steps, whether the first step is finite."""
+        finite = []
+        for steps in range(2, 40):
+            scheduler = _set(kind(**options), steps)
+            x = scheduler.step(images(1), scheduler.timesteps[0], images(), eta=1.0, variance_noise=images(2)).prev_sample
+            finite.append(bool(x.isfinite().all()))
+        return finite
+
+    CASES = {  # noqa: RUF012
+        "rounding": (
+            FastDDIMScheduler,
+            {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
+            1.0,
+            "below zero",
+        ),
+        "zero SNR": (
+            FastDDIMScheduler,
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False},
+            0.0,
+            "at zero SNR.* take a network",
+        ),
+        "no noise": (
+            FastDDIMInverseScheduler,
+            {"prediction_type": "sample"},
+            None,
+            "without noise.* take set_alpha_to_one=False",
+        ),
+        "no noise before": (
+            FastDDIMScheduler,
+            {"trained_betas": [0.0, *np.linspace(1e-3, 0.1, 99)], "num_train_timesteps": 100, "prediction_type": "sample"},
+            0.0,
+            "without noise",
+        ),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_diffusers_numbers_stay_and_are_warned_of_once(self, case):
+        kind, options, eta, reason = self.CASES[case]
+        their_kind = kind.__mro__[2]
+        extra = {} if eta is None else {"eta": eta, "variance_noise": images(2) if eta else None}
+        found = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for steps in range(2, 40):
+                ours, theirs = _set(kind(**options), steps), _set(their_kind(**options), steps)
+                for t in (ours.timesteps[0], ours.timesteps[-1]):
+                    results = [s.step(images(1), t, images(), **extra, return_dict=False) for s in (ours, theirs)]
+                    for a, b in zip(*results, strict=True):
+                        assert_same(a, b)
+                    ours.step(images(1), t, images(), **extra)  # once more
+                    found.append(not all(r.isfinite().all() for r in results[1]))
+        broken = {i // 2 for i, broken in enumerate(found) if broken}
+        assert broken and len(caught) == len(broken)
+        assert all(re.search(reason, str(w.message)) and w.filename == __file__ for w in caught)
+
+    def test_no_noise_is_an_error_that_says_what_to_do(self):
+        inverse = _set(FastDDIMInverseScheduler(prediction_type="sample", compat="exact"))
+        with pytest.raises(ValueError, match="take set_alpha_to_one=False"):
+            inverse.step(images(1), inverse.timesteps[0], images())
+        inverse = _set(FastDDIMInverseScheduler(prediction_type="sample", compat="exact", set_alpha_to_one=False))
+        for t in inverse.timesteps:
+            assert inverse.step(images(1), t, images()).prev_sample.isfinite().all()
+
+    @pytest.mark.parametrize("eta", [1.5, -0.1, float("nan")])
+    def test_eta_beyond_its_range(self, eta):
+        scheduler = _set(FastDDIMScheduler(compat="exact"))
+        with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]; got"):
+            scheduler.step(images(1), 500, images(), eta=eta)
 
 
 class TestInverse:

@@ -1,6 +1,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -547,3 +548,24 @@ def test_an_export_holds_pytorchs_own_operators_only():
     model.forward = lambda x, y, seeds: fast_ddim_step(x, y, A, B, eta=1.0, seeds=seeds, step=1)
     graph = torch.export.export(model, (*make_inputs()[:2], torch.tensor([1, 2, 3]))).graph
     assert not [node for node in graph.nodes if "ddim_fast" in str(node.target)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        ([0.5, 0.0], [0.9, 0.9], {}, "at zero SNR"),
+        ([0.5, 1e-90], 0.9, {}, "at zero SNR"),
+        (1e-90, 0.9, {}, "at zero SNR"),
+        (0.9, [0.5, 1.1], {}, r"must lie in \[0, 1\]"),
+        ([0.5, float("nan")], 0.9, {}, r"must lie in \[0, 1\]"),
+        ([0.5, 1.0], [0.6, 1.0], {"prediction_type": "sample"}, "without noise"),
+        ([0.5, 0.9], [0.6, 0.8], {"eta": 1.0}, "a stochastic step must lead to less noise"),
+    ],
+)
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_levels_that_determine_no_step_are_named(library, a, b, options, message):
+    make = torch.tensor if library == "torch" else np.array
+    x, output = make([[0.1, 0.2], [0.3, 0.4]]), make([[0.5, 0.6], [0.7, 0.8]])
+    a, b = (make(level) if isinstance(level, list) else level for level in (a, b))
+    with pytest.raises(ValueError, match=message):
+        fast_ddim_step(x, output, a, b, noise=output if "eta" in options else None, **options)

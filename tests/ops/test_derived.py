@@ -1,5 +1,8 @@
 import gc
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -88,3 +91,47 @@ def test_converted():
     assert converted(wide, torch.float32) is wide  # nothing to convert
     matrix = nn.Parameter(torch.randn(4, 4))
     assert converted(matrix, torch.float32) is matrix
+
+
+@pytest.fixture
+def switching_often():
+    """Threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_share_what_one_of_them_makes(switching_often):
+    threads, keys, rounds = 4, 6, 60
+    barrier = Barrier(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            weight = nn.Parameter(torch.randn(64))
+            made: list[int] = []
+
+            def use(first: int, weight=weight, made=made) -> list[torch.Tensor]:
+                def make(key: int) -> torch.Tensor:
+                    made.append(key)
+                    return weight.detach() + key
+
+                barrier.wait()
+                return [derived(weight, key, lambda key=key: make(key)) for key in (*range(first, keys), *range(first))]
+
+            results = list(pool.map(use, range(threads)))
+            assert sorted(made) == list(range(keys))
+            for first, values in enumerate(results):
+                for key, value in zip((*range(first, keys), *range(first)), values, strict=True):
+                    assert torch.equal(value, weight + key)
+
+
+def test_a_write_by_another_thread_while_it_is_made_is_a_change():
+    weight = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def make() -> torch.Tensor:
+        result = weight.clone()
+        weight.add_(1)  # as an optimiser's step in another thread would
+        return result
+
+    derived(weight, "copy", make)
+    assert torch.equal(derived(weight, "copy", weight.clone), torch.ones(4))

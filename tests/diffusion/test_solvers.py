@@ -1,0 +1,70 @@
+"""The coefficients of every solver, on every schedule, spacing, number of steps and prediction type."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ddim_fast import NoiseSchedule
+from ddim_fast.diffusion.solvers import SOLVERS, make_solver
+from ddim_fast.diffusion.timesteps import SPACINGS, select_timesteps
+
+TYPES = ("epsilon", "v_prediction", "sample")
+PLAIN = {
+    "linear": NoiseSchedule.linear(),
+    "scaled_linear": NoiseSchedule.scaled_linear(),
+    "cosine": NoiseSchedule.cosine(),
+    "sigmoid": NoiseSchedule.sigmoid(),
+    "few timesteps": NoiseSchedule.linear(num_train_timesteps=5),
+    "two timesteps": NoiseSchedule.cosine(2),
+}
+SCHEDULES = {
+    **PLAIN,
+    **{f"{name}, zero SNR": schedule.rescale_zero_terminal_snr() for name, schedule in PLAIN.items()},
+    "hardly any signal": NoiseSchedule.linear(1e-4, 0.6),
+}
+STEPS = (1, 2, 3, 7, 50, 333, 1000)
+
+
+def runs(schedule: NoiseSchedule):
+    """The noise levels of runs of every spacing and of many numbers of steps."""
+    for spacing, steps in itertools.product(SPACINGS, STEPS):
+        if steps <= schedule.num_train_timesteps:
+            yield np.append(schedule.alphas_cumprod[select_timesteps(schedule, steps, spacing)], 1.0)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_coefficients_are_finite_and_variances_add_up(name, prediction_type):
+    etas = {"ddim": (0.0, 0.5, 1.0, "sigma-hat")}
+    for levels in runs(SCHEDULES[name]):
+        for solver, eta in ((s, eta) for s in SOLVERS for eta in etas.get(s, (0.0,))):
+            repeats = bool((np.diff(levels) <= 0).any())
+            undetermined = prediction_type == "epsilon" and levels[0] < 1e-60
+            if (repeats and solver in ("dpm-solver++", "unipc")) or undetermined:
+                with pytest.raises(ValueError, match="repeats" if repeats and not undetermined else "repeats|at zero SNR"):
+                    make_solver(solver, levels, eta, prediction_type, None)
+                continue
+            table = make_solver(solver, levels, eta, prediction_type, None).table.astype(np.float64)
+            assert np.isfinite(table).all()
+            a, b = levels[:-1], levels[1:]
+            if solver == "ddim":
+                u, v, sigma = table[:, 4:].T
+                np.testing.assert_allclose(u**2, b, rtol=1e-6, atol=1e-12)
+                if eta != "sigma-hat":
+                    np.testing.assert_allclose(v**2 + sigma**2, 1 - b, rtol=1e-6, atol=1e-12)
+            elif solver == "ddpm":  # x_t, of variance 1 - a beside the signal, takes the place of epsilon
+                u, v, sigma = table[:, 4:].T
+                np.testing.assert_allclose(u + v * np.sqrt(a), np.sqrt(b), rtol=1e-5, atol=1e-12)
+                np.testing.assert_allclose(v**2 * (1 - a) + sigma**2, 1 - b, rtol=1e-5, atol=1e-12)
+            else:  # the image that is predicted all along is what is left in the end
+                from_x, *from_x0 = table[:, -3:].T
+                np.testing.assert_allclose(from_x * np.sqrt(a) + sum(from_x0), np.sqrt(b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("betas", [[0.5], [1e-9] * 4, np.linspace(1e-4, 0.9, 2000)], ids=["one", "constant", "no signal"])
+def test_what_cannot_be_rescaled_to_zero_snr(betas):
+    with pytest.raises(ValueError, match="zero terminal SNR needs"):
+        NoiseSchedule.from_betas(betas).rescale_zero_terminal_snr()
