@@ -299,7 +299,8 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     from .training.data import load_images, to_unit_range
 
     num_classes = sampler.config.num_classes
-    data = [load_images(spec, *sampler.image_shape[:2], num_classes=num_classes) for spec in specs]
+    options = {"num_classes": num_classes, "labelled": chosen is None and num_classes is not None}
+    data = [load_images(spec, *sampler.image_shape[:2], **options) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
     return images, image_labels(chosen, own, num_classes)

@@ -261,7 +261,7 @@ def _autoencoder_trainer(
             if getattr(arguments, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
-    data = load_images(arguments.data, config.in_channels, config.sample_size)
+    data = load_images(arguments.data, config.in_channels, config.sample_size, labelled=False)
     return Trainer(Autoencoder(config).to(device), data, options)
 
 
@@ -309,7 +309,7 @@ def _load(
 ) -> tuple[ImageSet, AudioConfig | None]:
     """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
-        return load_images(arguments.data, *image_shape[:2]), None
+        return load_images(arguments.data, *image_shape[:2], labelled=labelled), None
     from .audio.dataset import load_sound_images
 
     return load_sound_images(arguments.data, audio, labelled=labelled, convert=arguments.convert)
