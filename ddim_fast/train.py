@@ -320,7 +320,7 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
     out, options = arguments.out, trainer.options
     _forget_after(out, trainer.step)
     total = torch.zeros((), device=trainer.model.device)
-    logged, since = trainer.step, time.perf_counter()
+    logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (arguments.minutes or math.inf)
     with (
         _interruptible() as interrupted,
@@ -332,18 +332,20 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
             bar.update()
             last = step.step == options.steps or time.perf_counter() > deadline or interrupted()
             if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
-                loss = total.item() / (step.step - logged)
-                if loss != loss or loss in (float("inf"), float("-inf")):
-                    raise ValueError(
-                        f"the loss became {loss} before step {step.step}; lower --lr, or use --precision fp32 "
-                        f"({out} keeps the last checkpoint)"
-                    )
+                loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
+                # The gradient of the last step is in the weights already, and not in a loss yet.
+                for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
+                    if not math.isfinite(value):
+                        kept = f"{out} keeps the checkpoint of step {saved}" if saved else "there is no checkpoint yet"
+                        raise ValueError(
+                            f"the {what} became {value} by step {step.step}; lower --lr, or use --precision fp32 ({kept})"
+                        )
                 now = time.perf_counter()
                 rate = (step.step - logged) * options.batch_size / (now - since)
                 line = {
                     "step": step.step,
                     "loss": loss,
-                    "grad_norm": step.grad_norm.item(),
+                    "grad_norm": grad_norm,
                     "lr": step.lr,
                     "images_per_s": rate,
                     "time": time.time(),
@@ -357,6 +359,7 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                 trainer.write_snapshot(out / SNAPSHOTS)
             if last or step.step % arguments.save_every == 0:
                 trainer.save(out)
+                saved = step.step
             if last or step.step % arguments.sample_every == 0:
                 _save_grid(trainer, codec, out / "samples" / f"{step.step:07d}.png")
             if last:

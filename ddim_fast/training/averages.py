@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.weights import read_safetensors, write_safetensors
+from ..files import naming
+from ..models.weights import check_finite, read_safetensors, write_safetensors
 
 __all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length"]
 
@@ -127,6 +128,8 @@ def _combine(paths: Iterable[Path], coefficients: np.ndarray) -> dict[str, Tenso
     total: dict[str, Tensor] = {}
     for path, of_lengths in zip(paths, coefficients, strict=True):
         snapshot = read_safetensors(path)
+        with naming(path):
+            check_finite(snapshot)
         for length, coefficient in zip(LENGTHS, of_lengths, strict=True):
             prefix = f"{length}/"
             average = {n.removeprefix(prefix): t for n, t in snapshot.items() if n.startswith(prefix)}

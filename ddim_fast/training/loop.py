@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.schedule import NoiseSchedule
-from ..files import atomic_write
+from ..files import atomic_write, naming
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
+from ..models.weights import check_finite
 from .averages import PowerAverages
 from .data import ImageSet, to_unit_range
 from .ema import EMA
@@ -189,7 +191,7 @@ class Trainer(Generic[M]):
 
         Raises:
             FileNotFoundError: there is no training_state.pt.
-            ValueError: it is damaged or belongs to another network.
+            ValueError: it is damaged, belongs to another network, or holds numbers that are not finite.
         """
         path = folder / "training_state.pt"
         if not path.is_file():
@@ -202,12 +204,18 @@ class Trainer(Generic[M]):
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.step = operator.index(state["step"])
             averages = state.get("averages")
             if self._averages is not None and averages is not None:
                 self._averages.load_state_dict(averages)
+            moments = {
+                f"{n} of parameter {i}": m for i, of_one in state["optimizer"]["state"].items() for n, m in of_one.items()
+            }
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
+        with naming(path):
+            for tensors in (state["model"], state["ema"], averages or {}, moments):
+                check_finite(tensors)
         if self._averages is not None and averages is None:
             raise ValueError(f"{path}: the run kept no averages for snapshots so far, and an average begins with its run")
 

@@ -51,6 +51,14 @@ def test_images_of_another_size_are_refused(autoencoder):
         autoencoder.encode(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_weight_that_is_not_finite_is_named(autoencoder, tmp_path):
+    with torch.no_grad():
+        autoencoder.latent_std[1] = torch.nan
+    autoencoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'latent_std' is not finite"):
+        Autoencoder.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_of_something_else_is_refused(autoencoder, tmp_path):
     autoencoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

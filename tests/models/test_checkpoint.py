@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import socket
 import stat
@@ -110,6 +111,19 @@ def test_weights_of_another_network_are_named(change, message, checkpoint):
     change(state)
     save_file(state, path)
     with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "value,dtype", [(math.nan, torch.float32), (math.inf, torch.float16), (-math.inf, torch.bfloat16), (1e300, torch.float64)]
+)
+@pytest.mark.parametrize("shard_size", [None, "5KB"])
+def test_a_weight_that_is_not_finite_is_named(value, dtype, shard_size, checkpoint, config):
+    state = {name: tensor.to(dtype) for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    state["mid_block.resnets.0.conv1.weight"][1, 2, 0, 1] = value
+    (checkpoint / "model.safetensors").unlink()
+    save_checkpoint(checkpoint, config, state, max_shard_size=shard_size)
+    with pytest.raises(ValueError, match=r"model\.safetensors\S*: tensor 'mid_block\.resnets\.0\.conv1\.weight' is not finite"):
         UNet.from_pretrained(checkpoint)
 
 

@@ -242,6 +242,22 @@ def test_the_training_state_of_another_network_is_one_clear_error(saved):
             make_trainer(make_data(4)).load(saved)
 
 
+@pytest.mark.parametrize(
+    "spoil,tensor",
+    [
+        (lambda state: state["model"]["conv_in.weight"], "conv_in.weight"),
+        (lambda state: state["ema"]["conv_out.bias"], "conv_out.bias"),
+        (lambda state: state["optimizer"]["state"][3]["exp_avg_sq"], "exp_avg_sq of parameter 3"),
+    ],
+)
+def test_a_training_state_that_is_not_finite_is_refused(spoil, tensor, saved):
+    state = torch.load(saved / "training_state.pt", weights_only=True)
+    spoil(state).view(-1)[0] = torch.nan
+    torch.save(state, saved / "training_state.pt")
+    with pytest.raises(ValueError, match=rf"training_state\.pt: tensor '{tensor}' is not finite"):
+        make_trainer(make_data(4)).load(saved)
+
+
 def test_a_missing_training_state_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no training_state\.pt"):
         make_trainer(make_data(4)).load(tmp_path)
