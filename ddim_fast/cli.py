@@ -81,7 +81,13 @@ MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or 
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose usage errors are one line on stderr and exit code 2."""
+    """An ArgumentParser whose usage errors are one line on stderr and exit code 2.
+
+    Attributes:
+        hint: what a usage error says at its end.
+    """
+
+    hint = "--help shows the options"
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
@@ -93,7 +99,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+        self.exit(2, f"{self.prog}: error: {message} ({self.hint})\n")
 
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import visible_files
-from ..records import PICTURES
+from ..records import is_overview
 from .parquet import read_parquet
 
 __all__ = [
@@ -47,10 +47,12 @@ class ImageSet:
     Attributes:
         images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
         labels: (N,) int64 class labels, or None where the data has none.
+        places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
     """
 
     images: Tensor
     labels: Tensor | None
+    places: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -152,7 +154,7 @@ def _open(spec: str, num_classes: int | None, labelled: bool) -> Iterator[tuple[
 
 
 def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
-    images, labels = [], []
+    images, labels, places = [], [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:
         if first is None:
@@ -164,10 +166,11 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bo
             )
         images.append(fit_image(image, channels, size))
         labels.append(label)
+        places.append(name)
     if not images:
         raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
     has_labels = all(label is not None for label in labels)
-    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None)
+    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None, places)
 
 
 def _checked(label: Any, name: str) -> int | None:
@@ -194,8 +197,7 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    files = {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES}
-    return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+    return {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES and not is_overview(p)}
 
 
 def _decode(name: str, data: bytes) -> Image.Image:

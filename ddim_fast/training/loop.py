@@ -26,7 +26,10 @@ from .data import ImageSet, to_unit_range
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
 
-__all__ = ["Trainer", "TrainingOptions", "TrainingStep"]
+__all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
+
+# What a run goes on from, beside its checkpoint.
+TRAINING_STATE = "training_state.pt"
 
 M = TypeVar("M", UNet, Autoencoder)
 
@@ -180,7 +183,7 @@ class Trainer(Generic[M]):
             },
             buffer,
         )
-        atomic_write(folder / "training_state.pt", buffer.getvalue())
+        atomic_write(folder / TRAINING_STATE, buffer.getvalue())
 
     def write_snapshot(self, folder: Path) -> None:
         """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
@@ -193,9 +196,9 @@ class Trainer(Generic[M]):
             FileNotFoundError: there is no training_state.pt.
             ValueError: it is damaged, belongs to another network, or holds numbers that are not finite.
         """
-        path = folder / "training_state.pt"
+        path = folder / TRAINING_STATE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no training_state.pt to go on from")
+            raise FileNotFoundError(f"{folder} has no {TRAINING_STATE} to go on from")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading

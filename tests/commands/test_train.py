@@ -10,22 +10,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from small_runs import NETWORK, RUN, assert_one_line
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli import run_command
 
-NETWORK = [
-    "--preset=grey-32",
-    "--set",
-    "sample_size=8",
-    "base_channels=8",
-    "channel_multipliers=[1,2]",
-    "layers_per_block=1",
-    "attention_resolutions=[4]",
-    "norm_num_groups=4",
-]
-RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--precision=fp32", "--device=cpu", "--log-every=2", "--quiet"]
-FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "samples"}
+FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "data.json", "samples"}
 
 
 @pytest.fixture
@@ -57,11 +47,6 @@ def names(folder) -> set[str]:
 
 def weights_in(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
-
-
-def assert_one_line(text: str, *parts: str) -> None:
-    assert text.count("\n") == 1 and text.endswith("\n"), text
-    assert all(part in text for part in parts), text
 
 
 def test_the_command_trains_a_checkpoint(photos, tmp_path):
@@ -334,7 +319,7 @@ def test_a_run_that_diverges_at_once_leaves_no_checkpoint(photos, tmp_path, run_
     code, _, err = run_train("--data", photos, *RUN, "--steps=6", "--lr=1e30", "--out", out)
     assert code == 1
     assert_one_line(err, "error: the loss became ", "(there is no checkpoint yet)")
-    assert names(out) == {"train.json", "stats.jsonl"}
+    assert names(out) == {"train.json", "data.json", "stats.jsonl"}
 
 
 def test_a_gradient_that_is_not_finite_does_not_replace_the_last_checkpoint(photos, tmp_path, run_train, monkeypatch):
