@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from ..files import atomic_write, naming, read_json, require_file, write_json
+from ..files import atomic_write, naming, one_line, read_json, require_file, write_json
 
 __all__ = [
     "check_finite",
@@ -104,7 +104,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:

@@ -203,24 +203,37 @@ class Trainer(Generic[M]):
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
             raise ValueError(f"{path}: not a whole training state") from error
+        parameters = list(self.model.parameters())
         try:
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = operator.index(state["step"])
-            averages = state.get("averages")
+            step, averages = operator.index(state["step"]), state.get("averages")
+            moments, kinds = dict(state["optimizer"]["state"]), ("step", "exp_avg", "exp_avg_sq")
+            parts = [
+                (state["model"], self.model.state_dict()),
+                (state["ema"], self.ema.state_dict()),
+                (
+                    {f"{kind} of parameter {i}": moments[i][kind] for i in moments for kind in kinds},
+                    {f"{kind} of parameter {i}": parameters[i] for i in moments for kind in kinds[1:]}
+                    | {f"step of parameter {i}": torch.zeros(()) for i in moments},
+                ),
+            ]
             if self._averages is not None and averages is not None:
-                self._averages.load_state_dict(averages)
-            moments = {
-                f"{n} of parameter {i}": m for i, of_one in state["optimizer"]["state"].items() for n, m in of_one.items()
-            }
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                parts.append((averages, self._averages.state_dict()))
+            if step < 0 or not all(_fits(*part) for part in parts):
+                raise ValueError("other tensors than this network's")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
         with naming(path):
-            for tensors in (state["model"], state["ema"], averages or {}, moments):
+            for tensors, _ in parts:
                 check_finite(tensors)
         if self._averages is not None and averages is None:
             raise ValueError(f"{path}: the run kept no averages for snapshots so far, and an average begins with its run")
+        self.step = step
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        # The learning rate is set anew each step, and the groups are otherwise as they were made.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self._averages is not None:
+            self._averages.load_state_dict(averages)
 
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
@@ -275,6 +288,16 @@ class Trainer(Generic[M]):
         if self.options.lr_schedule == "constant":
             return self.options.lr
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _fits(found: dict[str, Tensor], like: dict[str, Tensor]) -> bool:
+    """Whether tensors that were read are those that they should be, by name and shape."""
+    return found.keys() == like.keys() and all(
+        isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and (tensor.shape, tensor.layout, tensor.device.type) == (like[name].shape, torch.strided, "cpu")
+        for name, tensor in found.items()
+    )
 
 
 def _mix(seed: int, number: int) -> int:

@@ -3,6 +3,7 @@ import math
 import os
 import socket
 import stat
+import struct
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_damaged_weights_are_named(damage, checkpoint):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         UNet.from_pretrained(checkpoint)
+
+
+def test_what_a_library_says_of_damaged_weights_is_one_line(checkpoint):
+    header = b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match=r"^.*model\.safetensors: not a whole safetensors file .*$") as caught:
+        UNet.from_pretrained(checkpoint)
+    assert "\n" not in str(caught.value)
 
 
 def _rename(state):

@@ -236,7 +236,17 @@ def test_the_training_state_of_another_network_is_one_clear_error(saved):
     other = UNet(UNetConfig(**{**TINY, "layers_per_block": 2}))
     with pytest.raises(ValueError, match=r"training_state\.pt: the training state of another network"):
         make_trainer(make_data(4), other).load(saved)
-    for content in ([1, 2], {}, {"model": None}):
+    whole = torch.load(saved / "training_state.pt", weights_only=True)
+    narrow = {**whole["ema"], "conv_in.bias": torch.zeros(1)}  # which copy_ would broadcast
+    moments = {**whole["optimizer"], "state": {0: {"step": 1}}}
+    for content in (
+        [1, 2],
+        {},
+        {"model": None},
+        whole | {"ema": narrow},
+        whole | {"optimizer": moments},
+        whole | {"step": "x"},
+    ):
         torch.save(content, saved / "training_state.pt")
         with pytest.raises(ValueError, match=r"training_state\.pt: the training state of another network"):
             make_trainer(make_data(4)).load(saved)
