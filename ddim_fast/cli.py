@@ -81,7 +81,13 @@ MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or 
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose usage errors are one line on stderr and exit code 2."""
+    """An ArgumentParser whose usage errors are one line on stderr and exit code 2.
+
+    Attributes:
+        hint: what a usage error says at its end.
+    """
+
+    hint = "--help shows the options"
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
@@ -93,7 +99,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+        self.exit(2, f"{self.prog}: error: {message} ({self.hint})\n")
 
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:
@@ -299,7 +305,8 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     from .training.data import load_images, to_unit_range
 
     num_classes = sampler.config.num_classes
-    data = [load_images(spec, *sampler.image_shape[:2], num_classes=num_classes) for spec in specs]
+    options = {"num_classes": num_classes, "labelled": chosen is None and num_classes is not None}
+    data = [load_images(spec, *sampler.image_shape[:2], **options) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
     return images, image_labels(chosen, own, num_classes)

@@ -293,12 +293,14 @@ def _reference(
 
 def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
     config = model.config
-    data = load_images(arguments.data, config.in_channels, config.sample_size, num_classes=config.num_classes)
+    classes = config.num_classes
+    options = {"num_classes": classes, "labelled": classes is not None}
+    data = load_images(arguments.data, config.in_channels, config.sample_size, **options)
     if arguments.num is not None and len(data) < arguments.num:
         raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num} of --num")
-    labels = data.labels if model.config.num_classes is not None else None
-    if labels is not None and int(labels.max()) >= model.config.num_classes:
-        raise ValueError(f"{arguments.data}: class {int(labels.max())} is not one of the model's {model.config.num_classes}")
+    labels = data.labels
+    if labels is not None and int(labels.max()) >= classes:
+        raise ValueError(f"{arguments.data}: class {int(labels.max())} is not one of the model's {classes}")
     return ImageSet(data.images[: arguments.num], None if labels is None else labels[: arguments.num])
 
 

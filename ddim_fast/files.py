@@ -16,6 +16,7 @@ __all__ = [
     "atomic_write",
     "cache_folder",
     "naming",
+    "one_line",
     "read_json",
     "require_file",
     "visible_files",
@@ -108,7 +109,12 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, for an error of ours to quote."""
+    return " ".join(str(error).split())
 
 
 def cache_folder() -> Path:

@@ -62,7 +62,7 @@ class Pictures:
     def load(self, spec: str) -> Tensor:
         from .training.data import load_images, to_unit_range
 
-        return to_unit_range(load_images(spec, *self._shape[:2]).images).contiguous()
+        return to_unit_range(load_images(spec, *self._shape[:2], labelled=False).images).contiguous()
 
     def label(self, text: str) -> int:
         if not text.isdecimal():

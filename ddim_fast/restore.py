@@ -219,7 +219,7 @@ def _operator(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) 
 
 def _known(mask: Path, size: list[int]) -> Tensor:
     """(H, W), False where a picture is white."""
-    pictures = [picture for _, picture, _ in read_images(str(mask))]
+    pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False)]
     if len(pictures) != 1:
         raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
     height, width = size
@@ -236,7 +236,8 @@ def _read(
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """Of each image a name, (N, C, H, W) uint8 pixels, and its class label or None."""
     channels, height, width = image_shape if arguments.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
-    rows = itertools.chain.from_iterable(read_images(spec, num_classes) for spec in arguments.images)
+    labelled = arguments.label is None and num_classes is not None
+    rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in arguments.images)
     names, pictures, labels = [], [], []
     for i, (place, image, label) in enumerate(itertools.islice(rows, arguments.num_images)):
         if not arguments.degrade and image.size != (width, height):

@@ -50,10 +50,10 @@ def main() -> None:
         parser.error(f"--model {arguments.model} makes images, not sounds; see python -m ddim_fast.edit")
     medium = medium_of(sampler, arguments.convert)
     with parser.usage_errors():
+        target = medium.label(arguments.target)
         images, source = medium.load_labelled(arguments.sounds, arguments.source)
         if source is None and arguments.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
-        target = medium.label(arguments.target)
         sampler.check(x_T=images, labels=target, guidance=arguments.guidance)
         curve = medium.codec.loudness(images if arguments.control is None else medium.load(arguments.control))
         if arguments.control is not None and len(curve) != 1:

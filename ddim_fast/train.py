@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -28,12 +29,15 @@ from .media import image_grid, save_image
 from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model
+from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model, packaged_models
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.unet import UNet
+from .records import RUN, SAMPLES, STATS
+from .training.averages import snapshots
 from .training.data import ImageSet, load_images, to_unit_range
+from .training.data_record import DATA_RECORD, DataRecord
 from .training.latents import encoded, latent_space
-from .training.loop import Trainer, TrainingOptions
+from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
 
 _EXAMPLES = """\
   python -m ddim_fast.train --data photos/ --preset cifar10-64 --out runs/photos
@@ -76,6 +80,7 @@ def _parser() -> CommandParser:
     p.add_argument(
         "--data",
         metavar="SPEC",
+        type=_absolute,
         help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
     )
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
@@ -86,8 +91,8 @@ def _parser() -> CommandParser:
         default="cifar10-64",
         help=f"the network: {', '.join(preset_names())}; or {AUTOENCODER}, a network to train others in the latent space of",
     )
-    p.add_argument("--init", metavar="MODEL", help=_INIT_HELP)
-    p.add_argument("--latents", metavar="DIR", help=_LATENTS_HELP)
+    p.add_argument("--init", metavar="MODEL", type=_model, help=_INIT_HELP)
+    p.add_argument("--latents", metavar="DIR", type=_absolute, help=_LATENTS_HELP)
     p.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -143,6 +148,15 @@ def _parser() -> CommandParser:
     return p
 
 
+def _absolute(text: str) -> str:
+    """What is here and would be something else, or nothing, from another working directory."""
+    return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
+
+
+def _model(text: str) -> str:
+    return text if text in packaged_models() else _absolute(text)
+
+
 def _seed(text: str) -> int:
     if text.isdecimal() and int(text) < 2**63:
         return int(text)
@@ -181,15 +195,18 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("training is one process; start it without torchrun")
     recipe = arguments.recipe
-    record = arguments.out / "train.json"
+    record = arguments.out / RUN
     if arguments.resume:
         if not record.is_file():
             parser.error(f"--resume: there is no run in {arguments.out}")
-        try:
-            begun = json.loads(record.read_text(encoding="utf-8"))
-            parser.set_defaults(**begun)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{record}: not the record of a run ({error})") from None
+        if _holds_checkpoint(arguments.out) and not (arguments.out / TRAINING_STATE).is_file():
+            parser.error(
+                f"--resume: {arguments.out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {arguments.out} "
+                "begins another run, in another --out, with its weights"
+            )
+        begun = _begun(parser, record, arguments)
+        parser.set_defaults(**begun)
+        parser.hint = f"options that are not given are those of {record}"
         arguments = parser.parse_args()
         if recipe != "ddpm" and recipe != begun.get("recipe"):
             parser.error(f"--recipe {recipe}: a run goes on with its own; begin another with another --out")
@@ -197,6 +214,8 @@ def main() -> None:
             parser.error(f"--latents {arguments.latents}: a run goes on with its own; begin another with another --out")
     elif record.exists():
         parser.error(f"--out {arguments.out} holds a run already; go on with --resume or choose another folder")
+    elif _holds_checkpoint(arguments.out):
+        parser.error(f"--out {arguments.out} holds a checkpoint already, which is no run's; choose another folder")
     else:
         parser.set_defaults(**_RECIPES[recipe])
         arguments = parser.parse_args()
@@ -212,14 +231,17 @@ def main() -> None:
         if arguments.latents is not None and arguments.preset == AUTOENCODER:
             raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
     torch.manual_seed(options.seed)
-    if arguments.preset == AUTOENCODER:
-        trainer, codec = _autoencoder_trainer(parser, arguments, device, options), None
-    else:
-        trainer, codec = _unet_trainer(parser, arguments, device, options, start)
-    if arguments.resume and (arguments.out / "training_state.pt").exists():  # a run can end before its first checkpoint
-        _check_same_network(parser, arguments.out, trainer.model.config)
+    try:
+        if arguments.preset == AUTOENCODER:
+            trainer, codec, seen = _autoencoder_trainer(parser, arguments, device, options)
+        else:
+            trainer, codec, seen = _unet_trainer(parser, arguments, device, options, start)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} ({parser.hint})" if arguments.resume else error) from None
+    if _goes_on(arguments):
         trainer.load(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    seen.save(arguments.out)
     remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
     atomic_write(record, (json.dumps(remembered, indent=2) + "\n").encode())
     if codec is not None:
@@ -227,14 +249,72 @@ def main() -> None:
     _train(trainer, arguments, codec)
 
 
-def _check_same_network(parser: CommandParser, folder: Path, config: UNetConfig | AutoencoderConfig) -> None:
+def _holds_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "model_index.json", "model.safetensors", TRAINING_STATE))
+
+
+def _goes_on(arguments: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint to go on from; a run can end before its first one, and then starts over."""
+    return arguments.resume and (arguments.out / TRAINING_STATE).is_file()
+
+
+def _begun(parser: CommandParser, record: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run was begun with.
+
+    Raises:
+        ValueError: its record is damaged, or has other options than this version.
+    """
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        words = [word for name, value in values.items() for word in _words(name, value)]
+        unknown = sorted(values.keys() - (vars(arguments).keys() - set(_PER_CALL)))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{record}: not the record of a run ({error})") from None
+    if unknown:
+        raise ValueError(f"{record}: not the record of a run (there is no option {unknown[0]!r})")
+    parser.hint = f"as {record} says"
+    own = vars(parser.parse_args([*words, "--out", str(arguments.out)]))
+    return {name: own[name] for name in values}
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option and its value as they stand in a command."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else ["--no-flip"] if name == "flip" else []
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return [option, *value] if value else []
+    if value is None or isinstance(value, (str, int, float)):
+        return [] if value is None else [f"{option}={value}"]
+    raise TypeError(f"{name} is {value!r}")
+
+
+def _check_same_network(parser: CommandParser, arguments: argparse.Namespace, config: UNetConfig | AutoencoderConfig) -> None:
     """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
-    own = load_config(folder, type(config)).to_dict()
+    if not _goes_on(arguments):
+        return
+    own = load_config(arguments.out, type(config)).to_dict()
     for name, value in config.to_dict().items():
         if name != "dropout" and own.get(name) != value:
             parser.error(
                 f"--resume: the network of this run has {name} {own.get(name)}, not {value}; train another in another --out"
             )
+
+
+def _check_same_data(parser: CommandParser, arguments: argparse.Namespace, now: DataRecord) -> None:
+    """A usage error where a run that goes on would lose images or mistake their classes; a line where it gets more images."""
+    before = DataRecord.load(arguments.out) if _goes_on(arguments) else None
+    if before is None:
+        return
+    try:
+        added = before.added(now)
+    except ValueError as error:
+        parser.error(
+            f"--resume: {error}; bring the data back, name it by --data, or remove {arguments.out / DATA_RECORD} to go on with "
+            "the data as it is"
+        )
+    if added:
+        print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
 
 
 def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
@@ -251,7 +331,7 @@ def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
 
 def _autoencoder_trainer(
     parser: CommandParser, arguments: argparse.Namespace, device: torch.device, options: TrainingOptions
-) -> Trainer:
+) -> tuple[Trainer, None, DataRecord]:
     with parser.usage_errors():
         if arguments.class_conditional:
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
@@ -261,8 +341,11 @@ def _autoencoder_trainer(
             if getattr(arguments, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
-    data = load_images(arguments.data, config.in_channels, config.sample_size)
-    return Trainer(Autoencoder(config).to(device), data, options)
+    _check_same_network(parser, arguments, config)
+    data = load_images(arguments.data, config.in_channels, config.sample_size, labelled=False)
+    seen = DataRecord.of(arguments.data, data)
+    _check_same_data(parser, arguments, seen)
+    return Trainer(Autoencoder(config).to(device), data, options), None, seen
 
 
 def _unet_trainer(
@@ -271,8 +354,9 @@ def _unet_trainer(
     device: torch.device,
     options: TrainingOptions,
     start: UNet | None,
-) -> tuple[Trainer, LatentCodec | None]:
-    """What trains a U-Net, which may have been trained before, and the autoencoder whose latents it learns, if it does."""
+) -> tuple[Trainer, LatentCodec | None, DataRecord]:
+    """What trains a U-Net, which may have been trained before, the autoencoder whose latents it learns, if it does, and the
+    record of its data."""
     codec = None
     with parser.usage_errors():
         overrides = _overrides(arguments) if start is None else {}
@@ -293,6 +377,9 @@ def _unet_trainer(
         parser.error(f"{what}: {arguments.data} has no label for every image")
     if arguments.class_conditional:
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
+    seen = DataRecord.of(arguments.data, data, None if audio is None else audio.labels)
+    _check_same_data(parser, arguments, seen)
+    _check_same_network(parser, arguments, config)
     if codec is not None:
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
@@ -301,7 +388,7 @@ def _unet_trainer(
     if start is not None:
         model.load_state_dict(start.state_dict())
     model.audio = audio
-    return Trainer(model.to(device), data, options), codec
+    return Trainer(model.to(device), data, options), codec, seen
 
 
 def _load(
@@ -309,7 +396,7 @@ def _load(
 ) -> tuple[ImageSet, AudioConfig | None]:
     """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
-        return load_images(arguments.data, *image_shape[:2]), None
+        return load_images(arguments.data, *image_shape[:2], labelled=labelled), None
     from .audio.dataset import load_sound_images
 
     return load_sound_images(arguments.data, audio, labelled=labelled, convert=arguments.convert)
@@ -320,11 +407,11 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
     out, options = arguments.out, trainer.options
     _forget_after(out, trainer.step)
     total = torch.zeros((), device=trainer.model.device)
-    logged, since = trainer.step, time.perf_counter()
+    logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (arguments.minutes or math.inf)
     with (
         _interruptible() as interrupted,
-        open(out / "stats.jsonl", "a", encoding="utf-8") as stats,
+        open(out / STATS, "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=arguments.quiet, file=sys.stderr) as bar,
     ):
         for step in trainer.run():
@@ -332,18 +419,20 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
             bar.update()
             last = step.step == options.steps or time.perf_counter() > deadline or interrupted()
             if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
-                loss = total.item() / (step.step - logged)
-                if loss != loss or loss in (float("inf"), float("-inf")):
-                    raise ValueError(
-                        f"the loss became {loss} before step {step.step}; lower --lr, or use --precision fp32 "
-                        f"({out} keeps the last checkpoint)"
-                    )
+                loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
+                # The gradient of the last step is in the weights already, and not in a loss yet.
+                for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
+                    if not math.isfinite(value):
+                        kept = f"{out} keeps the checkpoint of step {saved}" if saved else "there is no checkpoint yet"
+                        raise ValueError(
+                            f"the {what} became {value} by step {step.step}; lower --lr, or use --precision fp32 ({kept})"
+                        )
                 now = time.perf_counter()
                 rate = (step.step - logged) * options.batch_size / (now - since)
                 line = {
                     "step": step.step,
                     "loss": loss,
-                    "grad_norm": step.grad_norm.item(),
+                    "grad_norm": grad_norm,
                     "lr": step.lr,
                     "images_per_s": rate,
                     "time": time.time(),
@@ -357,8 +446,9 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                 trainer.write_snapshot(out / SNAPSHOTS)
             if last or step.step % arguments.save_every == 0:
                 trainer.save(out)
+                saved = step.step
             if last or step.step % arguments.sample_every == 0:
-                _save_grid(trainer, codec, out / "samples" / f"{step.step:07d}.png")
+                _save_grid(trainer, codec, out / SAMPLES / f"{step.step:07d}.png")
             if last:
                 break
     if interrupted():
@@ -395,16 +485,16 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _forget_after(out: Path, step: int) -> None:
     """Drop the lines and the snapshots of steps that are about to be made again, because the run stopped after its last
-    checkpoint; and a line that was not written to its end."""
-    path, kept = out / "stats.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    checkpoint; and lines that are none, as one that was not written to its end."""
+    path, kept = out / STATS, []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            if json.loads(line.decode())["step"] <= step:
+                kept.append(line + b"\n")
     if path.exists():
-        atomic_write(path, "".join(kept).encode())
-    for snapshot in (out / SNAPSHOTS).glob("[0-9]*.safetensors"):
-        if int(snapshot.stem) > step:
+        atomic_write(path, b"".join(kept))
+    for steps, snapshot in snapshots(out / SNAPSHOTS).items():
+        if steps > step:
             snapshot.unlink()
 
 

@@ -27,10 +27,10 @@ def load_sound_images(spec: str, audio: AudioConfig, *, labelled: bool, convert:
     sounds = load_sounds(spec, audio, convert)
     images = make_codec(audio).encode(sounds.waves)
     if not labelled or sounds.labels is None:
-        return ImageSet(images, None), audio
+        return ImageSet(images, None, sounds.places), audio
     names = list(audio.labels or sorted(set(sounds.labels)))
     for label in sounds.labels:
         if label not in names:
             raise ValueError(f"{spec}: class {label!r} is not one of the model's: {', '.join(names)}")
     numbers = torch.tensor([names.index(label) for label in sounds.labels])
-    return ImageSet(images, numbers), dataclasses.replace(audio, labels=tuple(names))
+    return ImageSet(images, numbers, sounds.places), dataclasses.replace(audio, labels=tuple(names))

@@ -53,7 +53,8 @@ class Sounds:
         """
         sets = [self.read(spec) for spec in specs]
         images = self.codec.encode(np.concatenate([part.waves for part in sets]))
-        if label == "none" or (label is None and any(part.labels is None for part in sets)):
+        unknown = self._audio.labels is None or any(part.labels is None for part in sets)
+        if label == "none" or (label is None and unknown):
             return images, None
         names = [label] * len(images) if label is not None else [name for part in sets for name in part.labels]
         return images, torch.tensor([self.label(name) for name in names])

@@ -28,10 +28,12 @@ class SoundSet:
     Attributes:
         waves: (N, length) float32 in [-1, 1].
         labels: N names of classes, or None where the data has none.
+        places: where each is from, its file or the data set's file and a number.
     """
 
     waves: np.ndarray
     labels: list[str] | None
+    places: list[str]
 
     def __len__(self) -> int:
         return len(self.waves)
@@ -55,13 +57,14 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
         FileNotFoundError: there is nothing at ``spec``.
         ValueError: it holds no sounds, damaged ones, or ones of another rate or number of channels; the message names the file.
     """
-    waves, labels = [], []
+    waves, labels, places = [], [], []
     for name, data, label in _open(spec):
         waves.append(_fit(_decode(name, data, config.sample_rate, convert), config))
         labels.append(label)
+        places.append(name)
     if not waves:
         raise ValueError(f"no sounds in {spec!r}")
-    return SoundSet(np.stack(waves), None if None in labels else labels)
+    return SoundSet(np.stack(waves), None if None in labels else labels, places)
 
 
 _Row = tuple[str, bytes, str | None]

@@ -49,7 +49,7 @@ def read_pictures(spec: str, image_shape: tuple[int, int, int] | None = None) ->
         image_shape = native_shape(spec)
         if image_shape[1] != image_shape[2]:
             raise ValueError(f"{spec}: pictures must be square; these are {_size(image_shape)}")
-    return load_images(spec, image_shape[0], image_shape[1], equal=as_stored).images
+    return load_images(spec, image_shape[0], image_shape[1], equal=as_stored, labelled=False).images
 
 
 def open_archive(path: Path) -> np.lib.npyio.NpzFile:

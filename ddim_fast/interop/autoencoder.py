@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..files import read_json
+from ..files import naming, one_line, read_json
 from ..models.autoencoder import Autoencoder
+from ..models.weights import check_finite
 
 __all__ = ["load_autoencoder"]
 
@@ -33,6 +34,9 @@ def load_autoencoder(folder: Path) -> nn.Module:
     except ImportError:
         raise ValueError(f"{folder} is an autoencoder of diffusers, which is not installed: pip install diffusers") from None
     try:
-        return getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        autoencoder = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # diffusers raises those of its dependencies too; each means the same to the user
-        raise ValueError(f"{folder}: not a whole {name} of diffusers ({error})") from None
+        raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)})") from None
+    with naming(folder / "diffusion_pytorch_model.safetensors"):
+        check_finite(autoencoder.state_dict())
+    return autoencoder.eval()

@@ -99,9 +99,12 @@ class Checkpoint:
             shapes: those of the network's tensors, by its names.
 
         Raises:
-            ValueError: a tensor is missing, unexpected or of another shape; the message names the file and the tensor.
+            ValueError: a tensor is missing, unexpected, of another shape or not finite; the message names the file and the
+                tensor.
         """
         import torch
+
+        from .weights import check_finite
 
         stored = {name: self.stored_name(name) for name in shapes}
         for name in sorted(set(stored.values()) ^ self.tensors.keys()):
@@ -114,7 +117,10 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.path}: tensor {stored[name]!r} has shape {tuple(tensor.shape)}, the network needs {shape}"
                 )
-        return {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
+        state = {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
+        with naming(self.path):
+            check_finite({stored[name]: tensor for name, tensor in state.items()})
+        return state
 
 
 def packaged_models() -> tuple[str, ...]:

@@ -107,6 +107,8 @@ class UNetConfig(Fields):
             self.freq_shift,
             "other than half of base_channels",
         )
+        _check_extent(self.level_channels, self.layers_per_block)
+        require(self.num_train_timesteps <= 10**6, "num_train_timesteps", self.num_train_timesteps, "at most a million")
         halvings = 2 ** (len(self.channel_multipliers) - 1)
         require(
             width % halvings == 0 and (self.one_dimensional or height % halvings == 0),
@@ -203,6 +205,7 @@ class AutoencoderConfig(Fields):
         multipliers = self.channel_multipliers
         require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", multipliers, "one positive integer a level")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
+        _check_extent(self.level_channels, self.layers_per_block)
         right = f"a multiple of {self.factor}, for {len(multipliers)} levels"
         require(self.sample_size % self.factor == 0, "sample_size", self.sample_size, right)
         for width in self.level_channels:
@@ -223,6 +226,12 @@ class AutoencoderConfig(Fields):
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
         return (self.in_channels, self.sample_size, self.sample_size)
+
+
+def _check_extent(widths: tuple[int, ...], layers_per_block: int) -> None:
+    """See that a network can be built at all: a damaged file must not take the machine's memory, or hours."""
+    require(max(widths) <= 2**16, "base_channels", widths[0], f"such that no level has more than {2**16} channels")
+    require(layers_per_block * len(widths) <= 512, "layers_per_block", layers_per_block, "at most 512 in all levels together")
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

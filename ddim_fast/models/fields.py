@@ -66,16 +66,26 @@ def _checked(name: str, expected: Any, value: Any) -> Any:
     for kind in kinds:
         if kind in _LISTS:
             item, length, _ = _LISTS[kind]
-            if isinstance(value, (list, tuple)) and all(type(v) is item for v in value) and length in (None, len(value)):
+            if isinstance(value, (list, tuple)) and all(_is(v, item) for v in value) and length in (None, len(value)):
                 return tuple(value)
         elif kind is float:
             if type(value) in (int, float) and abs(value) <= sys.float_info.max:
                 return float(value)
-        elif type(value) is kind:
+        elif _is(value, kind):
             return value
     right = " or ".join(_LISTS[kind][2] if kind in _LISTS else _NAMES[kind] for kind in kinds if kind is not type(None))
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    if any(type(number) is int and abs(number) >= _LARGEST for number in numbers):
+        right += f" below {_LARGEST}"
     raise ValueError(f"{name} must be {right}; got {value!r}")
 
+
+def _is(value: Any, kind: type) -> bool:
+    return type(value) is kind and (kind is not int or abs(value) < _LARGEST)
+
+
+# Nothing that is counted here comes near it, and sums and products of what is below it overflow nowhere.
+_LARGEST = 2**24
 
 # The type of each item, how many there must be, and what to call them.
 _LISTS = {

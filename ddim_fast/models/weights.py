@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from ..files import atomic_write, naming, read_json, require_file, write_json
+from ..files import atomic_write, naming, one_line, read_json, require_file, write_json
 
 __all__ = [
+    "check_finite",
     "is_state_dict",
     "read_pickle",
     "read_safetensors",
@@ -103,7 +104,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
@@ -136,6 +137,17 @@ def is_state_dict(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """See that a network of these tensors can compute anything.
+
+    Raises:
+        ValueError: a number in one of them is NaN or infinite.
+    """
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"tensor {name!r} is not finite: it holds NaN or infinite numbers")
 
 
 _READERS = {".safetensors": read_safetensors, ".bin": read_pickle}

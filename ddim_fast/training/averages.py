@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.weights import read_safetensors, write_safetensors
+from ..files import naming
+from ..models.weights import check_finite, read_safetensors, write_safetensors
 
-__all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length"]
+__all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length", "snapshots"]
 
 # Of the two averages that are kept: Karras et al.'s choice.
 LENGTHS = (0.05, 0.10)
@@ -87,7 +88,7 @@ def average_of_length(folder: Path, length: float) -> Average:
         FileNotFoundError: there are no snapshots.
     """
     exponent = exponent_of_length(length)
-    paths = {int(path.stem): path for path in sorted(folder.glob("[0-9]*.safetensors"))}
+    paths = snapshots(folder)
     if not paths:
         raise FileNotFoundError(f"there are no snapshots of averages in {folder}: train with --ema-snapshots")
     steps = np.repeat(list(paths), len(LENGTHS))
@@ -101,6 +102,12 @@ def average_of_length(folder: Path, length: float) -> Average:
     own = _inner_product(end, exponent, end, exponent)
     error = np.sqrt(max(0.0, 1 - (2 * coefficients @ wanted - coefficients @ gram @ coefficients) / own))
     return Average(_combine(paths.values(), coefficients.reshape(len(paths), len(LENGTHS))), end, float(error))
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The files of :meth:`PowerAverages.write_snapshot`, by their steps, in that order."""
+    paths = {int(path.stem): path for path in folder.glob("*.safetensors") if path.stem.isdecimal()}
+    return dict(sorted(paths.items()))
 
 
 @functools.cache
@@ -127,6 +134,8 @@ def _combine(paths: Iterable[Path], coefficients: np.ndarray) -> dict[str, Tenso
     total: dict[str, Tensor] = {}
     for path, of_lengths in zip(paths, coefficients, strict=True):
         snapshot = read_safetensors(path)
+        with naming(path):
+            check_finite(snapshot)
         for length, coefficient in zip(LENGTHS, of_lengths, strict=True):
             prefix = f"{length}/"
             average = {n.removeprefix(prefix): t for n, t in snapshot.items() if n.startswith(prefix)}

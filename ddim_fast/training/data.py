@@ -8,9 +8,10 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import visible_files
-from ..records import PICTURES
+from ..records import is_overview
 from .parquet import read_parquet
 
 __all__ = [
@@ -46,10 +47,12 @@ class ImageSet:
     Attributes:
         images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
         labels: (N,) int64 class labels, or None where the data has none.
+        places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
     """
 
     images: Tensor
     labels: Tensor | None
+    places: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,7 +71,12 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def load_images(
-    spec: str, channels: int, size: int | tuple[int, int], equal: bool = False, num_classes: int | None = None
+    spec: str,
+    channels: int,
+    size: int | tuple[int, int],
+    equal: bool = False,
+    num_classes: int | None = None,
+    labelled: bool = True,
 ) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
@@ -88,6 +96,7 @@ def load_images(
         equal: refuse images of different sizes in any case.
         num_classes: of a model that the labels are for. Folders are its classes then where they are called by their numbers, or
             where there are just as many; otherwise their images have no label.
+        labelled: whether the labels are wanted; otherwise nothing looks at them.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
@@ -97,14 +106,14 @@ def load_images(
         raise ValueError(
             f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
         )
-    return _collect(read_images(spec, num_classes), spec, channels, size, equal)
+    return _collect(read_images(spec, num_classes, labelled), spec, channels, size, equal)
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
     """(channels, height, width) of a data set's images as they are stored: the size of the first, and one channel where all
     are grey; ``spec`` and errors as for :func:`load_images`."""
     size = None
-    for _, image, _ in read_images(spec):
+    for _, image, _ in read_images(spec, labelled=False):
         size = size or (image.height, image.width)
         if image.mode not in _GREY:
             return (3, *size)
@@ -116,29 +125,36 @@ def native_shape(spec: str) -> tuple[int, int, int]:
 Row = tuple[str, Image.Image, int | None]
 
 
-def read_images(spec: str, num_classes: int | None = None) -> Iterator[Row]:
+def read_images(spec: str, num_classes: int | None = None, labelled: bool = True) -> Iterator[Row]:
     """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
-    number), the image, and its class label or None. ``spec``, ``num_classes`` and errors as for :func:`load_images`."""
+    number), the image, and its class label or None. Arguments and errors as for :func:`load_images`."""
+    rows = _open(spec, num_classes, labelled)
+    return ((place, image, _checked(label, place) if labelled else None) for place, image, label in rows)
+
+
+def _open(spec: str, num_classes: int | None, labelled: bool) -> Iterator[tuple[str, Image.Image, Any]]:
     path = Path(spec)
     if path.is_dir():
         parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
         train = [p for p in parquet if p.name.startswith("train")]
-        return _read_parquet(train or parquet) if parquet else _read_idx(idx[0]) if idx else _read_folder(path, num_classes)
+        if parquet:
+            return _read_parquet(train or parquet, labelled)
+        return _read_idx(idx[0], labelled) if idx else _read_folder(path, num_classes)
     if path.is_file() and path.suffix == ".parquet":
-        return _read_parquet([path])
+        return _read_parquet([path], labelled)
     if path.is_file() and "idx3" in path.name:
-        return _read_idx(path)
+        return _read_idx(path, labelled)
     if path.is_file() and path.suffix.lower() in _SUFFIXES:
         return iter([(str(path), _decode(str(path), path.read_bytes()), None)])
     if matches := sorted(glob.glob(spec)):
-        return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
+        return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")], labelled)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
         return _read_hub(spec)
     raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
 def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
-    images, labels = [], []
+    images, labels, places = [], [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:
         if first is None:
@@ -148,14 +164,20 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bo
                 f"the images of a data set must all have one size{'' if equal else f', or {size} pixels each way at least'}; "
                 f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
             )
-        if label is not None and (not isinstance(label, int) or label < 0):
-            raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
         images.append(fit_image(image, channels, size))
         labels.append(label)
+        places.append(name)
     if not images:
         raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
     has_labels = all(label is not None for label in labels)
-    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None)
+    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None, places)
+
+
+def _checked(label: Any, name: str) -> int | None:
+    """A class label, or None, as the data set has it."""
+    if label is None or (type(label) is int and label >= 0):
+        return label
+    raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
 
 
 def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
@@ -175,8 +197,7 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    files = {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES}
-    return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+    return {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES and not is_overview(p)}
 
 
 def _decode(name: str, data: bytes) -> Image.Image:
@@ -207,15 +228,16 @@ def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
     return {name: i for i, name in enumerate(sorted(folders, key=int if are_numbers else str))}
 
 
-def _read_parquet(paths: list[Path]) -> Iterator[Row]:
-    for name, data, label in read_parquet(paths, ("image", "img"), ("label", "fine_label")):
-        yield name, _decode(name, data), label
+def _read_parquet(paths: list[Path], labelled: bool) -> Iterator[tuple[str, Image.Image, Any]]:
+    columns = (("label", "fine_label"),) if labelled else ()
+    for name, data, *label in read_parquet(paths, ("image", "img"), *columns):
+        yield name, _decode(name, data), label[0] if label else None
 
 
-def _read_idx(path: Path) -> Iterator[Row]:
+def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
     images = _idx_array(path, rank=3)
     label_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _idx_array(label_path, rank=1) if label_path.is_file() and label_path != path else None
+    labels = _idx_array(label_path, rank=1) if labelled and label_path.is_file() and label_path != path else None
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
     for i, image in enumerate(images):
@@ -236,7 +258,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
         raise ValueError(f"{path}: not a whole IDX file ({error})") from None
 
 
-def _read_hub(name: str) -> Iterator[Row]:
+def _read_hub(name: str) -> Iterator[tuple[str, Image.Image, Any]]:
     try:
         import datasets
     except ImportError:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.schedule import NoiseSchedule
-from ..files import atomic_write
+from ..files import atomic_write, naming
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
+from ..models.weights import check_finite
 from .averages import PowerAverages
 from .data import ImageSet, to_unit_range
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
 
-__all__ = ["Trainer", "TrainingOptions", "TrainingStep"]
+__all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
+
+# What a run goes on from, beside its checkpoint.
+TRAINING_STATE = "training_state.pt"
 
 M = TypeVar("M", UNet, Autoencoder)
 
@@ -178,7 +183,7 @@ class Trainer(Generic[M]):
             },
             buffer,
         )
-        atomic_write(folder / "training_state.pt", buffer.getvalue())
+        atomic_write(folder / TRAINING_STATE, buffer.getvalue())
 
     def write_snapshot(self, folder: Path) -> None:
         """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
@@ -189,27 +194,46 @@ class Trainer(Generic[M]):
 
         Raises:
             FileNotFoundError: there is no training_state.pt.
-            ValueError: it is damaged or belongs to another network.
+            ValueError: it is damaged, belongs to another network, or holds numbers that are not finite.
         """
-        path = folder / "training_state.pt"
+        path = folder / TRAINING_STATE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no training_state.pt to go on from")
+            raise FileNotFoundError(f"{folder} has no {TRAINING_STATE} to go on from")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
             raise ValueError(f"{path}: not a whole training state") from error
+        parameters = list(self.model.parameters())
         try:
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-            averages = state.get("averages")
+            step, averages = operator.index(state["step"]), state.get("averages")
+            moments, kinds = dict(state["optimizer"]["state"]), ("step", "exp_avg", "exp_avg_sq")
+            parts = [
+                (state["model"], self.model.state_dict()),
+                (state["ema"], self.ema.state_dict()),
+                (
+                    {f"{kind} of parameter {i}": moments[i][kind] for i in moments for kind in kinds},
+                    {f"{kind} of parameter {i}": parameters[i] for i in moments for kind in kinds[1:]}
+                    | {f"step of parameter {i}": torch.zeros(()) for i in moments},
+                ),
+            ]
             if self._averages is not None and averages is not None:
-                self._averages.load_state_dict(averages)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                parts.append((averages, self._averages.state_dict()))
+            if step < 0 or not all(_fits(*part) for part in parts):
+                raise ValueError("other tensors than this network's")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
+        with naming(path):
+            for tensors, _ in parts:
+                check_finite(tensors)
         if self._averages is not None and averages is None:
             raise ValueError(f"{path}: the run kept no averages for snapshots so far, and an average begins with its run")
+        self.step = step
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        # The learning rate is set anew each step, and the groups are otherwise as they were made.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self._averages is not None:
+            self._averages.load_state_dict(averages)
 
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
@@ -264,6 +288,16 @@ class Trainer(Generic[M]):
         if self.options.lr_schedule == "constant":
             return self.options.lr
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _fits(found: dict[str, Tensor], like: dict[str, Tensor]) -> bool:
+    """Whether tensors that were read are those that they should be, by name and shape."""
+    return found.keys() == like.keys() and all(
+        isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and (tensor.shape, tensor.layout, tensor.device.type) == (like[name].shape, torch.strided, "cpu")
+        for name, tensor in found.items()
+    )
 
 
 def _mix(seed: int, number: int) -> int:

@@ -27,11 +27,12 @@ def checkpoint(small_unet, tmp_path):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
-    """Run a command, which is a module, in ``here`` and in this process; returns its exit code, stdout and stderr."""
+    """Run a command, which is a module, in ``here`` (or ``where``) and in this process; returns its exit code, stdout and
+    stderr."""
 
-    def run(command, *arguments):
-        (tmp_path / "here").mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / "here")
+    def run(command, *arguments, where=tmp_path / "here"):
+        where.mkdir(exist_ok=True)
+        monkeypatch.chdir(where)
         monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             run_command(command.main)

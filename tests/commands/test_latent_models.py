@@ -3,6 +3,7 @@
 import json
 import sys
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -126,6 +127,16 @@ def test_wrong_options(arguments, message, runs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_autoencoder_with_a_weight_that_is_not_finite_is_refused(runs, tmp_path, capsys):
+    channels = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+    foreign = diffusers.AutoencoderTiny(**channels, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+    torch.nn.init.constant_(foreign.encoder.layers[0].bias, torch.nan)
+    foreign.save_pretrained(tmp_path / "foreign")
+    assert run_train("--data", runs / "photos", "--latents", tmp_path / "foreign", "--out", tmp_path / "run") == 2
+    message = f"{tmp_path}/foreign/diffusion_pytorch_model.safetensors: tensor 'encoder.layers.0.bias' is not finite"
+    assert message in capsys.readouterr().err
 
 
 def test_a_foreign_autoencoder_of_another_kind_is_refused(runs, tmp_path, capsys):

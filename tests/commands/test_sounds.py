@@ -143,6 +143,15 @@ def test_restore_a_gap(run_here, trained, recordings, here):
     assert out.startswith("1 sounds restored") and list(sounds_in(here / "restored")) == ["0"]
 
 
+def test_a_model_without_classes_asks_for_none(run_here, recordings, here):
+    run = ["--steps=1", "--batch-size=4", "--warmup=0", "--device=cpu", "--precision=fp32", "--quiet", "--out", here / "run"]
+    assert run_here(train, "--data", recordings, "--preset=digits-mel", *run)[0] == 0
+    options = ["--model", here / "run", "--gap", "0.1", "0.15", "--steps=2", "--out=restored", "--quiet"]
+    assert run_here(restore_sounds, recordings, *options) == (0, "", "")
+    code, _, error = run_here(restyle, recordings, "--model", here / "run", "--to=0")
+    assert code == 2 and "no class is named '0'; the model has none" in error
+
+
 def test_restore_a_band(run_here, trained, recordings, here, presets):
     options = ["--model", trained, "--cutoff=1000", "--steps=3", "--out=restored", "--quiet"]
     code, _, error = run_here(restore_sounds, recordings, *options)

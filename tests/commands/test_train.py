@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -9,22 +10,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from small_runs import NETWORK, RUN, assert_one_line
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli import run_command
 
-NETWORK = [
-    "--preset=grey-32",
-    "--set",
-    "sample_size=8",
-    "base_channels=8",
-    "channel_multipliers=[1,2]",
-    "layers_per_block=1",
-    "attention_resolutions=[4]",
-    "norm_num_groups=4",
-]
-RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--precision=fp32", "--device=cpu", "--log-every=2", "--quiet"]
-FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "samples"}
+FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "data.json", "samples"}
 
 
 @pytest.fixture
@@ -56,11 +47,6 @@ def names(folder) -> set[str]:
 
 def weights_in(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
-
-
-def assert_one_line(text: str, *parts: str) -> None:
-    assert text.count("\n") == 1 and text.endswith("\n"), text
-    assert all(part in text for part in parts), text
 
 
 def test_the_command_trains_a_checkpoint(photos, tmp_path):
@@ -322,7 +308,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(photos, tmp_path, ru
     before = {name: (out / name).read_bytes() for name in ("config.json", "model.safetensors", "training_state.pt")}
     code, stdout, err = run_train("--out", out, "--resume", "--steps=6", "--lr=1e30", "--device=cpu", "--quiet")
     assert (code, stdout) == (1, "")
-    assert_one_line(err, "error: the loss became ", "lower --lr", str(out))
+    assert_one_line(err, "error: the loss became ", "lower --lr", f"{out} keeps the checkpoint of step 2")
     assert {name: (out / name).read_bytes() for name in before} == before
     assert names(out) == FILES
     json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
@@ -332,8 +318,24 @@ def test_a_run_that_diverges_at_once_leaves_no_checkpoint(photos, tmp_path, run_
     out = tmp_path / "run"
     code, _, err = run_train("--data", photos, *RUN, "--steps=6", "--lr=1e30", "--out", out)
     assert code == 1
-    assert_one_line(err, "error: the loss became ")
-    assert names(out) == {"train.json", "stats.jsonl"}
+    assert_one_line(err, "error: the loss became ", "(there is no checkpoint yet)")
+    assert names(out) == {"train.json", "data.json", "stats.jsonl"}
+
+
+def test_a_gradient_that_is_not_finite_does_not_replace_the_last_checkpoint(photos, tmp_path, run_train, monkeypatch):
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def overflow(parameters, largest):
+        if next(steps) == 3:
+            parameters[0].grad.view(-1)[0] = torch.inf
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    out = tmp_path / "run"
+    code, _, err = run_train("--data", photos, *RUN, "--save-every=1", "--steps=3", "--out", out)
+    assert code == 1
+    assert_one_line(err, "error: the gradient's norm became inf by step 3", f"{out} keeps the checkpoint of step 2")
+    assert UNet.from_pretrained(out).conv_in.weight.isfinite().all()
 
 
 def test_damage_found_on_resuming_is_one_line_and_exit_code_1(photos, tmp_path, run_train):

@@ -352,6 +352,16 @@ def test_damaged_safetensors_are_named(damage, folder):
         UNet.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin"])
+def test_a_weight_that_is_not_finite_is_named(name, folder):
+    state = load_file(folder / WEIGHTS)
+    state["conv_out.bias"][0] = torch.inf
+    (folder / WEIGHTS).unlink()
+    (save_file if name == WEIGHTS else torch.save)(state, folder / name)
+    with pytest.raises(ValueError, match=f"^{folder / name}: tensor 'conv_out.bias' is not finite"):
+        UNet.from_pretrained(folder)
+
+
 def test_a_damaged_pickle_is_named(damaged_pickle, folder):
     (folder / WEIGHTS).unlink()
     path = folder / "diffusion_pytorch_model.bin"

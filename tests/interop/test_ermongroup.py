@@ -268,6 +268,10 @@ def _remove(name):
             "tensor 'conv_out.bias' is not a dense array of floating-point numbers",
         ),
         (
+            lambda t: t.update({"mid.attn_1.q.weight": torch.full((96, 96, 1, 1), math.nan)}),
+            "tensor 'mid.attn_1.q.weight' is not finite",
+        ),
+        (
             lambda t: t.update({"mid.attn_1.q.weight": torch.zeros(96, 96, 1, 1).to_sparse()}),
             "tensor 'mid.attn_1.q.weight' is not a dense array of floating-point numbers",
         ),

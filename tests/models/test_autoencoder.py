@@ -51,6 +51,14 @@ def test_images_of_another_size_are_refused(autoencoder):
         autoencoder.encode(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_weight_that_is_not_finite_is_named(autoencoder, tmp_path):
+    with torch.no_grad():
+        autoencoder.latent_std[1] = torch.nan
+    autoencoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'latent_std' is not finite"):
+        Autoencoder.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_of_something_else_is_refused(autoencoder, tmp_path):
     autoencoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -69,6 +77,8 @@ def test_a_checkpoint_of_something_else_is_refused(autoencoder, tmp_path):
         ({"latent_channels": 0}, "latent_channels must be at least 1; got 0"),
         ({"channel_multipliers": ()}, "channel_multipliers must be one positive integer a level"),
         ({"norm_num_groups": 3}, "norm_num_groups must be a divisor"),
+        ({"base_channels": 2**20}, "base_channels must be such that no level has more than 65536 channels"),
+        ({"layers_per_block": 10**6}, "layers_per_block must be at most 512 in all levels together"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"base_channels": "8"}, "base_channels must be an integer; got '8'"),
     ],

@@ -1,7 +1,9 @@
 import json
+import math
 import os
 import socket
 import stat
+import struct
 
 import pytest
 import torch
@@ -88,6 +90,14 @@ def test_damaged_weights_are_named(damage, checkpoint):
         UNet.from_pretrained(checkpoint)
 
 
+def test_what_a_library_says_of_damaged_weights_is_one_line(checkpoint):
+    header = b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match=r"^.*model\.safetensors: not a whole safetensors file .*$") as caught:
+        UNet.from_pretrained(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
 def _rename(state):
     state["conv_uit.weight"] = state.pop("conv_out.weight")
 
@@ -110,6 +120,19 @@ def test_weights_of_another_network_are_named(change, message, checkpoint):
     change(state)
     save_file(state, path)
     with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "value,dtype", [(math.nan, torch.float32), (math.inf, torch.float16), (-math.inf, torch.bfloat16), (1e300, torch.float64)]
+)
+@pytest.mark.parametrize("shard_size", [None, "5KB"])
+def test_a_weight_that_is_not_finite_is_named(value, dtype, shard_size, checkpoint, config):
+    state = {name: tensor.to(dtype) for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    state["mid_block.resnets.0.conv1.weight"][1, 2, 0, 1] = value
+    (checkpoint / "model.safetensors").unlink()
+    save_checkpoint(checkpoint, config, state, max_shard_size=shard_size)
+    with pytest.raises(ValueError, match=r"model\.safetensors\S*: tensor 'mid_block\.resnets\.0\.conv1\.weight' is not finite"):
         UNet.from_pretrained(checkpoint)
 
 

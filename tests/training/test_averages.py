@@ -105,6 +105,11 @@ def test_snapshots_that_are_missing_or_damaged_are_errors(tmp_path):
     wider.write_snapshot(tmp_path / "ema", 20)
     with pytest.raises(ValueError, match=r"00000020\.safetensors: not a snapshot of this network"):
         average_of_length(tmp_path / "ema", 0.1)
+    overflowing = nn.Linear(3, 2)
+    nn.init.constant_(overflowing.bias, 1e6)  # above what float16 has
+    PowerAverages(overflowing).write_snapshot(tmp_path / "ema", 20)
+    with pytest.raises(ValueError, match=r"00000020\.safetensors: tensor '0\.05/bias' is not finite"):
+        average_of_length(tmp_path / "ema", 0.1)
     (tmp_path / "ema" / "00000020.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"00000020\.safetensors: not a whole safetensors file"):
         average_of_length(tmp_path / "ema", 0.1)

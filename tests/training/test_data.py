@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import io
 import re
@@ -149,6 +150,16 @@ def test_parquet_without_labels_has_none(tmp_path):
     assert load_images(str(tmp_path / "a.parquet"), 3, 8).labels is None
 
 
+@pytest.mark.parametrize("label", ["cat", 0.5, 1.0, -1, True, datetime.date(2020, 1, 1), [1], {"a": 1}], ids=repr)
+def test_labels_are_looked_at_only_where_they_are_wanted(label, tmp_path):
+    write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)], label=[label])
+    data = load_images(str(tmp_path), 3, 8, labelled=False)
+    assert data.labels is None and len(data) == 1
+    assert native_shape(str(tmp_path)) == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 0: class labels must be whole numbers from 0; got "):
+        load_images(str(tmp_path), 3, 8)
+
+
 def test_of_a_folder_of_parquet_files_the_training_part_is_read(tmp_path):
     for i, name in enumerate(["test-0", "train-1-of-2", "train-0-of-2"]):
         write_parquet(tmp_path / f"{name}.parquet", [np.full((8, 8, 3), i, np.uint8)], label=[i])
@@ -284,6 +295,10 @@ def test_labels_that_do_not_fit_the_images_are_named(tmp_path):
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(pixels(0, 2)))
     with pytest.raises(ValueError, match=r"images-idx3-ubyte has 3 images but .*labels-idx1-ubyte has 2 labels"):
         load_images(str(tmp_path), 1, 8)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="labels-idx1-ubyte: not a whole IDX file"):
+        load_images(str(tmp_path), 1, 8)
+    assert len(load_images(str(tmp_path), 1, 8, labelled=False)) == 3
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):

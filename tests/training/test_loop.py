@@ -236,10 +236,36 @@ def test_the_training_state_of_another_network_is_one_clear_error(saved):
     other = UNet(UNetConfig(**{**TINY, "layers_per_block": 2}))
     with pytest.raises(ValueError, match=r"training_state\.pt: the training state of another network"):
         make_trainer(make_data(4), other).load(saved)
-    for content in ([1, 2], {}, {"model": None}):
+    whole = torch.load(saved / "training_state.pt", weights_only=True)
+    narrow = {**whole["ema"], "conv_in.bias": torch.zeros(1)}  # which copy_ would broadcast
+    moments = {**whole["optimizer"], "state": {0: {"step": 1}}}
+    for content in (
+        [1, 2],
+        {},
+        {"model": None},
+        whole | {"ema": narrow},
+        whole | {"optimizer": moments},
+        whole | {"step": "x"},
+    ):
         torch.save(content, saved / "training_state.pt")
         with pytest.raises(ValueError, match=r"training_state\.pt: the training state of another network"):
             make_trainer(make_data(4)).load(saved)
+
+
+@pytest.mark.parametrize(
+    "spoil,tensor",
+    [
+        (lambda state: state["model"]["conv_in.weight"], "conv_in.weight"),
+        (lambda state: state["ema"]["conv_out.bias"], "conv_out.bias"),
+        (lambda state: state["optimizer"]["state"][3]["exp_avg_sq"], "exp_avg_sq of parameter 3"),
+    ],
+)
+def test_a_training_state_that_is_not_finite_is_refused(spoil, tensor, saved):
+    state = torch.load(saved / "training_state.pt", weights_only=True)
+    spoil(state).view(-1)[0] = torch.nan
+    torch.save(state, saved / "training_state.pt")
+    with pytest.raises(ValueError, match=rf"training_state\.pt: tensor '{tensor}' is not finite"):
+        make_trainer(make_data(4)).load(saved)
 
 
 def test_a_missing_training_state_is_named(tmp_path):

@@ -1,0 +1,133 @@
+"""Damaged files of weights: safetensors in one file and in several, pickles of diffusers and of the DDIM authors' code."""
+
+import io
+import math
+import struct
+import zipfile
+
+import pytest
+import torch
+from driver import Fuzzer, main, mutate_bytes, mutate_json
+from safetensors.torch import save_file
+from test_config import SMALL
+
+from ddim_fast import UNet
+from ddim_fast.interop.diffusers_weights import save_diffusers
+from ddim_fast.interop.ermongroup import _stored_name
+from ddim_fast.models.checkpoint import save_checkpoint
+
+
+def load(path):
+    model = UNet.from_pretrained(path)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+
+
+def write_one(folder):
+    UNet(SMALL).save_pretrained(folder)
+    return [folder / "model.safetensors"]
+
+
+def write_shards(folder):
+    save_checkpoint(folder, SMALL, UNet(SMALL).state_dict(), max_shard_size="20KB")
+    return sorted(folder.glob("model*"))
+
+
+def write_bin(folder):
+    save_diffusers(folder, SMALL, UNet(SMALL).state_dict())
+    weights = folder / "unet" / "diffusion_pytorch_model.bin"
+    torch.save(UNet(SMALL).state_dict(), weights)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return [weights]
+
+
+def write_ermongroup(folder):
+    """The list that their training writes, in both formats of torch.save, and the network alone."""
+    network = {_stored_name(name, levels=2): tensor for name, tensor in UNet(ERMONGROUP).state_dict().items()}
+    network = {name: t[..., None, None] if ".attn" in name and t.ndim == 2 else t for name, t in network.items()}
+    states = [network, {"state": {0: {"step": 3}}}, 1, 5, {f"module.{name}": tensor for name, tensor in network.items()}]
+    torch.save(states, folder / "new.ckpt")
+    torch.save(states, folder / "old.ckpt", _use_new_zipfile_serialization=False)
+    save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / "network.safetensors")
+    return sorted(folder.iterdir())
+
+
+ERMONGROUP = SMALL.__class__(
+    sample_size=32, base_channels=32, channel_multipliers=(1, 1), layers_per_block=1, attention_resolutions=(16,)
+)
+
+
+def mutate_safetensors(random, data):
+    """Also its header alone, as JSON, with the length that it then has."""
+    if random.random() < 0.4:
+        return mutate_bytes(random, data)
+    (length,) = struct.unpack("<Q", data[:8])
+    header = mutate_json(random, data[8 : 8 + length])
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def mutate_pickle(random, data):
+    """Also what it holds, saved anew, and a part of its archive, with a checksum that is right."""
+    change = random.randrange(3)
+    if change == 0:
+        return mutate_bytes(random, data)
+    buffer = io.BytesIO()
+    if change == 1 and zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+            names = old.namelist()
+            damaged = random.choice([name for name in names if name.endswith("data.pkl")] + names)
+            for name in names:
+                part = old.read(name)
+                new.writestr(name, mutate_bytes(random, part) if name == damaged else part)
+        return buffer.getvalue()
+    content = torch.load(io.BytesIO(data), weights_only=True)
+    torch.save(_mutate_content(random, content), buffer)
+    return buffer.getvalue()
+
+
+def _mutate_content(random, value):
+    if isinstance(value, list) and random.random() < 0.9:
+        at = random.choice([0, -1, random.randrange(len(value))])
+        value = list(value)
+        value[at] = _mutate_content(random, value[at])
+        return value[: len(value) - random.choice((0, 0, 0, 1, 3))]
+    if isinstance(value, dict) and value and random.random() < 0.95:
+        name = random.choice(list(value))
+        rest = {key: kept for key, kept in value.items() if key != name}
+        renamed = random.choice((name, name, name, f"module.{name}", f"{name}x", 5, None))
+        return rest if random.random() < 0.1 else {**rest, renamed: _mutate_content(random, value[name])}
+    if isinstance(value, torch.Tensor) and random.random() < 0.8:
+        other = value.clone(memory_format=torch.contiguous_format)
+        if other.numel() and other.is_floating_point():
+            other.view(-1)[random.randrange(other.numel())] = random.choice((math.nan, math.inf, -math.inf, 1e38, 0.0))
+        return random.choice(
+            (
+                other, other, value.double() * 1e300, value.half(), value.int(), value.bool(), value[:0], value[None],
+                value.flatten(), value.repeat(2, *[1] * (value.ndim - 1)), value.to_sparse(), value.to("meta"),
+                value + 0j, torch.nn.Parameter(value) if value.is_floating_point() else value, value.numpy().tolist(),
+            )
+        )  # fmt: skip
+    return random.choice((None, 3, "x", [], {}, [value], {"x": value}, (value,), torch.zeros(3), {"state_dict": value}))
+
+
+def mutate_file(random, data):
+    """By what it is."""
+    if data[:1] == b"{":
+        return mutate_json(random, data)
+    return (mutate_safetensors if data[8:9] == b"{" else mutate_pickle)(random, data)
+
+
+FUZZERS = (
+    Fuzzer("safetensors", write_one, lambda path: load(path.parent), mutate_file),
+    Fuzzer("shards", write_shards, lambda path: load(path.parent), mutate_file),
+    Fuzzer("bin", write_bin, lambda path: load(path.parents[1]), mutate_file),
+    Fuzzer("ckpt", write_ermongroup, load, mutate_file),
+)
+
+
+@pytest.mark.parametrize("fuzzer", FUZZERS, ids=lambda fuzzer: fuzzer.name)
+def test_damaged_weights(fuzzer):
+    fuzzer.check(50)
+
+
+if __name__ == "__main__":
+    main(*FUZZERS)
