@@ -262,9 +262,10 @@ def _with_error(name: str, digits: str, factor: float = 1) -> Callable[[Row], st
     return cell
 
 
-def _features(settings: dict[str, Any]) -> str:
-    name = settings.get("features", NAME)
-    return "" if name == NAME else f"; features of {name}"
+def _unusual(row: Row) -> str:
+    """What is compared otherwise than usual: a reference of other sizes or colours, or another feature network."""
+    pictures, features = row.get("reference pictures"), row["settings"].get("features", NAME)
+    return (f", {pictures}" if pictures else "") + (f", features of {features}" if features != NAME else "")
 
 
 def _by_timestep(row: Row) -> str:
@@ -319,9 +320,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     },
 }
 _TITLES: dict[str, Callable[[Row], str]] = {
-    "quality": lambda row: (
-        f"{row['label']} against {row['settings']['reference']} ({row['reference images']}{_features(row['settings'])})"
-    ),
+    "quality": lambda row: f"{row['label']} against {row['settings']['reference']} ({row['reference images']}){_unusual(row)}",
     "trajectory": lambda row: (
         f"Distance to the solution in {row['solution steps']} steps "
         "(root mean square, images in [-1, 1]; whitened: with all frequencies counted alike)"

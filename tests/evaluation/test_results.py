@@ -84,7 +84,7 @@ def test_what_changed_under_its_name_is_told_apart(tmp_path):
         "### FID-10 against r (20 images)",
         "### FID-10 against r (20 images) (bbb)",
         "### FID-10 against r (20 images) (ccc)",
-        "### FID-10 against r (20 images; features of mine sha256:0)",
+        "### FID-10 against r (20 images), features of mine sha256:0",
     ]
     networks = [line.split(" | ")[0] for line in lines if line.startswith("| m")]
     assert networks == ["| m", "| m (a)", "| m (b)", "| m (a)", "| m (a)"]
