@@ -1,4 +1,5 @@
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -82,7 +83,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     flipped[2000] ^= 0xFF
     (tmp_path / "flipped.npz").write_bytes(bytes(flipped))
     np.savez(tmp_path / "code.npz", arr_0=np.array([{}], dtype=object))
-    for name in ("cut", "flipped", "code"):
+    for name, shape in (("huge", b"(999999999999, 8, 8, 3)}"), ("overflow", b"(%d,)}" % 10**30), ("open", b"(")):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as file:
+            header = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape
+            file.writestr("arr_0.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header)
+    later = data.replace(b"PK\1\2\x2d\3\x2d", b"PK\1\2\x2d\3\x7b")  # of version 12.3 of the archive's format
+    assert later != data
+    (tmp_path / "later.npz").write_bytes(later)
+    for name in ("cut", "flipped", "code", "huge", "overflow", "open", "later"):
         with pytest.raises(ValueError, match=rf"{name}\.npz"):
             read_pictures(str(tmp_path / f"{name}.npz"))
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
