@@ -6,6 +6,7 @@ import argparse
 import functools
 import hashlib
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ from .evaluation.measures import (
     measure_samples,
     measure_trajectories,
 )
-from .evaluation.pictures import read_pictures
+from .evaluation.pictures import read_pictures, survey
 from .evaluation.reference import Reference, load_reference
 from .evaluation.results import Results, machine
 from .evaluation.weights import default_weights, fetch_weights
@@ -94,7 +95,7 @@ def _parser() -> CommandParser:
     of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
     p.add_argument("--num", "--num-images", dest="num", metavar="N", type=parse_positive, help=_NUM_HELP)
     p.add_argument("--first-seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
-    p.add_argument("--data", metavar="SPEC", help="held-out images: a folder, Parquet or IDX")
+    p.add_argument("--data", metavar="SPEC", help=_DATA_HELP)
     p.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
     p.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
     p.add_argument("--spacing", metavar="LIST", type=_names((*SPACINGS, ADAPTIVE)), default="quadratic", help=_SPACING_HELP)
@@ -110,7 +111,7 @@ def _parser() -> CommandParser:
     )
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
-    p.add_argument("--inception", metavar="PATH", type=Path, help=_INCEPTION_HELP)
+    p.add_argument("--inception", metavar="[NAME=]PATH", type=_named_path, help=_INCEPTION_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     return p
@@ -118,8 +119,10 @@ def _parser() -> CommandParser:
 
 _REFERENCE_HELP = (
     "FID, KID and precision/recall against this data set (a folder, Parquet, IDX or .npz), whose statistics are computed once "
-    "and cached, or against a .npz file of statistics (mu, sigma), which gives FID alone"
+    "and cached, or against a .npz file of statistics (mu, sigma), which gives FID alone. Pictures are compared as they are "
+    "stored, of whatever sizes and colours; those of a .npz file must have the images'"
 )
+_DATA_HELP = "held-out images: a folder, Parquet or IDX; cropped, resized or padded to the network's size, as in training"
 _TRAJECTORY_HELP = (
     "distance of the images to the solution of the sampler's ODE in all of the training timesteps, same seeds: in pixels, and "
     "whitened, which counts all frequencies alike"
@@ -135,7 +138,8 @@ _TOLERANCE_HELP = "besides the settings above, samplers that control their step 
 _DTYPE_HELP = "what the model computes in, as for python -m ddim_fast.sample; features and statistics never change"
 _INCEPTION_HELP = (
     "the feature network's weights: a folder or file of safetensors, or the .pth of pytorch-fid or torch-fidelity "
-    "(default: what --fetch-inception made)"
+    "(default: what --fetch-inception made); weights other than the published ones need a NAME, under which they stand in the "
+    "results together with their checksum"
 )
 _OUT_HELP = "where evaluation.json, its tables and pictures go; settings that are there already are not measured again"
 
@@ -211,7 +215,7 @@ def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: 
     settings = {
         "model": None,
         "images": arguments.images,
-        "content": hashlib.sha256(pictures.numpy().tobytes()).hexdigest(),
+        "content": survey(pictures).content,
         "reference": arguments.reference,
         "reference content": reference.content,
         "features": network.name,
@@ -280,12 +284,12 @@ def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
 def _reference(
     arguments: argparse.Namespace, work: Work, image_shape: tuple[int, int, int]
 ) -> tuple[FeatureNetwork, Reference]:
-    path = arguments.inception or default_weights()
+    name, path = arguments.inception or (None, default_weights())
     if not path.exists():
         raise FileNotFoundError(
             f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
         )
-    network = load_inception(path).to(work.device)
+    network = load_inception(path, name).to(work.device)
     with work.progress("reference", 1) as bar:
         reference = load_reference(arguments.reference, image_shape, network, work.processes, bar.of)
     return network, reference
@@ -305,8 +309,10 @@ def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
 
 
 def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
-    content = hashlib.sha256(data.images.numpy().tobytes()).hexdigest()
-    return {"data": arguments.data, "data content": content, "num": len(data)}
+    content = hashlib.sha256(data.images.numpy().tobytes())
+    if data.labels is not None:  # the network is told them
+        content.update(data.labels.numpy().tobytes())
+    return {"data": arguments.data, "data content": content.hexdigest(), "num": len(data)}
 
 
 def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[Draws, Settings]:
@@ -374,6 +380,12 @@ def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
         return timesteps
 
     model.fitted_timesteps = work.processes.from_first(fit)
+
+
+def _named_path(text: str) -> tuple[str | None, Path]:
+    """NAME=PATH, or a path alone, which may have such a sign of its own."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists() else (None, Path(text))
 
 
 def _names(known: Any) -> Callable[[str], list[str]]:

@@ -21,7 +21,11 @@ def peak_signal_to_noise(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         (N,) float64 in dB; at most 100, which stands for equality.
+
+    Raises:
+        ValueError: their shapes differ.
     """
+    _check_shapes(pictures, truth)
     errors = np.square(pictures.astype(np.float64) - truth).mean(axis=(1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(errors, 255**2 / 10 ** (_IDENTICAL / 10)))
 
@@ -36,8 +40,9 @@ def structural_similarity(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray
         (N,) float64, 1 for equality.
 
     Raises:
-        ValueError: as :func:`check_similarity`.
+        ValueError: their shapes differ; or as :func:`check_similarity`.
     """
+    _check_shapes(pictures, truth)
     check_similarity(pictures.shape[1:3])
     from skimage.metrics import structural_similarity as similarity
 
@@ -57,3 +62,8 @@ def check_similarity(size: tuple[int, int]) -> None:
         import skimage.metrics  # noqa: F401
     except ImportError:
         raise ValueError("SSIM needs scikit-image: pip install 'ddim_fast[restore]'") from None
+
+
+def _check_shapes(pictures: np.ndarray, truth: np.ndarray) -> None:
+    if pictures.shape != truth.shape:  # NumPy would compare a grey picture with each colour
+        raise ValueError(f"pictures of shape {pictures.shape} cannot be compared pixel by pixel with those of {truth.shape}")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,22 @@ from ..engine import inference
 from ..files import naming
 from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
-__all__ = ["FEATURES", "NAME", "FeatureNetwork", "Inception", "load_inception", "resize_bilinear"]
+__all__ = [
+    "FEATURES",
+    "NAME",
+    "WEIGHTS_SHA256",
+    "FeatureNetwork",
+    "Inception",
+    "load_inception",
+    "resize_bilinear",
+    "tensors_checksum",
+]
 
+# Stands in files for the weights below and for no others.
 NAME = "inception-2015-12-05"
+WEIGHTS_SHA256 = "d8480bf241861ef02daadaae6cbf012cd62f9ea434caf5d56c3494221d2a7c1f"
+# The file of pytorch-fid and torch-fidelity, which was made from TensorFlow's by another way.
+_PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FEATURES = 2048
 
 _SIZE = 299
@@ -29,7 +46,8 @@ class FeatureNetwork(nn.Module):
 
     Args:
         network: (N, 3, 299, 299) float32 in about [-1, 1] -> (N, features).
-        name: what it is called in files; statistics of networks of other names are never compared.
+        name: what it is called in files, one name for one set of weights: by it rows of results are found again and statistics
+            are kept, and statistics of networks of other names are never compared.
         features: their number.
         size: the height and width that pictures are resized to.
     """
@@ -39,19 +57,29 @@ class FeatureNetwork(nn.Module):
         self.network, self.name, self.features, self.size = network.eval(), name, features, size
         self.requires_grad_(False)
 
-    @inference()
     def forward(self, pictures: Tensor) -> Tensor:
         """The features of (N, C, H, W) uint8 pictures, grey or RGB: (N, features) float32."""
-        device = next(self.network.parameters()).device
-        x = pictures.to(device).float().expand(-1, 3, -1, -1)
-        x = (resize_bilinear(x, self.size) - 128) / 128
+        return self._see(self._resized(pictures))
+
+    def of(self, pictures: Tensor | Iterable[Tensor], batch_size: int = 64) -> Tensor:
+        """The same of many pictures, so many at once: (N, C, H, W), or one by one and (C, H, W) each, of whatever sizes."""
+        if isinstance(pictures, Tensor):
+            return torch.cat([self(batch) for batch in pictures.split(batch_size)])
+        resized = (self._resized(picture[None]) for picture in pictures)
+        batches = iter(lambda: list(itertools.islice(resized, batch_size)), [])
+        return torch.cat([self._see(torch.cat(batch)) for batch in batches])
+
+    @inference()
+    def _resized(self, pictures: Tensor) -> Tensor:
+        """What the network is given of (N, C, H, W) pictures: (N, 3, size, size) in [-1, 1]."""
+        x = pictures.to(next(self.network.parameters()).device).float().expand(-1, 3, -1, -1)
+        return (resize_bilinear(x, self.size) - 128) / 128
+
+    @inference()
+    def _see(self, x: Tensor) -> Tensor:
         cudnn = torch.backends.cudnn  # with float32 in full, as on a CPU
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             return self.network(x.contiguous(memory_format=torch.channels_last)).float()
-
-    def of(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
-        """The same of many pictures, so many at once."""
-        return torch.cat([self(batch) for batch in pictures.split(batch_size)])
 
 
 class Inception(nn.Module):
@@ -208,40 +236,66 @@ class _MixedE(nn.Module):
         return torch.cat(parts, 1)
 
 
-def load_inception(path: Path) -> FeatureNetwork:
+def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
     """The network with the published weights, made ready to compute: on the CPU, in eval mode.
 
     Args:
         path: a folder with ``inception-2015-12-05.safetensors.index.json`` and its shards, or with one ``.safetensors`` file of
             that name; such a file itself; or the ``.pth`` of pytorch-fid or torch-fidelity, of which only tensors are read.
+        name: what to call weights that are not the published ones, which are refused without it. Their checksum becomes part of
+            the network's name.
 
     Raises:
         FileNotFoundError: there is nothing like it.
-        ValueError: a file is damaged, or is of another network; the message names the file and the tensor.
+        ValueError: a file is damaged, or is of another network; the message names the file and the tensor. Or it has other
+            weights, and no name for them.
     """
     tensors = _read(path)
     with torch.device("meta"):
         network = Inception()
     expected = network.state_dict()
     tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(_IGNORED) and not name.endswith("num_batches_tracked")
+        key: tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(_IGNORED) and not key.endswith("num_batches_tracked")
     }
-    names = {name for name in expected if not name.endswith("num_batches_tracked")}
+    keys = {key for key in expected if not key.endswith("num_batches_tracked")}
     with naming(path):
-        for name in sorted(names ^ tensors.keys()):
-            raise ValueError(f"{'unexpected' if name in tensors else 'missing'} tensor {name!r}: not the FID Inception network")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-                raise ValueError(f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        for key in sorted(keys ^ tensors.keys()):
+            raise ValueError(f"{'unexpected' if key in tensors else 'missing'} tensor {key!r}: not the FID Inception network")
+        for key, tensor in tensors.items():
+            if tensor.shape != expected[key].shape or not tensor.is_floating_point():
+                raise ValueError(f"tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(expected[key].shape)}")
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"tensor {name!r} is not finite")
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True, strict=False)
+                raise ValueError(f"tensor {key!r} is not finite")
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    identity = _identity(path, tensors, name)
+    network.load_state_dict(tensors, assign=True, strict=False)
     for module in list(network.modules()):
         if isinstance(module, _Conv):
             module.fold()
-    return FeatureNetwork(network.to(memory_format=torch.channels_last))
+    return FeatureNetwork(network.to(memory_format=torch.channels_last), identity)
+
+
+def tensors_checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all names, shapes and values, in hexadecimal: the same whatever file they were read from."""
+    digest = hashlib.sha256(json.dumps({name: list(t.shape) for name, t in sorted(tensors.items())}).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _identity(path: Path, tensors: dict[str, Tensor], name: str | None) -> str:
+    """What the network of these weights is called: a name alone would be that of any file with the same tensors' names."""
+    checksum = tensors_checksum(tensors)
+    if checksum == WEIGHTS_SHA256 or (path.suffix == ".pth" and hashlib.sha256(path.read_bytes()).hexdigest() == _PTH_SHA256):
+        return NAME
+    if name is None:
+        raise ValueError(
+            f"{path}: not the published weights of {NAME} (sha256 {checksum[:16]}, not {WEIGHTS_SHA256[:16]}); "
+            f"to measure with them, give them a name of their own: --inception NAME={path}"
+        )
+    return f"{name} sha256:{checksum[:16]}"
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -192,13 +192,22 @@ def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dic
     fid = frechet_distance(reference.statistics, parts.statistics(network.features))
     images = "unknown number of" if reference.images is None else f"{reference.images:,}"
     found: dict[str, Any] = {"images": parts.count, "reference images": f"{images} images", "label": label, label: fid}
-    if reference.features is not None and min(parts.count, len(reference.features)) > 3:
-        features = parts.some(KEPT_FEATURES)[:, : network.features]
-        kid = kernel_distance(features, reference.features)
-        many = min(len(features), len(reference.features))  # both depend on the numbers, so they are made equal
-        pr = precision_recall(drawn(features, many), drawn(reference.features, many))
-        found |= {"KID": kid.value, "KID standard error": kid.standard_error, "precision": pr.precision, "recall": pr.recall}
-    return found
+    if reference.pictures:
+        found["reference pictures"] = reference.pictures
+    if reference.features is None:
+        return found | {"not measured": f"KID, precision and recall: {reference.spec} holds statistics alone"}
+    features = parts.some(KEPT_FEATURES)[:, : network.features]
+    many = min(len(features), len(reference.features))  # precision and recall depend on the numbers, so they are made equal
+    if many <= 3:
+        return found | {"not measured": f"KID, precision and recall: they need more than 3 images a side; there are {many}"}
+    kid = kernel_distance(features, reference.features)
+    pr = precision_recall(drawn(features, many), drawn(reference.features, many))
+    return found | {
+        "KID": kid.value,
+        "KID standard error": kid.standard_error,
+        "precision": pr.precision,
+        "recall": pr.recall,
+    }
 
 
 def _mean_squares(x: Tensor) -> Tensor:

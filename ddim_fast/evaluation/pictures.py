@@ -1,55 +1,112 @@
-"""The pictures that a measure compares: (N, C, H, W) uint8, from whatever holds them."""
+"""The pictures that a measure compares: uint8, as they are stored, from whatever holds them."""
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import naming
+from ..files import naming, read_json
 from ..records import PICTURES
-from ..training.data import load_images, native_shape
+from ..training.data import load_images, native_shape, read_images, stored_image
 
-__all__ = ["open_archive", "read_array", "read_pictures"]
+__all__ = ["Survey", "check_pictures", "describe", "open_archive", "read_array", "read_pictures", "stored_pictures", "survey"]
+
+Shape = tuple[int, ...]
 
 
-def read_pictures(spec: str, image_shape: tuple[int, int, int] | None = None) -> Tensor:
-    """All pictures of a data set.
+class Survey(NamedTuple):
+    """What there is to know of pictures before they are compared.
+
+    Attributes:
+        count: how many there are.
+        content: a checksum of their shapes and values.
+        shapes: all (C, H, W) among them.
+    """
+
+    count: int
+    content: str
+    shapes: set[Shape]
+
+
+def survey(pictures: Iterable[Tensor]) -> Survey:
+    """Look at each of the (C, H, W) uint8 pictures once."""
+    digest, count, shapes = hashlib.sha256(), 0, set()
+    for count, picture in enumerate(pictures, 1):  # noqa: B007
+        shape = tuple(picture.shape)
+        shapes.add(shape)
+        digest.update(f"{shape} ".encode())
+        digest.update(picture.contiguous().numpy())
+    return Survey(count, digest.hexdigest(), shapes)
+
+
+def stored_pictures(spec: str) -> Iterator[Tensor]:
+    """The pictures of a data set one by one, (C, H, W) uint8: each of its own size, and grey where it is stored without colour.
+    They need not fit into memory together. ``spec`` and errors are those of :func:`read_pictures`, but sizes may differ."""
+    path = Path(spec)
+    if path.suffix.lower() == ".npz":
+        yield from _read_npz(path)
+        return
+    _check_finished(path)
+    image = None
+    for _, image, _ in read_images(spec):
+        yield torch.from_numpy(stored_image(image).copy())
+    if image is None:
+        raise ValueError(f"no images in {spec!r}")
+
+
+def read_pictures(spec: str) -> Tensor:
+    """All pictures of a data set, (N, C, H, W) uint8, as they are stored.
 
     Args:
         spec: a ``.npz`` file with (N, H, W, C) uint8 pictures in ``arr_0``, as ``python -m ddim_fast.sample --out FILE.npz``
             and other programs write it; or whatever :func:`ddim_fast.training.data.load_images` reads: a folder of image files,
             Parquet, IDX, or a data set on the Hub.
-        image_shape: (C, H, W) that a data set is brought to as training does it; None leaves them as they are stored. Pictures
-            in a ``.npz`` file are never changed.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: no pictures, damaged, unfinished or unequal ones, or in a ``.npz`` file of another shape; the message names
-            the file.
+        ValueError: no pictures, damaged, unfinished or unequal ones; the message names the file.
     """
     path = Path(spec)
     if path.suffix.lower() == ".npz":
-        pictures = _read_npz(path)
+        return _read_npz(path)
+    _check_finished(path)
+    channels, height, width = native_shape(spec)
+    if height != width:
+        raise ValueError(f"{spec}: pictures must be square; these are {describe([(channels, height, width)])}")
+    return load_images(spec, channels, height, equal=True, labelled=False).images
+
+
+def check_pictures(path: Path, array: np.ndarray, image_shape: Shape | None = None) -> Tensor:
+    """(N, C, H, W) from the array ``arr_0`` of the file.
+
+    Raises:
+        ValueError: these are no pictures, or not of ``image_shape``, (C, H, W); the message names the file.
+    """
+    with naming(path):
+        if array.dtype != np.uint8:
+            bad = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+            raise ValueError(f"pictures must be uint8 in 0..255; arr_0 is {array.dtype}" + (" and has NaN or inf" * bad))
+        if array.ndim != 4 or array.shape[3] not in (1, 3):
+            raise ValueError(f"pictures must have the shape (N, H, W, 1 or 3); arr_0 has {array.shape}")
+        if array.size == 0:
+            raise ValueError("arr_0 holds no pictures")
+        pictures = array.transpose(0, 3, 1, 2)
         if image_shape is not None and pictures.shape[1:] != image_shape:
-            raise ValueError(f"{path}: its pictures are {_size(tuple(pictures.shape[1:]))}, not {_size(image_shape)}")
-        return pictures
-    for record in (path / name for name in PICTURES):
-        if record.is_file():
-            with naming(record):
-                if json.loads(record.read_bytes()).get("finished") is not True:
-                    raise ValueError("the job that fills this folder has not finished; the same command goes on with it")
-    as_stored = image_shape is None
-    if as_stored:
-        image_shape = native_shape(spec)
-        if image_shape[1] != image_shape[2]:
-            raise ValueError(f"{spec}: pictures must be square; these are {_size(image_shape)}")
-    return load_images(spec, image_shape[0], image_shape[1], equal=as_stored, labelled=False).images
+            raise ValueError(f"its pictures are {describe([pictures.shape[1:]])}, not {describe([image_shape])}")
+    return torch.from_numpy(np.ascontiguousarray(pictures))
+
+
+def describe(shapes: Iterable[Shape]) -> str:
+    """The sizes and colours of (C, H, W) pictures in words: ``32x32 RGB``, ``20x30 to 64x48 grey and RGB``."""
+    sizes = sorted({shape[1:] for shape in shapes}, key=lambda size: (size[0] * size[1], size))
+    colours = ["RGB" if channels == 3 else "grey" for channels in sorted({shape[0] for shape in shapes})]
+    return " to ".join(f"{h}x{w}" for h, w in dict.fromkeys((sizes[0], sizes[-1]))) + f" {' and '.join(colours)}"
 
 
 def open_archive(path: Path) -> np.lib.npyio.NpzFile:
@@ -66,7 +123,7 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
         return archive
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged one raises almost anything
         raise ValueError(f"{path}: not a whole .npz file ({error})") from None
 
 
@@ -77,27 +134,19 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
         ValueError: there is none, or it is damaged; the message names the file.
     """
     if name not in archive:
-        raise ValueError(f"{path}: no array {name!r} (there are {', '.join(archive.files) or 'none'})")
+        raise ValueError(f"{path}: no array {name!r} (there are {', '.join(map(repr, archive.files)) or 'none'})")
     try:
         return archive[name]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # MemoryError, for instance, where its shape is nonsense
         raise ValueError(f"{path}: array {name!r} is damaged ({error})") from None
 
 
 def _read_npz(path: Path) -> Tensor:
     with open_archive(path) as archive:
-        pictures = read_array(archive, path, "arr_0")
-    with naming(path):
-        if pictures.dtype != np.uint8:
-            bad = np.issubdtype(pictures.dtype, np.floating) and not np.isfinite(pictures).all()
-            raise ValueError(f"pictures must be uint8 in 0..255; arr_0 is {pictures.dtype}" + (" and has NaN or inf" * bad))
-        if pictures.ndim != 4 or pictures.shape[3] not in (1, 3):
-            raise ValueError(f"pictures must have the shape (N, H, W, 1 or 3); arr_0 has {pictures.shape}")
-        if len(pictures) == 0:
-            raise ValueError("arr_0 holds no pictures")
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+        return check_pictures(path, read_array(archive, path, "arr_0"))
 
 
-def _size(image_shape: tuple[int, ...]) -> str:
-    channels, height, width = image_shape
-    return f"{height}x{width} {'grey' if channels == 1 else 'RGB'}"
+def _check_finished(folder: Path) -> None:
+    for record in (folder / name for name in PICTURES):
+        if record.is_file() and read_json(record).get("finished") is not True:
+            raise ValueError(f"{record}: the job that fills this folder has not finished; the same command goes on with it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..processes import Processes
 from .frechet import FeatureStatistics
 from .inception import FeatureNetwork
 from .parts import Parts, make_parts
-from .pictures import open_archive, read_array, read_pictures
+from .pictures import Survey, check_pictures, describe, open_archive, read_array, stored_pictures, survey
 
 __all__ = ["KEPT_FEATURES", "Reference", "load_reference"]
 
@@ -35,8 +35,9 @@ class Reference:
         statistics: of all of them.
         features: (n, D) float32 of some of them, or None where only statistics are known.
         network: the name of the feature network, or None where the file does not say.
-        resolution: (H, W) of the pictures, or None where the file does not say.
+        resolution: (H, W) of the pictures, or None where they differ or the file does not say.
         content: a checksum of the pictures, or of the file of statistics; empty where it is not known yet.
+        pictures: their sizes and colours in words, where these are not those of the images; empty otherwise.
     """
 
     spec: str
@@ -46,6 +47,7 @@ class Reference:
     network: str | None
     resolution: tuple[int, int] | None
     content: str = ""
+    pictures: str = ""
 
     def check(self, network: FeatureNetwork, resolution: tuple[int, int]) -> None:
         """See that pictures of this resolution, seen through this network, can be compared with it.
@@ -72,12 +74,12 @@ class Reference:
         arrays = {
             "mu": self.statistics.mean,
             "sigma_upper": self.statistics.covariance[rows, columns],
-            "count": np.int64(self.statistics.count),
-            "network": np.str_(self.network),
-            "resolution": np.array(self.resolution, np.int64),
+            "count": self.images,
+            "network": self.network,
+            "resolution": self.resolution,
+            "features": None if self.features is None else self.features.numpy(),
         }
-        if self.features is not None:
-            arrays["features"] = self.features.numpy()
+        arrays = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,8 @@ def load_reference(
         spec: a data set, as :func:`read_pictures` takes it, or a ``.npz`` file of statistics: ``mu`` and either ``sigma`` or
             ``sigma_upper`` (the upper triangle, in the order of ``numpy.triu_indices``), unbiased; ``count``, ``network``,
             ``resolution`` and ``features`` where it has them.
-        image_shape: (C, H, W) of the pictures to compare; a data set is brought to it as in training.
+        image_shape: (C, H, W) of the pictures to compare. Pictures in a ``.npz`` file must be of that shape too. Those of other
+            data sets are taken as they are stored, of whatever sizes and colours, and resized by the network as all pictures.
         progress: called with (pictures done, of how many) while statistics are computed.
 
     Raises:
@@ -106,51 +109,87 @@ def load_reference(
         ValueError: it is damaged, or cannot be compared; the message names it.
     """
     path = Path(spec)
-    if path.suffix.lower() == ".npz":
+    is_archive = path.suffix.lower() == ".npz"
+    if is_archive:
         with open_archive(path) as archive:
             is_statistics = "mu" in archive
         if is_statistics:
-            reference = _read_statistics(path)
+            reference = _read_statistics(path, image_shape)
             reference.check(network, image_shape[1:])
             return replace(reference, content=hashlib.sha256(path.read_bytes()).hexdigest())
-    pictures = read_pictures(spec, image_shape)
-    key = hashlib.sha256(f"{network.name} {tuple(pictures.shape)} ".encode() + pictures.numpy().tobytes()).hexdigest()[:32]
+    found = processes.from_first(lambda: survey(stored_pictures(spec)))
+    differs = found.shapes != {image_shape}
+    if is_archive and differs:
+        raise ValueError(f"{path}: its pictures are {describe(found.shapes)}, not {describe([image_shape])}")
+    if found.count < 2:
+        raise ValueError(f"{spec}: statistics need at least 2 pictures; there is {found.count}")
+    key = hashlib.sha256(f"{network.name} {found.content}".encode()).hexdigest()[:32]
     cached = cache_folder() / "references" / f"{key}.npz"
     if not processes.from_first(cached.is_file):
-        parts = Parts(cached.with_suffix(".parts"), len(pictures), network.features, size=128)
-        there = len(pictures) - sum(len(parts.pictures(k)) for k in parts.missing())
+        parts = Parts(cached.with_suffix(".parts"), found.count, network.features, size=128)
+        there = found.count - sum(len(parts.pictures(k)) for k in parts.missing())
         before = processes.add_done(0)
 
         def count(amount: int) -> None:
-            progress(there + processes.add_done(amount) - before, len(pictures))
+            progress(there + processes.add_done(amount) - before, found.count)
 
-        make_parts(parts, lambda numbers: network.of(pictures[numbers.start : numbers.stop]), processes, count)
-        processes.from_first(lambda: _finish(parts, spec, network, image_shape, cached))
-    return replace(_read_statistics(cached), spec=spec, content=key)
+        make_parts(parts, _features(spec, network), processes, count)
+        processes.from_first(lambda: _finish(parts, spec, network, found, cached))
+    pictures = describe(found.shapes) if differs else ""
+    return replace(_read_statistics(cached), spec=spec, content=found.content, pictures=pictures)
 
 
-def _finish(parts: Parts, spec: str, network: FeatureNetwork, image_shape: tuple[int, int, int], path: Path) -> None:
-    Reference(
-        spec, parts.count, parts.statistics(network.features), parts.some(KEPT_FEATURES), network.name, image_shape[1:]
-    ).save(path)
+def _features(spec: str, network: FeatureNetwork) -> Callable[[range], Tensor]:
+    """The features of the pictures of these numbers; ranges are asked for in their order."""
+    pictures = enumerate(stored_pictures(spec))
+
+    def part(numbers: range) -> Iterator[Tensor]:
+        for number, picture in pictures:
+            if number in numbers:
+                yield picture
+            if number == numbers[-1]:
+                return
+        raise ValueError(f"{spec}: its pictures changed while they were read")
+
+    return lambda numbers: network.of(part(numbers))
+
+
+def _finish(parts: Parts, spec: str, network: FeatureNetwork, found: Survey, path: Path) -> None:
+    sizes = {shape[1:] for shape in found.shapes}
+    resolution = sizes.pop() if len(sizes) == 1 else None
+    features = parts.some(KEPT_FEATURES)
+    Reference(spec, parts.count, parts.statistics(network.features), features, network.name, resolution).save(path)
     parts.remove()
 
 
-def _read_statistics(path: Path) -> Reference:
+def _read_statistics(path: Path, image_shape: tuple[int, int, int] | None = None) -> Reference:
+    """Those in a file, whose pictures, where it has any as well, are of this (C, H, W)."""
     with open_archive(path) as archive:
-        arrays = {name: read_array(archive, path, name) for name in archive.files}
+        arrays = {name: read_array(archive, path, name) for name in (*_RANKS, "network", "arr_0") if name in archive}
+    if image_shape is not None and "arr_0" in arrays:
+        check_pictures(path, arrays["arr_0"], image_shape)
     with naming(path):
         if "mu" not in arrays or not {"sigma", "sigma_upper"} & arrays.keys():
             raise ValueError("no statistics: it needs mu, and sigma or sigma_upper")
+        for name, rank in _RANKS.items():
+            if name not in arrays:
+                continue
+            array = arrays[name]
+            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite numbers")
+            if rank not in (None, array.ndim):
+                raise ValueError(f"{name} must have {rank} {'axis' if rank == 1 else 'axes'}; it has the shape {array.shape}")
         mean = arrays["mu"]
         covariance = arrays["sigma"] if "sigma" in arrays else _symmetric(arrays["sigma_upper"], len(mean))
         # Files of other programs do not say of how many images they are; the distance does not depend on it.
-        count = int(arrays["count"]) if "count" in arrays else None
+        count = int(arrays["count"].item()) if "count" in arrays else None
         statistics = FeatureStatistics.from_moments(2 if count is None else count, mean, covariance)
         features = arrays.get("features")
-        if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
+        if features is not None and features.shape[1] != len(mean):
             raise ValueError(f"features of shape {features.shape} do not fit a mean of {len(mean)}")
         resolution = arrays.get("resolution")
+        if resolution is not None and len(resolution) != 2:
+            raise ValueError(f"resolution must be a height and a width; it has the shape {resolution.shape}")
         return Reference(
             str(path),
             count,
@@ -159,6 +198,10 @@ def _read_statistics(path: Path) -> Reference:
             str(arrays["network"]) if "network" in arrays else None,
             None if resolution is None else (int(resolution[0]), int(resolution[1])),
         )
+
+
+# Arrays of numbers in a file of statistics, and how many axes they have; other programs may keep a count in any.
+_RANKS = {"mu": 1, "sigma": 2, "sigma_upper": 1, "count": None, "features": 2, "resolution": 1}
 
 
 def _symmetric(upper: np.ndarray, size: int) -> np.ndarray:

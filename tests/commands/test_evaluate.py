@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 from ddim_fast import evaluate
-from ddim_fast.evaluation.inception import FeatureNetwork
+from ddim_fast.evaluation.inception import NAME, FeatureNetwork
 
 
 @pytest.fixture
 def tiny_inception(monkeypatch):
-    """A feature network of six features in the place of Inception."""
+    """A feature network of six features in the place of Inception, with other weights where it is given a name."""
 
-    def load(path):
-        torch.manual_seed(0)
+    def load(path, name=None):
+        torch.manual_seed(len(name or ""))
         layers = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))
-        return FeatureNetwork(layers, "tiny", 6, size=16)
+        return FeatureNetwork(layers, name or NAME, 6, size=16)
 
     monkeypatch.setattr(evaluate, "load_inception", load)
 
@@ -133,6 +133,20 @@ def test_changed_data_are_measured_anew(run, checkpoint, photos, tmp_path):
     assert run(*command)[0] == 0
     before, after = rows(tmp_path, "loss")
     assert before["loss"] != after["loss"]
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    for row in (before, after):  # they have one name
+        assert f"Squared error of epsilon on {photos} ({row['settings']['data content'][:8]})\n" in table
+
+
+def test_changed_classes_are_measured_anew(run, checkpoint, photos, tmp_path):
+    """The images are the same, and the network is told other classes."""
+    command = ["--model", checkpoint, "--data", photos, "--loss"]
+    (photos / "class-0").rename(photos / "0")
+    for before, after in (("class-1", "1"), ("1", "7")):
+        (photos / before).rename(photos / after)
+        assert run(*command)[0] == 0
+    before, after = rows(tmp_path, "loss")
+    assert before["loss"] != after["loss"]
 
 
 def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, tmp_path, tiny_inception):
@@ -163,6 +177,59 @@ def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_ince
     for options, words in (([], "fewer than the 50000"), (["--num", 41], "holds 40 images, fewer than the 41 of --num")):
         code, _, err = run(*command, *options)
         assert code == 2 and words in err and str(photos) in err and err.count("\n") == 1
+
+
+def test_a_folder_of_another_size_and_colour_is_compared_as_it_is(run, tmp_path, tiny_inception):
+    """Made grey, the coloured pictures would be the images themselves, at no distance; in a frame, the small ones far away."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8) // np.array([1, 3, 9], np.uint8)
+    for i, picture in enumerate(map(Image.fromarray, pixels)):
+        grey = picture.convert("L")
+        for name, stored in (
+            ("images", grey),
+            ("coloured", picture),
+            ("large", grey.resize((48, 48), Image.Resampling.NEAREST)),
+            ("small", grey.resize((8, 8), Image.Resampling.BOX)),
+        ):
+            (tmp_path / name).mkdir(exist_ok=True)
+            stored.save(tmp_path / name / f"{i:02d}.png")
+    fid = {}
+    for name in ("coloured", "large", "small"):
+        command = ["--images", tmp_path / "images", "--reference", tmp_path / name, "--inception", tmp_path, "--num", 40]
+        code, _, err = run(*command)
+        assert code == 0, err
+        fid[name] = rows(tmp_path, "quality")[-1]["FID-40"]
+    assert fid["large"] < 0.05 * fid["coloured"] and fid["small"] < 0.05 * fid["coloured"]
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert f"{tmp_path / 'coloured'} (40 images), 16x16 RGB\n" in table and "large (40 images), 48x48 grey\n" in table
+
+
+def test_another_feature_network_has_rows_and_references_of_its_own(run, photos, tmp_path, tiny_inception):
+    """The folder is at no distance from itself, whichever network saw it first."""
+    command = ["--images", photos, "--reference", photos, "--num", 40]
+    for option in (tmp_path, f"mine={tmp_path}", tmp_path):
+        code, _, err = run(*command, "--inception", option)
+        assert code == 0, err
+    first, other = rows(tmp_path, "quality")
+    assert first["FID-40"] == pytest.approx(0, abs=1e-6) and other["FID-40"] == pytest.approx(0, abs=1e-6)
+    assert (first["settings"]["features"], other["settings"]["features"]) == (NAME, "mine")
+    assert "(40 images)\n" in (table := (tmp_path / "out" / "evaluation.md").read_text())
+    assert "(40 images), features of mine\n" in table
+    path = tmp_path / "a=b"
+    path.mkdir()
+    assert run(*command, "--inception", path)[0] == 0 and len(rows(tmp_path, "quality")) == 2  # a path, no name
+
+
+def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(6), sigma=np.eye(6))
+    for reference, count, words in (
+        (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds statistics"),
+        (photos, 3, "KID, precision and recall: they need more than 3 images a side; there are 3"),
+    ):
+        code, out, err = run("--images", photos, "--reference", reference, "--inception", tmp_path, "--num", count)
+        assert code == 0 and f"; not measured: {words}" in out, err
+        row = rows(tmp_path, "quality")[-1]
+        assert row["not measured"].startswith(words) and "KID" not in row
+        assert f"Not measured: {words}" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
 def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp_path):

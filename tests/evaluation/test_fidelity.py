@@ -42,6 +42,14 @@ def test_a_constant_shift_is_as_computed_by_hand():
     assert peak_signal_to_noise(flat, flat + np.uint8(b - a))[0] == pytest.approx(20 * np.log10(255 / 20))
 
 
+@pytest.mark.parametrize("measure", [peak_signal_to_noise, structural_similarity])
+@pytest.mark.parametrize("shape", [(3, 12, 17, 1), (1, 12, 17, 3), (3, 17, 12, 3)])
+def test_pictures_of_other_shapes_are_not_compared(measure, shape):
+    """NumPy would repeat a grey picture for each colour, and one picture for all."""
+    with pytest.raises(ValueError, match=r"shape \(3, 12, 17, 3\) cannot be compared pixel by pixel with those of \("):
+        measure(pictures(3), np.zeros(shape, np.uint8))
+
+
 def test_what_cannot_be_measured_is_named(monkeypatch):
     with pytest.raises(ValueError, match="window of 11x11 pixels; these pictures are 8x20"):
         check_similarity((8, 20))

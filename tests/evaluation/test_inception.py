@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import pickle
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ddim_fast.evaluation import inception
 from ddim_fast.evaluation.inception import NAME, FeatureNetwork, Inception, load_inception, resize_bilinear
 
 
@@ -30,7 +32,8 @@ def tensors(network) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["shards", "pth"])
-def test_every_form_of_the_weights_gives_the_features(form, network, tensors, tmp_path):
+def test_every_form_of_the_weights_gives_the_features(form, network, tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", inception.tensors_checksum(tensors))
     if form == "shards":
         names = sorted(tensors)
         files = {name: f"{NAME}-{i % 2}.safetensors" for i, name in enumerate(names)}
@@ -47,6 +50,34 @@ def test_every_form_of_the_weights_gives_the_features(form, network, tensors, tm
         expected = network((resize_bilinear(pictures.float(), 299) - 128) / 128)
     torch.testing.assert_close(loaded(pictures), expected, atol=1e-4, rtol=1e-4)
     assert loaded.name == NAME and loaded.features == 2048 and expected.std() > 0
+
+
+def test_other_weights_need_a_name_which_carries_their_checksum(tensors, tmp_path, monkeypatch):
+    """The tensors have the names of the published ones: only their values tell them apart."""
+    path = tmp_path / "other.pth"
+    torch.save(tensors, path)
+    with pytest.raises(ValueError) as caught:
+        load_inception(path)
+    assert f"{path}: not the published weights of {NAME}" in str(caught.value)
+    assert f"--inception NAME={path}" in str(caught.value) and "\n" not in str(caught.value)
+    assert load_inception(path, "mine").name == f"mine sha256:{inception.tensors_checksum(tensors)[:16]}"
+    monkeypatch.setattr(inception, "_PTH_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert load_inception(path, "mine").name == NAME
+
+
+def test_a_checksum_is_of_names_shapes_and_values():
+    tensors = [{name: torch.full(shape, value)} for name in "ab" for shape in ((2, 3), (3, 2)) for value in (0.0, 1.0)]
+    assert len({inception.tensors_checksum(t) for t in tensors}) == 8
+    a, b = torch.zeros(2, 3), torch.ones(3, 2).T
+    same = ({"a": a, "b": b}, {"b": b.contiguous(), "a": a})
+    assert len({inception.tensors_checksum(t) for t in same}) == 1
+
+
+def test_pictures_of_any_sizes_are_seen_each_as_it_is(tiny_network):
+    shapes = [(3, 8, 8), (1, 5, 9), (3, 30, 20), (1, 8, 8), (1, 8, 8)]
+    pictures = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes]
+    each = torch.cat([tiny_network(picture[None]) for picture in pictures])
+    torch.testing.assert_close(tiny_network.of(iter(pictures), batch_size=3), each)
 
 
 def test_grey_pictures_are_seen_as_rgb(network):

@@ -1,10 +1,12 @@
 import json
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ddim_fast.evaluation.pictures import read_pictures
+from ddim_fast.evaluation.pictures import describe, read_pictures, stored_pictures, survey
 
 
 def pixels(*shape):
@@ -19,10 +21,26 @@ def test_an_npz_file_and_a_folder_are_read_as_they_are(tmp_path):
         Image.fromarray(picture).save(tmp_path / "folder" / f"{i}.png")
     for spec in ("a.npz", "folder"):
         np.testing.assert_array_equal(read_pictures(str(tmp_path / spec)).numpy(), rgb.transpose(0, 3, 1, 2))
-    grey = read_pictures(str(tmp_path / "folder"), (1, 16, 16))
-    assert grey.shape == (3, 1, 16, 16) and not grey[:, :, :4].any()
-    with pytest.raises(ValueError, match=r"a\.npz: its pictures are 8x8 RGB, not 16x16 grey"):
-        read_pictures(str(tmp_path / "a.npz"), (1, 16, 16))
+        for picture, expected in zip(stored_pictures(str(tmp_path / spec)), rgb, strict=True):
+            np.testing.assert_array_equal(picture.movedim(0, -1), expected)
+
+
+def test_each_picture_of_a_folder_keeps_its_size_and_colours(tmp_path):
+    arrays = [pixels(8, 8, 3), pixels(5, 9), pixels(30, 20, 3)]
+    for i, picture in enumerate(arrays):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    found = list(stored_pictures(str(tmp_path)))
+    assert [tuple(p.shape) for p in found] == [(3, 8, 8), (1, 5, 9), (3, 30, 20)]
+    for picture, array in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(picture.movedim(0, -1).squeeze(-1), array)
+    assert describe(survey(found).shapes) == "5x9 to 30x20 grey and RGB" and describe([(1, 8, 8)]) == "8x8 grey"
+
+
+def test_pictures_are_told_apart_by_their_shapes_and_by_their_values():
+    shapes = [(2, 1, 4, 9), (2, 1, 9, 4), (2, 1, 6, 6), (1, 1, 4, 9)]
+    sets = [torch.full(shape, value, dtype=torch.uint8) for shape in shapes for value in (0, 1)]
+    assert len({survey(pictures).content for pictures in sets}) == 8
+    assert survey(sets[0]) == survey(list(sets[0].clone()))
 
 
 @pytest.mark.parametrize("job,picture", [("sampling", "grid.png"), ("restoration", "comparison.png")])
@@ -34,7 +52,11 @@ def test_the_folder_of_a_job_is_read_without_the_picture_of_all(job, picture, tm
     (tmp_path / f"{job}.json").write_text(json.dumps(record))
     assert read_pictures(str(tmp_path)).shape == (2, 1, 8, 8)
     (tmp_path / f"{job}.json").write_text(json.dumps(record | {"finished": False}))
-    with pytest.raises(ValueError, match=rf"{job}\.json.*not finished"):
+    for read in (read_pictures, lambda spec: next(stored_pictures(spec))):
+        with pytest.raises(ValueError, match=rf"{job}\.json.*not finished"):
+            read(str(tmp_path))
+    (tmp_path / f"{job}.json").write_text("[]")
+    with pytest.raises(ValueError, match=rf"{job}\.json: not a JSON object"):
         read_pictures(str(tmp_path))
 
 
@@ -61,7 +83,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     flipped[2000] ^= 0xFF
     (tmp_path / "flipped.npz").write_bytes(bytes(flipped))
     np.savez(tmp_path / "code.npz", arr_0=np.array([{}], dtype=object))
-    for name in ("cut", "flipped", "code"):
+    for name, shape in (("huge", b"(999999999999, 8, 8, 3)}"), ("overflow", b"(%d,)}" % 10**30), ("open", b"(")):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as file:
+            header = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape
+            file.writestr("arr_0.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header)
+    later = data.replace(b"PK\1\2\x2d\3\x2d", b"PK\1\2\x2d\3\x7b")  # of version 12.3 of the archive's format
+    assert later != data
+    (tmp_path / "later.npz").write_bytes(later)
+    for name in ("cut", "flipped", "code", "huge", "overflow", "open", "later"):
         with pytest.raises(ValueError, match=rf"{name}\.npz"):
             read_pictures(str(tmp_path / f"{name}.npz"))
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):

@@ -72,8 +72,30 @@ def test_the_report_has_a_table_and_a_picture_a_kind(tmp_path):
     assert "1. a machine; ddim_fast 0, torch 0: `python -m ddim_fast.evaluate`" in lines
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
-    (tmp_path / "evaluation.json").write_text('{"rows": 3}')
+def test_what_changed_under_its_name_is_told_apart(tmp_path):
+    """Another reference, other weights, another feature network: never in one table or line with what had the name before."""
+    pytest.importorskip("matplotlib")
+    results = Results(tmp_path)
+    results.add(*quality(5, 9.0))  # of an older version, which wrote no checksums
+    for steps, options in enumerate(({}, {"weights": "sha256:b"}, {"reference content": "ccc"}, {"features": "mine sha256:0"})):
+        results.add(*quality(steps + 1, 1.0, **{"weights": "sha256:a", "reference content": "bbb", **options}))
+    lines = results.markdown().splitlines()
+    assert [line for line in lines if line.startswith("###")] == [
+        "### FID-10 against r (20 images)",
+        "### FID-10 against r (20 images) (bbb)",
+        "### FID-10 against r (20 images) (ccc)",
+        "### FID-10 against r (20 images), features of mine sha256:0",
+    ]
+    networks = [line.split(" | ")[0] for line in lines if line.startswith("| m")]
+    assert networks == ["| m", "| m (a)", "| m (b)", "| m (a)", "| m (a)"]
+    assert len(results.report()) == 5
+    for row in results.rows:
+        assert "network" not in row  # which is of the report alone
+
+
+@pytest.mark.parametrize("content", ['{"rows": 3}', '{"runs": [], "rows": [3]}', '{"runs": [], "rows": [{"kind": "odd"}]}'])
+def test_a_file_of_something_else_is_named(content, tmp_path):
+    (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=r"evaluation\.json: not the results of an evaluation"):
         Results(tmp_path)
 
