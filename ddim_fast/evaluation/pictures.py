@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import naming
+from ..files import check_expansion, naming
 from ..records import PICTURES
 from ..training.data import load_images, native_shape
 
@@ -60,14 +59,14 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
         ValueError: it is damaged.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array, a .npy file")
         return archive
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole .npz file ({error})") from None
+    except Exception as error:  # numpy and zipfile raise whatever they run into in a damaged file
+        raise ValueError(f"{path}: not a whole .npz file ({' '.join(str(error).split())})") from None
 
 
 def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
@@ -79,9 +78,17 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
     if name not in archive:
         raise ValueError(f"{path}: no array {name!r} (there are {', '.join(archive.files) or 'none'})")
     try:
+        member = archive.zip.getinfo(f"{name}.npy")
+        check_expansion(member.compress_size, member.file_size)
+        with archive.zip.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:  # before numpy takes the memory
+                raise ValueError(f"its header says {shape}, and there are {member.file_size} bytes")
         return archive[name]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: array {name!r} is damaged ({error})") from None
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: array {name!r} is damaged ({' '.join(str(error).split())})") from None
 
 
 def _read_npz(path: Path) -> Tensor:

@@ -1,4 +1,6 @@
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -61,7 +63,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     flipped[2000] ^= 0xFF
     (tmp_path / "flipped.npz").write_bytes(bytes(flipped))
     np.savez(tmp_path / "code.npz", arr_0=np.array([{}], dtype=object))
-    for name in ("cut", "flipped", "code"):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    (tmp_path / "text.npz").write_bytes(zipped.getvalue())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**34, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(9))
+    (tmp_path / "odd.npz").write_bytes(data.replace(b"'fortran_order'", b"'for(ran_order'"))
+    for name in ("cut", "flipped", "code", "text", "huge", "odd"):
         with pytest.raises(ValueError, match=rf"{name}\.npz"):
             read_pictures(str(tmp_path / f"{name}.npz"))
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
