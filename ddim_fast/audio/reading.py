@@ -45,8 +45,8 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
     Args:
         spec: one of
 
-            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which others are
-              skipped with a warning; a file's label is the folder inside this one that it lies in, such as "7" or "7/jackson";
+            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files
+              are skipped with a warning; a file's label is the folder in this one that it lies in, such as "7" or "7/jackson";
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), also as ``data/train*``,
               in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and with it
               ``speaker``. A label is then "LABEL/SPEAKER".
