@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -118,7 +119,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1."""
+    """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1. Warnings of
+    this package are a line each."""
+    warnings.formatwarning = _format_warning
     try:
         main()
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
@@ -130,6 +133,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+_format_others = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else _format_others(message, category, filename, *place)
 
 
 @contextlib.contextmanager

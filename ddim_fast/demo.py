@@ -19,6 +19,7 @@ from .diffusion.interpolation import slerp
 from .diffusion.operators import Mask
 from .media import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
+from .training.decoding import opaque
 
 if TYPE_CHECKING:
     import gradio
@@ -134,7 +135,7 @@ class Studio:
     def _small(self, image: Image.Image) -> Tensor:
         """(C, H, W) in [-1, 1], of the model's size."""
         channels, size, _ = self.image_shape
-        pixels = np.atleast_3d(np.array(_square(image.convert("L" if channels == 1 else "RGB"), size)))
+        pixels = np.atleast_3d(np.array(_square(opaque(image).convert("L" if channels == 1 else "RGB"), size)))
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
     def _condition(self, label: int, guidance: float | None) -> dict[str, Any]:

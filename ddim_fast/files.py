@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,20 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_folder",
+    "check_expansion",
+    "is_hidden",
     "naming",
     "one_line",
     "read_json",
     "require_file",
     "visible_files",
+    "warn_of_skipped",
+    "warn_once",
     "write_json",
 ]
+
+# Folders that archives of a Mac, storages of Synology and file systems put beside pictures and sounds.
+_LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -86,11 +96,65 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder so called is none of a data set's."""
+    return name.startswith(".") or name in _LEFTOVERS
+
+
 def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those inside it, links to folders among them, but for hidden files and folders."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+    """The files in a folder and in those inside it, but for hidden ones and what file systems and archives leave behind.
+
+    Links to folders are followed, but not to a folder around the link, nor into a folder a second time: a folder's files come
+    once, from their own place if that is inside."""
+    seen: set[str] = set()
+    folders, links = [folder], []
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        here = os.path.realpath(place)
+        if here in seen:
+            continue
+        seen.add(here)
+        with os.scandir(place) as entries:
+            visible = sorted((e for e in entries if not is_hidden(e.name)), key=lambda e: e.name)
+        for entry in visible:
+            path = Path(place, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and path.is_dir():
+                target = os.path.realpath(path)
+                if not any(Path(inner).is_relative_to(target) for inner in (here, os.path.realpath(folder))):
+                    links.append(path)
+            elif entry.is_symlink() or entry.is_file():  # no pipe, into which nobody may write
+                yield path
+
+
+def warn_of_skipped(folder: Path, files: Collection[Path], what: str) -> None:
+    """Say, once, how many files of a folder are left out because they are not ``what`` is read there."""
+    kinds = Counter(path.suffix.lower() or "without suffix" for path in files)
+    if kinds:
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        warn_once(f"{folder}: skipped what cannot be read as {what}: {listed}")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that a process gives once, whatever the filters of others."""
+    warnings.warn(text, stacklevel=2)
+
+
+def check_expansion(stored: int, expanded: int, usual: int = 100) -> None:
+    """See that compressed data are no decompression bomb, before they take the memory.
+
+    Args:
+        stored: bytes that they have.
+        expanded: bytes that they say they become.
+        usual: how many times as many those may be.
+
+    Raises:
+        ValueError: they are more, and more than 256 MiB.
+    """
+    if expanded > 2**28 and expanded > usual * stored:
+        raise ValueError(f"its {stored} bytes would become {expanded}: a decompression bomb")
 
 
 def require_file(path: Path) -> None:

@@ -63,7 +63,9 @@ _IMAGES_HELP = (
     "image files, or data sets: folders, Parquet or IDX files. Without --degrade they are restored as they are and must have "
     "the size that the task asks for; with it they are brought to the model's size"
 )
-_MASK_HELP = "inpaint: a picture of the model's size, white where the images are to be filled in"
+_MASK_HELP = (
+    "inpaint: a picture of the model's size, white where the images are to be filled in (black or transparent elsewhere)"
+)
 _RECTANGLE_HELP = "inpaint: left, top, width and height of what is to be filled in, in pixels; may be given several times"
 _FACTOR_HELP = "super-resolution: how many times larger the images become (default: 2)"
 _RATIO_HELP = "compressed-sensing: the share of coefficients that is measured (default: 0.25)"
@@ -218,8 +220,8 @@ def _operator(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) 
 
 
 def _known(mask: Path, size: list[int]) -> Tensor:
-    """(H, W), False where a picture is white."""
-    pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False)]
+    """(H, W), False where a picture is white; where it is transparent, nothing is marked."""
+    pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False, background="black")]
     if len(pictures) != 1:
         raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
     height, width = size

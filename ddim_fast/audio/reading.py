@@ -12,13 +12,14 @@ import librosa
 import numpy as np
 import soundfile
 
-from ..files import visible_files
+from ..files import check_expansion, visible_files, warn_of_skipped
 from ..models.audio import AudioConfig
-from ..training.parquet import read_parquet
+from ..training.parquet import parquet_files, read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]
 
-_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
+# Of what libsndfile decodes and who records calls so.
+_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"}
 
 
 @dataclass
@@ -46,10 +47,12 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
     Args:
         spec: one of
 
-            - a sound file (WAV, FLAC, OGG, MP3), or a folder of them; a file's label is the folder inside this one that it lies
-              in, such as "7" or "7/jackson";
-            - a Parquet file, a pattern of them, or a folder with some, in the Hugging Face Hub's layout: a column ``audio`` of
-              encoded sounds, optionally ``label``, and with it ``speaker``. A label is then "LABEL/SPEAKER".
+            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files
+              are skipped with a warning; a file's label is the folder in this one that it lies in, such as "7" or "7/jackson";
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), also as
+              ``data/train*``,
+              in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and with it
+              ``speaker``. A label is then "LABEL/SPEAKER".
         convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it,
             recordings of another kind are refused.
 
@@ -73,17 +76,22 @@ _Row = tuple[str, bytes, str | None]
 def _open(spec: str) -> Iterator[_Row]:
     path = Path(spec)
     if path.is_dir():
-        parquet = sorted(path.glob("*.parquet"))
+        parquet = parquet_files(path)
         return _read_parquet(parquet) if parquet else _read_folder(path)
-    if path.is_file() and path.suffix != ".parquet":
+    if path.is_file() and path.suffix.lower() != ".parquet":
         return iter([(str(path), path.read_bytes(), None)])
-    if matches := sorted(glob.glob(spec)):
-        return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")])
+    if matches := [Path(match) for match in ([spec] if path.is_file() else sorted(glob.glob(spec)))]:
+        if not all(match.suffix.lower() == ".parquet" for match in matches):
+            raise ValueError(f"{spec!r}: a pattern is for Parquet files, and it matches {matches[0]}; name a folder of sounds")
+        return _read_parquet(matches)
     raise FileNotFoundError(f"no sounds at {spec!r}: not a folder, a sound file or a Parquet file")
 
 
 def _read_folder(folder: Path) -> Iterator[_Row]:
-    for path in sorted(p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES):
+    files = set(visible_files(folder))
+    sounds = {path for path in files if path.suffix.lower() in _SUFFIXES}
+    warn_of_skipped(folder, files - sounds, "sounds")
+    for path in sorted(sounds):
         inside = path.parent.relative_to(folder)
         yield str(path), path.read_bytes(), inside.as_posix() if inside.parts else None
 
@@ -94,15 +102,32 @@ def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
         yield name, data, "/".join(parts) if label is not None else None
 
 
+class _Stream(io.BytesIO):
+    """Bytes in which a seek to before their start, as damaged files ask for, goes nowhere: soundfile prints a traceback of each
+    error in here."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
     """(samples,) float32 at ``rate``."""
     try:
-        wave, actual = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(_Stream(data)) as sound:
+            actual = sound.samplerate
+            samples = sound.frames * max(sound.channels, rate / actual if convert else 1)
+            check_expansion(len(data), 4 * samples, usual=1000)  # Opus at its least has 200 times
+            wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name}: not a readable sound ({error.error_string})") from None
+    except Exception as error:  # soundfile runs into what a damaged header says
+        raise ValueError(f"{name}: not a readable sound ({error})") from None
     if not len(wave):
         raise ValueError(f"{name}: a sound of no length")
-    if not np.isfinite(wave).all():
+    if not (np.abs(wave) < 1e30).all():  # what is larger is not finite once it is mixed and resampled
         raise ValueError(f"{name}: its samples are not all finite")
     if not convert and wave.shape[1] != 1:
         raise ValueError(f"{name} has {wave.shape[1]} channels, the model's sounds have one; --convert mixes them down")

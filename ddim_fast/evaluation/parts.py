@@ -87,7 +87,7 @@ class Parts:
     def _is_whole(self, k: int) -> bool:
         try:
             stored = np.load(self._file(k), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+        except Exception:  # numpy raises whatever it runs into in a damaged file
             return False
         return stored.dtype == np.float32 and stored.shape == (len(self.pictures(k)), self.width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import naming, read_json
+from ..files import check_expansion, naming, read_json
 from ..records import PICTURES
 from ..training.data import load_images, native_shape, read_images, stored_image
 
@@ -117,14 +118,14 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
         ValueError: it is damaged.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array, a .npy file")
         return archive
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
-    except Exception as error:  # a damaged one raises almost anything
-        raise ValueError(f"{path}: not a whole .npz file ({error})") from None
+    except Exception as error:  # numpy and zipfile raise whatever they run into in a damaged file
+        raise ValueError(f"{path}: not a whole .npz file ({' '.join(str(error).split())})") from None
 
 
 def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
@@ -136,9 +137,17 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
     if name not in archive:
         raise ValueError(f"{path}: no array {name!r} (there are {', '.join(map(repr, archive.files)) or 'none'})")
     try:
+        member = archive.zip.getinfo(f"{name}.npy")
+        check_expansion(member.compress_size, member.file_size)
+        with archive.zip.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:  # before numpy takes the memory
+                raise ValueError(f"its header says {shape}, and there are {member.file_size} bytes")
         return archive[name]
-    except Exception as error:  # MemoryError, for instance, where its shape is nonsense
-        raise ValueError(f"{path}: array {name!r} is damaged ({error})") from None
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: array {name!r} is damaged ({' '.join(str(error).split())})") from None
 
 
 def _read_npz(path: Path) -> Tensor:

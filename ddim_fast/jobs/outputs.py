@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from ..files import atomic_write, naming, write_json
 from ..media import save_image, to_uint8
 from ..records import GRID, PICTURES, SAMPLING
+from ..training.decoding import decode_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,7 +255,8 @@ class PngFolder(FileFolder):
     def read(self, k: int) -> np.ndarray:
         pictures = []
         for file in self.files(k):
-            with Image.open(file) as image:
+            with naming(file):
+                image = decode_image(file.name, file.read_bytes())
                 pictures.append(np.asarray(image).reshape(self.batches.image_shape))
         return np.stack(pictures)
 
@@ -276,7 +277,7 @@ class NpzFile(Output):
     def is_whole(self, k: int, file: Path) -> bool:
         try:
             stored = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+        except Exception:  # numpy raises whatever it runs into in a damaged file
             return False
         return stored.dtype == np.uint8 and stored.shape == (len(self.batches[k][0]), *self.batches.image_shape)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 
 from ..records import VIDEO
 from ..training.data import image_files, read_images
+from ..training.decoding import opaque, reason_of
 from .outputs import Batches, PngFolder
 
 __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
@@ -25,9 +25,6 @@ VIDEO_SUFFIXES = (".gif", ".mp4")
 
 # Frames a second, of which players show more far too slowly; and hundredths of a second a frame, for which a GIF has two bytes.
 GIF_RATE, _LONGEST_GIF_FRAME = 50, 65535
-
-# What Pillow raises on GIFs that end too early.
-_DAMAGED = (UnidentifiedImageError, OSError, EOFError, IndexError, SyntaxError, struct.error)
 
 
 def read_frames(source: Path) -> Iterator[Image.Image]:
@@ -47,11 +44,7 @@ def read_frames(source: Path) -> Iterator[Image.Image]:
     elif not source.is_file():
         raise FileNotFoundError(f"no frames at {str(source)!r}: neither a folder nor a file")
     elif source.suffix.lower() == ".gif":
-        try:
-            with Image.open(source) as film:
-                yield from (frame.convert("RGB") for frame in ImageSequence.Iterator(film))
-        except _DAMAGED as error:
-            raise ValueError(f"{source}: not a readable GIF ({error})") from None
+        yield from (frame.convert("RGB") for frame, _ in _gif_frames(source))
     else:
         decoded, about = _decoded(source)
         width, height = about["size"]
@@ -64,12 +57,21 @@ def frame_rate(source: Path) -> float | None:
     if source.is_dir():
         return None
     if source.suffix.lower() == ".gif":
-        with Image.open(source) as film:
-            durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(film)]
+        durations = [milliseconds for _, milliseconds in _gif_frames(source)]
         return 1000 * len(durations) / sum(durations) if sum(durations) else None
     decoded, about = _decoded(source)
     decoded.close()
     return about["fps"]
+
+
+def _gif_frames(source: Path) -> Iterator[tuple[Image.Image, int]]:
+    """Each picture, and the milliseconds that it is shown."""
+    try:
+        with Image.open(source, formats=["GIF"]) as film:
+            for frame in ImageSequence.Iterator(film):
+                yield opaque(frame), frame.info.get("duration", 0)
+    except Exception as error:  # Pillow raises whatever it runs into in a damaged file
+        raise ValueError(f"{source}: not a readable GIF ({reason_of(error)})") from None
 
 
 class VideoFile(PngFolder):

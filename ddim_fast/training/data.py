@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
+import math
 import re
 import struct
 import zlib
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..files import visible_files
+from ..files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
 from ..records import is_overview
-from .parquet import read_parquet
+from .decoding import decode_image, image_suffixes
+from .parquet import parquet_files, read_parquet
 
 __all__ = [
     "ImageSet",
@@ -33,12 +34,15 @@ __all__ = [
     "to_unit_range",
 ]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_KINDS = (
+    "a file of unknown kind; images are read from folders, image files (.png, .jpg and what else Pillow decodes), Parquet "
+    "(.parquet) and IDX files (idx3 in their names), and by evaluate from .npz files"
+)
 
 _SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
 
 # Pillow's modes without colour.
-_GREY = {"1", "L", "LA", "La"}
+_GREY = {"1", "L"}
 
 
 @dataclass
@@ -86,12 +90,14 @@ def load_images(
     Args:
         spec: one of
 
-            - an image file, or a folder of them; where it holds folders, each is a class, labelled in the order of their names,
-              numbers by their values;
-            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), in the layout of the
-              Hugging Face Hub: a column ``image`` (or ``img``) of encoded images, optionally ``label`` (or ``fine_label``);
-            - a folder with ``train-images-idx3-ubyte`` and its labels, gzipped or not, or one such image file (IDX, as
-              MNIST and Fashion-MNIST are distributed);
+            - an image file of any format that Pillow decodes, or a folder of them; where it holds folders with images, each is
+              a class, labelled in the order of their names, numbers by their values. Other files are skipped with a warning.
+              Of an animation the first picture is read; what is transparent is white;
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
+              ``data/train*``, in the layout of the Hugging Face Hub: a column ``image`` (or ``img``) of encoded images,
+              optionally ``label`` (or ``fine_label``);
+            - a folder with ``train-images-idx3-ubyte`` (or ``train-images.idx3-ubyte``) and its labels, each gzipped or not, or
+              one such image file (IDX, as MNIST and Fashion-MNIST are distributed);
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
 
         equal: refuse images of different sizes in any case.
@@ -101,7 +107,8 @@ def load_images(
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: it holds no images, damaged ones, or images of different sizes; or the network's are no square pictures.
+        ValueError: it is a file of another kind, holds no images, damaged ones, or images of different sizes; or the network's
+            are no square pictures.
     """
     if channels not in (1, 3) or not isinstance(size, int):
         raise ValueError(
@@ -131,31 +138,35 @@ def stored_image(image: Image.Image) -> np.ndarray:
 Row = tuple[str, Image.Image, int | None]
 
 
-def read_images(spec: str, num_classes: int | None = None, labelled: bool = True) -> Iterator[Row]:
+def read_images(spec: str, num_classes: int | None = None, labelled: bool = True, background: str = "white") -> Iterator[Row]:
     """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
-    number), the image, and its class label or None. Arguments and errors as for :func:`load_images`."""
-    rows = _open(spec, num_classes, labelled)
+    number), the image, and its class label or None. ``background`` is as of
+    :func:`ddim_fast.training.decoding.decode_image`; other arguments and errors as for :func:`load_images`."""
+    rows = _open(spec, num_classes, labelled, background)
     return ((place, image, _checked(label, place) if labelled else None) for place, image, label in rows)
 
 
-def _open(spec: str, num_classes: int | None, labelled: bool) -> Iterator[tuple[str, Image.Image, Any]]:
+def _open(spec: str, num_classes: int | None, labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
     path = Path(spec)
     if path.is_dir():
-        parquet, idx = sorted(path.glob("*.parquet")), sorted(path.glob("*train-images*idx3*"))
-        train = [p for p in parquet if p.name.startswith("train")]
-        if parquet:
-            return _read_parquet(train or parquet, labelled)
-        return _read_idx(idx[0], labelled) if idx else _read_folder(path, num_classes)
-    if path.is_file() and path.suffix == ".parquet":
-        return _read_parquet([path], labelled)
-    if path.is_file() and "idx3" in path.name:
-        return _read_idx(path, labelled)
-    if path.is_file() and path.suffix.lower() in _SUFFIXES:
-        return iter([(str(path), _decode(str(path), path.read_bytes()), None)])
-    if matches := sorted(glob.glob(spec)):
-        return _read_parquet([Path(m) for m in matches if m.endswith(".parquet")], labelled)
+        if parquet := parquet_files(path):
+            return _read_parquet(parquet, labelled, background)
+        idx = sorted(p for p in path.glob("*train-images*idx3*") if p.is_file() and not is_hidden(p.name))
+        return _read_idx(idx[0], labelled) if idx else _read_folder(path, num_classes, background)
+    if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            return _read_parquet([path], labelled, background)
+        if "idx3" in path.name:
+            return _read_idx(path, labelled)
+        if path.suffix.lower() in image_suffixes():
+            return iter([(str(path), decode_image(str(path), path.read_bytes(), background), None)])
+        raise ValueError(f"{path}: {_KINDS}")
+    if matches := [Path(match) for match in sorted(glob.glob(spec))]:
+        if not all(match.suffix.lower() == ".parquet" for match in matches):
+            raise ValueError(f"{spec!r}: a pattern is for Parquet files, and it matches {matches[0]}; name a folder of images")
+        return _read_parquet(matches, labelled, background)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
-        return _read_hub(spec)
+        return _read_hub(spec, background)
     raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
@@ -188,7 +199,8 @@ def _checked(label: Any, name: str) -> int | None:
 
 def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
     """(channels, size, size) uint8: what :func:`load_images` makes of one image."""
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     width, height = image.size
     side = min(width, height)
     if side > size:
@@ -207,25 +219,22 @@ def _array(image: Image.Image) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    return {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES and not is_overview(p)}
+    suffixes = image_suffixes()
+    files = {path for path in visible_files(folder) if not is_overview(path)}
+    images = {path for path in files if path.suffix.lower() in suffixes}
+    warn_of_skipped(folder, files - images, "images")
+    return images
 
 
-def _decode(name: str, data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{name}: not a readable image ({error})") from None
-    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return ImageOps.exif_transpose(image)
-
-
-def _read_folder(folder: Path, num_classes: int | None) -> Iterator[Row]:
-    labels = _labels([p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")], num_classes)
-    for path in sorted(image_files(folder)):
-        parts = path.relative_to(folder).parts
-        yield str(path), _decode(str(path), path.read_bytes()), labels.get(parts[0]) if len(parts) > 1 else None
+def _read_folder(folder: Path, num_classes: int | None, background: str) -> Iterator[Row]:
+    files = sorted(image_files(folder))
+    classes = {path: path.relative_to(folder).parts[0] for path in files if path.parent != folder}
+    labels = _labels(sorted(set(classes.values())), num_classes)
+    empty = sorted({p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)} - set(classes.values()))
+    if classes and empty:
+        warn_once(f"{folder}: folders without images of their own are no classes: {', '.join(empty)}")
+    for path in files:
+        yield str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path))
 
 
 def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
@@ -238,37 +247,53 @@ def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
     return {name: i for i, name in enumerate(sorted(folders, key=int if are_numbers else str))}
 
 
-def _read_parquet(paths: list[Path], labelled: bool) -> Iterator[tuple[str, Image.Image, Any]]:
+def _read_parquet(paths: list[Path], labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
     columns = (("label", "fine_label"),) if labelled else ()
     for name, data, *label in read_parquet(paths, ("image", "img"), *columns):
-        yield name, _decode(name, data), label[0] if label else None
+        yield name, decode_image(name, data, background), label[0] if label else None
 
 
 def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
     images = _idx_array(path, rank=3)
-    label_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _idx_array(label_path, rank=1) if labelled and label_path.is_file() and label_path != path else None
+    label_path = _idx_labels(path) if labelled else None
+    labels = None if label_path is None else _idx_array(label_path, rank=1)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
     for i, image in enumerate(images):
         yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
 
 
+def _idx_labels(path: Path) -> Path | None:
+    """The labels beside images: the file that is called as they are, but for what differs from one download to another."""
+
+    def key(name: str) -> str:
+        return name.removesuffix(".gz").replace(".", "-")
+
+    wanted = key(path.name).replace("images", "labels").replace("idx3", "idx1")
+    found = sorted(p for p in path.parent.iterdir() if key(p.name) == wanted and p.is_file())
+    alike = [p for p in found if p.suffix == path.suffix]
+    return next(iter(alike or found), None)
+
+
 def _idx_array(path: Path, rank: int) -> np.ndarray:
     """An IDX file of unsigned bytes: 0, 0, 8, rank, the big-endian sizes, the data."""
-    data = path.read_bytes()
+    stored = path.stat().st_size
     try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        header = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{rank}I", data, 4)
-        if header != (0, 8, rank):
-            raise ValueError(f"no IDX header for {rank}-dimensional unsigned bytes")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            kind, shape = struct.unpack(">HBB", file.read(4)), struct.unpack(f">{rank}I", file.read(4 * rank))
+            if kind != (0, 8, rank):
+                raise ValueError(f"no IDX header for {rank}-dimensional unsigned bytes")
+            size = math.prod(shape)
+            check_expansion(stored, size)
+            data = file.read(size + 1)
+        if len(data) != size or 0 in shape[1:]:
+            raise ValueError(f"its header says {'x'.join(map(str, shape))}, which its data are not")
+        return np.frombuffer(data, np.uint8).reshape(shape)
     except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a whole IDX file ({error})") from None
 
 
-def _read_hub(name: str) -> Iterator[tuple[str, Image.Image, Any]]:
+def _read_hub(name: str, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
     try:
         import datasets
     except ImportError:
@@ -283,5 +308,8 @@ def _read_hub(name: str) -> Iterator[tuple[str, Image.Image, Any]]:
     label = next((c for c in ("label", "fine_label") if c in rows.column_names), None)
     if image is None:
         raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
-    for i, row in enumerate(rows):
-        yield f"{name}, row {i}", row[image], row[label] if label else None
+    # As they are stored, so that they are decoded as all others are.
+    for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        place, stored = f"{name}, row {i}", row[image]
+        data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+        yield place, decode_image(place, data, background), row[label] if label else None

@@ -86,6 +86,41 @@ def test_what_is_no_sound(tmp_path):
         load_sounds(str(tmp_path), MEL)
 
 
+def test_other_files_are_named_and_no_labels(tmp_path):
+    for name in ("1/a.aiff", "2/b.au", "__MACOSX/1/._a.wav", "2/notes.txt", "2/c.m4a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(("aiff", "au")):
+            soundfile.write(tmp_path / name, tone(300), RATE)
+        else:
+            (tmp_path / name).write_bytes(b"no sound")
+    (tmp_path / "2/back").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match=r"skipped what cannot be read as sounds: 1 \.(txt|m4a), 1 \.(txt|m4a)$"):
+        assert load_sounds(str(tmp_path), MEL).labels == ["1", "2"]
+
+
+def test_a_data_set_of_the_hub_in_a_folder(tmp_path, recordings):
+    files = sorted(recordings.rglob("*.wav"))
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for part, names in (("train", files[:4]), ("test", files[4:])):
+        table = pyarrow.table({"audio": [{"bytes": file.read_bytes(), "path": None} for file in names]})
+        pyarrow.parquet.write_table(table, tmp_path / f"hub/data/{part}-00000-of-00001.parquet")
+    assert len(load_sounds(str(tmp_path / "hub"), MEL)) == 4
+
+
+def test_a_header_that_says_too_much_is_named(tmp_path, capfd):
+    soundfile.write(tmp_path / "a.flac", tone(300), RATE)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[21] |= 0x0F  # of 36 bits, the number of samples
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.flac: not a readable sound \(.*: a decompression bomb"):
+        load_sounds(str(tmp_path), MEL)
+    loud = np.full((2048, 2), 3e38, np.float32)
+    soundfile.write(tmp_path / "a.flac", loud, RATE, "FLOAT", format="WAV")
+    with pytest.raises(ValueError, match=r"a\.flac: its samples are not all finite"):
+        load_sounds(str(tmp_path), MEL, convert=True)
+    assert capfd.readouterr().err == ""
+
+
 def test_training_data_are_numbered_by_name(recordings, config):
     data, audio = load_sound_images(str(recordings), config, labelled=True)
     assert audio.labels == ("0/ann", "0/bob", "1/ann", "1/bob")

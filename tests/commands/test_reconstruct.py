@@ -1,5 +1,6 @@
 import functools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -83,3 +84,10 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, 
     code, out, err = run(*(a.format(pictures=pictures, text=text) for a in arguments))
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert [p.name for p in here.iterdir()] == ["text.png"]
+
+
+def test_a_warning_of_this_package_is_a_line(run_here, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    run_here(reconstruct, "--help")
+    assert warnings.formatwarning("skipped", UserWarning, reconstruct.__file__, 1) == "warning: skipped\n"
+    assert "UserWarning" in warnings.formatwarning("skipped", UserWarning, "elsewhere.py", 1)

@@ -58,6 +58,33 @@ def test_known_pixels_of_the_files_are_those_of_the_input(run, checkpoint, here)
     assert contents(here / "same") == contents(here / "restored")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_in_a_mask_is_kept(mode, run, checkpoint, here):
+    photos = save(here / "photos", 16, names="a")
+    marked = np.zeros((16, 16), np.uint8)
+    marked[3:9, 5:12] = 255
+    if mode in ("RGBA", "LA"):  # white everywhere
+        mask = Image.new(mode, (16, 16), "white")
+        mask.putalpha(Image.fromarray(marked))
+    else:  # two shades of white, one of them transparent
+        mask = Image.fromarray(np.where(marked, 255, 254).astype(np.uint8)).convert(mode)
+    mask.save(here / "mask.png", **({} if mode in ("RGBA", "LA") else {"transparency": 254}))
+    options = ["--task", "inpaint", photos, "--model", checkpoint, "--steps", 2, "--quiet"]
+    assert run(*options, "--mask", "mask.png") == (0, "", "")
+    assert run(*options, "--rectangle", "5,3,7,6", "--out", "same")[0] == 0
+    assert contents(here / "same") == contents(here / "restored")
+
+
+def test_what_is_transparent_in_a_photograph_is_white(run, checkpoint, here):
+    for name, alpha in (("clear", 0), ("white", 255)):
+        (here / name).mkdir()
+        Image.new("RGBA", (16, 16), (255 if alpha else 10,) * 3 + (alpha,)).save(here / name / "a.png")
+        command = ("--task", "super-resolution", here / name, "--factor", 2, "--model", checkpoint, "--steps", 2, "--quiet")
+        Image.open(here / name / "a.png").resize((8, 8)).save(here / name / "a.png")
+        assert run(*command, "--out", f"of {name}") == (0, "", "")
+    assert contents(here / "of clear") == contents(here / "of white")
+
+
 def test_a_job_is_compiled_once(run, checkpoint, here, monkeypatch):
     """A last, smaller batch would have been compiled as well. (What compiling gives is a matter of the library's tests.)"""
     compiled = []

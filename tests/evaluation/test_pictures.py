@@ -1,3 +1,4 @@
+import io
 import json
 import zipfile
 
@@ -90,7 +91,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     later = data.replace(b"PK\1\2\x2d\3\x2d", b"PK\1\2\x2d\3\x7b")  # of version 12.3 of the archive's format
     assert later != data
     (tmp_path / "later.npz").write_bytes(later)
-    for name in ("cut", "flipped", "code", "huge", "overflow", "open", "later"):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    (tmp_path / "text.npz").write_bytes(zipped.getvalue())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**34, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(9))
+    (tmp_path / "odd.npz").write_bytes(data.replace(b"'fortran_order'", b"'for(ran_order'"))
+    for name in ("cut", "flipped", "code", "huge", "overflow", "open", "later", "text", "large", "odd"):
         with pytest.raises(ValueError, match=rf"{name}\.npz"):
             read_pictures(str(tmp_path / f"{name}.npz"))
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):

@@ -104,3 +104,18 @@ def test_a_gif_that_ends_too_early_is_named(tmp_path):
         (tmp_path / "cut.gif").write_bytes(data[:length])
         with contextlib.suppress(ValueError):  # some of it can be read
             list(read_frames(tmp_path / "cut.gif"))
+        with contextlib.suppress(ValueError):
+            frame_rate(tmp_path / "cut.gif")
+    (tmp_path / "cut.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"cut\.gif: not a readable GIF"):
+        frame_rate(tmp_path / "cut.gif")
+
+
+def test_what_is_transparent_in_a_gif_is_white(tmp_path):
+    frames = [Image.new("P", (8, 8), number) for number in (1, 0, 1)]
+    for frame in frames:
+        frame.putpalette(bytes(3) + b"\x10\x20\x30")
+        frame.putpixel((0, 0), 0)
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], transparency=0, disposal=2)
+    film = read(tmp_path / "a.gif")
+    assert (film[:, 0, 0] == 255).all() and film[0, 5, 5].tolist() == [0x10, 0x20, 0x30]

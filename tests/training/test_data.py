@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_fast.training.data import ImageSet, load_images, native_shape, to_unit_range
+from ddim_fast.training.data import ImageSet, load_images, native_shape, read_images, to_unit_range
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
@@ -79,6 +80,69 @@ def test_folders_called_by_numbers_are_the_classes_of_a_model(folders, num_class
     data = load_images(str(tmp_path), 3, 8, num_classes=num_classes)
     in_order = None if labels is None else [labels[folders.index(name)] for name in sorted(folders)]
     assert (None if data.labels is None else data.labels.tolist()) == in_order
+
+
+@pytest.mark.parametrize(
+    "leftover", ["empty/", "captions/1.txt", "__MACOSX/a/._1.png", "._a/1.png", ".ipynb_checkpoints/1.png", "@eaDir/1.png"]
+)
+def test_folders_without_pictures_are_no_classes(leftover, tmp_path):
+    for name in ("b", "d"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "._1.png").write_bytes(b"a Mac's notes on 1.png")
+    for place in (tmp_path, tmp_path / "b"):
+        (place / leftover).parent.mkdir(parents=True, exist_ok=True)
+        if not leftover.endswith("/"):
+            Image.new("L", (8, 8)).save(place / leftover, "PNG")
+        else:
+            (place / leftover).mkdir()
+    for num_classes in (None, 2):
+        assert load_images(str(tmp_path), 1, 8, num_classes=num_classes).labels.tolist() == [0, 1]
+
+
+def test_folders_without_pictures_are_named_once(tmp_path):
+    for name in ("2", "5", "7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "caption.txt").touch()
+    for name in ("2", "7"):
+        Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
+    with pytest.warns(UserWarning) as warned:
+        assert load_images(str(tmp_path), 1, 8).labels.tolist() == [0, 1]
+        load_images(str(tmp_path), 1, 8)
+    assert [str(w.message).removeprefix(f"{tmp_path}: ") for w in warned] == [
+        "skipped what cannot be read as images: 3 .txt",
+        "folders without images of their own are no classes: 5",
+    ]
+
+
+def test_links_back_to_a_parent_add_nothing(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name / "1.png")
+    Image.new("L", (8, 8)).save(tmp_path / "not among them.png")
+    data = tmp_path / "data"
+    for link, target in (
+        ("a/up", "."),
+        ("a/b", ".."),
+        ("a/over", "../.."),
+        ("b/a", "../a"),
+        ("b/itself", "itself"),
+        ("again", "b"),
+    ):
+        (data / link).symlink_to(target)
+    rows = [(place, label) for place, _, label in read_images(str(data))]
+    assert rows == [(str(data / "a/1.png"), 0), (str(data / "b/1.png"), 1)]
+
+
+def test_links_to_elsewhere_end(tmp_path):
+    for name in ("data/a", *(f"elsewhere/{i}" for i in range(12))):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
+    for i in range(12):  # each leads to all others, in more orders than can be walked
+        for j in range(12):
+            (tmp_path / "elsewhere" / str(i) / f"to {j}").symlink_to(tmp_path / "elsewhere" / str(j))
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere/0")
+    assert load_images(str(tmp_path / "data"), 1, 8).labels.tolist() == [0] + [1] * 12
 
 
 def test_where_there_are_sounds_instead_it_says_so(tmp_path):
@@ -186,6 +250,50 @@ def test_idx_as_mnist_is_distributed(zipped, labelled, tmp_path):
         assert (data.labels.tolist() == [3, 1, 9, 1]) if labelled else data.labels is None
 
 
+@pytest.mark.parametrize(
+    "inside", ["data/train-0.parquet", "plain_text/train-0.parquet", "default/train/0.parquet", "data/0.parquet"]
+)
+def test_a_data_set_of_the_hub_downloaded_into_a_folder(inside, tmp_path):
+    (tmp_path / inside).parent.mkdir(parents=True)
+    write_parquet(tmp_path / inside, [pixels(0, 8, 8, 3)], label=[3])
+    (tmp_path / inside).with_name("._train-0.parquet").write_bytes(b"a Mac's notes")
+    if "train" in inside:
+        (tmp_path / "data/test").mkdir(parents=True)
+        write_parquet(tmp_path / "data/test/test-0.parquet", [pixels(1, 8, 8, 3)], label=[4])
+    (tmp_path / "logo.png").write_bytes(encoded(pixels(2, 8, 8)))
+    assert load_images(str(tmp_path), 3, 8).labels.tolist() == [3]
+
+
+def test_of_several_data_sets_in_a_folder_one_is_to_be_named(tmp_path):
+    for name in ("grey", "coloured"):
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name / "train-0.parquet", [pixels(0, 8, 8, 3)])
+    with pytest.raises(ValueError, match=r"holds several data sets; name one of them: .*coloured, .*grey"):
+        load_images(str(tmp_path), 3, 8)
+
+
+@pytest.mark.parametrize("images_dot,images_gz", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("labels_dot,labels_gz", [(False, False), (True, False), (False, True), (True, True)])
+def test_labels_are_found_however_they_were_downloaded(images_dot, images_gz, labels_dot, labels_gz, tmp_path):
+    paths = []
+    for what, rank, dot, gz, array in (
+        ("images", 3, images_dot, images_gz, pixels(0, 3, 8, 8)),
+        ("labels", 1, labels_dot, labels_gz, np.array([3, 1, 9], np.uint8)),
+    ):
+        paths.append(tmp_path / f"train-{what}{'.' if dot else '-'}idx{rank}-ubyte{'.gz' if gz else ''}")
+        paths[-1].write_bytes(gzip.compress(idx(array)) if gz else idx(array))
+    (tmp_path / "train-images-idx3-ubyte-folder").mkdir()  # as archives of MNIST have them
+    for spec in (tmp_path, paths[0]):
+        assert load_images(str(spec), 1, 8).labels.tolist() == [3, 1, 9]
+
+
+def test_labels_packed_as_the_images_are_come_first(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(pixels(0, 1, 8, 8)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array([5], np.uint8)))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"half a download")
+    assert load_images(str(tmp_path), 1, 8).labels.tolist() == [5]
+
+
 def test_images_of_different_sizes_are_both_named_where_one_would_be_padded(tmp_path):
     for name, size in (("a.png", (8, 8)), ("b.png", (8, 8)), ("c.png", (12, 6))):
         Image.new("L", size).save(tmp_path / name)
@@ -290,6 +398,24 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
             load_images(str(tmp_path), 1, 8)
 
 
+def test_a_gzip_file_that_would_fill_the_memory_is_named(tmp_path):
+    size = 2**28 + 1
+    header = struct.pack(">HBB3I", 0, 8, 3, 1, 1, size)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(2**16)))
+    with pytest.raises(ValueError, match=rf"idx3-ubyte\.gz: .* would become {size}: a decompression bomb"):
+        load_images(str(tmp_path), 1, 8)
+
+
+@pytest.mark.parametrize("job", ["sampling", "restoration", "interpolation", "edit", "errors", "record"])
+def test_what_a_command_makes_of_all_its_images_is_not_among_them(job, tmp_path):
+    made = {"sampling": ["grid.png"], "interpolation": ["grid.png", "film.gif"]}.get(job, ["comparison.png"])
+    for name in ("1.png", *made):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    assert len(load_images(str(tmp_path), 1, 8)) == 1 + len(made)
+    (tmp_path / f"{job}.json").write_text("{}")
+    assert len(load_images(str(tmp_path), 1, 8)) == 1
+
+
 def test_labels_that_do_not_fit_the_images_are_named(tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(GOOD_IDX)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(pixels(0, 2)))
@@ -318,9 +444,9 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     [
         ({"picture": [1]}, r"no column 'image' \(there are picture\)"),
         ({"image": [{"bytes": b"no image", "path": None}]}, "row 0: not a readable image"),
-        ({"image": [{"bytes": None, "path": "a.png"}]}, "row 0: no encoded image in column 'image'"),
-        ({"image": [None]}, "row 0: no encoded image in column 'image'"),
-        ({"image": [7]}, "row 0: no encoded image in column 'image'"),
+        ({"image": [{"bytes": None, "path": "a.png"}]}, "row 0: no encoded image in its column"),
+        ({"image": [None]}, "row 0: no encoded image in its column"),
+        ({"image": [7]}, "row 0: no encoded image in its column"),
         (
             {"image": [{"bytes": encoded(pixels(0, 8, 8))}], "label": ["cat"]},
             "row 0: class labels must be whole numbers from 0; got 'cat'",
@@ -331,6 +457,21 @@ def test_parquet_in_another_layout_is_named(columns, message, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet[:,] " + message):
         load_images(str(tmp_path / "a.parquet"), 1, 8)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "stats.pkl", "notes.txt", "picture"])
+def test_a_file_of_another_kind_is_named_with_the_kinds_that_are_read(name, tmp_path):
+    (tmp_path / name).write_bytes(b"something")
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)}: a file of unknown kind; images are read from .*\.png.*Parquet.*IDX"
+    ):
+        load_images(str(tmp_path / name), 3, 8)
+
+
+def test_a_pattern_of_other_files_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(0, 8, 8)))
+    with pytest.raises(ValueError, match=r"\*\.png': a pattern is for Parquet files, and it matches .*a\.png"):
+        load_images(str(tmp_path / "*.png"), 3, 8)
 
 
 @pytest.mark.parametrize("spec", ["nothing", "./photos/here", "/no/such/folder", "a/b/c", "*.parquet"])
@@ -345,6 +486,36 @@ def test_a_hub_name_without_datasets_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no folder 'owner/name' here.*pip install 'ddim_fast\[train\]'"):
         load_images("owner/name", 3, 8)
+
+
+def test_images_of_the_hub_are_decoded_as_all_others_are(tmp_path, monkeypatch):
+    (tmp_path / "1.png").write_bytes(encoded(pixels(0, 8, 8)))
+    clear = io.BytesIO()
+    Image.new("RGBA", (8, 8)).save(clear, "PNG")
+    rows = [
+        {"image": {"bytes": clear.getvalue(), "path": None}, "label": 1},
+        {"image": {"bytes": None, "path": str(tmp_path / "1.png")}, "label": 0},
+        {"image": {"bytes": b"no image", "path": None}, "label": 0},
+    ]
+
+    class Rows(list):
+        column_names = ("image", "label")
+
+        def cast_column(self, name, feature):
+            assert name == "image" and feature == "undecoded"
+            return self
+
+    hub = SimpleNamespace(
+        load_dataset=lambda name, split: Rows(rows), Image=lambda decode: "decoded" if decode else "undecoded"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(ValueError, match="owner/name, row 2: not a readable image"):
+        load_images("owner/name", 1, 8)
+    del rows[2]
+    data = load_images("owner/name", 1, 8)
+    assert data.images[0].eq(255).all() and data.labels.tolist() == [1, 0]
+    assert torch.equal(data.images[1, 0], torch.from_numpy(pixels(0, 8, 8)))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

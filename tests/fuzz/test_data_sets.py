@@ -1,0 +1,107 @@
+"""Damaged files of data sets: Parquet, IDX and .npz."""
+
+import gzip
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from driver import Fuzzer, main, mutate_bytes
+from PIL import Image
+
+from ddim_fast.evaluation.pictures import read_pictures
+from ddim_fast.training.data import load_images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
+def encoded(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(folder):
+    images = [{"bytes": encoded(array), "path": f"{i}.png"} for i, array in enumerate(PIXELS)]
+    paths = []
+    for i, (compression, label) in enumerate(
+        (
+            ("snappy", [0, 1, 2, 0, 1, 2]),
+            ("zstd", pa.array([0, 1, 2] * 2, pa.uint8())),
+            ("gzip", None),
+            ("brotli", [0] * 6),
+            ("none", None),
+        )
+    ):
+        columns = {"image": images, "caption": list("abcdef"), **({} if label is None else {"label": label})}
+        paths.append(folder / f"{i}.parquet")
+        options = {"use_dictionary": i % 2 == 0, "row_group_size": 2 + i, "data_page_version": f"{1 + i % 2}.0"}
+        pq.write_table(pa.table(columns), paths[-1], compression=compression, **options)
+    return paths
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder):
+    paths = [folder / "train-images-idx3-ubyte", folder / "train-labels.idx1-ubyte.gz"]
+    paths[0].write_bytes(idx(PIXELS[..., 0]))
+    paths[1].write_bytes(gzip.compress(idx(np.arange(6, dtype=np.uint8)), mtime=0))
+    (folder / "zipped").mkdir()
+    for name, array in (("images.idx3.gz", PIXELS[..., 0]), ("labels.idx1.gz", np.arange(6, dtype=np.uint8))):
+        paths.append(folder / "zipped" / name)
+        paths[-1].write_bytes(gzip.compress(idx(array), mtime=0))
+    return paths
+
+
+def read_idx(path):
+    images = path.parent / path.name.replace("labels", "images").replace("idx1", "idx3")
+    return load_images(str(images if images.is_file() else path.parent), 1, 8)
+
+
+def damage_idx(random, data):
+    """At times what is in the archive rather than the archive."""
+    if data.startswith(b"\x1f\x8b") and random.random() < 0.7:
+        return gzip.compress(mutate_bytes(random, gzip.decompress(data)), mtime=0)
+    return mutate_bytes(random, data)
+
+
+def write_npz(folder):
+    np.savez(folder / "a.npz", arr_0=PIXELS, arr_1=np.arange(6))
+    np.savez_compressed(folder / "b.npz", arr_0=PIXELS[..., :1])
+    return [folder / "a.npz", folder / "b.npz"]
+
+
+def damage_npz(random, data):
+    """At times the arrays in the archive rather than the archive."""
+    if random.random() < 0.5:
+        return mutate_bytes(random, data)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for member in old.infolist():
+            new.writestr(zipfile.ZipInfo(member.filename), mutate_bytes(random, old.read(member)), member.compress_type)
+    return buffer.getvalue()
+
+
+PARQUET = Fuzzer("Parquet", write_parquet, lambda path: load_images(str(path), 3, 8), mutate_bytes)
+IDX = Fuzzer("IDX", write_idx, read_idx, damage_idx)
+NPZ = Fuzzer("npz", write_npz, lambda path: read_pictures(str(path)), damage_npz)
+
+
+def test_damaged_parquet_is_refused_by_name():
+    PARQUET.check(300)
+
+
+def test_a_damaged_idx_file_is_refused_by_name():
+    IDX.check(400)
+
+
+def test_a_damaged_npz_file_is_refused_by_name():
+    NPZ.check(400)
+
+
+if __name__ == "__main__":
+    main(PARQUET, IDX, NPZ)
