@@ -25,12 +25,14 @@ from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .files import atomic_write
 from .interop.autoencoder import load_autoencoder
+from .interop.diffusers_weights import fold_class
 from .media import image_grid, save_image
 from .medium import medium_of
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
 from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model, packaged_models
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
+from .models.growth import enclose
 from .models.unet import UNet
 from .records import RUN, SAMPLES, STATS
 from .training.averages import snapshots
@@ -47,6 +49,7 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data spoken-digits/ --preset digits-mel --class-conditional --recipe fast --out runs/digits
   python -m ddim_fast.train --out runs/photos --resume
   python -m ddim_fast.train --init runs/photos --data more-photos/ --steps 5000 --lr 5e-5 --warmup 100 --out runs/tuned
+  python -m ddim_fast.train --init runs/photos --set sample_size=64 --data photos/ --lr 1e-4 --out runs/photos-64
   python -m ddim_fast.train --data faces/ --preset autoencoder --set sample_size=64 --recipe fast --out runs/faces-autoencoder
   python -m ddim_fast.train --data faces/ --latents runs/faces-autoencoder --set base_channels=64 --out runs/faces
   python -m ddim_fast.sample --model runs/photos
@@ -98,7 +101,7 @@ def _parser() -> CommandParser:
         metavar="KEY=VALUE",
         nargs="+",
         default=[],
-        help="change fields of the preset, such as layers_per_block=1",
+        help="change fields of the preset, such as layers_per_block=1; with --init, sample_size alone",
     )
     p.add_argument("--recipe", choices=_RECIPES, default="ddpm", help=_recipe_help())
     p.add_argument("--class-conditional", action="store_true", help="condition the network on the data's labels")
@@ -172,7 +175,8 @@ def _minutes(text: str) -> float:
 
 _INIT_HELP = (
     "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
-    "random ones"
+    "random ones. For data without labels a class-conditional one loses its classes and keeps its null class; for images twice "
+    "as large (--set sample_size=64 where the model's is 32) it gets one more level around it"
 )
 _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length afterwards "
@@ -318,15 +322,30 @@ def _check_same_data(parser: CommandParser, arguments: argparse.Namespace, now: 
 
 
 def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
-    """The model that ``--init`` names; of a run that goes on, its own."""
-    for name in ("preset", "set", "class_conditional", "prediction_type", "latents"):
+    """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
+    its own."""
+    fields = _set_fields(arguments)
+    for name in ("preset", "class_conditional", "prediction_type", "latents"):
         if getattr(arguments, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {arguments.init} is one")
-    own = arguments.resume and (arguments.out / "config.json").is_file()  # not before its first checkpoint
-    folder = arguments.out if own else local_model(arguments.init)
+    for name in fields.keys() - {"sample_size"}:
+        raise ValueError(f"--set {name} describes a network, and --init {arguments.init} is one; only its sample_size can grow")
+    begun = arguments.resume and (arguments.out / "config.json").is_file()  # not before its first checkpoint
+    folder = arguments.out if begun else local_model(arguments.init)
     if (folder / AUTOENCODER).is_dir():
         arguments.latents = str(folder / AUTOENCODER)
-    return UNet.from_pretrained(folder)
+    model = UNet.from_pretrained(folder)
+    own = model.config.sample_size
+    size = fields.get("sample_size", own)
+    if size == own:
+        return model
+    if size != 2 * own or model.audio is not None or arguments.latents is not None:
+        raise ValueError(
+            f"--set sample_size: --init {arguments.init} has {own}, which can stay, or double where its images are pictures; "
+            f"got {size}"
+        )
+    torch.manual_seed(arguments.seed)
+    return enclose(model)
 
 
 def _autoencoder_trainer(
@@ -370,11 +389,17 @@ def _unet_trainer(
         else:
             dropout = start.config.dropout if arguments.dropout is None else arguments.dropout
             config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
+    weights = None if start is None else start.state_dict()
     labelled = arguments.class_conditional or config.num_classes is not None
     data, audio = _load(arguments, config.image_shape if codec is None else image_shape, audio, labelled)
     if labelled and data.labels is None:
-        what = "--class-conditional" if start is None else f"--init {arguments.init} is class-conditional"
-        parser.error(f"{what}: {arguments.data} has no label for every image")
+        if start is None:
+            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
+        print(
+            f"{arguments.data} has no label for every image: --init {arguments.init} goes on without classes", file=sys.stderr
+        )
+        config, weights = fold_class(config, weights, None)
+        audio = None if audio is None else dataclasses.replace(audio, labels=None)
     if arguments.class_conditional:
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
     seen = DataRecord.of(arguments.data, data, None if audio is None else audio.labels)
@@ -385,8 +410,8 @@ def _unet_trainer(
     model = UNet(config)
     with parser.usage_errors():
         _grid_sampler(model)  # what cannot be sampled is not worth training
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+    if weights is not None:
+        model.load_state_dict(weights)
     model.audio = audio
     return Trainer(model.to(device), data, options), codec, seen
 

@@ -420,7 +420,10 @@ def test_training_begins_with_another_models_weights(photos, tmp_path, run_train
     "options,parts",
     [
         (["--preset=celeba-64"], ["--preset describes a network"]),
-        (["--set", "base_channels=8"], ["--set describes a network"]),
+        (["--set", "base_channels=8"], ["--set base_channels describes a network"]),
+        (["--set", "sample_size=48"], ["--set sample_size: --init fashion-mnist has 32", "double", "got 48"]),
+        (["--set", "sample_size=large"], ["--set sample_size: --init fashion-mnist has 32", "got large"]),
+        (["--init=spoken-digits", "--set", "sample_size=32"], ["--set sample_size: --init spoken-digits has 16", "pictures"]),
         (["--prediction-type=sample"], ["--prediction-type describes"]),
         (["--class-conditional"], ["--class-conditional describes"]),
         (["--init=nowhere"], ["unknown model 'nowhere'", "fashion-mnist"]),
@@ -433,11 +436,43 @@ def test_a_network_is_not_described_twice(options, parts, photos, tmp_path, run_
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_are_needed_to_go_on_with_a_class_conditional_model(photos, tmp_path, run_train):
-    flat = tmp_path / "flat"
-    flat.mkdir()
+def test_a_class_conditional_model_goes_on_without_classes_where_the_data_has_none(photos, tmp_path, run_train):
+    run_train(*RUN, "--data", photos, "--class-conditional", "--steps=3", "--out", tmp_path / "init")
+    before = UNet.from_pretrained(tmp_path / "init")
+    options = ["--init", tmp_path / "init", "--data", photos / "class-0", *RUN[len(NETWORK) :], "--lr=1e-9"]
+    code, _, err = run_train(*options, "--steps=1", "--out", tmp_path / "after")
+    assert code == 0
+    assert_one_line(err, f"{photos / 'class-0'} has no label for every image", "goes on without classes")
+    after = UNet.from_pretrained(tmp_path / "after")
+    assert after.config == dataclasses.replace(before.config, num_classes=None)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(after(x, t), before(x, t), atol=1e-6, rtol=0)  # no label is the null class
+        assert not torch.allclose(after(x, t), before(x, t, torch.tensor([0, 1])), atol=1e-6)
+
+    shutil.rmtree(tmp_path / "init")
+    code, _, err = run_train("--resume", "--steps=2", "--out", tmp_path / "after", "--quiet")
+    assert (code, err) == (0, "")
+
+
+def test_a_model_grows_by_a_level_for_images_twice_as_large(photos, tmp_path, run_train):
     for file in photos.glob("*/*.png"):
-        Image.open(file).resize((32, 32)).save(flat / file.name)
-    code, _, err = run_train("--init=fashion-mnist", "--data", flat, "--steps=1", "--out", tmp_path / "run")
-    assert code == 2
-    assert_one_line(err, "--init fashion-mnist is class-conditional", f"{flat} has no label for every image")
+        Image.open(file).resize((16, 16)).save(file)
+    run_train(*RUN, "--data", photos, "--steps=3", "--out", tmp_path / "init")
+    before = UNet.from_pretrained(tmp_path / "init")
+    options = ["--init", tmp_path / "init", "--data", photos, "--set", "sample_size=16", *RUN[len(NETWORK) :]]
+    for torch_seed, out in ((1, "again"), (2, "after")):
+        torch.manual_seed(torch_seed)
+        assert run_train(*options, "--lr=1e-9", "--steps=1", "--out", tmp_path / out)[0] == 0
+    assert weights_in(tmp_path / "again") == weights_in(tmp_path / "after")
+    after = UNet.from_pretrained(tmp_path / "after")
+    assert after.config == dataclasses.replace(before.config, sample_size=16, channel_multipliers=(1, 1, 2))
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([5, 700])
+    with torch.no_grad():
+        halved = torch.nn.functional.avg_pool2d(after(x, t), 2)
+        torch.testing.assert_close(halved, before(x[..., 1::2, 1::2], t), atol=1e-6, rtol=0)
+
+    shutil.rmtree(tmp_path / "init")
+    code, _, err = run_train("--resume", "--steps=2", "--out", tmp_path / "after", "--quiet")
+    assert (code, err) == (0, "")
+    assert UNet.from_pretrained(tmp_path / "after").config == after.config
