@@ -260,6 +260,29 @@ def test_gradients_have_the_same_bits_on_every_run(backend, size):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("missing", [("weight", "bias"), ("weight",), ("bias",)], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_norms_without_parameters(missing, dtype):
+    torch._dynamo.reset()
+    (x, groups, weight, bias, eps), options = make_call(dtype=dtype, extras=("pre_shift",))
+    weight, bias = (None if name in missing else p for name, p in (("weight", weight), ("bias", bias)))
+    ones, zeros = torch.ones(24) if weight is None else weight, torch.zeros(24) if bias is None else bias
+    expected = group_norm_silu(x, groups, ones, zeros, eps, **options)
+    for function in (
+        group_norm_silu,
+        group_norm_silu_reference,
+        torch.compile(group_norm_silu, backend="eager", fullgraph=True),
+    ):
+        result = function(x, groups, weight, bias, eps, **options)
+        assert result.dtype == dtype
+        torch.testing.assert_close(
+            result, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
+    image = x.detach().requires_grad_()
+    group_norm_silu(image, groups, weight, bias, eps, **options).sum().backward()
+    assert image.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(5, 7), (72, 64)], ids=str)
 def test_nan_stays_in_its_group(backend, size, layout):
