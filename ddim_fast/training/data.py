@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import visible_files
-from ..records import PICTURES, is_of_run
+from ..records import is_overview
 from .parquet import read_parquet
 
 __all__ = [
@@ -197,8 +197,7 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    files = {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES and not is_of_run(p)}
-    return files - {folder / name for record, names in PICTURES.items() if (folder / record).exists() for name in names}
+    return {p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES and not is_overview(p)}
 
 
 def _decode(name: str, data: bytes) -> Image.Image:
