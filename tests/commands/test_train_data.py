@@ -198,10 +198,14 @@ def test_its_own_samples_are_not_its_data(out, run_here, photos, here):
     assert json.loads((here / "second" / "data.json").read_text())["images"] == 8
 
 
-def write_parquet(path, labels):
+def encoded():
     file = io.BytesIO()
     Image.new("L", (8, 8), 100).save(file, "png")
-    pq.write_table(pa.table({"image": [{"bytes": file.getvalue()}] * len(labels), "label": labels}), path)
+    return file.getvalue()
+
+
+def write_parquet(path, labels):
+    pq.write_table(pa.table({"image": [{"bytes": encoded()}] * len(labels), "label": labels}), path)
 
 
 def write_idx(folder, labels):
@@ -235,9 +239,13 @@ def test_hub_data_is_counted_and_no_folder_of_its_name(run, here, monkeypatch):
     class Rows(list):
         column_names = ("image", "label")
 
+        def cast_column(self, name, kind):
+            return [{**row, name: {"bytes": encoded(), "path": None}} for row in self]
+
     def upload(*labels):
         rows = Rows({"image": Image.new("L", (8, 8)), "label": label} for label in labels)
-        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+        library = SimpleNamespace(load_dataset=lambda name, split: rows, Image=lambda decode: None)
+        monkeypatch.setitem(sys.modules, "datasets", library)
 
     upload(0, 1, 1)
     start(run, "owner/name", "--class-conditional")

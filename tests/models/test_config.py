@@ -78,7 +78,7 @@ def test_lists_and_integers_become_the_fields_types():
         ("sample_size", 32.0, "an integer"),
         ("sample_size", "32", "an integer"),
         ("sample_size", None, "an integer"),
-        ("sample_size", 2**24, "an integer below 16777216"),
+        ("sample_size", 2**24, "an integer or a pair of integers below 16777216"),
         ("channel_multipliers", (1, 2**63), "a list of integers below 16777216"),
         ("base_channels", 2**20, "such that no level has more than 65536 channels"),
         ("layers_per_block", 10**6, "at most 512 in all levels together"),
