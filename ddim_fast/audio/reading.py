@@ -46,10 +46,10 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
         spec: one of
 
             - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files
-              are skipped with a warning; a file's label is the folder in this one that it lies in, such as "7" or "7/jackson";
-            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), also as ``data/train*``,
-              in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and with it
-              ``speaker``. A label is then "LABEL/SPEAKER".
+              are skipped with a warning; a file's label is the folder inside it that it lies in: "7" or "7/jackson";
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
+              ``data/train*``, in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and
+              with it ``speaker``. A label is then "LABEL/SPEAKER".
         convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it,
             recordings of another kind are refused.
 
