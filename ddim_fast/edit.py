@@ -25,7 +25,6 @@ from .cli import (
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
 from .files import atomic_folder, write_json
 from .media import image_grid, save_image, to_uint8
-from .records import COMPARISON, EDITING
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -162,9 +161,9 @@ def _write(out: Path, images: Tensor, edited: Tensor, arguments: argparse.Namesp
     for i, picture in enumerate(to_uint8(edited)):
         save_image(out / f"{i:0{digits}d}.png", picture)
     rows = torch.cat([images[:_SHOWN], edited[:_SHOWN]])
-    save_image(out / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
+    save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
     how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-    write_json(out / EDITING, how)
+    write_json(out / "edit.json", how)
 
 
 if __name__ == "__main__":

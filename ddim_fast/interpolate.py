@@ -28,10 +28,10 @@ from .jobs.video import VideoJob, scan_frames
 from .jobs.video_files import GIF_RATE, VIDEO_SUFFIXES, VideoFile, frame_rate
 from .media import image_grid, save_gif, save_image, to_uint8
 from .medium import Medium, Pictures, medium_of
-from .records import FILM, GRID, INTERPOLATION, VIDEO
 
 if TYPE_CHECKING:
     from .cli import AnySampler
+from .records import VIDEO
 
 _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3
@@ -199,12 +199,12 @@ def _write(out: Path, images: Tensor, medium: Medium, arguments: argparse.Namesp
     medium.write(out, images)
     shown = medium.shown(images)
     scale = max(1, 64 // shown.shape[-1])
-    save_image(out / GRID, image_grid(shown, columns=arguments.frames), scale)
+    save_image(out / "grid.png", image_grid(shown, columns=arguments.frames), scale)
     if len(arguments.ends) == 2:
         pictures = to_uint8(shown)
-        save_gif(out / FILM, [*pictures, *pictures[-2::-1]], scale, hold=800)
+        save_gif(out / "film.gif", [*pictures, *pictures[-2::-1]], scale, hold=800)
     names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
-    write_json(out / INTERPOLATION, {name: getattr(arguments, name) for name in names})
+    write_json(out / "interpolation.json", {name: getattr(arguments, name) for name in names})
 
 
 if __name__ == "__main__":

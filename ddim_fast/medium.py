@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .files import write_json
 from .media import check_channels, image_grid, save_image, to_uint8
-from .records import COMPARISON, RECORD
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -92,8 +91,8 @@ def write_comparison(medium: Medium, folder: Path, before: Tensor, after: Tensor
     ``record.json``."""
     medium.write(folder, after)
     rows = medium.shown(torch.cat([before[:_SHOWN], after[:_SHOWN]]))
-    save_image(folder / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
-    write_json(folder / RECORD, record)
+    save_image(folder / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
+    write_json(folder / "record.json", record)
 
 
 def numbered(folder: Path, count: int, suffix: str) -> list[Path]:

@@ -25,7 +25,6 @@ from .cli import (
 )
 from .files import atomic_folder, write_json
 from .media import image_grid, save_image
-from .records import COMPARISON, RECONSTRUCTION
 
 if TYPE_CHECKING:
     from .cli import AnySampler
@@ -96,11 +95,11 @@ def _reconstruct(
         out / "latents.safetensors",
         {name: str(value) for name, value in settings.items()},
     )
-    write_json(out / RECONSTRUCTION, {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
+    write_json(out / "errors.json", {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
     # Noise of three standard deviations is black or white; that of latents is no picture.
     shown = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
     rows = torch.cat([part[:_SHOWN] for part in shown])
-    save_image(out / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
+    save_image(out / "comparison.png", image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
     return errors
 
 

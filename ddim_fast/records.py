@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = [
-    "COMPARISON",
-    "EDITING",
-    "FILM",
     "GRID",
-    "INTERPOLATION",
-    "OVERVIEWS",
     "PICTURES",
-    "RECONSTRUCTION",
-    "RECORD",
+    "RECORDS",
     "RESTORATION",
+    "RUN",
+    "SAMPLES",
     "SAMPLING",
     "SPECTROGRAMS",
+    "STATS",
     "VIDEO",
+    "is_overview",
 ]
 
 SAMPLING, RESTORATION, VIDEO = "sampling.json", "restoration.json", "video.json"
-INTERPOLATION, EDITING, RECONSTRUCTION, RECORD = "interpolation.json", "edit.json", "errors.json", "record.json"
-GRID, SPECTROGRAMS, COMPARISON, FILM = "grid.png", "spectrograms.png", "comparison.png", "film.gif"
+GRID, SPECTROGRAMS = "grid.png", "spectrograms.png"
 
 # The record of each kind of job that fills a folder, and the pictures of all its images that lie beside them.
-PICTURES = {SAMPLING: (GRID, SPECTROGRAMS), RESTORATION: (COMPARISON,), VIDEO: ()}
+PICTURES = {SAMPLING: (GRID, SPECTROGRAMS), RESTORATION: ("comparison.png",), VIDEO: ()}
 
-# The same of every command that writes a folder of images.
-OVERVIEWS = {
-    **PICTURES,
-    INTERPOLATION: (GRID, FILM),
-    EDITING: (COMPARISON,),
-    RECONSTRUCTION: (COMPARISON,),
-    RECORD: (COMPARISON,),
+# Of a training: its options, its losses, and the folder of grids of samples.
+RUN, STATS, SAMPLES = "train.json", "stats.jsonl", "samples"
+
+# The same of commands that fill a folder at once.
+_OTHER_PICTURES = {
+    "edit.json": ("comparison.png",),
+    "errors.json": ("comparison.png",),
+    "record.json": ("comparison.png",),
+    "interpolation.json": (GRID, "film.gif"),
 }
+
+# All records: a folder read as data is not said to hold something that cannot be read for them.
+RECORDS = {*PICTURES, *_OTHER_PICTURES, RUN, STATS}
+
+
+def is_overview(path: Path) -> bool:
+    """Whether a picture is one that a command of this package made to show what is, or what it did, in its folder."""
+    folder = path.parent
+    if folder.name == SAMPLES and all((folder.parent / name).is_file() for name in (RUN, STATS)):
+        return True
+    records = {**PICTURES, **_OTHER_PICTURES}.items()
+    return any(path.name in names and (folder / record).is_file() for record, names in records)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
-from ..records import OVERVIEWS
+from ..records import RECORDS, is_overview
 from .decoding import decode_image, image_suffixes
 from .parquet import parquet_files, read_parquet
 
@@ -189,9 +189,8 @@ def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
 
 def image_files(folder: Path) -> set[Path]:
     """The images in a folder and in those inside it, without what a command of this package made to show them all."""
-    files, suffixes = set(visible_files(folder)), image_suffixes()
-    for record in OVERVIEWS.keys() & {path.name for path in files if path.parent == folder}:
-        files -= {folder / name for name in (record, *OVERVIEWS[record])}
+    suffixes = image_suffixes()
+    files = {path for path in visible_files(folder) if not is_overview(path) and path.name not in RECORDS}
     images = {path for path in files if path.suffix.lower() in suffixes}
     warn_of_skipped(folder, files - images, "images")
     return images
