@@ -76,7 +76,7 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
         ValueError: there is none, or it is damaged; the message names the file.
     """
     if name not in archive:
-        raise ValueError(f"{path}: no array {name!r} (there are {', '.join(archive.files) or 'none'})")
+        raise ValueError(f"{path}: no array {name!r} (there are {', '.join(map(repr, archive.files)) or 'none'})")
     try:
         member = archive.zip.getinfo(f"{name}.npy")
         check_expansion(member.compress_size, member.file_size)

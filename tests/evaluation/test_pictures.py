@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + bytes(9))
     (tmp_path / "odd.npz").write_bytes(data.replace(b"'fortran_order'", b"'for(ran_order'"))
-    with pytest.raises(ValueError, match=r"huge\.npz: array 'arr_0' is damaged \(its header says"):  # before it takes the memory
+    with pytest.raises(ValueError, match=r"huge\.npz: array 'arr_0' is damaged \(its header says"):  # not MemoryError
         read_pictures(str(tmp_path / "huge.npz"))
     for name in ("cut", "flipped", "code", "text", "odd"):
         with pytest.raises(ValueError, match=rf"{name}\.npz"):
