@@ -48,4 +48,6 @@ def is_overview(path: Path) -> bool:
     folder = path.parent
     if folder.name == SAMPLES and all((folder.parent / name).is_file() for name in (RUN, STATS)):
         return True
+    if path.name in (RUN, STATS):
+        return True
     return any(path.name in (record, *names) and (folder / record).is_file() for record, names in _OVERVIEWS.items())

@@ -59,7 +59,7 @@ def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list]:
         there = file.schema_arrow.names
     picked = [next((n for n in called if n in there), None) for called in names]
     if picked[0] is None:
-        raise ValueError(f"{path}: no column {names[0][0]!r} (there are {', '.join(there)})")
+        raise ValueError(f"{path}: no column {names[0][0]!r} (there are {', '.join(map(repr, there))})")
     with _whole(path):
         # Nothing is asked of the columns' metadata: where they are damaged, pyarrow ends the process.
         for group in range(file.num_row_groups):

@@ -442,7 +442,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "columns,message",
     [
-        ({"picture": [1]}, r"no column 'image' \(there are picture\)"),
+        ({"picture": [1]}, r"no column 'image' \(there are 'picture'\)"),
         ({"image": [{"bytes": b"no image", "path": None}]}, "row 0: not a readable image"),
         ({"image": [{"bytes": None, "path": "a.png"}]}, "row 0: no encoded image in its column"),
         ({"image": [None]}, "row 0: no encoded image in its column"),
