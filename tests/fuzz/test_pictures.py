@@ -26,7 +26,9 @@ def read_as_pillow_does(path):
     try:
         load_images(str(path), 3, 8)
     except ValueError as error:
-        assert "32-bit numbers" in str(error) or not pillow_decodes(path.read_bytes()), f"Pillow decodes what is refused: {error}"
+        assert "32-bit numbers" in str(error) or not pillow_decodes(path.read_bytes()), (
+            f"Pillow decodes what is refused: {error}"
+        )
         raise
 
 
