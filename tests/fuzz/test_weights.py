@@ -101,7 +101,7 @@ def _mutate_content(random, value):
             other.view(-1)[random.randrange(other.numel())] = random.choice((math.nan, math.inf, -math.inf, 1e38, 0.0))
         return random.choice(
             (
-                other, other, value.double() * 1e300, value.half(), value.int(), value.bool(), value[:0], value[None],
+                other, other, value.double() * 1e300, value.half(), value.int(), value.bool(), value.flatten()[:0], value[None],
                 value.flatten(), value.repeat(2, *[1] * (value.ndim - 1)), value.to_sparse(), value.to("meta"),
                 value + 0j, torch.nn.Parameter(value) if value.is_floating_point() else value, value.numpy().tolist(),
             )
