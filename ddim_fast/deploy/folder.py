@@ -74,6 +74,8 @@ class ExportFolder:
                     raise ValueError(f"{name!r} is missing or is not what an export writes")
             if set(schedule["settings"]) != _SETTINGS:
                 raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
+            if not isinstance(schedule["settings"]["solver"], str):
+                raise ValueError(f"'solver' must be a name; got {schedule['settings']['solver']!r}")
         identity = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()
         return cls(path, load_config(path), schedule, identity)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
+from ..files import naming
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
 from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
@@ -94,17 +96,20 @@ class OnnxSampler:
             name: exported[name] if isinstance(value, str) and value == AS_EXPORTED else plain(value)
             for name, value in given.items()
         }
-        if not isinstance(chosen["spacing"], str):
-            chosen |= {"spacing": [int(t) for t in chosen["spacing"]], "steps": None}
+        if not isinstance(spacing := chosen["spacing"], str):
+            listed = isinstance(spacing, Sequence) or hasattr(spacing, "tolist")
+            chosen |= {"spacing": [plain(t) for t in spacing] if listed else spacing, "steps": None}
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
-        schedule = NoiseSchedule.from_config(config)
-        spacing, steps = chosen["spacing"], chosen["steps"]
-        if isinstance(spacing, str) and spacing == ADAPTIVE:
-            spacing = choose_fitted(self.folder.fitted_timesteps(), chosen["solver"], steps)
-        self.timesteps = select_timesteps(schedule, steps, spacing)
-        levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
-        self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
+        # What is wrong with the export's own settings is its fault.
+        with naming(self.folder.path) if chosen == exported else contextlib.nullcontext():
+            schedule = NoiseSchedule.from_config(config)
+            spacing, steps = chosen["spacing"], chosen["steps"]
+            if isinstance(spacing, str) and spacing == ADAPTIVE:
+                spacing = choose_fitted(self.folder.fitted_timesteps(), chosen["solver"], steps)
+            self.timesteps = select_timesteps(schedule, steps, spacing)
+            levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
+            self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
 
     def sample(
         self,

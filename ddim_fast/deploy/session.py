@@ -52,11 +52,11 @@ def pick_provider(name: str | None = None) -> str:
 def _starts(provider: str) -> bool:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is missing is said below, in one line
-    with contextlib.redirect_stdout(None):  # onnxruntime prints what it falls back to
-        try:
-            started = provider in onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider]).get_providers()
-        except Exception:  # onnxruntime's have no base but this
-            started = False
+    try:
+        session = onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider], enable_fallback=0)
+        started = provider in session.get_providers()
+    except Exception:  # onnxruntime's have no base but this
+        started = False
     if not started:
         warnings.warn(
             f"onnxruntime has {provider}, but it does not start here (no such device, or a library of it is missing); another "
@@ -91,7 +91,8 @@ class Session:
         if provider != "CPUExecutionProvider" and not captured:
             providers.append(("CPUExecutionProvider", {}))  # for what the other one has not; a CUDA graph can have none of that
         with _translated(path):
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            # Falling back is decided above; onnxruntime's own prints to stdout.
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
         if provider not in self._session.get_providers():
             raise ValueError(f"{path.name}: {provider} was asked for, but it does not start here (a library of it is missing)")
         self._path = path
