@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from ..records import VIDEO
 from ..training.data import image_files, read_images
-from ..training.decoding import opaque, reason_of
+from ..training.decoding import check_size, opaque, reason_of
 from .outputs import Batches, PngFolder
 
 __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
@@ -69,6 +69,7 @@ def _gif_frames(source: Path) -> Iterator[tuple[Image.Image, int]]:
     try:
         with Image.open(source, formats=["GIF"]) as film:
             for frame in ImageSequence.Iterator(film):
+                check_size(frame, copies=4)
                 yield opaque(frame), frame.info.get("duration", 0)
     except Exception as error:  # Pillow raises whatever it runs into in a damaged file
         raise ValueError(f"{source}: not a readable GIF ({reason_of(error)})") from None

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["decode_image", "image_suffixes", "opaque", "reason_of"]
+__all__ = ["check_size", "decode_image", "image_suffixes", "opaque", "reason_of"]
 
 # Formats that Pillow knows of but does not decode by itself: it has no decoder, or only on Windows, or runs Ghostscript.
 _UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -56,7 +56,7 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
     # Of a damaged file, Pillow's decoders of some forty formats raise whatever they run into.
     try:
         image = Image.open(io.BytesIO(data), formats=_decoders())
-        _check_size(image)
+        check_size(image, _COPIES.get(image.format, 1))
         tiles = image.tile
         image.load()
         turn = _turn(image)
@@ -64,6 +64,18 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
         return image if turn is None else image.transpose(turn)
     except Exception as error:
         raise ValueError(f"{name}: not a readable image ({reason_of(error)})") from None
+
+
+def check_size(image: Image.Image, copies: int) -> None:
+    """See that a picture is no decompression bomb: that it has no more pixels than Pillow reads of one, twice
+    ``Image.MAX_IMAGE_PIXELS``, when decoding takes so many times as much memory.
+
+    Raises:
+        ValueError: it is one.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > 2 * limit // copies:
+        raise ValueError(f"{image.width}x{image.height} pixels take more than 2 GB to decode")
 
 
 def opaque(image: Image.Image, background: str = "white") -> Image.Image:
@@ -74,12 +86,13 @@ def opaque(image: Image.Image, background: str = "white") -> Image.Image:
         ValueError: it has 32 bits a pixel, and values that are not in 0..255.
     """
     image.load()
+    _fit_transparency(image)
     key, grey = image.info.get("transparency"), image.mode in _GREY
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values, grey = np.asarray(image), True
         image = Image.fromarray((values >> 8).astype(np.uint8))
         if key is not None:
-            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+            image.putalpha(_alpha(values != key))
     elif image.mode in ("I", "F"):
         image = _of_8_bits(image)
     elif key is not None or image.mode in _TRANSPARENT or getattr(image.palette, "mode", "").endswith("A"):
@@ -106,11 +119,15 @@ def _decoders() -> list[str]:
     return [name for name in Image.OPEN if name not in _UNDECODED]
 
 
-def _check_size(image: Image.Image) -> None:
-    """What is larger than twice Image.MAX_IMAGE_PIXELS is not even opened, as a decompression bomb."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > 2 * limit // _COPIES.get(image.format, 1):
-        raise ValueError(f"{image.width}x{image.height} pixels take more than 2 GB to decode")
+def _fit_transparency(image: Image.Image) -> None:
+    """Forget the opacity of colours that a palette has not: Pillow would not convert the picture."""
+    key = image.info.get("transparency")
+    if image.mode == "P" and key is not None:
+        colours = len(image.getpalette() or ()) // 3
+        if isinstance(key, bytes):
+            image.info["transparency"] = key[:colours]
+        elif key >= colours:
+            del image.info["transparency"]
 
 
 def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:
@@ -119,19 +136,27 @@ def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:
     key = image.info.get("transparency")
     if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None:
         return image
-    stored, bands = tiles[0][3], image.split()
+    stored, parts = tiles[0][3], [image]
     key = [key] if image.mode == "L" else key
     if stored == "RGB;16B":
         lower = Image.open(io.BytesIO(data), formats=["PNG"])
         lower.tile = [(*tile[:3], "RGB;16L") for tile in tiles]
-        bands = [*bands, *lower.split()]
+        parts = [image, lower]
         key = [value >> 8 for value in key] + [value & 255 for value in key]
     else:
         largest = 2 ** _DEPTHS.get(stored, 8) - 1
         key = [(value & largest) * 255 // largest for value in key]
-    differs = np.any([np.asarray(band) != value for band, value in zip(bands, key, strict=True)], axis=0)
-    image.putalpha(Image.fromarray(np.where(differs, 255, 0).astype(np.uint8)))
+    bands = (part.getchannel(band) for part in parts for band in part.getbands())
+    differs = np.zeros(image.size[::-1], bool)
+    for band, value in zip(bands, key, strict=True):
+        differs |= np.asarray(band) != value
+    image.putalpha(_alpha(differs))
     return image
+
+
+def _alpha(seen: np.ndarray) -> Image.Image:
+    """Opaque where (H, W) booleans are true, transparent elsewhere."""
+    return Image.fromarray(seen.astype(np.uint8) * np.uint8(255))
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:

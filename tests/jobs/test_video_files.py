@@ -111,6 +111,13 @@ def test_a_gif_that_ends_too_early_is_named(tmp_path):
         frame_rate(tmp_path / "cut.gif")
 
 
+def test_a_film_that_would_fill_the_memory_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a.gif", moving_square())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)  # as large as one frame, not four
+    with pytest.raises(ValueError, match=r"a\.gif: not a readable GIF \(32x32 pixels take more than 2 GB"):
+        frame_rate(tmp_path / "a.gif")
+
+
 def test_what_is_transparent_in_a_gif_is_white(tmp_path):
     frames = [Image.new("P", (8, 8), number) for number in (1, 0, 1)]
     for frame in frames:

@@ -181,6 +181,16 @@ def test_formats_that_pillow_hands_to_other_programs_are_no_pictures():
         decode_image("a.png", saved(Image.new("RGB", (8, 8)), "EPS"))
 
 
+@pytest.mark.parametrize("transparency", [b"\0\xff\0\xff", b"\xff\xff\0"])
+def test_opacities_of_colours_that_a_palette_has_not_are_none(transparency):
+    data = half_transparent("P", transparency=b"\0\xff")
+    at = data.index(b"tRNS")
+    chunk = b"tRNS" + transparency
+    damaged = struct.pack(">I", len(transparency)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    image = decode_image("a", data[: at - 4] + damaged + data[at + 10 :]).convert("L")
+    assert image.getpixel((0, 0)) == (255 if transparency[0] == 0 else 0) and image.getpixel((7, 0)) == 0
+
+
 def test_a_decompression_bomb_is_named(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 * 50)
     for format, side in (("PNG", 70), ("WEBP", 50)):  # as large as they may be, by the memory that decoding takes
