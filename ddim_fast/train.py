@@ -23,6 +23,7 @@ from .cli import CONVERT_HELP, CommandParser, parse_positive, run_command
 from .devices import bf16_is_fast, pick_device
 from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
+from .engine import why_not_compiled
 from .files import atomic_write
 from .interop.autoencoder import load_autoencoder
 from .interop.diffusers_weights import fold_class
@@ -549,7 +550,12 @@ def _grid_sampler(model: UNet) -> Sampler:
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
     fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
     bf16 = bf16_is_fast(device) if arguments.precision == "auto" else arguments.precision == "bf16"
-    return TrainingOptions(bf16=bf16, **{name: getattr(arguments, name) for name in fields})
+    options = TrainingOptions(bf16=bf16, **{name: getattr(arguments, name) for name in fields})
+    problem = why_not_compiled(device) if options.compile else None
+    if problem is None:
+        return options
+    print(f"--compile: torch.compile does not work here, so the training step is not compiled: {problem}", file=sys.stderr)
+    return dataclasses.replace(options, compile=False)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:

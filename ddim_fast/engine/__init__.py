@@ -27,6 +27,7 @@ __all__ = [
     "inference",
     "make_engine",
     "select_engine",
+    "why_not_compiled",
 ]
 
 Engine = Eager
