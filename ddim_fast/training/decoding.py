@@ -120,14 +120,12 @@ def _decoders() -> list[str]:
 
 
 def _fit_transparency(image: Image.Image) -> None:
-    """Forget the opacity of colours that a palette has not: Pillow would not convert the picture."""
+    """Forget the opacities of colours that no palette has, over 256: Pillow would not convert the picture."""
     key = image.info.get("transparency")
-    if image.mode == "P" and key is not None:
-        colours = len(image.getpalette() or ()) // 3
-        if isinstance(key, bytes):
-            image.info["transparency"] = key[:colours]
-        elif key >= colours:
-            del image.info["transparency"]
+    if image.mode == "P" and isinstance(key, bytes):
+        image.info["transparency"] = key[:256]
+    elif image.mode == "P" and key is not None and key > 255:
+        del image.info["transparency"]
 
 
 def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:

@@ -181,7 +181,7 @@ def test_formats_that_pillow_hands_to_other_programs_are_no_pictures():
         decode_image("a.png", saved(Image.new("RGB", (8, 8)), "EPS"))
 
 
-@pytest.mark.parametrize("transparency", [b"\0\xff\0\xff", b"\xff\xff\0"])
+@pytest.mark.parametrize("transparency", [b"\0" + b"\xff" * 255 + b"\x01", b"\xff" * 300 + b"\0"])
 def test_opacities_of_colours_that_a_palette_has_not_are_none(transparency):
     data = half_transparent("P", transparency=b"\0\xff")
     at = data.index(b"tRNS")
