@@ -92,17 +92,15 @@ class OnnxSampler:
             )
         given = {"steps": steps, "eta": eta, "spacing": spacing, "solver": solver, "clip": clip_sample_range}
         exported = self.folder.settings
-        chosen = {
-            name: exported[name] if isinstance(value, str) and value == AS_EXPORTED else plain(value)
-            for name, value in given.items()
-        }
+        own = {name for name, value in given.items() if isinstance(value, str) and value == AS_EXPORTED}
+        chosen = {name: exported[name] if name in own else plain(value) for name, value in given.items()}
         if not isinstance(spacing := chosen["spacing"], str):
             listed = isinstance(spacing, Sequence) or hasattr(spacing, "tolist")
             chosen |= {"spacing": [plain(t) for t in spacing] if listed else spacing, "steps": None}
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
         # What is wrong with the export's own settings is its fault.
-        with naming(self.folder.path) if chosen == exported else contextlib.nullcontext():
+        with naming(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
             spacing, steps = chosen["spacing"], chosen["steps"]
             if isinstance(spacing, str) and spacing == ADAPTIVE:
