@@ -10,6 +10,8 @@ __all__ = ["is_finite", "is_whole", "plain"]
 
 def plain(value: Any) -> Any:
     """Python's number for a scalar of numpy or torch; anything else as it is."""
+    if isinstance(value, (int, float)):  # before anything that torch.compile cannot ask a number
+        return value
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 

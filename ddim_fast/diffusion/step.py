@@ -10,7 +10,7 @@ import numpy as np
 
 from ..ops.dispatch import is_observed
 from ..ops.noise import check_seeds
-from ..scalars import is_finite, plain
+from ..scalars import plain
 from .dlpack import imported, is_foreign, like
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def check_eta(eta: float | str) -> float | str:
         ValueError: it is neither.
     """
     eta = plain(eta)
-    if eta != SIGMA_HAT and (not is_finite(eta) or not 0 <= eta <= 1):
+    if eta != SIGMA_HAT and (isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1):
         raise ValueError(f"eta must lie in [0, 1] or be {SIGMA_HAT!r}; got {eta!r}")
     return eta
 

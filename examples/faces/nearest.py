@@ -12,11 +12,10 @@ import torch
 
 from ddim_fast import Sampler, UNet
 from ddim_fast.evaluation.inception import load_inception
-from ddim_fast.evaluation.pictures import read_pictures
 from ddim_fast.evaluation.reference import load_reference
 from ddim_fast.media import image_grid, save_image, to_uint8
 from ddim_fast.processes import Processes
-from ddim_fast.training.data import to_unit_range
+from ddim_fast.training.data import load_images, to_unit_range
 
 
 def main(model: str, train: str, held_out: str, inception: str, out: str) -> None:
@@ -29,7 +28,7 @@ def main(model: str, train: str, held_out: str, inception: str, out: str) -> Non
     distances, nearest = torch.stack([torch.cdist(network.of(p), known) for p in (pictures, pictures.flip(3))]).amin(0).min(1)
     for name, found in (("samples", distances), ("held-out pictures", torch.cdist(unseen, known).amin(1))):
         print(f"distance to the nearest training picture, {name}: median {found.median():.2f}, least {found.min():.2f}")
-    copied = to_unit_range(read_pictures(train, unet.config.image_shape)[nearest])
+    copied = to_unit_range(load_images(train, *unet.config.image_shape[:2]).images[nearest])
     rows = [half for eight in zip(samples.split(8), copied.split(8), strict=True) for half in eight]
     save_image(Path(out), image_grid(torch.cat(rows), columns=8), scale=max(1, 128 // unet.config.size[0]))
 

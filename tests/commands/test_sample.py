@@ -189,7 +189,7 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--num-images", "0"], "--num-images"),
         (["--num-images", "3", "--seeds", "0-2"], "not allowed with"),
         (["--seeds", "3,4,3"], "--seeds names 3 2 times"),
-        (["--clip", "0"], "clip_sample_range must be positive"),
+        (["--clip", "0"], "clip_sample_range must be a positive number"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--device", "cuda:77"], "not available"),
         (["--dtype", "int4"], "--dtype"),
