@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 __all__ = ["is_finite", "is_whole", "plain"]
@@ -21,5 +21,5 @@ def is_whole(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether :func:`plain` made a number of it, neither infinite nor NaN."""
-    return (is_whole(value) or isinstance(value, float)) and math.isfinite(value)
+    """Whether :func:`plain` made a number of it, neither infinite nor NaN nor an integer beyond those."""
+    return (is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max

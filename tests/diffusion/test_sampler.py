@@ -281,6 +281,7 @@ def test_bad_options_are_named(options, message, fake_network):
         ({"seeds": [0], "labels": [0.5]}, "whole numbers"),
         ({"seeds": [0], "guidance": 2.0}, "needs class labels"),
         ({"seeds": [0], "labels": 1, "guidance": float("inf")}, "finite"),
+        ({"seeds": [0], "labels": 1, "guidance": 10**400}, "finite"),
         ({"seeds": [0], "x_T": torch.zeros(2, 3, 8, 8)}, "1 seeds do not fit 2"),
         ({"x_T": torch.zeros(1, 1, 8, 8)}, r"expected images of shape \(N, 3, 8, 8\)"),
         ({"seeds": [0], "batch_size": 0}, "batch_size"),
