@@ -1,4 +1,4 @@
-"""Damaged files of data sets: Parquet, IDX and .npz."""
+"""Damaged files of data sets, Parquet, IDX and .npz, and of their statistics."""
 
 import gzip
 import io
@@ -8,12 +8,17 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from driver import Fuzzer, main, mutate_bytes
 from PIL import Image
 
+from ddim_fast.evaluation.inception import FeatureNetwork
 from ddim_fast.evaluation.pictures import read_pictures
+from ddim_fast.evaluation.reference import load_reference
+from ddim_fast.processes import Processes
 from ddim_fast.training.data import load_images
 
+NETWORK = FeatureNetwork(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(12, 6)), "tiny", 6, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
@@ -86,9 +91,23 @@ def damage_npz(random, data):
     return buffer.getvalue()
 
 
+def write_statistics(folder):
+    features = np.random.default_rng(0).normal(size=(20, 6))
+    mean, covariance = features.mean(0), np.cov(features, rowvar=False)
+    ours = {"count": 20, "network": "tiny", "resolution": (8, 8), "features": features.astype(np.float32)}
+    np.savez(folder / "ours.npz", mu=mean, sigma_upper=covariance[np.triu_indices(6)], **ours)
+    np.savez_compressed(folder / "others.npz", mu=mean, sigma=covariance, arr_0=PIXELS)
+    return [folder / "ours.npz", folder / "others.npz"]
+
+
+def read_statistics(path):
+    load_reference(str(path), (3, 8, 8), NETWORK, Processes())
+
+
 PARQUET = Fuzzer("Parquet", write_parquet, lambda path: load_images(str(path), 3, 8), mutate_bytes)
 IDX = Fuzzer("IDX", write_idx, read_idx, damage_idx)
 NPZ = Fuzzer("npz", write_npz, lambda path: read_pictures(str(path)), damage_npz)
+STATISTICS = Fuzzer("statistics", write_statistics, read_statistics, damage_npz)
 
 
 def test_damaged_parquet_is_refused_by_name():
@@ -103,5 +122,10 @@ def test_a_damaged_npz_file_is_refused_by_name():
     NPZ.check(400)
 
 
+def test_damaged_statistics_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # for those of pictures, where a file has no other any more
+    STATISTICS.check(300)
+
+
 if __name__ == "__main__":
-    main(PARQUET, IDX, NPZ)
+    main(PARQUET, IDX, NPZ, STATISTICS)
