@@ -100,7 +100,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} ({self.hint})\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({self.hint})\n")
 
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:

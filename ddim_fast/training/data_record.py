@@ -86,7 +86,7 @@ class DataRecord:
             ValueError: it lacks some of what the run has seen, or its classes are others; the message says which.
         """
         if os.path.isabs(self.path) != os.path.isabs(now.path):
-            raise ValueError(f"the run was trained on {self.path}, not on {now.path}")
+            raise ValueError(f"the run was trained on {self.path!r}, not on {now.path!r}")
         before, after = list(self.classes or ()), list(now.classes or ())
         for number, (one, other) in enumerate(zip(before, after, strict=False)):
             if one != other:

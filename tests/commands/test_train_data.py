@@ -258,7 +258,7 @@ def test_hub_data_is_counted_and_no_folder_of_its_name(run, here, monkeypatch):
         picture(here / "owner" / "name" / f"{i % 2}" / f"{i}.png")
     code, _, error = run(*RESUME, "--steps=3")
     assert code == 2
-    assert_one_line(error, f"the run was trained on owner/name, not on {here}/owner/name")
+    assert_one_line(error, f"the run was trained on 'owner/name', not on '{here}/owner/name'")
 
 
 def test_classes_of_sounds_are_remembered_by_name(run, recordings, monkeypatch):
@@ -283,6 +283,16 @@ def test_a_damaged_record_of_data_is_named(text, run, photos, here):
     code, _, error = run(*RESUME, "--steps=2")
     assert code == 1
     assert_one_line(error, "data.json: ")
+
+
+def test_what_a_record_quotes_is_one_line(run, photos, here):
+    start(run, photos)
+    file = here / "run" / "data.json"
+    for change in ({"path": "a\nb"}, {"files": {"c\nd": 1}}):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        code, _, error = run(*RESUME, "--steps=2")
+        assert code == 2
+        assert_one_line(error, str(file))
 
 
 @pytest.mark.parametrize(

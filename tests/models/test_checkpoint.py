@@ -98,6 +98,16 @@ def test_what_a_library_says_of_damaged_weights_is_one_line(checkpoint):
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_part_of_the_weights_is_named_by_their_index(checkpoint, config):
+    state = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    save_checkpoint(checkpoint, config, state, max_shard_size="5KB")
+    part = sorted(checkpoint.glob("model-*"))[2]
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"model\.safetensors\.index\.json: there is no '{part.name}' beside it"):
+        UNet.from_pretrained(checkpoint)
+
+
 def _rename(state):
     state["conv_uit.weight"] = state.pop("conv_out.weight")
 
