@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -124,7 +126,7 @@ def read_pickle(path: Path) -> Any:
         ValueError: it is damaged, or holds more than data.
     """
     require_file(path)
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with _Bounded(io.FileIO(path)) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickles that are then refused
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -132,6 +134,14 @@ def read_pickle(path: Path) -> Any:
             code = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it holds {code[1]}, which is not data and was not executed" if code else "not a whole file of tensors"
             raise ValueError(f"{path}: {why}") from None
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read than there is: memory is taken for what is asked for, and damage asks for gigabytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def is_state_dict(value: Any) -> bool:
