@@ -20,7 +20,7 @@ from ..files import atomic_write, naming
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
-from ..models.weights import check_finite
+from ..models.weights import check_finite, read_pickle
 from .averages import PowerAverages
 from .data import ImageSet, to_unit_range
 from .ema import EMA
@@ -200,8 +200,8 @@ class Trainer(Generic[M]):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {TRAINING_STATE} to go on from")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
+            state = read_pickle(path)
+        except ValueError as error:
             raise ValueError(f"{path}: not a whole training state") from error
         parameters = list(self.model.parameters())
         try:

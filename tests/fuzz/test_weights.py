@@ -22,32 +22,38 @@ def load(path):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
 
 
+def network(config=SMALL):
+    """The same at each call: then an input is the same in each process."""
+    torch.manual_seed(0)
+    return UNet(config)
+
+
 def write_one(folder):
-    UNet(SMALL).save_pretrained(folder)
+    network().save_pretrained(folder)
     return [folder / "model.safetensors"]
 
 
 def write_shards(folder):
-    save_checkpoint(folder, SMALL, UNet(SMALL).state_dict(), max_shard_size="20KB")
+    save_checkpoint(folder, SMALL, network().state_dict(), max_shard_size="20KB")
     return sorted(folder.glob("model*"))
 
 
 def write_bin(folder):
-    save_diffusers(folder, SMALL, UNet(SMALL).state_dict())
+    save_diffusers(folder, SMALL, network().state_dict())
     weights = folder / "unet" / "diffusion_pytorch_model.bin"
-    torch.save(UNet(SMALL).state_dict(), weights)
+    torch.save(network().state_dict(), weights)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     return [weights]
 
 
 def write_ermongroup(folder):
     """The list that their training writes, in both formats of torch.save, and the network alone."""
-    network = {_stored_name(name, levels=2): tensor for name, tensor in UNet(ERMONGROUP).state_dict().items()}
-    network = {name: t[..., None, None] if ".attn" in name and t.ndim == 2 else t for name, t in network.items()}
-    states = [network, {"state": {0: {"step": 3}}}, 1, 5, {f"module.{name}": tensor for name, tensor in network.items()}]
+    tensors = {_stored_name(name, levels=2): tensor for name, tensor in network(ERMONGROUP).state_dict().items()}
+    tensors = {name: t[..., None, None] if ".attn" in name and t.ndim == 2 else t for name, t in tensors.items()}
+    states = [tensors, {"state": {0: {"step": 3}}}, 1, 5, {f"module.{name}": tensor for name, tensor in tensors.items()}]
     torch.save(states, folder / "new.ckpt")
     torch.save(states, folder / "old.ckpt", _use_new_zipfile_serialization=False)
-    save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / "network.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "network.safetensors")
     return sorted(folder.iterdir())
 
 
@@ -127,6 +133,12 @@ FUZZERS = (
 @pytest.mark.parametrize("fuzzer", FUZZERS, ids=lambda fuzzer: fuzzer.name)
 def test_damaged_weights(fuzzer):
     fuzzer.check(50)
+
+
+def test_a_length_beyond_the_end_of_a_pickle_takes_no_memory():
+    text = b"\x80\x02X\xff\xff\xff\xffabc"  # of 4 GB, it says
+    outcome = Fuzzer("ckpt", write_ermongroup, load, lambda random, data: text).run(3)
+    assert outcome.refused == 3, outcome.faults
 
 
 if __name__ == "__main__":
