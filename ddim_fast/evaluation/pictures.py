@@ -55,7 +55,7 @@ def stored_pictures(spec: str) -> Iterator[Tensor]:
         return
     _check_finished(path)
     image = None
-    for _, image, _ in read_images(spec):
+    for _, image, _ in read_images(spec, labelled=False):
         yield torch.from_numpy(stored_image(image).copy())
     if image is None:
         raise ValueError(f"no images in {spec!r}")

@@ -3,6 +3,8 @@ import json
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -117,3 +119,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "wide" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
         read_pictures(str(tmp_path / "wide"))
+
+
+def test_labels_of_a_reference_are_not_looked_at(tmp_path):
+    encoded = io.BytesIO()
+    Image.fromarray(pixels(8, 8, 3)).save(encoded, "PNG")
+    table = pa.table({"image": [{"bytes": encoded.getvalue(), "path": "a.png"}], "label": ["cat"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [tuple(picture.shape) for picture in stored_pictures(str(tmp_path / "a.parquet"))] == [(3, 8, 8)]
