@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["bf16_is_fast", "cpu_threads", "keep_memory", "pick_device"]
+__all__ = ["bf16_is_fast", "keep_memory", "pick_device"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,13 +29,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch's functions want the number
     return device
-
-
-def cpu_threads() -> int:
-    """How many threads compute where torch does not: as many as OMP_NUM_THREADS says, as in torch, or as there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # of a list the first is for the outermost level
-    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 def bf16_is_fast(device: torch.device) -> bool:

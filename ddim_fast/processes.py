@@ -8,13 +8,23 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "cpu_threads"]
 
 T = TypeVar("T")
 
 # At the end, processes wait for the slowest of them. Not for one that failed: torchrun ends all, and a lost connection is an
 # error.
 _PATIENCE = timedelta(days=7)
+
+
+def cpu_threads() -> int:
+    """How many threads compute where torch does not: as many as OMP_NUM_THREADS says, as in torch, or as there are cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # of a list the first is for the outermost level
+    return min(_cores(), int(asked)) if asked.isdecimal() and int(asked) else _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Processes:
@@ -65,8 +75,7 @@ class Processes:
         if self.count > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
             import torch
 
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))))
+            torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Those of the items that are this process's."""

@@ -15,7 +15,8 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("this needs onnxruntime: pip install 'ddim_fast[onnx]', or onnxruntime alone") from None
 
-from ..devices import cpu_threads
+from ..files import one_line
+from ..processes import cpu_threads
 
 __all__ = ["Session", "pick_provider"]
 
@@ -143,7 +144,7 @@ def _translated(path: Path) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (ValueError, RuntimeError)):
             raise
-        text = " ".join(str(error).split()).split(" : ", 3)[-1].removeprefix("Error in execution: ")
+        text = one_line(error).split(" : ", 3)[-1].removeprefix("Error in execution: ")
         if "allocate" in text:
             raise RuntimeError(f"out of memory: {text}") from None
         raise ValueError(f"{path}: {text}") from None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import check_expansion, naming, read_json
+from ..files import check_expansion, naming, one_line, read_json
 from ..records import PICTURES
 from ..training.data import load_images, native_shape, read_images, stored_image
 
@@ -125,7 +125,7 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
     except Exception as error:  # numpy and zipfile raise whatever they run into in a damaged file
-        raise ValueError(f"{path}: not a whole .npz file ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not a whole .npz file ({one_line(error)})") from None
 
 
 def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
@@ -147,7 +147,7 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
                 raise ValueError(f"its header says {shape}, and there are {member.file_size} bytes")
         return archive[name]
     except Exception as error:  # as above
-        raise ValueError(f"{path}: array {name!r} is damaged ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: array {name!r} is damaged ({one_line(error)})") from None
 
 
 def _read_npz(path: Path) -> Tensor:

@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ..files import one_line
+
 __all__ = ["check_size", "decode_image", "image_suffixes", "opaque", "reason_of"]
 
 # Formats that Pillow knows of but does not decode by itself: it has no decoder, or only on Windows, or runs Ghostscript.
@@ -111,7 +113,7 @@ def reason_of(error: Exception) -> str:
     """What Pillow says of a file that it cannot decode, in one line."""
     if isinstance(error, UnidentifiedImageError):  # whose text is about an object in memory
         return "of no format that Pillow decodes"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _decoders() -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import check_expansion, visible_files
+from ..files import check_expansion, one_line, visible_files
 
 __all__ = ["parquet_files", "read_parquet"]
 
@@ -75,4 +75,4 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
