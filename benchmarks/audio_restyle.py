@@ -12,13 +12,13 @@ import math
 from pathlib import Path
 
 import torch
+from recognition import train_recogniser
 
 from ddim_fast import Sampler, UNet
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.audio.control import restyle
-from ddim_fast.audio.reading import load_sounds
-from ddim_fast.evaluation.recognition import train_recogniser
-from ddim_fast.files import atomic_write
+from ddim_fast.data.sound_files import load_sounds
+from ddim_fast.io.files import atomic_write
 
 
 def main() -> None:

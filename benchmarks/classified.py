@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim_fast import Sampler, UNet
+from ddim_fast.data.images import ImageSet, load_images, to_unit_range
 from ddim_fast.diffusion.editing import swap_class
 from ddim_fast.diffusion.guidance import likelihood_gradient
-from ddim_fast.training.data import ImageSet, load_images, to_unit_range
 
 __all__ = ["Classifier", "print_swaps", "recognised", "sample_towards", "train_classifier"]
 

@@ -26,8 +26,8 @@ from peers import network, relative_error
 from torch import Tensor
 
 from ddim_fast import UNet
-from ddim_fast.devices import bf16_is_fast, keep_memory
 from ddim_fast.engine import Network
+from ddim_fast.engine.devices import bf16_is_fast, keep_memory
 from ddim_fast.models import unet
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3

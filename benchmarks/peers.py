@@ -21,9 +21,9 @@ from measure import DEVICE
 from torch import Tensor
 
 from ddim_fast import UNet, UNetConfig
-from ddim_fast.devices import bf16_is_fast
-from ddim_fast.interop.diffusers_weights import fold_class, save_diffusers
+from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.models.checkpoint import packaged_models
+from ddim_fast.models.formats.diffusers import fold_class, save_diffusers
 from ddim_fast.ops import native
 
 __all__ = [

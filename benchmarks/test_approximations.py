@@ -12,8 +12,8 @@ from measure import DEVICE, run_in_turns
 from peers import DTYPES, relative_error
 
 from ddim_fast import Sampler, UNet
-from ddim_fast.devices import bf16_is_fast
 from ddim_fast.engine import fastest_engine
+from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.ops import native
 
 STEPS = 20

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 diffusers = pytest.importorskip("diffusers")
 
 from ddim_fast import accelerate  # noqa: E402
-from ddim_fast.devices import bf16_is_fast  # noqa: E402
+from ddim_fast.engine.devices import bf16_is_fast  # noqa: E402
 from ddim_fast.interop.diffusers import FastDDIMScheduler  # noqa: E402 - it needs diffusers
 
 SCHEDULERS = {"diffusers": diffusers.DDIMScheduler, "fast-scheduler": FastDDIMScheduler}

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .cli import MODEL_HELP, CommandParser, load_sampler, require_pictures, run_command
-from .devices import pick_device
+from .cli.options import MODEL_HELP
+from .cli.parser import CommandParser, run_command
+from .cli.samplers import load_sampler, require_pictures
+from .diffusion.degradations import Mask
 from .diffusion.interpolation import slerp
-from .diffusion.operators import Mask
-from .media import image_grid, to_uint8
+from .engine.devices import pick_device
+from .io.decoding import opaque
+from .io.pictures import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
-from .training.decoding import opaque
 
 if TYPE_CHECKING:
     import gradio

@@ -16,29 +16,17 @@ from typing import Any
 import torch
 
 from . import __version__
-from .cli import (
-    DTYPES,
-    GUIDE_HELP,
-    INTERVAL_HELP,
-    MODEL_HELP,
-    CommandParser,
-    check_guidance_options,
-    load_model,
-    parse_eta,
-    parse_integers,
-    parse_positive,
-    pixel_model,
-    run_command,
-    seed_labels,
-    select_dtype,
-)
-from .devices import pick_device
+from .cli.options import DTYPES, GUIDE_HELP, INTERVAL_HELP, MODEL_HELP, check_guidance_options, seed_labels
+from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, run_command
+from .cli.samplers import load_model, pixel_model, select_dtype
+from .data.images import ImageSet, load_images
 from .diffusion.adaptive import fit_timesteps
 from .diffusion.guidance import check_interval
 from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .engine import fastest_engine
+from .engine.devices import pick_device
 from .evaluation.inception import FeatureNetwork, load_inception
 from .evaluation.measures import (
     Draws,
@@ -55,11 +43,10 @@ from .evaluation.reference import Reference, load_reference
 from .evaluation.results import Results, machine
 from .evaluation.weights import default_weights, fetch_weights
 from .evaluation.work import Work
+from .io.processes import Processes
 from .models.checkpoint import DEFAULT_MODEL, save_timesteps
 from .models.checksum import weights_checksum
 from .models.unet import UNet
-from .processes import Processes
-from .training.data import ImageSet, load_images
 
 _EXAMPLES = """\
   python -m ddim_fast.evaluate --fetch-inception

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from .cli import MODEL_HELP, CommandParser, parse_eta, parse_spacing, pixel_model, run_command
+from .cli.options import MODEL_HELP
+from .cli.parser import CommandParser, parse_eta, parse_spacing, run_command
+from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
-from .files import atomic_folder
-from .interop.diffusers_weights import fold_class, save_diffusers
+from .io.files import atomic_folder
 from .models.checkpoint import (
     AUTOENCODER,
     DEFAULT_MODEL,
@@ -26,6 +27,7 @@ from .models.checkpoint import (
     save_checkpoint,
     timesteps_file,
 )
+from .models.formats.diffusers import fold_class, save_diffusers
 from .models.unet import UNet
 from .training.averages import average_of_length
 

@@ -11,27 +11,21 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .cli import (
-    CONVERT_HELP,
-    CommandParser,
-    add_sampler_options,
-    job_progress,
-    make_sampler,
-    parse_positive,
-    run_command,
-    sampler_settings,
-)
+from .cli.modality import Medium, Pictures, medium_of
+from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.parser import CommandParser, parse_positive, run_command
+from .cli.progress import job_progress
+from .cli.samplers import make_sampler, sampler_settings
 from .diffusion.interpolation import slerp, slerp_grid
-from .files import atomic_folder, write_json
+from .io.files import atomic_folder, write_json
+from .io.pictures import image_grid, save_gif, save_image, to_uint8
+from .io.records import FILM, GRID, INTERPOLATION, VIDEO
 from .jobs.outputs import PngFolder
 from .jobs.video import VideoJob, scan_frames
 from .jobs.video_files import GIF_RATE, VIDEO_SUFFIXES, VideoFile, frame_rate
-from .media import image_grid, save_gif, save_image, to_uint8
-from .medium import Medium, Pictures, medium_of
-from .records import FILM, GRID, INTERPOLATION, VIDEO
 
 if TYPE_CHECKING:
-    from .cli import AnySampler
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:3 seed:13 --class 3

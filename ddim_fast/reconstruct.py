@@ -12,23 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import (
-    IMAGE_CLASS_HELP,
-    IMAGES_HELP,
-    CommandParser,
-    add_sampler_options,
-    load_labelled,
-    make_sampler,
-    parse_class,
-    require_pictures,
-    run_command,
-)
-from .files import atomic_folder, write_json
-from .media import image_grid, save_image
-from .records import COMPARISON, RECONSTRUCTION
+from .cli.options import IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
+from .cli.parser import CommandParser, parse_class, run_command
+from .cli.samplers import load_labelled, make_sampler, require_pictures
+from .io.files import atomic_folder, write_json
+from .io.pictures import image_grid, save_image
+from .io.records import COMPARISON, RECONSTRUCTION
 
 if TYPE_CHECKING:
-    from .cli import AnySampler
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.reconstruct photo.png --class 9

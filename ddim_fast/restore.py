@@ -12,31 +12,20 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .cli import (
-    IMAGE_CLASS_HELP,
-    CommandParser,
-    add_sampler_options,
-    image_labels,
-    job_progress,
-    list_integers,
-    make_sampler,
-    parse_class,
-    parse_integers,
-    parse_positive,
-    require_pictures,
-    run_command,
-    sampler_settings,
-)
-from .diffusion.operators import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
+from .cli.options import IMAGE_CLASS_HELP, add_sampler_options, image_labels
+from .cli.parser import CommandParser, list_integers, parse_class, parse_integers, parse_positive, run_command
+from .cli.progress import job_progress
+from .cli.samplers import make_sampler, require_pictures, sampler_settings
+from .data.images import fit_image, read_images, to_unit_range
+from .diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
 from .diffusion.restoration import TimeTravel, measure
 from .diffusion.sampler import Sampler
 from .engine import ENGINES
 from .evaluation.fidelity import check_similarity
+from .io.pictures import save_image
+from .io.records import PICTURES, RESTORATION
 from .jobs.outputs import Batches, PngFolder
 from .jobs.restoration import RestorationJob
-from .media import save_image
-from .records import PICTURES, RESTORATION
-from .training.data import fit_image, read_images, to_unit_range
 
 _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --mask mask.png

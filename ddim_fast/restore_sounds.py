@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .audio.restoration import band_limit, gap
-from .cli import CONVERT_HELP, CommandParser, add_sampler_options, make_sampler, run_command
-from .diffusion.operators import Mask
+from .cli.modality import medium_of, write_comparison
+from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.parser import CommandParser, run_command
+from .cli.samplers import make_sampler
+from .diffusion.degradations import Mask
 from .diffusion.sampler import Sampler
-from .files import atomic_folder
-from .medium import medium_of, write_comparison
+from .io.files import atomic_folder
 
 _EXAMPLES = """\
   python -m ddim_fast.restore_sounds seven.wav --model runs/digits --class 7/jackson --gap 0.45 0.55

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
-from .cli import CONVERT_HELP, CommandParser, add_sampler_options, make_sampler, run_command
+from .cli.modality import medium_of, write_comparison
+from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.parser import CommandParser, run_command
+from .cli.samplers import make_sampler
 from .diffusion.sampler import Sampler
-from .files import atomic_folder
-from .medium import medium_of, write_comparison
+from .io.files import atomic_folder
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo

@@ -15,41 +15,34 @@ import numpy as np
 from tqdm import tqdm
 
 from . import __version__
-from .cli import (
+from .cli.options import (
     DTYPES,
     GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
     STEPS_HELP,
-    CommandParser,
     check_guidance_options,
-    list_integers,
-    load_sampler,
-    parse_eta,
-    parse_integers,
-    parse_positive,
-    parse_spacing,
-    run_command,
     seed_labels,
-    select_dtype,
     settle_steps,
 )
-from .devices import pick_device
+from .cli.parser import CommandParser, list_integers, parse_eta, parse_integers, parse_positive, parse_spacing, run_command
+from .cli.samplers import load_sampler, select_dtype
 from .diffusion.guidance import guided_steps
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
+from .engine.devices import pick_device
+from .io.pictures import check_channels, image_format, image_grid, save_gif, save_image
+from .io.processes import Processes
 from .jobs.outputs import Batches, FileFolder, NpzFile, Output, PngFolder
 from .jobs.sampling import Job, JobStep
-from .media import check_channels, image_format, image_grid, save_gif, save_image
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.checksum import weights_checksum
-from .processes import Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .cli import AnySampler
+    from .cli.samplers import AnySampler
     from .deploy.onnx_sampler import OnnxSampler
     from .models.audio import AudioConfig
 
@@ -318,7 +311,7 @@ def _settings(
 
 def _output(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
     if audio is not None:
-        from .audio.output import WavFolder
+        from .jobs.sound_outputs import WavFolder
 
         return WavFolder(path, batches, audio)
     suffix = path.suffix.lower()

@@ -19,27 +19,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cli import CONVERT_HELP, CommandParser, parse_positive, run_command
-from .devices import bf16_is_fast, pick_device
+from .cli.modality import medium_of
+from .cli.options import CONVERT_HELP
+from .cli.parser import CommandParser, parse_positive, run_command
+from .data.images import ImageSet, load_images, to_unit_range
+from .data.latents import encoded, latent_space
+from .data.record import DATA_RECORD, DataRecord
 from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .engine import why_not_compiled
-from .files import atomic_write
+from .engine.devices import bf16_is_fast, pick_device
 from .interop.autoencoder import load_autoencoder
-from .interop.diffusers_weights import fold_class
-from .media import image_grid, save_image
-from .medium import medium_of
+from .io.files import atomic_write
+from .io.pictures import image_grid, save_image
+from .io.records import RUN, SAMPLES, STATS
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
 from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model, packaged_models
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
+from .models.formats.diffusers import fold_class
 from .models.growth import enclose
 from .models.unet import UNet
-from .records import RUN, SAMPLES, STATS
 from .training.averages import snapshots
-from .training.data import ImageSet, load_images, to_unit_range
-from .training.data_record import DATA_RECORD, DataRecord
-from .training.latents import encoded, latent_space
 from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
 
 _EXAMPLES = """\
@@ -423,7 +424,7 @@ def _load(
     """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
         return load_images(arguments.data, *image_shape[:2], labelled=labelled), None
-    from .audio.dataset import load_sound_images
+    from .data.sounds import load_sound_images
 
     return load_sound_images(arguments.data, audio, labelled=labelled, convert=arguments.convert)
 

@@ -21,7 +21,7 @@ python - "$data" << 'PYTHON'
 import sys
 from pathlib import Path
 from PIL import Image
-from ddim_fast.training.data import load_images
+from ddim_fast.data.images import load_images
 
 data = load_images(f"{sys.argv[1]}/t10k-images-idx3-ubyte.gz", 1, 32)
 for label in range(10):
@@ -73,7 +73,7 @@ python - "$data" << 'PYTHON'
 import sys
 from pathlib import Path
 from PIL import Image
-from ddim_fast.training.data import load_images
+from ddim_fast.data.images import load_images
 
 def save(folder, data, which):
     Path(folder).mkdir()
@@ -98,7 +98,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ddim_fast.media import image_grid, save_image
+from ddim_fast.io.pictures import image_grid, save_image
 
 folders = ("sneakers", "boots-0.6", "boots-1", "boots-drawn", "dresses", "sleeves")
 pages = [sorted(path for path in Path(folder).glob("*.png") if path.stem.isdigit()) for folder in folders]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ddim_fast import UNet, train
-from ddim_fast.cli import run_command
+from ddim_fast.cli.parser import run_command
 from ddim_fast.evaluation.inception import FeatureNetwork
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "faces"

@@ -48,7 +48,7 @@ def test_the_example_of_the_operators():
 def diffusers_folder(tmp_path):
     pytest.importorskip("diffusers")
     from ddim_fast import UNet, UNetConfig
-    from ddim_fast.interop.diffusers_weights import save_diffusers
+    from ddim_fast.models.formats.diffusers import save_diffusers
 
     config = UNetConfig(sample_size=8, base_channels=16, channel_multipliers=(1, 2), norm_num_groups=8, layers_per_block=1)
     save_diffusers(tmp_path / "model", config, UNet(config).state_dict())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.operators import Mask
+from ..diffusion.degradations import Mask
 from ..models.audio import AudioConfig
 
 __all__ = ["band_limit", "gap"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from ..files import atomic_write
+from ..io.files import atomic_write
 from ..models.audio import AudioConfig
 
 __all__ = ["is_whole_wav", "read_wav", "to_int16", "write_wav"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .. import __version__
-from ..files import cache_folder
+from ..io.files import cache_folder
 from ..models.checkpoint import AUTOENCODER, resolve_model
 from .folder import is_export
 
@@ -17,8 +17,8 @@ __all__ = ["ready_export"]
 def ready_export(model: str | Path) -> Path:
     """The folder of an export of ``model``: it is one, or there is one in the cache, or one is made there now.
 
-    The cache is ``onnx`` in :func:`ddim_fast.files.cache_folder`. What was exported from other weights, or by another version
-    of this package, is not used.
+    The cache is ``onnx`` in :func:`ddim_fast.io.files.cache_folder`. What was exported from other weights, or by another
+    version of this package, is not used.
 
     Raises:
         FileNotFoundError: there is no such model.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, naming, read_json
+from ..io.files import atomic_write, naming, read_json
 from ..models.checkpoint import load_config, load_timesteps, timesteps_file
 from ..models.config import UNetConfig
 

@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from .. import __version__
 from ..diffusion.sampler import Sampler
-from ..files import atomic_folder, write_json
+from ..io.files import atomic_folder, write_json
 from ..models.checkpoint import save_timesteps
 from ..models.unet import UNet
 from .card import model_card

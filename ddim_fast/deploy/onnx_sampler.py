@@ -17,11 +17,11 @@ from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
-from ..files import naming
+from ..io.files import naming
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
 from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
-from ..scalars import plain
+from ..ops.scalars import plain
 from .cache import ready_export
 from .folder import SAMPLER, UNET, ExportFolder
 from .session import Session, pick_provider

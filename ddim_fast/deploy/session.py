@@ -15,8 +15,8 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("this needs onnxruntime: pip install 'ddim_fast[onnx]', or onnxruntime alone") from None
 
-from ..files import one_line
-from ..processes import cpu_threads
+from ..io.files import one_line
+from ..io.processes import cpu_threads
 
 __all__ = ["Session", "pick_provider"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..scalars import is_finite, plain
+from ..ops.scalars import is_finite, plain
 from .sampler import Sampler
 from .tensor_request import as_tensor
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..scalars import is_finite, is_whole, plain
+from ..ops.scalars import is_finite, is_whole, plain
 from .schedule import NoiseSchedule
 from .step import Array, step_coefficients
 

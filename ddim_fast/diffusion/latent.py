@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..engine import inference
 from ..models.unet import batch_invariant
-from .operators import LinearOperator
+from .degradations import LinearOperator
 from .restoration import Restoration
 from .sampler import Sampler
 from .tensor_request import as_tensor

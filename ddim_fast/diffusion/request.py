@@ -9,7 +9,7 @@ import numpy as np
 
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
-from ..scalars import is_whole, plain
+from ..ops.scalars import is_whole, plain
 from .guidance import check_guidance, check_interval
 
 __all__ = ["Checked", "check_batch_size", "check_request"]

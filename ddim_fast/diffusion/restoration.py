@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..ops.ddim_step import ddim_step
 from ..ops.noise import INITIAL_NOISE, seeded_noise
-from ..scalars import is_finite, is_whole, plain
-from .operators import LinearOperator
+from ..ops.scalars import is_finite, is_whole, plain
+from .degradations import LinearOperator
 from .step import step_coefficients
 
 __all__ = ["Codec", "Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]

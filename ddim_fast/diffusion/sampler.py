@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..engine import Engine, Network, OneStep, Run, Update, inference, make_engine, select_engine
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
-from ..scalars import is_finite, plain
+from ..ops.scalars import is_finite, plain
 from .controlled import solve_controlled
+from .degradations import LinearOperator
 from .guidance import ClassifierGuidance, Gradient, check_guide, guided_steps
 from .inversion import inverse_step, inversion
-from .operators import LinearOperator
 from .request import check_batch_size
 from .restoration import Codec, Restoration, TimeTravel, restoration
 from .schedule import NoiseSchedule
@@ -339,7 +339,7 @@ class Sampler:
 
         Args:
             measurement: N measurements of images in [-1, 1].
-            operator: what was measured, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.operators`.
+            operator: what was measured, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.degradations`.
             seeds: N integers, one an image: another seed is another image that explains the same measurement.
             labels, guidance: as in :meth:`sample`.
             eta: 0 to 1, the noise of each step.

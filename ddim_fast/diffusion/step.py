@@ -10,7 +10,7 @@ import numpy as np
 
 from ..ops.dispatch import is_observed
 from ..ops.noise import check_seeds
-from ..scalars import plain
+from ..ops.scalars import plain
 from .dlpack import imported, is_foreign, like
 
 if TYPE_CHECKING:

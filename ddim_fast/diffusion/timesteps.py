@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..scalars import is_whole, plain
+from ..ops.scalars import is_whole, plain
 from .schedule import NoiseSchedule
 
 __all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "select_timesteps"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
 
-from ..files import cache_folder
+from ..io.files import cache_folder
 from .eager import Eager
 from .run import Deep, OneStep, Outcome, Run, State
 

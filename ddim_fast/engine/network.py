@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..devices import bf16_is_fast, keep_memory
 from ..models.quantisation import quantise
 from ..models.unet import UNet
+from .devices import bf16_is_fast, keep_memory
 from .inference import inference
 
 __all__ = ["Conditions", "Network", "labelled"]

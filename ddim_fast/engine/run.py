@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..scalars import is_whole
+from ..ops.scalars import is_whole
 from .network import Conditions, Network, labelled
 
 __all__ = ["Deep", "OneStep", "Outcome", "Run", "State", "Update"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine import inference
-from ..files import naming
+from ..io.files import naming
 from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
 __all__ = [

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.images import ImageSet, to_unit_range
 from ..diffusion.adaptive import whitening
 from ..diffusion.sampler import Sampler
-from ..files import cache_folder
-from ..media import to_uint8
+from ..io.files import cache_folder
+from ..io.pictures import to_uint8
 from ..models.unet import UNet
-from ..training.data import ImageSet, to_unit_range
 from .denoising import by_noise, denoising_error, spread_timesteps
 from .frechet import frechet_distance
 from .inception import FeatureNetwork

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_write
-from ..processes import Processes
+from ..io.files import atomic_write
+from ..io.processes import Processes
 from .frechet import FeatureStatistics
 
 __all__ = ["Parts", "drawn", "make_parts"]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import check_expansion, naming, one_line, read_json
-from ..records import PICTURES
-from ..training.data import load_images, native_shape, read_images, stored_image
+from ..data.images import load_images, native_shape, read_images, stored_image
+from ..io.files import check_expansion, naming, one_line, read_json
+from ..io.records import PICTURES
 
 __all__ = ["Survey", "check_pictures", "describe", "open_archive", "read_array", "read_pictures", "stored_pictures", "survey"]
 
@@ -66,7 +66,7 @@ def read_pictures(spec: str) -> Tensor:
 
     Args:
         spec: a ``.npz`` file with (N, H, W, C) uint8 pictures in ``arr_0``, as ``python -m ddim_fast.sample --out FILE.npz``
-            and other programs write it; or whatever :func:`ddim_fast.training.data.load_images` reads: a folder of image files,
+            and other programs write it; or whatever :func:`ddim_fast.data.images.load_images` reads: a folder of image files,
             Parquet, IDX, or a data set on the Hub.
 
     Raises:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_write, cache_folder, naming
-from ..processes import Processes
+from ..io.files import atomic_write, cache_folder, naming
+from ..io.processes import Processes
 from .frechet import FeatureStatistics
 from .inception import FeatureNetwork
 from .parts import Parts, make_parts

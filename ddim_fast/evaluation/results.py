@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..files import atomic_write, naming, read_json, write_json
+from ..io.files import atomic_write, naming, read_json, write_json
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]

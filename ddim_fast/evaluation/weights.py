@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import cache_folder
+from ..io.files import cache_folder
 from ..models.weights import write_safetensors
 from .inception import NAME, WEIGHTS_SHA256, tensors_checksum
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..processes import Processes
+from ..io.processes import Processes
 from .parts import Parts, make_parts
 from .results import Results
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..devices import keep_memory
 from ..engine import ENGINES, select_engine
+from ..engine.devices import keep_memory
 from ..models.unet import UNet
 from ..ops.derived import forget
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..files import naming, one_line, read_json
+from ..io.files import naming, one_line, read_json
 from ..models.autoencoder import Autoencoder
 from ..models.weights import check_finite
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import atomic_write, naming, write_json
-from ..media import save_image, to_uint8
-from ..records import GRID, PICTURES, SAMPLING
-from ..training.decoding import decode_image
+from ..io.decoding import decode_image
+from ..io.files import atomic_write, naming, write_json
+from ..io.pictures import save_image, to_uint8
+from ..io.records import GRID, PICTURES, SAMPLING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ class FileFolder(Output):
 
     Args:
         names: of the files, without their suffix; None for the seeds.
-        record_name: one of :data:`ddim_fast.records.PICTURES`.
+        record_name: one of :data:`ddim_fast.io.records.PICTURES`.
 
     Attributes:
         suffix: of the files.

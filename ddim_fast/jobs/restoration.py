@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.operators import LinearOperator
+from ..diffusion.degradations import LinearOperator
 from ..diffusion.restoration import inconsistency
 from ..diffusion.sampler import Sampler
 from ..evaluation.fidelity import peak_signal_to_noise, structural_similarity
-from ..media import image_grid, to_uint8
+from ..io.pictures import image_grid, to_uint8
 from .outputs import Batches, PngFolder
 
 __all__ = ["RestorationJob"]

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..diffusion.trajectory import SamplerState
-from ..media import to_uint8
+from ..io.pictures import to_uint8
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.images import fit_image, to_unit_range
 from ..diffusion.interpolation import between_all
 from ..diffusion.sampler import Sampler
-from ..media import to_uint8
-from ..training.data import fit_image, to_unit_range
+from ..io.pictures import to_uint8
 from .outputs import Batches, PngFolder
 from .video_files import read_frames
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from ..records import VIDEO
-from ..training.data import image_files, read_images
-from ..training.decoding import check_size, opaque, reason_of
+from ..data.images import image_files, read_images
+from ..io.decoding import check_size, opaque, reason_of
+from ..io.records import VIDEO
 from .outputs import Batches, PngFolder
 
 __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]

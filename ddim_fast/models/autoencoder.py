@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.group_norm_silu import group_norm_silu
-from .checkpoint import WEIGHTS, Checkpoint, load_config, save_checkpoint
+from .checkpoint import WEIGHTS, load_config, save_checkpoint
 from .config import AutoencoderConfig
-from .weights import read_weights
+from .weights import Checkpoint, read_weights
 
 __all__ = ["Autoencoder"]
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..files import atomic_write, naming, read_json, write_json
+from ..io.files import atomic_write, naming, read_json, write_json
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .weights import Checkpoint
 
 __all__ = [
     "AUTOENCODER",
@@ -28,7 +28,6 @@ __all__ = [
     "HUB_FILES",
     "SNAPSHOTS",
     "WEIGHTS",
-    "Checkpoint",
     "load_audio",
     "load_checkpoint",
     "load_config",
@@ -74,53 +73,6 @@ HUB_FILES = tuple(
         "diffusion_pytorch_model-*-of-*.safetensors",
     )
 )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds, before it is put into a network.
-
-    Attributes:
-        path: the file that the tensors are from, for messages.
-        config: the network.
-        tensors: by the names they have in the file.
-        stored_name: the file's name of a tensor, given the name :class:`ddim_fast.UNet` has for it.
-    """
-
-    path: Path
-    config: UNetConfig | AutoencoderConfig
-    tensors: dict[str, Tensor]
-    stored_name: Callable[[str], str] = str
-
-    def state_dict(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The tensors by the network's names, as contiguous float32.
-
-        Args:
-            shapes: those of the network's tensors, by its names.
-
-        Raises:
-            ValueError: a tensor is missing, unexpected, of another shape or not finite; the message names the file and the
-                tensor.
-        """
-        import torch
-
-        from .weights import check_finite
-
-        stored = {name: self.stored_name(name) for name in shapes}
-        for name in sorted(set(stored.values()) ^ self.tensors.keys()):
-            raise ValueError(f"{self.path}: {'unexpected' if name in self.tensors else 'missing'} tensor {name!r}")
-        for name, shape in shapes.items():
-            tensor = self.tensors[stored[name]]
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise ValueError(f"{self.path}: tensor {stored[name]!r} is not a dense array of floating-point numbers")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{self.path}: tensor {stored[name]!r} has shape {tuple(tensor.shape)}, the network needs {shape}"
-                )
-        state = {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
-        with naming(self.path):
-            check_finite({stored[name]: tensor for name, tensor in state.items()})
-        return state
 
 
 def packaged_models() -> tuple[str, ...]:
@@ -185,18 +137,17 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     """The configuration and the tensors of a checkpoint, on the CPU.
 
     Args:
-        path: a folder of ours, one of diffusers (:func:`ddim_fast.interop.diffusers_weights.load_diffusers`), or a file of the
-            DDIM authors' code (:func:`ddim_fast.interop.ermongroup.load_ermongroup`).
+        path: a folder of ours, one of diffusers (:func:`ddim_fast.models.formats.diffusers.load_diffusers`), or a file of the
+            DDIM authors' code (:func:`ddim_fast.models.formats.ermongroup.load_ermongroup`).
         config: the network in a file of the last kind, which does not describe it.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or holds another kind of network; the message names the file.
     """
-    # Imported here, not above: other programs' formats lie a room higher, and need nothing of this package but UNetConfig.
-    from ..interop.diffusers_weights import is_diffusers, load_diffusers
-    from ..interop.ermongroup import load_ermongroup
-    from .weights import read_weights
+    from .formats.diffusers import is_diffusers, load_diffusers
+    from .formats.ermongroup import load_ermongroup
+    from .weights import Checkpoint, read_weights
 
     if path.is_file():
         return load_ermongroup(path, config)

@@ -6,7 +6,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from ..files import atomic_write, naming, one_line, read_json, require_file, write_json
+from ..io.files import atomic_write, naming, one_line, read_json, require_file, write_json
+from .config import AutoencoderConfig, UNetConfig
 
 __all__ = [
+    "Checkpoint",
     "check_finite",
     "is_state_dict",
     "read_pickle",
@@ -27,6 +30,49 @@ __all__ = [
     "write_safetensors",
     "write_weights",
 ]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, before it is put into a network.
+
+    Attributes:
+        path: the file that the tensors are from, for messages.
+        config: the network.
+        tensors: by the names they have in the file.
+        stored_name: the file's name of a tensor, given the name :class:`ddim_fast.UNet` has for it.
+    """
+
+    path: Path
+    config: UNetConfig | AutoencoderConfig
+    tensors: dict[str, Tensor]
+    stored_name: Callable[[str], str] = str
+
+    def state_dict(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The tensors by the network's names, as contiguous float32.
+
+        Args:
+            shapes: those of the network's tensors, by its names.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected, of another shape or not finite; the message names the file and the
+                tensor.
+        """
+        stored = {name: self.stored_name(name) for name in shapes}
+        for name in sorted(set(stored.values()) ^ self.tensors.keys()):
+            raise ValueError(f"{self.path}: {'unexpected' if name in self.tensors else 'missing'} tensor {name!r}")
+        for name, shape in shapes.items():
+            tensor = self.tensors[stored[name]]
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError(f"{self.path}: tensor {stored[name]!r} is not a dense array of floating-point numbers")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{self.path}: tensor {stored[name]!r} has shape {tuple(tensor.shape)}, the network needs {shape}"
+                )
+        state = {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
+        with naming(self.path):
+            check_finite({stored[name]: tensor for name, tensor in state.items()})
+        return state
 
 
 def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetensors",)) -> tuple[Path, dict[str, Tensor]]:

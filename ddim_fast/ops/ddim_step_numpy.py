@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..processes import cpu_threads
+from ..io.processes import cpu_threads
 from . import native
 from .dispatch import Implementation, choose
 from .noise import seeded_noise_numpy

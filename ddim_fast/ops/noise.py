@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scalars import is_whole, plain
+from .scalars import is_whole, plain
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import naming
+from ..io.files import naming
 from ..models.weights import check_finite, read_safetensors, write_safetensors
 
 __all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length", "snapshots"]

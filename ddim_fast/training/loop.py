@@ -15,14 +15,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data.images import ImageSet, to_unit_range
 from ..diffusion.schedule import NoiseSchedule
-from ..files import atomic_write, naming
+from ..io.files import atomic_write, naming
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
 from ..models.weights import check_finite, read_pickle
 from .averages import PowerAverages
-from .data import ImageSet, to_unit_range
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ddim_fast import Sampler, UNet
+from ddim_fast.data.images import load_images, to_unit_range
 from ddim_fast.evaluation.inception import load_inception
 from ddim_fast.evaluation.reference import load_reference
-from ddim_fast.media import image_grid, save_image, to_uint8
-from ddim_fast.processes import Processes
-from ddim_fast.training.data import load_images, to_unit_range
+from ddim_fast.io.pictures import image_grid, save_image, to_uint8
+from ddim_fast.io.processes import Processes
 
 
 def main(model: str, train: str, held_out: str, inception: str, out: str) -> None:

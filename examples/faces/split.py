@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddim_fast.training.data import fit_image, read_images
+from ddim_fast.data.images import fit_image, read_images
 
 PICTURES = 5999
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ddim_fast.files import atomic_folder, write_json
+from ddim_fast.io.files import atomic_folder, write_json
 from ddim_fast.models.checkpoint import load_config, save_checkpoint
 from ddim_fast.models.weights import read_pickle
 

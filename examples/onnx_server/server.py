@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ddim_fast.deploy import OnnxSampler
-from ddim_fast.media import image_grid
+from ddim_fast.io.pictures import image_grid
 
 LARGEST_BODY = 16_384  # bytes
 

@@ -1,7 +1,7 @@
 import torch
 from classified import recognised, train_classifier
 
-from ddim_fast.training.data import ImageSet, to_unit_range
+from ddim_fast.data.images import ImageSet, to_unit_range
 
 
 def halves(count, seed):

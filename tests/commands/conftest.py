@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ddim_fast.cli import run_command
+from ddim_fast.cli.parser import run_command
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from ddim_fast import Sampler, UNet, edit
+from ddim_fast.data.images import load_images, to_unit_range
 from ddim_fast.diffusion.editing import attribute_direction, move_along, sdedit, swap_class
-from ddim_fast.media import to_uint8
-from ddim_fast.training.data import load_images, to_unit_range
+from ddim_fast.io.pictures import to_uint8
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ddim_fast import Sampler, UNet, interpolate
-from ddim_fast.media import to_uint8
+from ddim_fast.io.pictures import to_uint8
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from ddim_fast import Sampler, UNet, restore
-from ddim_fast.diffusion.operators import Blur, Downscale
-from ddim_fast.media import to_uint8
-from ddim_fast.training.data import load_images, to_unit_range
+from ddim_fast.data.images import load_images, to_unit_range
+from ddim_fast.diffusion.degradations import Blur, Downscale
+from ddim_fast.io.pictures import to_uint8
 
 pytest.importorskip("skimage")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import NETWORK, RUN, assert_one_line
 
 from ddim_fast import Sampler, UNet, train
-from ddim_fast.cli import run_command
+from ddim_fast.cli.parser import run_command
 
 FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "data.json", "samples"}
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddim_fast.deploy import OnnxSampler
 from ddim_fast.deploy.onnx_export import export_onnx
-from ddim_fast.media import to_uint8
+from ddim_fast.io.pictures import to_uint8
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")

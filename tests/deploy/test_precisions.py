@@ -17,7 +17,7 @@ from ddim_fast.deploy.onnx_export import export_onnx
 from ddim_fast.deploy.optimise import fuse_for_cuda
 from ddim_fast.deploy.quantise import calibration, quantise
 from ddim_fast.deploy.sampler_graph import sampler_model
-from ddim_fast.interop.diffusers_weights import save_diffusers
+from ddim_fast.models.formats.diffusers import save_diffusers
 
 REQUEST = {"seeds": [1, 2, 3], "labels": [0, 5, 9]}
 

@@ -5,10 +5,10 @@ import torch
 
 from ddim_fast import Autoencoder, AutoencoderConfig, LatentSampler, Sampler, UNet, fast_ddim_step, seeded_noise
 from ddim_fast.audio.codec import make_codec
+from ddim_fast.diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, Mask
 from ddim_fast.diffusion.editing import sdedit
 from ddim_fast.diffusion.guidance import likelihood_gradient
 from ddim_fast.diffusion.interpolation import between_all, slerp_grid
-from ddim_fast.diffusion.operators import Blur, CompressedSensing, Downscale, Grey, Mask
 from ddim_fast.models.audio import AudioConfig
 
 

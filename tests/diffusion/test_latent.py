@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from ddim_fast import Autoencoder, AutoencoderConfig, LatentSampler, Sampler, UNet, UNetConfig
+from ddim_fast.diffusion.degradations import Mask
 from ddim_fast.diffusion.editing import sdedit
 from ddim_fast.diffusion.latent import LatentCodec
-from ddim_fast.diffusion.operators import Mask
 from ddim_fast.diffusion.restoration import TimeTravel
 
 

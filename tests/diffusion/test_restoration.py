@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ddim_fast import Sampler, UNet, seeded_noise
-from ddim_fast.diffusion.operators import CompressedSensing, Downscale, Mask
+from ddim_fast.diffusion.degradations import CompressedSensing, Downscale, Mask
 from ddim_fast.diffusion.restoration import TimeTravel, inconsistency, measure, restoration
 from ddim_fast.diffusion.step import step_coefficients
 

@@ -4,9 +4,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
+from ddim_fast.diffusion.degradations import Blur, CompressedSensing, Downscale, Grey
 from ddim_fast.diffusion.editing import move_along, sdedit
 from ddim_fast.diffusion.interpolation import slerp
-from ddim_fast.diffusion.operators import Blur, CompressedSensing, Downscale, Grey
 from ddim_fast.diffusion.restoration import TimeTravel
 from ddim_fast.ops import native
 from ddim_fast.ops.noise import INITIAL_NOISE

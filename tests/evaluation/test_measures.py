@@ -7,7 +7,7 @@ import torch
 from ddim_fast.evaluation import measures
 from ddim_fast.evaluation.results import Results
 from ddim_fast.evaluation.work import Work
-from ddim_fast.processes import Processes
+from ddim_fast.io.processes import Processes
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 from driver import Fuzzer, main, mutate_json
 
 from ddim_fast import Autoencoder, NoiseSchedule, UNet, UNetConfig
-from ddim_fast.interop.diffusers_weights import save_diffusers
 from ddim_fast.models.audio import AudioConfig
 from ddim_fast.models.checkpoint import save_checkpoint, save_timesteps
 from ddim_fast.models.config import AutoencoderConfig
+from ddim_fast.models.formats.diffusers import save_diffusers
 
 SMALL = UNetConfig(
     sample_size=8,

@@ -12,11 +12,11 @@ import torch
 from driver import Fuzzer, main, mutate_bytes
 from PIL import Image
 
+from ddim_fast.data.images import load_images
 from ddim_fast.evaluation.inception import FeatureNetwork
 from ddim_fast.evaluation.pictures import read_pictures
 from ddim_fast.evaluation.reference import load_reference
-from ddim_fast.processes import Processes
-from ddim_fast.training.data import load_images
+from ddim_fast.io.processes import Processes
 
 NETWORK = FeatureNetwork(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(12, 6)), "tiny", 6, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

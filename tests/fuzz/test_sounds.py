@@ -4,7 +4,7 @@ import numpy as np
 import soundfile
 from driver import Fuzzer, main, mutate_bytes
 
-from ddim_fast.audio.reading import load_sounds
+from ddim_fast.data.sound_files import load_sounds
 from ddim_fast.models.audio import AudioConfig
 
 RATE = 8000

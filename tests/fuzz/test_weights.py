@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from test_config import SMALL
 
 from ddim_fast import UNet
-from ddim_fast.interop.diffusers_weights import save_diffusers
-from ddim_fast.interop.ermongroup import _stored_name
 from ddim_fast.models.checkpoint import save_checkpoint
+from ddim_fast.models.formats.diffusers import save_diffusers
+from ddim_fast.models.formats.ermongroup import _stored_name
 
 
 def load(path):

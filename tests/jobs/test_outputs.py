@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddim_fast.io.records import SAMPLING
 from ddim_fast.jobs.outputs import Batches, NpzFile, PngFolder
-from ddim_fast.records import SAMPLING
 
 SETTINGS = {"steps": 20, "guidance": None}
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from ddim_fast import Sampler
+from ddim_fast.io.pictures import to_uint8
 from ddim_fast.jobs.outputs import Batches, NpzFile, PngFolder
 from ddim_fast.jobs.sampling import Job
-from ddim_fast.media import to_uint8
 
 
 def batches(sampler, count, size) -> Batches:

@@ -4,12 +4,12 @@ import torch
 from PIL import Image
 
 from ddim_fast import Sampler
+from ddim_fast.data.images import to_unit_range
 from ddim_fast.diffusion.interpolation import slerp
+from ddim_fast.io.pictures import to_uint8
+from ddim_fast.io.records import VIDEO
 from ddim_fast.jobs.outputs import PngFolder
 from ddim_fast.jobs.video import VideoJob, scan_frames
-from ddim_fast.media import to_uint8
-from ddim_fast.records import VIDEO
-from ddim_fast.training.data import to_unit_range
 
 
 @pytest.fixture

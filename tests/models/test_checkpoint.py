@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddim_fast import UNet, UNetConfig
-from ddim_fast.files import atomic_write
+from ddim_fast.io.files import atomic_write
 from ddim_fast.models.checkpoint import packaged_models, resolve_model, save_checkpoint
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from ddim_fast.data.images import ImageSet
+from ddim_fast.data.latents import encoded, latent_space
 from ddim_fast.diffusion.latent import LatentCodec
 from ddim_fast.models.autoencoder import Autoencoder
 from ddim_fast.models.config import AutoencoderConfig
-from ddim_fast.training.data import ImageSet
-from ddim_fast.training.latents import encoded, latent_space
 from ddim_fast.training.loop import Trainer, TrainingOptions
 from ddim_fast.training.loss import AutoencoderLoss
 

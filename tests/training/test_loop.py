@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddim_fast import Sampler, UNet, UNetConfig
-from ddim_fast.training.data import ImageSet
+from ddim_fast.data.images import ImageSet
 from ddim_fast.training.loop import Trainer, TrainingOptions
 
 TINY = {

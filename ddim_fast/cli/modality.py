@@ -1,0 +1,96 @@
+"""What the images of a network are to people: pictures, or sounds. Read from files and written to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..io.files import numbered, write_json
+from ..io.pictures import check_channels, image_grid, save_image, to_uint8
+from ..io.records import COMPARISON, RECORD
+
+if TYPE_CHECKING:
+    from .samplers import AnySampler
+
+__all__ = ["Medium", "Pictures", "medium_of", "write_comparison"]
+
+# A picture of more is no longer one to look at.
+_SHOWN = 20
+
+
+class Medium(Protocol):
+    """How the commands deal with images, (N, C, H, W) float32 in [-1, 1].
+
+    Attributes:
+        noun: what several of them are called.
+    """
+
+    noun: str
+
+    def load(self, spec: str) -> Tensor:
+        """Those of files, brought to the network's size, on the host."""
+        ...
+
+    def label(self, text: str) -> int:
+        """The number of the class that a user has named.
+
+        Raises:
+            ValueError: it names none, or several.
+        """
+        ...
+
+    def shown(self, images: Tensor) -> Tensor:
+        """What people are shown of them, (N, C', H', W') in [-1, 1]."""
+        ...
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        """A numbered file each: "0.png" or "0.wav", and so on."""
+        ...
+
+
+class Pictures:
+    """Images that are pictures."""
+
+    noun = "images"
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        check_channels(image_shape[0], "sample them with --out FILE.npz")
+        self._shape = image_shape
+
+    def load(self, spec: str) -> Tensor:
+        from ..data.images import load_images, to_unit_range
+
+        return to_unit_range(load_images(spec, *self._shape[:2], labelled=False).images).contiguous()
+
+    def label(self, text: str) -> int:
+        if not text.isdecimal():
+            raise ValueError(f"a class is a number; got {text!r}")
+        return int(text)
+
+    def shown(self, images: Tensor) -> Tensor:
+        return images
+
+    def write(self, folder: Path, images: Tensor) -> None:
+        for path, picture in zip(numbered(folder, len(images), ".png"), to_uint8(images), strict=True):
+            save_image(path, picture)
+
+
+def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
+    """That of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`."""
+    if sampler.model.audio is None:
+        return Pictures(sampler.image_shape)
+    from .sounds import Sounds
+
+    return Sounds(sampler.model.audio, convert)
+
+
+def write_comparison(medium: Medium, folder: Path, before: Tensor, after: Tensor, record: dict[str, Any]) -> None:
+    """A numbered file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and
+    ``record.json``."""
+    medium.write(folder, after)
+    rows = medium.shown(torch.cat([before[:_SHOWN], after[:_SHOWN]]))
+    save_image(folder / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
+    write_json(folder / RECORD, record)

@@ -1,0 +1,115 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..models.checkpoint import DEFAULT_MODEL
+from .parser import CommandParser, parse_integers, parse_positive, parse_spacing
+
+if TYPE_CHECKING:
+    from ..models.audio import AudioConfig
+
+__all__ = [
+    "CONVERT_HELP",
+    "DTYPES",
+    "GUIDE_HELP",
+    "IMAGES_HELP",
+    "IMAGE_CLASS_HELP",
+    "INTERVAL_HELP",
+    "MODEL_HELP",
+    "STEPS_HELP",
+    "add_sampler_options",
+    "check_guidance_options",
+    "image_labels",
+    "seed_labels",
+    "settle_steps",
+]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
+IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
+IMAGE_CLASS_HELP = (
+    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
+    "in folders called by their numbers, or as many as there are classes)"
+)
+GUIDE_HELP = (
+    "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
+    "class, in a class or none (autoguidance)"
+)
+INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
+_SPACING_HELP = "how the timesteps are chosen, as of sample (default: quadratic)"
+STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
+MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
+
+
+def settle_steps(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """Gives --steps and --spacing, where they are not given, what they are then; a usage error where they contradict each
+    other."""
+    listed = None if arguments.spacing is None else parse_spacing(arguments.spacing)
+    if isinstance(listed, list):
+        if arguments.steps not in (None, len(listed)):
+            parser.error(f"--steps {arguments.steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
+        arguments.steps = len(listed)
+    arguments.steps = 20 if arguments.steps is None else arguments.steps
+    arguments.spacing = arguments.spacing or "quadratic"
+
+
+def check_guidance_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """A usage error for --guide or --guidance-interval without --guidance."""
+    if arguments.guidance_interval is not None and arguments.guidance is None:
+        parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")
+    if arguments.guide is not None and arguments.guidance is None:
+        parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
+
+
+def seed_labels(
+    classes: str, seeds: Sequence[int], num_classes: int | None, audio: AudioConfig | None = None
+) -> list[int] | None:
+    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of numbers or, where the model is
+    one of sounds, of names.
+
+    Raises:
+        ValueError: the classes are no list, or the model is unconditional.
+    """
+    if num_classes is None or classes == "none":
+        if classes not in ("all", "none"):
+            raise ValueError("--class: the model is unconditional")
+        return None
+    if classes == "all":
+        return [seed % num_classes for seed in seeds]
+    try:
+        if audio is None:
+            chosen = parse_integers(classes)
+        else:
+            chosen = [number for name in classes.split(",") for number in audio.class_numbers(name)]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"--class: {error}") from None
+    return [chosen[i % len(chosen)] for i in range(len(seeds))]
+
+
+def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int | None) -> list[int] | None:
+    """One label an image: the chosen class, or its own, where all images and the model have classes; None for no class.
+
+    Args:
+        chosen: what :func:`parse_class` returned, or None where nothing was chosen.
+        own: of each image, its label or None.
+        num_classes: of the model.
+    """
+    if chosen is not None and chosen != "none":
+        return [int(chosen)] * len(own)  # one that the model has not is told by the sampler
+    return None if chosen == "none" or num_classes is None or None in own else list(own)
+
+
+def add_sampler_options(parser: CommandParser) -> None:
+    """The options of a command that encodes and decodes, which :func:`make_sampler` reads."""
+    parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
+    parser.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
+    parser.add_argument("--spacing", metavar="NAME|LIST", help=_SPACING_HELP)
+    parser.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
+    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")

@@ -1,0 +1,156 @@
+"""The argument parser of the commands: one-line errors, exit codes, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..diffusion.step import SIGMA_HAT
+
+__all__ = [
+    "CommandParser",
+    "list_integers",
+    "parse_class",
+    "parse_eta",
+    "parse_integers",
+    "parse_positive",
+    "parse_spacing",
+    "run_command",
+]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors are one line on stderr and exit code 2.
+
+    Attributes:
+        hint: what a usage error says at its end.
+    """
+
+    hint = "--help shows the options"
+
+    def __init__(self, command: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"python -m ddim_fast.{command}",
+            description=description,
+            epilog="examples:\n" + examples,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({self.hint})\n")
+
+    @contextlib.contextmanager
+    def usage_errors(self) -> Iterator[None]:
+        """Inside, a ValueError or a missing file is the fault of an option."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            self.error(str(error))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Defaults that mean "nothing" are not shown; the help text says so where it matters."""
+        shows_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if shows_nothing else super()._get_help_string(action)
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1. Warnings of
+    this package are a line each."""
+    warnings.formatwarning = _format_warning
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        if os.environ.get("DDIM_FAST_TRACEBACK"):
+            raise
+        text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+_format_others = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    return f"warning: {message}\n" if ours else _format_others(message, category, filename, *place)
+
+
+def parse_integers(text: str) -> list[int]:
+    """``"0-3,8"`` -> [0, 1, 2, 3, 8].
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such list.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9")
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def list_integers(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 8] -> "0-3,8", what :func:`parse_integers` takes."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def parse_positive(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parse_spacing(text: str) -> str | list[int]:
+    """The name of a spacing, or ``"999,500,0"`` -> [999, 500, 0]."""
+    return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
+
+
+def parse_eta(text: str) -> float | str:
+    """A number, or ``sigma-hat``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text == SIGMA_HAT:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
+
+
+def parse_class(text: str) -> str:
+    """A class number, or ``none``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
+    return text

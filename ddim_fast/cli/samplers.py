@@ -1,0 +1,168 @@
+"""Models, samplers and their images from a command's options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..diffusion.timesteps import ADAPTIVE
+from ..models.checkpoint import AUTOENCODER, local_model, resolve_model
+from ..models.checksum import weights_checksum
+from .options import image_labels, settle_steps
+from .parser import CommandParser, list_integers, parse_spacing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..diffusion.latent import LatentSampler
+    from ..diffusion.sampler import Sampler
+    from ..models.unet import UNet
+
+    AnySampler = Sampler | LatentSampler
+
+__all__ = [
+    "AnySampler",
+    "load_labelled",
+    "load_model",
+    "load_sampler",
+    "make_sampler",
+    "pixel_model",
+    "require_pictures",
+    "sampler_settings",
+    "select_dtype",
+]
+
+
+def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
+    """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
+    import torch
+
+    from ..engine.devices import bf16_is_fast
+
+    if name == "auto":
+        return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
+    return getattr(torch, name)
+
+
+def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None]:
+    """The images that a command is given, and their classes.
+
+    Args:
+        specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
+        chosen: as of :func:`image_labels`.
+        sampler: says what size and which classes.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, and N labels or None.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`ddim_fast.data.images.load_images`.
+    """
+    import torch
+
+    from ..data.images import load_images, to_unit_range
+
+    num_classes = sampler.config.num_classes
+    options = {"num_classes": num_classes, "labelled": chosen is None and num_classes is not None}
+    data = [load_images(spec, *sampler.image_shape[:2], **options) for spec in specs]
+    images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
+    own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
+    return images, image_labels(chosen, own, num_classes)
+
+
+def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: str = "auto") -> AnySampler:
+    """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
+    from ..engine.devices import pick_device
+
+    settle_steps(parser, arguments)
+    with parser.usage_errors():
+        device = pick_device(arguments.device)
+    return load_sampler(
+        parser,
+        arguments.model,
+        device,
+        steps=arguments.steps,
+        spacing=parse_spacing(arguments.spacing),
+        dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+        engine=engine,
+    )
+
+
+def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
+    """The network of a checkpoint, and its folder or file."""
+    from ..deploy.folder import is_export
+    from ..models.unet import UNet
+
+    with parser.usage_errors():
+        resolve_model(name)
+    path = local_model(name)
+    if is_export(path):
+        parser.error(f"{name} is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes")
+    return UNet.from_pretrained(path), path
+
+
+def load_sampler(
+    parser: CommandParser, name: str, device: torch.device, guide: str | None = None, **options: Any
+) -> AnySampler:
+    """The sampler of a checkpoint; in latent space, if an autoencoder lies beside it.
+
+    Args:
+        name: the model, as of ``--model``.
+        guide: the same of its guide.
+        options: of :class:`ddim_fast.Sampler`.
+    """
+    from ..diffusion.latent import LatentSampler
+    from ..diffusion.sampler import Sampler
+    from ..interop.autoencoder import load_autoencoder
+
+    model, folder = load_model(parser, name)
+    if guide is not None:
+        options["guide"] = load_model(parser, guide)[0].to(device)
+    with parser.usage_errors():
+        sampler = Sampler(model.to(device), **options)
+    if not (folder / AUTOENCODER).is_dir():
+        return sampler
+    return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))
+
+
+def require_pictures(parser: CommandParser, name: str, sampler: AnySampler, instead: str) -> None:
+    """A usage error where the images of model ``name`` are sounds.
+
+    Args:
+        instead: which command is for those.
+    """
+    if sampler.model.audio is not None:
+        parser.error(f"--model {name} is a model of sounds, not of pictures: {instead}")
+
+
+def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
+    """The folder or file of a model of images themselves, for what is not done in latent space.
+
+    Args:
+        name: the model, as of ``--model``.
+        instead: what to do with a model of latents.
+    """
+    with parser.usage_errors():
+        resolve_model(name)
+    path = local_model(name)
+    if (path / AUTOENCODER).is_dir():
+        parser.error(f"--model {name} is a model of an autoencoder's latents, not of images: {instead}")
+    return path
+
+
+def sampler_settings(arguments: argparse.Namespace, sampler: AnySampler) -> dict[str, str | int | float | None]:
+    """What the options of :func:`add_sampler_options` say of the images that ``sampler`` makes, for the record of a job."""
+    return {
+        "model": f"sha256:{weights_checksum(*sampler.networks)}",
+        "steps": arguments.steps,
+        # A fit can be made anew: then these are other timesteps.
+        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
+        "guidance": arguments.guidance,
+        "batch-size": arguments.batch_size,
+        "engine": sampler.engine,
+        "dtype": arguments.dtype,
+        "device": sampler.device.type,
+    }

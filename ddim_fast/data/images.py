@@ -1,0 +1,315 @@
+"""Training images, from a folder, Parquet, IDX or a hub data set, as one uint8 tensor."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..io.decoding import decode_image, image_suffixes
+from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
+from ..io.records import is_overview
+from .parquet import parquet_files, read_parquet
+
+__all__ = [
+    "ImageSet",
+    "fit_image",
+    "image_files",
+    "load_images",
+    "native_shape",
+    "read_images",
+    "stored_image",
+    "to_unit_range",
+]
+
+_KINDS = (
+    "a file of unknown kind; images are read from folders, image files (.png, .jpg and what else Pillow decodes), Parquet "
+    "(.parquet) and IDX files (idx3 in their names), and by evaluate from .npz files"
+)
+
+_SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
+
+# Pillow's modes without colour.
+_GREY = {"1", "L"}
+
+
+@dataclass
+class ImageSet:
+    """Images in memory.
+
+    Attributes:
+        images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
+        labels: (N,) int64 class labels, or None where the data has none.
+        places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    places: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """Moved to ``device`` where they fit into half of its free memory; left where they are otherwise."""
+        if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], channels_last; float32 is there already."""
+    unit = images.to(torch.float32, memory_format=torch.channels_last)
+    return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
+
+
+def load_images(
+    spec: str,
+    channels: int,
+    size: int | tuple[int, int],
+    equal: bool = False,
+    num_classes: int | None = None,
+    labelled: bool = True,
+) -> ImageSet:
+    """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
+    smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
+    of them would have to be padded.
+
+    Args:
+        spec: one of
+
+            - an image file of any format that Pillow decodes, or a folder of them; where it holds folders with images, each is
+              a class, labelled in the order of their names, numbers by their values. Other files are skipped with a warning.
+              Of an animation the first picture is read; what is transparent is white;
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
+              ``data/train*``, in the layout of the Hugging Face Hub: a column ``image`` (or ``img``) of encoded images,
+              optionally ``label`` (or ``fine_label``);
+            - a folder with ``train-images-idx3-ubyte`` (or ``train-images.idx3-ubyte``) and its labels, each gzipped or not, or
+              one such image file (IDX, as MNIST and Fashion-MNIST are distributed);
+            - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
+
+        equal: refuse images of different sizes in any case.
+        num_classes: of a model that the labels are for. Folders are its classes then where they are called by their numbers, or
+            where there are just as many; otherwise their images have no label.
+        labelled: whether the labels are wanted; otherwise nothing looks at them.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``spec``.
+        ValueError: it is a file of another kind, holds no images, damaged ones, or images of different sizes; or the network's
+            are no square pictures.
+    """
+    if channels not in (1, 3) or not isinstance(size, int):
+        raise ValueError(
+            f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
+        )
+    return _collect(read_images(spec, num_classes, labelled), spec, channels, size, equal)
+
+
+def native_shape(spec: str) -> tuple[int, int, int]:
+    """(channels, height, width) of a data set's images as they are stored: the size of the first, and one channel where all
+    are grey; ``spec`` and errors as for :func:`load_images`."""
+    size = None
+    for _, image, _ in read_images(spec, labelled=False):
+        size = size or (image.height, image.width)
+        if image.mode not in _GREY:
+            return (3, *size)
+    if size is None:
+        raise ValueError(f"no images in {spec!r}")
+    return (1, *size)
+
+
+def stored_image(image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8: an image of its own size, with one channel where it has no colour."""
+    return _array(image.convert("L" if image.mode in _GREY else "RGB"))
+
+
+Row = tuple[str, Image.Image, int | None]
+
+
+def read_images(spec: str, num_classes: int | None = None, labelled: bool = True, background: str = "white") -> Iterator[Row]:
+    """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
+    number), the image, and its class label or None. ``background`` is as of
+    :func:`ddim_fast.io.decoding.decode_image`; other arguments and errors as for :func:`load_images`."""
+    rows = _open(spec, num_classes, labelled, background)
+    return ((place, image, _checked(label, place) if labelled else None) for place, image, label in rows)
+
+
+def _open(spec: str, num_classes: int | None, labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
+    path = Path(spec)
+    if path.is_dir():
+        if parquet := parquet_files(path):
+            return _read_parquet(parquet, labelled, background)
+        idx = sorted(p for p in path.glob("*train-images*idx3*") if p.is_file() and not is_hidden(p.name))
+        return _read_idx(idx[0], labelled) if idx else _read_folder(path, num_classes, background)
+    if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            return _read_parquet([path], labelled, background)
+        if "idx3" in path.name:
+            return _read_idx(path, labelled)
+        if path.suffix.lower() in image_suffixes():
+            return iter([(str(path), decode_image(str(path), path.read_bytes(), background), None)])
+        raise ValueError(f"{path}: {_KINDS}")
+    if matches := [Path(match) for match in sorted(glob.glob(spec))]:
+        if not all(match.suffix.lower() == ".parquet" for match in matches):
+            raise ValueError(f"{spec!r}: a pattern is for Parquet files, and it matches {matches[0]}; name a folder of images")
+        return _read_parquet(matches, labelled, background)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
+        return _read_hub(spec, background)
+    raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
+
+
+def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
+    images, labels, places = [], [], []
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, image, label in rows:
+        if first is None:
+            first = (name, image.size)
+        if image.size != first[1] and (equal or min(*image.size, *first[1]) < size):
+            raise ValueError(
+                f"the images of a data set must all have one size{'' if equal else f', or {size} pixels each way at least'}; "
+                f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
+            )
+        images.append(fit_image(image, channels, size))
+        labels.append(label)
+        places.append(name)
+    if not images:
+        raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
+    has_labels = all(label is not None for label in labels)
+    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None, places)
+
+
+def _checked(label: Any, name: str) -> int | None:
+    """A class label, or None, as the data set has it."""
+    if label is None or (type(label) is int and label >= 0):
+        return label
+    raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
+
+
+def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
+    """(channels, size, size) uint8: what :func:`load_images` makes of one image."""
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    width, height = image.size
+    side = min(width, height)
+    if side > size:
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    elif (width, height) != (size, size):
+        frame = Image.new(image.mode, (size, size))
+        frame.paste(image, ((size - width) // 2, (size - height) // 2))
+        image = frame
+    return _array(image)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def image_files(folder: Path) -> set[Path]:
+    """The images in a folder and in those inside it, without what a command of this package made to show them all."""
+    suffixes = image_suffixes()
+    files = {path for path in visible_files(folder) if not is_overview(path)}
+    images = {path for path in files if path.suffix.lower() in suffixes}
+    warn_of_skipped(folder, files - images, "images")
+    return images
+
+
+def _read_folder(folder: Path, num_classes: int | None, background: str) -> Iterator[Row]:
+    files = sorted(image_files(folder))
+    classes = {path: path.relative_to(folder).parts[0] for path in files if path.parent != folder}
+    labels = _labels(sorted(set(classes.values())), num_classes)
+    empty = sorted({p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)} - set(classes.values()))
+    if classes and empty:
+        warn_once(f"{folder}: folders without images of their own are no classes: {', '.join(empty)}")
+    for path in files:
+        yield str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path))
+
+
+def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
+    """The class of each folder, as :func:`load_images` says."""
+    are_numbers = all(map(str.isdecimal, folders))
+    if are_numbers and num_classes is not None and all(int(name) < num_classes for name in folders):
+        return {name: int(name) for name in folders}
+    if num_classes not in (None, len(folders)):
+        return {}
+    return {name: i for i, name in enumerate(sorted(folders, key=int if are_numbers else str))}
+
+
+def _read_parquet(paths: list[Path], labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
+    columns = (("label", "fine_label"),) if labelled else ()
+    for name, data, *label in read_parquet(paths, ("image", "img"), *columns):
+        yield name, decode_image(name, data, background), label[0] if label else None
+
+
+def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
+    images = _idx_array(path, rank=3)
+    label_path = _idx_labels(path) if labelled else None
+    labels = None if label_path is None else _idx_array(label_path, rank=1)
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
+    for i, image in enumerate(images):
+        yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
+
+
+def _idx_labels(path: Path) -> Path | None:
+    """The labels beside images: the file that is called as they are, but for what differs from one download to another."""
+
+    def key(name: str) -> str:
+        return name.removesuffix(".gz").replace(".", "-")
+
+    wanted = key(path.name).replace("images", "labels").replace("idx3", "idx1")
+    found = sorted(p for p in path.parent.iterdir() if key(p.name) == wanted and p.is_file())
+    alike = [p for p in found if p.suffix == path.suffix]
+    return next(iter(alike or found), None)
+
+
+def _idx_array(path: Path, rank: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0, 0, 8, rank, the big-endian sizes, the data."""
+    stored = path.stat().st_size
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            kind, shape = struct.unpack(">HBB", file.read(4)), struct.unpack(f">{rank}I", file.read(4 * rank))
+            if kind != (0, 8, rank):
+                raise ValueError(f"no IDX header for {rank}-dimensional unsigned bytes")
+            size = math.prod(shape)
+            check_expansion(stored, size)
+            data = file.read(size + 1)
+        if len(data) != size or 0 in shape[1:]:
+            raise ValueError(f"its header says {'x'.join(map(str, shape))}, which its data are not")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a whole IDX file ({error})") from None
+
+
+def _read_hub(name: str, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"no folder {name!r} here, and loading it from the hub needs: pip install 'ddim_fast[train]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the library raises its dependencies' exceptions too; each means the same to the user
+        raise ValueError(f"cannot load {name!r} from the hub: {error}") from None
+    image = next((c for c in ("image", "img") if c in rows.column_names), None)
+    label = next((c for c in ("label", "fine_label") if c in rows.column_names), None)
+    if image is None:
+        raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
+    # As they are stored, so that they are decoded as all others are.
+    for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        place, stored = f"{name}, row {i}", row[image]
+        data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+        yield place, decode_image(place, data, background), row[label] if label else None

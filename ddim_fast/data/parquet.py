@@ -1,0 +1,78 @@
+"""Parquet files in the layout of the Hugging Face Hub: a column of encoded files, beside columns of what is known of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..io.files import check_expansion, one_line, visible_files
+
+__all__ = ["parquet_files", "read_parquet"]
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder: those in it, or those of the data set from the Hub that lies in it, as ``data/train-*`` or
+    ``NAME/train/*``. Of several the training part, if any is named ``train*``.
+
+    Raises:
+        ValueError: several such data sets lie in it.
+    """
+    found = [path for path in visible_files(folder) if path.suffix.lower() == ".parquet"]
+    inside = [path for path in found if path.parent == folder]
+    if not inside:
+        inside = [p for p in found if p.parent.name in ("data", "train") or p.name.startswith("train")]
+        places = sorted({str(path.parent) for path in inside})
+        if len(places) > 1:
+            raise ValueError(f"{folder} holds several data sets; name one of them: {', '.join(places)}")
+    return sorted([path for path in inside if path.name.startswith("train")] or inside)
+
+
+def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple]:
+    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None where there is no
+    such column.
+
+    Args:
+        paths: the files.
+        content: names that the column of encoded files may have, such as ``("image", "img")``.
+        columns: names that each of the others may have.
+
+    Raises:
+        ValueError: a file is damaged or has no such content, or pyarrow is missing.
+    """
+    for path in paths:
+        for row, (value, *others) in enumerate(_records(path, content, *columns)):
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if not isinstance(data, bytes):
+                raise ValueError(f"{path}, row {row}: no encoded {content[0]} in its column")
+            yield f"{path}, row {row}", data, *others
+
+
+def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list]:
+    """The values of each row, in the order of what the columns are called."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
+    with _whole(path):
+        file = pq.ParquetFile(path)
+        there = file.schema_arrow.names
+    picked = [next((n for n in called if n in there), None) for called in names]
+    if picked[0] is None:
+        raise ValueError(f"{path}: no column {names[0][0]!r} (there are {', '.join(map(repr, there))})")
+    with _whole(path):
+        # Nothing is asked of the columns' metadata: where they are damaged, pyarrow ends the process.
+        for group in range(file.num_row_groups):
+            check_expansion(path.stat().st_size, file.metadata.row_group(group).total_byte_size)
+        for batch in file.iter_batches(16, columns=[name for name in picked if name]):  # photographs have megabytes each
+            for record in batch.to_pylist():
+                yield [None if name is None else record[name] for name in picked]
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Inside, whatever is wrong is the file: pyarrow raises errors of many kinds, and of many lines."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)})") from None

@@ -1,0 +1,123 @@
+"""What data a run has seen, so that it goes on with the same."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..io.files import naming, read_json, write_json
+from .images import ImageSet
+
+__all__ = ["DATA_RECORD", "DataRecord"]
+
+DATA_RECORD = "data.json"
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data of a run, as ``data.json`` in its folder remembers it.
+
+    Attributes:
+        path: of the data set, absolute; or the name of one on the Hugging Face Hub.
+        images: how many there are, or how many sounds.
+        classes: how many each class has, by its name, in the order of the classes' numbers; None where no class is used.
+        files: the size of each file in bytes, by its name inside the data set; none of the Hub's.
+    """
+
+    path: str
+    images: int
+    classes: dict[str, int] | None
+    files: dict[str, int]
+
+    @classmethod
+    def of(cls, spec: str, data: ImageSet, class_names: Sequence[str] | None = None) -> DataRecord:
+        """That of data which was read from ``spec``.
+
+        Args:
+            class_names: by their numbers; None names a class as its folder, or by its number where it has none.
+        """
+        folder = Path(spec) if os.path.isdir(spec) else Path(spec).parent
+        files: dict[str, int] = {}
+        names: dict[int, str] = {}
+        labels = [None] * len(data) if data.labels is None else data.labels.tolist()
+        for place, label in zip(data.places, labels, strict=True):
+            is_file = os.path.isfile(place)
+            file = place if is_file else place.rpartition(", ")[0]  # "train.parquet, row 7"
+            inside = os.path.relpath(file, folder)
+            if inside not in files and (is_file or os.path.isfile(file)):
+                files[inside] = os.path.getsize(file)
+            if label is not None and label not in names:
+                parts = Path(inside).parts if is_file else ()
+                names[label] = class_names[label] if class_names else parts[0] if len(parts) > 1 else str(label)
+        if data.labels is None:
+            return cls(spec, len(data), None, files)
+        counts = Counter(labels)
+        classes = {names.get(number, str(number)): counts[number] for number in range(max(names) + 1)}
+        return cls(spec, len(data), classes, files)
+
+    @classmethod
+    def load(cls, folder: Path) -> DataRecord | None:
+        """That in a run's folder; None in one of earlier versions, which remember nothing.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = folder / DATA_RECORD
+        if not file.is_file():
+            return None
+        values = read_json(file)
+        with naming(file):
+            kinds = {"path": _is_text, "images": _is_count, "classes": _are_counts_or_none, "files": _are_counts}
+            if values.keys() != kinds.keys() or not all(is_kind(values[name]) for name, is_kind in kinds.items()):
+                raise ValueError("not the record of a run's data; without this file the run goes on with the data as it is")
+        return cls(**values)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a run's folder."""
+        write_json(folder / DATA_RECORD, asdict(self))
+
+    def added(self, now: DataRecord) -> int:
+        """How many images ``now`` has more than the run has seen.
+
+        Raises:
+            ValueError: it lacks some of what the run has seen, or its classes are others; the message says which.
+        """
+        if os.path.isabs(self.path) != os.path.isabs(now.path):
+            raise ValueError(f"the run was trained on {self.path!r}, not on {now.path!r}")
+        before, after = list(self.classes or ()), list(now.classes or ())
+        for number, (one, other) in enumerate(zip(before, after, strict=False)):
+            if one != other:
+                raise ValueError(f"class {number} of the run is {one!r}, but in {now.path} it is {other!r}")
+        if len(before) != len(after):
+            raise ValueError(f"the run has {len(before)} classes, {now.path} has {len(after)}")
+        gone = [name for name, size in self.files.items() if now.files.get(name) != size]
+        if gone:
+            raise ValueError(
+                f"{len(gone)} of the {len(self.files)} files of the run are gone from {now.path} or have changed, "
+                f"{gone[0]!r} among them"
+            )
+        for name, count in {**(self.classes or {}), None: self.images}.items():
+            left = now.images if name is None else now.classes[name]
+            if left < count:
+                of_class = "" if name is None else f" of class {name!r}"
+                raise ValueError(f"the run has seen {count} images{of_class}, {now.path} has {left}")
+        return now.images - self.images
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _are_counts_or_none(value: object) -> bool:
+    return value is None or _are_counts(value)

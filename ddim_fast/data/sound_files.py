@@ -1,0 +1,143 @@
+"""Sounds from files, folders and Parquet, brought to a network's length."""
+
+from __future__ import annotations
+
+import glob
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+
+from ..io.files import check_expansion, visible_files, warn_of_skipped
+from ..models.audio import AudioConfig
+from .parquet import parquet_files, read_parquet
+
+__all__ = ["SoundSet", "load_sounds"]
+
+# Of what libsndfile decodes and who records calls so.
+_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"}
+
+
+@dataclass
+class SoundSet:
+    """Sounds in memory.
+
+    Attributes:
+        waves: (N, length) float32 in [-1, 1].
+        labels: N names of classes, or None where the data has none.
+        places: where each is from, its file or the data set's file and a number.
+    """
+
+    waves: np.ndarray
+    labels: list[str] | None
+    places: list[str]
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+
+def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundSet:
+    """Read recordings and bring them to (length,) samples with the largest at ``config.peak``: longer ones are cropped to their
+    middle, shorter ones stand in the middle of silence.
+
+    Args:
+        spec: one of
+
+            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files
+              are skipped with a warning; a file's label is the folder in this one that it lies in, such as "7" or "7/jackson";
+            - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any) or with
+              ``data/train*``, in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and
+              with it ``speaker``. A label is then "LABEL/SPEAKER".
+        convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it,
+            recordings of another kind are refused.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``spec``.
+        ValueError: it holds no sounds, damaged ones, or ones of another rate or number of channels; the message names the file.
+    """
+    waves, labels, places = [], [], []
+    for name, data, label in _open(spec):
+        waves.append(_fit(_decode(name, data, config.sample_rate, convert), config))
+        labels.append(label)
+        places.append(name)
+    if not waves:
+        raise ValueError(f"no sounds in {spec!r}")
+    return SoundSet(np.stack(waves), None if None in labels else labels, places)
+
+
+_Row = tuple[str, bytes, str | None]
+
+
+def _open(spec: str) -> Iterator[_Row]:
+    path = Path(spec)
+    if path.is_dir():
+        parquet = parquet_files(path)
+        return _read_parquet(parquet) if parquet else _read_folder(path)
+    if path.is_file() and path.suffix.lower() != ".parquet":
+        return iter([(str(path), path.read_bytes(), None)])
+    if matches := [Path(match) for match in ([spec] if path.is_file() else sorted(glob.glob(spec)))]:
+        if not all(match.suffix.lower() == ".parquet" for match in matches):
+            raise ValueError(f"{spec!r}: a pattern is for Parquet files, and it matches {matches[0]}; name a folder of sounds")
+        return _read_parquet(matches)
+    raise FileNotFoundError(f"no sounds at {spec!r}: not a folder, a sound file or a Parquet file")
+
+
+def _read_folder(folder: Path) -> Iterator[_Row]:
+    files = set(visible_files(folder))
+    sounds = {path for path in files if path.suffix.lower() in _SUFFIXES}
+    warn_of_skipped(folder, files - sounds, "sounds")
+    for path in sorted(sounds):
+        inside = path.parent.relative_to(folder)
+        yield str(path), path.read_bytes(), inside.as_posix() if inside.parts else None
+
+
+def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
+    for name, data, label, speaker in read_parquet(paths, ("audio",), ("label",), ("speaker",)):
+        parts = [str(part) for part in (label, speaker) if part is not None]
+        yield name, data, "/".join(parts) if label is not None else None
+
+
+class _Stream(io.BytesIO):
+    """Bytes in which a seek to before their start, as damaged files ask for, goes nowhere: soundfile prints a traceback of each
+    error in here."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
+    """(samples,) float32 at ``rate``."""
+    try:
+        with soundfile.SoundFile(_Stream(data)) as sound:
+            actual = sound.samplerate
+            samples = sound.frames * max(sound.channels, rate / actual if convert else 1)
+            check_expansion(len(data), 4 * samples, usual=1000)  # Opus at its least has 200 times
+            wave = sound.read(dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{name}: not a readable sound ({error.error_string})") from None
+    except Exception as error:  # soundfile runs into what a damaged header says
+        raise ValueError(f"{name}: not a readable sound ({error})") from None
+    if not len(wave):
+        raise ValueError(f"{name}: a sound of no length")
+    if not (np.abs(wave) < 1e30).all():  # what is larger is not finite once it is mixed and resampled
+        raise ValueError(f"{name}: its samples are not all finite")
+    if not convert and wave.shape[1] != 1:
+        raise ValueError(f"{name} has {wave.shape[1]} channels, the model's sounds have one; --convert mixes them down")
+    if not convert and actual != rate:
+        raise ValueError(f"{name} has {actual} samples a second, the model's sounds have {rate}; --convert resamples it")
+    return librosa.resample(wave.mean(axis=1), orig_sr=actual, target_sr=rate)
+
+
+def _fit(wave: np.ndarray, config: AudioConfig) -> np.ndarray:
+    """(length,) of any number of samples."""
+    start = max(0, len(wave) - config.length) // 2
+    wave = librosa.util.pad_center(wave[start : start + config.length], size=config.length)
+    largest = np.abs(wave).max()
+    return wave * (config.peak / largest) if largest > 0 else wave

@@ -1,0 +1,36 @@
+"""Sounds as training data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..audio.codec import make_codec
+from ..models.audio import AudioConfig
+from .images import ImageSet
+from .sound_files import load_sounds
+
+__all__ = ["load_sound_images"]
+
+
+def load_sound_images(spec: str, audio: AudioConfig, *, labelled: bool, convert: bool = False) -> tuple[ImageSet, AudioConfig]:
+    """Sounds as the images that a network is trained on, and ``audio`` with the names of their classes.
+
+    Args:
+        spec, convert: as of :func:`load_sounds`.
+        labelled: whether the classes are wanted; they are numbered as ``audio`` has them, or in the order of their names.
+
+    Raises:
+        ValueError: as of :func:`load_sounds`, or a class is not one that ``audio`` has.
+    """
+    sounds = load_sounds(spec, audio, convert)
+    images = make_codec(audio).encode(sounds.waves)
+    if not labelled or sounds.labels is None:
+        return ImageSet(images, None, sounds.places), audio
+    names = list(audio.labels or sorted(set(sounds.labels)))
+    for label in sounds.labels:
+        if label not in names:
+            raise ValueError(f"{spec}: class {label!r} is not one of the model's: {', '.join(names)}")
+    numbers = torch.tensor([names.index(label) for label in sounds.labels])
+    return ImageSet(images, numbers, sounds.places), dataclasses.replace(audio, labels=tuple(names))

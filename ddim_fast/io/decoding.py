@@ -1,0 +1,177 @@
+"""Pictures from encoded files: whatever Pillow decodes, upright, of 8 bits and without transparency."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .files import one_line
+
+__all__ = ["check_size", "decode_image", "image_suffixes", "opaque", "reason_of"]
+
+# Formats that Pillow knows of but does not decode by itself: it has no decoder, or only on Windows, or runs Ghostscript.
+_UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# What each EXIF orientation does to a picture.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow's modes with transparency of their own, those without colour, and those that it converts to grey and to RGB.
+_TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
+_GREY = {"1", "L", "LA", "La"}
+_PLAIN = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
+
+# Bits a pixel of the PNGs that Pillow stretches to 8, by the name it has for what is stored.
+_DEPTHS = {"L;2": 2, "L;4": 4}
+
+# How many times as much memory these decoders take for a pixel.
+_COPIES = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4, "ICNS": 4}
+
+
+def image_suffixes() -> set[str]:
+    """How the names of pictures end, such as ".png": of every format that Pillow decodes here, plugins included."""
+    decoded = {*_decoders(), "MPO"}  # which Pillow opens as a JPEG
+    return {suffix for suffix, format in Image.registered_extensions().items() if format in decoded}
+
+
+def decode_image(name: str, data: bytes, background: str = "white") -> Image.Image:
+    """The first picture of an encoded file, as :func:`opaque` returns it, turned as its EXIF orientation says. An orientation
+    that cannot be read is none.
+
+    Args:
+        name: what an error calls the file.
+        data: the encoded file.
+        background: what transparent pixels show.
+
+    Raises:
+        ValueError: Pillow cannot decode it.
+    """
+    # Of a damaged file, Pillow's decoders of some forty formats raise whatever they run into.
+    try:
+        image = Image.open(io.BytesIO(data), formats=_decoders())
+        check_size(image, _COPIES.get(image.format, 1))
+        tiles = image.tile
+        image.load()
+        turn = _turn(image)
+        image = opaque(_keyed(image, tiles, data), background)
+        return image if turn is None else image.transpose(turn)
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable image ({reason_of(error)})") from None
+
+
+def check_size(image: Image.Image, copies: int) -> None:
+    """See that a picture is no decompression bomb: that it has no more pixels than Pillow reads of one, twice
+    ``Image.MAX_IMAGE_PIXELS``, when decoding takes so many times as much memory.
+
+    Raises:
+        ValueError: it is one.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > 2 * limit // copies:
+        raise ValueError(f"{image.width}x{image.height} pixels take more than 2 GB to decode")
+
+
+def opaque(image: Image.Image, background: str = "white") -> Image.Image:
+    """A decoded picture over a background where it is transparent, by an alpha channel, its palette or a transparent colour.
+    Of 16 bits a channel the upper 8 are kept. Grey pictures stay grey, of mode "1" or "L".
+
+    Raises:
+        ValueError: it has 32 bits a pixel, and values that are not in 0..255.
+    """
+    image.load()
+    _fit_transparency(image)
+    key, grey = image.info.get("transparency"), image.mode in _GREY
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values, grey = np.asarray(image), True
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if key is not None:
+            image.putalpha(_alpha(values != key))
+    elif image.mode in ("I", "F"):
+        image = _of_8_bits(image)
+    elif key is not None or image.mode in _TRANSPARENT or getattr(image.palette, "mode", "").endswith("A"):
+        with_alpha = "LA" if grey else "RGBA"
+        image = image if image.mode == with_alpha else image.convert(with_alpha)
+    elif image.mode not in _PLAIN:
+        image = image.convert("RGB")
+    if image.mode not in _TRANSPARENT:
+        return image
+    over = Image.new("L" if grey else "RGB", image.size, background)
+    over.paste(image, mask=image)
+    return over
+
+
+def reason_of(error: Exception) -> str:
+    """What Pillow says of a file that it cannot decode, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # whose text is about an object in memory
+        return "of no format that Pillow decodes"
+    return one_line(error) or type(error).__name__
+
+
+def _decoders() -> list[str]:
+    Image.init()
+    return [name for name in Image.OPEN if name not in _UNDECODED]
+
+
+def _fit_transparency(image: Image.Image) -> None:
+    """Forget the opacities of colours that no palette has, over 256: Pillow would not convert the picture."""
+    key = image.info.get("transparency")
+    if image.mode == "P" and isinstance(key, bytes):
+        image.info["transparency"] = key[:256]
+    elif image.mode == "P" and key is not None and key > 255:
+        del image.info["transparency"]
+
+
+def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:
+    """A decoded PNG with an alpha channel in place of a transparent colour, which has as many bits as the file's pixels: Pillow
+    compares it with pixels that it has brought to 8."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None:
+        return image
+    stored, parts = tiles[0][3], [image]
+    key = [key] if image.mode == "L" else key
+    if stored == "RGB;16B":
+        lower = Image.open(io.BytesIO(data), formats=["PNG"])
+        lower.tile = [(*tile[:3], "RGB;16L") for tile in tiles]
+        parts = [image, lower]
+        key = [value >> 8 for value in key] + [value & 255 for value in key]
+    else:
+        largest = 2 ** _DEPTHS.get(stored, 8) - 1
+        key = [(value & largest) * 255 // largest for value in key]
+    bands = (part.getchannel(band) for part in parts for band in part.getbands())
+    differs = np.zeros(image.size[::-1], bool)
+    for band, value in zip(bands, key, strict=True):
+        differs |= np.asarray(band) != value
+    image.putalpha(_alpha(differs))
+    return image
+
+
+def _alpha(seen: np.ndarray) -> Image.Image:
+    """Opaque where (H, W) booleans are true, transparent elsewhere."""
+    return Image.fromarray(seen.astype(np.uint8) * np.uint8(255))
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey, of 32 bits a pixel."""
+    low, high = image.getextrema()
+    if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+        raise ValueError(
+            f"its pixels are 32-bit numbers from {low:g} to {high:g}; save it with 8 or 16 bits, in 0..255 or 0..65535"
+        )
+    return image.convert("L")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What EXIF's orientation asks for. What else EXIF holds is not looked at: it may be damaged."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as many kinds as there are ways to damage it
+        return None

@@ -1,0 +1,200 @@
+"""Files: written so that nothing is ever left half-written, and named in errors about what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "cache_folder",
+    "check_expansion",
+    "is_hidden",
+    "naming",
+    "numbered",
+    "one_line",
+    "read_json",
+    "require_file",
+    "visible_files",
+    "warn_of_skipped",
+    "warn_once",
+    "write_json",
+]
+
+# Folders that archives of a Mac, storages of Synology and file systems put beside pictures and sounds.
+_LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: written beside its place, flushed to disk, then renamed over it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    require_file(path)
+    with naming(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write ``values``, whole or not at all."""
+    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill: beside the place of ``folder``, renamed to it at the end, and removed if anything goes wrong. An
+    empty folder that is there already may be a mount or a link, which cannot be replaced, and is filled in the same way.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not an empty folder.
+    """
+    exists = folder.exists()
+    if exists and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder if exists else folder.parent, prefix=f".{folder.name}."))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        if exists:
+            for new in temporary.iterdir():
+                os.replace(new, folder / new.name)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder so called is none of a data set's."""
+    return name.startswith(".") or name in _LEFTOVERS
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those inside it, but for hidden ones and what file systems and archives leave behind.
+
+    Links to folders are followed, but not to a folder around the link, nor into a folder a second time: a folder's files come
+    once, from their own place if that is inside."""
+    seen: set[str] = set()
+    folders, links = [folder], []
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        here = os.path.realpath(place)
+        if here in seen:
+            continue
+        seen.add(here)
+        with os.scandir(place) as entries:
+            visible = sorted((e for e in entries if not is_hidden(e.name)), key=lambda e: e.name)
+        for entry in visible:
+            path = Path(place, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and path.is_dir():
+                target = os.path.realpath(path)
+                if not any(Path(inner).is_relative_to(target) for inner in (here, os.path.realpath(folder))):
+                    links.append(path)
+            elif entry.is_symlink() or entry.is_file():  # no pipe, into which nobody may write
+                yield path
+
+
+def warn_of_skipped(folder: Path, files: Collection[Path], what: str) -> None:
+    """Say, once, how many files of a folder are left out because they are not ``what`` is read there."""
+    kinds = Counter(path.suffix.lower() or "without suffix" for path in files)
+    if kinds:
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        warn_once(f"{folder}: skipped what cannot be read as {what}: {listed}")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that a process gives once, whatever the filters of others."""
+    warnings.warn(text, stacklevel=2)
+
+
+def check_expansion(stored: int, expanded: int, usual: int = 100) -> None:
+    """See that compressed data are no decompression bomb, before they take the memory.
+
+    Args:
+        stored: bytes that they have.
+        expanded: bytes that they say they become.
+        usual: how many times as many those may be.
+
+    Raises:
+        ValueError: they are more, and more than 256 MiB.
+    """
+    if expanded > 2**28 and expanded > usual * stored:
+        raise ValueError(f"its {stored} bytes would become {expanded}: a decompression bomb")
+
+
+def require_file(path: Path) -> None:
+    """See that a checkpoint's folder has this file.
+
+    Raises:
+        FileNotFoundError: it has not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a ValueError is about the content of ``path``, and says so."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, for an error of ours to quote."""
+    return " ".join(str(error).split())
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``ddim_fast`` in XDG_CACHE_HOME, or in ~/.cache. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim_fast"
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def numbered(folder: Path, count: int, suffix: str) -> list[Path]:
+    """As many files, whose names sort as their numbers do."""
+    digits = len(str(count - 1))
+    return [folder / f"{i:0{digits}d}{suffix}" for i in range(count)]
