@@ -65,7 +65,7 @@ def main() -> None:
     with parser.usage_errors():
         device = pick_device(arguments.device)
     load = functools.partial(load_sampler, parser, arguments.model, device)
-    studio = Studio(load)
+    studio = DemoModel(load)
     require_pictures(parser, arguments.model, studio.sampler_of(20), "the page shows images")
     page = make_page(studio, arguments.model)
     # Gradio's own fonts would be fetched from the network.
@@ -88,7 +88,7 @@ def _check_address(host: str, port: int) -> None:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
 
 
-class Studio:
+class DemoModel:
     """What the page computes: pictures, (height, width, channels) uint8.
 
     Args:
@@ -151,7 +151,7 @@ class Studio:
         return np.kron(picture, np.ones((scale, scale, 1), np.uint8)).repeat(3 // picture.shape[2], axis=2)
 
 
-def make_page(studio: Studio, name: str) -> gradio.Blocks:
+def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
     """The page, not yet served."""
     import gradio as gr
 

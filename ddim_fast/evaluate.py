@@ -29,7 +29,7 @@ from .engine import fastest_engine
 from .engine.devices import pick_device
 from .evaluation.inception import FeatureNetwork, load_inception
 from .evaluation.measures import (
-    Draws,
+    SampleSet,
     Settings,
     exact_images,
     measure_loss,
@@ -41,8 +41,8 @@ from .evaluation.measures import (
 from .evaluation.pictures import read_pictures, survey
 from .evaluation.reference import Reference, load_reference
 from .evaluation.results import Results, machine
+from .evaluation.run import EvaluationRun
 from .evaluation.weights import default_weights, fetch_weights
-from .evaluation.work import Work
 from .io.processes import Processes
 from .models.checkpoint import DEFAULT_MODEL, save_timesteps
 from .models.checksum import weights_checksum
@@ -163,11 +163,11 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
         "ddim_fast": __version__,
         "torch": torch.__version__,
     }
-    work = Work(processes, device, results, run, arguments.batch_size, arguments.quiet)
+    evaluation = EvaluationRun(processes, device, results, run, arguments.batch_size, arguments.quiet)
     if arguments.images is not None:
-        _measure_images(parser, arguments, work)
+        _measure_images(parser, arguments, evaluation)
     else:
-        _measure_model(parser, arguments, work)
+        _measure_model(parser, arguments, evaluation)
     if measures and processes.is_first:
         for path in results.report():
             print(path)
@@ -191,14 +191,14 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
 
 
-def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: Work) -> None:
+def _measure_images(parser: CommandParser, arguments: argparse.Namespace, evaluation: EvaluationRun) -> None:
     with parser.usage_errors():
         pictures = read_pictures(arguments.images)
         count = arguments.num or _NUM
         if len(pictures) < count:
             raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num")
         pictures = pictures[:count]
-        network, reference = _reference(arguments, work, tuple(pictures.shape[1:]))
+        network, reference = _reference(arguments, evaluation, tuple(pictures.shape[1:]))
     settings = {
         "model": None,
         "images": arguments.images,
@@ -208,19 +208,19 @@ def _measure_images(parser: CommandParser, arguments: argparse.Namespace, work: 
         "features": network.name,
         "num": count,
     }
-    measure_pictures(work, settings, pictures, network, reference)
+    measure_pictures(evaluation, settings, pictures, network, reference)
 
 
-def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: Work) -> None:
+def _measure_model(parser: CommandParser, arguments: argparse.Namespace, evaluation: EvaluationRun) -> None:
     folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
-    model, guide = model.to(work.device), None
+    model, guide = model.to(evaluation.device), None
     if arguments.guide is not None:
-        guide = load_model(parser, arguments.guide)[0].to(work.device)
+        guide = load_model(parser, arguments.guide)[0].to(evaluation.device)
         weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
     if arguments.fit_timesteps:
-        _fit(parser, work, model, folder)
+        _fit(parser, evaluation, model, folder)
     with parser.usage_errors():
         check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         samplers = list(_samplers(arguments, model, guide))
@@ -236,23 +236,23 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, work: W
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (_NUM, _TRAJECTORIES))
         if arguments.reference is not None:
-            network, reference = _reference(arguments, work, model.config.image_shape)
+            network, reference = _reference(arguments, evaluation, model.config.image_shape)
     if arguments.loss:
-        measure_loss(work, {**weights, **held_out, "dtype": "float32"}, model, data)
+        measure_loss(evaluation, {**weights, **held_out, "dtype": "float32"}, model, data)
     if arguments.reconstruction:
         for settings, make in samplers:
-            measure_reconstruction(work, {**weights, **settings, **held_out}, make, data)
+            measure_reconstruction(evaluation, {**weights, **settings, **held_out}, make, data)
     if arguments.trajectory_error:
         draws, drawn = for_trajectories
         identity = [*(value for name, value in weights.items() if name.endswith("weights")), drawn]
-        exact = functools.cache(lambda: exact_images(work, model, guide, draws, identity))
+        exact = functools.cache(lambda: exact_images(evaluation, model, guide, draws, identity))
         for settings, make in samplers:
-            measure_trajectories(work, {**weights, **settings, **drawn}, make, draws, exact)
+            measure_trajectories(evaluation, {**weights, **settings, **drawn}, make, draws, exact)
     if arguments.reference is not None:
         draws, drawn = for_quality
         drawn |= {"reference": arguments.reference, "reference content": reference.content, "features": network.name}
         for settings, make in samplers:
-            measure_samples(work, {**weights, **settings, **drawn}, make, draws, network, reference)
+            measure_samples(evaluation, {**weights, **settings, **drawn}, make, draws, network, reference)
 
 
 def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -269,16 +269,16 @@ def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 def _reference(
-    arguments: argparse.Namespace, work: Work, image_shape: tuple[int, int, int]
+    arguments: argparse.Namespace, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
 ) -> tuple[FeatureNetwork, Reference]:
     name, path = arguments.inception or (None, default_weights())
     if not path.exists():
         raise FileNotFoundError(
             f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
         )
-    network = load_inception(path, name).to(work.device)
-    with work.progress("reference", 1) as bar:
-        reference = load_reference(arguments.reference, image_shape, network, work.processes, bar.of)
+    network = load_inception(path, name).to(evaluation.device)
+    with evaluation.progress("reference", 1) as bar:
+        reference = load_reference(arguments.reference, image_shape, network, evaluation.processes, bar.of)
     return network, reference
 
 
@@ -302,10 +302,10 @@ def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
     return {"data": arguments.data, "data content": content.hexdigest(), "num": len(data)}
 
 
-def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[Draws, Settings]:
+def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
     seeds, classes = range(arguments.first_seed, arguments.first_seed + (arguments.num or count)), model.config.num_classes
-    draws = Draws(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
+    draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
     return draws, {
         "class": arguments.classes if classes is not None else None,
         "seeds": f"{seeds.start}-{seeds.stop - 1}",
@@ -352,7 +352,7 @@ def _samplers(arguments: argparse.Namespace, model: UNet, guide: UNet | None) ->
         yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
 
 
-def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
+def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Path) -> None:
     """Fit timesteps, write them beside the checkpoint, and give them to the model."""
     if not path.exists():
         parser.error(f"--fit-timesteps writes beside the checkpoint: {path} is on the Hub; download it into a folder")
@@ -360,13 +360,13 @@ def _fit(parser: CommandParser, work: Work, model: UNet, path: Path) -> None:
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 
     def fit() -> dict[str, dict[int, list[int]]]:
-        with work.progress("fitting timesteps", 1) as bar:
+        with evaluation.progress("fitting timesteps", 1) as bar:
             timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
         calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
         print(f"wrote {save_timesteps(path, timesteps, calibration)}")
         return timesteps
 
-    model.fitted_timesteps = work.processes.from_first(fit)
+    model.fitted_timesteps = evaluation.processes.from_first(fit)
 
 
 def _named_path(text: str) -> tuple[str | None, Path]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..io.files import naming, read_json, write_json
+from ..io.files import errors_name_file, read_json, write_json
 from .images import ImageSet
 
 __all__ = ["DATA_RECORD", "DataRecord"]
@@ -69,7 +69,7 @@ class DataRecord:
         if not file.is_file():
             return None
         values = read_json(file)
-        with naming(file):
+        with errors_name_file(file):
             kinds = {"path": _is_text, "images": _is_count, "classes": _are_counts_or_none, "files": _are_counts}
             if values.keys() != kinds.keys() or not all(is_kind(values[name]) for name, is_kind in kinds.items()):
                 raise ValueError("not the record of a run's data; without this file the run goes on with the data as it is")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..io.files import atomic_write, naming, read_json
+from ..io.files import atomic_write, errors_name_file, read_json
 from ..models.checkpoint import load_config, load_timesteps, timesteps_file
 from ..models.config import UNetConfig
 
@@ -68,7 +68,7 @@ class ExportFolder:
         for name in ("config.json", SCHEDULE):
             _verify(path, sums, name)
         schedule = read_json(path / SCHEDULE)
-        with naming(path / SCHEDULE):
+        with errors_name_file(path / SCHEDULE):
             for name, kind in _FIELDS.items():
                 if not isinstance(schedule.get(name), kind):
                     raise ValueError(f"{name!r} is missing or is not what an export writes")
@@ -114,7 +114,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not an export to ONNX: it has no {CHECKSUMS}")
     sums = {}
-    with naming(path):
+    with errors_name_file(path):
         for line in path.read_text(encoding="utf-8").splitlines():
             match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
             if match is None:

@@ -17,7 +17,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
-from ..io.files import naming
+from ..io.files import errors_name_file
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
 from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
@@ -100,7 +100,7 @@ class OnnxSampler:
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
         # What is wrong with the export's own settings is its fault.
-        with naming(self.folder.path) if own == given.keys() else contextlib.nullcontext():
+        with errors_name_file(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
             spacing, steps = chosen["spacing"], chosen["steps"]
             if isinstance(spacing, str) and spacing == ADAPTIVE:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine import inference
-from ..io.files import naming
+from ..io.files import errors_name_file
 from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
 __all__ = [
@@ -260,7 +260,7 @@ def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
         if not key.startswith(_IGNORED) and not key.endswith("num_batches_tracked")
     }
     keys = {key for key in expected if not key.endswith("num_batches_tracked")}
-    with naming(path):
+    with errors_name_file(path):
         for key in sorted(keys ^ tensors.keys()):
             raise ValueError(f"{'unexpected' if key in tensors else 'missing'} tensor {key!r}: not the FID Inception network")
         for key, tensor in tensors.items():

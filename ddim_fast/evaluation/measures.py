@@ -22,15 +22,15 @@ from .denoising import by_noise, denoising_error, spread_timesteps
 from .frechet import frechet_distance
 from .inception import FeatureNetwork
 from .kernel_distance import kernel_distance
-from .parts import Parts, drawn, make_parts
 from .precision_recall import precision_recall
 from .reconstruction import reconstruction_error
 from .reference import KEPT_FEATURES, Reference
 from .results import fid_label
-from .work import Work
+from .run import EvaluationRun
+from .shards import Shards, drawn, make_shards
 
 __all__ = [
-    "Draws",
+    "SampleSet",
     "Settings",
     "exact_images",
     "measure_loss",
@@ -45,7 +45,7 @@ Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleSet:
     """Which images are sampled.
 
     Attributes:
@@ -65,19 +65,23 @@ class Draws:
         return sampler.sample(seeds=self.seeds[part], labels=labels, **self.guidance, batch_size=batch_size)
 
 
-def measure_pictures(work: Work, settings: Settings, pictures: Tensor, network: FeatureNetwork, reference: Reference) -> None:
+def measure_pictures(
+    run: EvaluationRun, settings: Settings, pictures: Tensor, network: FeatureNetwork, reference: Reference
+) -> None:
     """FID, KID, precision and recall of (N, C, H, W) uint8 pictures."""
-    if work.has("quality", settings):
+    if run.has("quality", settings):
         return
-    parts = work.rows("quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop]))
-    work.record("quality", settings, parts, lambda: _quality(parts, network, reference))
+    parts = run.rows(
+        "quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop])
+    )
+    run.record("quality", settings, parts, lambda: _quality(parts, network, reference))
 
 
 def measure_samples(
-    work: Work,
+    run: EvaluationRun,
     settings: Settings,
     make_sampler: Callable[[], Sampler],
-    draws: Draws,
+    draws: SampleSet,
     network: FeatureNetwork,
     reference: Reference,
 ) -> None:
@@ -86,28 +90,28 @@ def measure_samples(
     Raises:
         ValueError: samples are not finite.
     """
-    if work.has("quality", settings):
+    if run.has("quality", settings):
         return
     sampler = make_sampler()
 
     def compute(numbers: range) -> Tensor:
-        images = draws.sample(sampler, numbers, work.batch_size)
+        images = draws.sample(sampler, numbers, run.batch_size)
         if not torch.isfinite(images).all():
             raise ValueError(f"{settings['model']}: the samples are not finite; try --dtype float32")
         features = network.of(torch.from_numpy(to_uint8(images)).movedim(-1, 1))
         return torch.cat([features.cpu(), sampler.evaluations[:, None].float()], dim=1)
 
-    parts = work.rows("quality", settings, len(draws.seeds), network.features + 1, compute)
+    parts = run.rows("quality", settings, len(draws.seeds), network.features + 1, compute)
 
     def find() -> dict[str, Any]:
         return {"evaluations": float(parts.all()[:, -1].mean()), **_quality(parts, network, reference)}
 
-    work.record("quality", settings, parts, find)
+    run.record("quality", settings, parts, find)
 
 
-def measure_loss(work: Work, settings: Settings, model: UNet, data: ImageSet) -> None:
+def measure_loss(run: EvaluationRun, settings: Settings, model: UNet, data: ImageSet) -> None:
     """The squared error of epsilon on held-out images, in float32: see :func:`denoising_error`."""
-    if work.has("loss", settings):
+    if run.has("loss", settings):
         return
     network, total = model.for_inference(torch.float32), model.config.num_train_timesteps
     timesteps = spread_timesteps(len(data), total)
@@ -116,51 +120,57 @@ def measure_loss(work: Work, settings: Settings, model: UNet, data: ImageSet) ->
         part = slice(numbers.start, numbers.stop)
         labels = None if data.labels is None else data.labels[part]
         images = to_unit_range(data.images[part])
-        return denoising_error(network, images, labels, timesteps[part], numbers, work.batch_size)[:, None]
+        return denoising_error(network, images, labels, timesteps[part], numbers, run.batch_size)[:, None]
 
-    parts = work.rows("loss", settings, len(data), 1, compute)
+    parts = run.rows("loss", settings, len(data), 1, compute)
 
     def find() -> dict[str, Any]:
         errors = parts.all()[:, 0]
         each = by_noise(errors, timesteps.numpy(), total)
         return {"images": len(data), **_mean("loss", errors), "loss by timestep": each}
 
-    work.record("loss", settings, parts, find)
+    run.record("loss", settings, parts, find)
 
 
-def measure_reconstruction(work: Work, settings: Settings, make_sampler: Callable[[], Sampler], data: ImageSet) -> None:
+def measure_reconstruction(
+    run: EvaluationRun, settings: Settings, make_sampler: Callable[[], Sampler], data: ImageSet
+) -> None:
     """The squared error of held-out images that were encoded and decoded: see :func:`reconstruction_error`."""
-    if work.has("reconstruction", settings):
+    if run.has("reconstruction", settings):
         return
     sampler = make_sampler()
 
     def compute(numbers: range) -> Tensor:
         part = slice(numbers.start, numbers.stop)
         labels = None if data.labels is None else data.labels[part]
-        return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, work.batch_size)[:, None]
+        return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, run.batch_size)[:, None]
 
-    parts = work.rows("reconstruction", settings, len(data), 1, compute)
-    work.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts.all()[:, 0])})
+    parts = run.rows("reconstruction", settings, len(data), 1, compute)
+    run.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts.all()[:, 0])})
 
 
 def measure_trajectories(
-    work: Work, settings: Settings, make_sampler: Callable[[], Sampler], draws: Draws, exact: Callable[[], Tensor]
+    run: EvaluationRun,
+    settings: Settings,
+    make_sampler: Callable[[], Sampler],
+    draws: SampleSet,
+    exact: Callable[[], Tensor],
 ) -> None:
     """The root mean square distance of a sampler's images from those of :func:`exact_images`, which ``exact`` returns: in
     pixels, and with all frequencies counted alike, see :func:`ddim_fast.diffusion.adaptive.whitening`, which leaves the mean
     square of the exact images as it is."""
-    if work.has("trajectory", settings):
+    if run.has("trajectory", settings):
         return
     sampler, solution = make_sampler(), exact()
     whiten = whitening(solution, 1.0)
     unit = _mean_squares(solution).mean() / _mean_squares(whiten(solution)).mean()
 
     def compute(numbers: range) -> Tensor:
-        difference = draws.sample(sampler, numbers, work.batch_size).cpu() - solution[numbers.start : numbers.stop]
+        difference = draws.sample(sampler, numbers, run.batch_size).cpu() - solution[numbers.start : numbers.stop]
         errors = _mean_squares(difference), unit * _mean_squares(whiten(difference))
         return torch.stack([*errors, sampler.evaluations.double()], dim=1)
 
-    parts = work.rows("trajectory", settings, len(draws.seeds), 3, compute)
+    parts = run.rows("trajectory", settings, len(draws.seeds), 3, compute)
 
     def find() -> dict[str, Any]:
         *errors, evaluations = parts.all().T.astype(float)
@@ -168,10 +178,10 @@ def measure_trajectories(
         steps = {"solution steps": sampler.config.num_train_timesteps, "evaluations": float(evaluations.mean())}
         return {"images": len(draws.seeds), **steps, **numbers[0], **numbers[1]}
 
-    work.record("trajectory", settings, parts, find)
+    run.record("trajectory", settings, parts, find)
 
 
-def exact_images(work: Work, model: UNet, guide: UNet | None, draws: Draws, identity: list[Any]) -> Tensor:
+def exact_images(run: EvaluationRun, model: UNet, guide: UNet | None, draws: SampleSet, identity: list[Any]) -> Tensor:
     """(N, C, H, W) float32: what DDIM in all of the training timesteps makes. It takes long, and is kept in the user's cache.
 
     Args:
@@ -180,14 +190,19 @@ def exact_images(work: Work, model: UNet, guide: UNet | None, draws: Draws, iden
     """
     shape, steps, count = model.config.image_shape, model.config.num_train_timesteps, len(draws.seeds)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    parts = Parts(cache_folder() / "solutions" / key, count, shape[0] * shape[1] * shape[2], work.batch_size)
+    parts = Shards(cache_folder() / "solutions" / key, count, shape[0] * shape[1] * shape[2], run.batch_size)
     sampler = Sampler(model, steps=steps, spacing="linear", guide=guide)
-    with work.progress(f"{steps} steps", count) as bar:
-        make_parts(parts, lambda numbers: draws.sample(sampler, numbers, work.batch_size).cpu().flatten(1), work.processes, bar)
+    with run.progress(f"{steps} steps", count) as bar:
+        make_shards(
+            parts,
+            lambda numbers: draws.sample(sampler, numbers, run.batch_size).cpu().flatten(1),
+            run.processes,
+            bar,
+        )
     return torch.from_numpy(parts.all()).reshape(count, *shape)
 
 
-def _quality(parts: Parts, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
+def _quality(parts: Shards, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
     label = fid_label(parts.count)
     fid = frechet_distance(reference.statistics, parts.statistics(network.features))
     images = "unknown number of" if reference.images is None else f"{reference.images:,}"

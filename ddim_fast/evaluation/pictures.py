@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import load_images, native_shape, read_images, stored_image
-from ..io.files import check_expansion, naming, one_line, read_json
+from ..io.files import check_expansion, errors_name_file, one_line, read_json
 from ..io.records import PICTURES
 
 __all__ = ["Survey", "check_pictures", "describe", "open_archive", "read_array", "read_pictures", "stored_pictures", "survey"]
@@ -89,7 +89,7 @@ def check_pictures(path: Path, array: np.ndarray, image_shape: Shape | None = No
     Raises:
         ValueError: these are no pictures, or not of ``image_shape``, (C, H, W); the message names the file.
     """
-    with naming(path):
+    with errors_name_file(path):
         if array.dtype != np.uint8:
             bad = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
             raise ValueError(f"pictures must be uint8 in 0..255; arr_0 is {array.dtype}" + (" and has NaN or inf" * bad))

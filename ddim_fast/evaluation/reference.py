@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..io.files import atomic_write, cache_folder, naming
+from ..io.files import atomic_write, cache_folder, errors_name_file
 from ..io.processes import Processes
 from .frechet import FeatureStatistics
 from .inception import FeatureNetwork
-from .parts import Parts, make_parts
 from .pictures import Survey, check_pictures, describe, open_archive, read_array, stored_pictures, survey
+from .shards import Shards, make_shards
 
 __all__ = ["KEPT_FEATURES", "Reference", "load_reference"]
 
@@ -126,14 +126,14 @@ def load_reference(
     key = hashlib.sha256(f"{network.name} {found.content}".encode()).hexdigest()[:32]
     cached = cache_folder() / "references" / f"{key}.npz"
     if not processes.from_first(cached.is_file):
-        parts = Parts(cached.with_suffix(".parts"), found.count, network.features, size=128)
+        parts = Shards(cached.with_suffix(".parts"), found.count, network.features, size=128)
         there = found.count - sum(len(parts.pictures(k)) for k in parts.missing())
         before = processes.add_done(0)
 
         def count(amount: int) -> None:
             progress(there + processes.add_done(amount) - before, found.count)
 
-        make_parts(parts, _features(spec, network), processes, count)
+        make_shards(parts, _features(spec, network), processes, count)
         processes.from_first(lambda: _finish(parts, spec, network, found, cached))
     pictures = describe(found.shapes) if differs else ""
     return replace(_read_statistics(cached), spec=spec, content=found.content, pictures=pictures)
@@ -154,7 +154,7 @@ def _features(spec: str, network: FeatureNetwork) -> Callable[[range], Tensor]:
     return lambda numbers: network.of(part(numbers))
 
 
-def _finish(parts: Parts, spec: str, network: FeatureNetwork, found: Survey, path: Path) -> None:
+def _finish(parts: Shards, spec: str, network: FeatureNetwork, found: Survey, path: Path) -> None:
     sizes = {shape[1:] for shape in found.shapes}
     resolution = sizes.pop() if len(sizes) == 1 else None
     features = parts.some(KEPT_FEATURES)
@@ -168,7 +168,7 @@ def _read_statistics(path: Path, image_shape: tuple[int, int, int] | None = None
         arrays = {name: read_array(archive, path, name) for name in (*_RANKS, "network", "arr_0") if name in archive}
     if image_shape is not None and "arr_0" in arrays:
         check_pictures(path, arrays["arr_0"], image_shape)
-    with naming(path):
+    with errors_name_file(path):
         if "mu" not in arrays or not {"sigma", "sigma_upper"} & arrays.keys():
             raise ValueError("no statistics: it needs mu, and sigma or sigma_upper")
         for name, rank in _RANKS.items():

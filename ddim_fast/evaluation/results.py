@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..io.files import atomic_write, naming, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, read_json, write_json
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
@@ -116,7 +116,7 @@ class Results:
     def _read(self) -> None:
         """What is in the file now, where other evaluations may have written."""
         self._content: dict[str, Any] = read_json(self._path) if self._path.exists() else {"runs": [], "rows": []}
-        with naming(self._path):
+        with errors_name_file(self._path):
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
                 raise ValueError("not the results of an evaluation")

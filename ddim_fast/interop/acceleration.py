@@ -21,7 +21,7 @@ from torch import nn
 from ..engine import ENGINES, select_engine
 from ..engine.devices import keep_memory
 from ..models.unet import UNet
-from ..ops.derived import forget
+from ..ops.weight_cache import forget
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
 from .diffusers_modules import (
     FAST,
@@ -35,7 +35,7 @@ from .diffusers_modules import (
     FastLinear,
     FastResnetBlock2D,
     FastUpsample2D,
-    PassedOn,
+    FusedSiLU,
     adopt,
     give_back,
     is_conv3x3,
@@ -121,8 +121,8 @@ def accelerate(
     Replaced are residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
     in a pipeline, a DDIMScheduler or DDIMInverseScheduler. No weight is changed, moved or renamed: parameters, ``state_dict``,
     ``save_pretrained``, ``.to(...)``, LoRA and seeds are as before. What is made of the weights for inference is kept beside
-    them, up to four times their memory, and made anew when they change (:func:`ddim_fast.ops.derived.derived` says how that is
-    noticed). No class of diffusers is touched.
+    them, up to four times their memory, and made anew when they change (:func:`ddim_fast.ops.weight_cache.cached` says how that
+    is noticed). No class of diffusers is touched.
 
     What cannot be served is left alone and reported: modules of other classes, LoRA-wrapped, quantised or parametrized ones,
     and models whose weights an offloading hook moves. Where a gradient is recorded, and under autocast, a module computes as it
@@ -408,7 +408,7 @@ class _Visit:
             return
         adopt(norm, FastGroupNormSiLU)
         norm._fast_owner = (module,)
-        self._adopt(act, PassedOn, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
+        self._adopt(act, FusedSiLU, f"{name}.conv_act" if name else "conv_act", "group_norm_silu")
 
     def _adopt(self, module: nn.Module, kind: type[nn.Module], name: str, by: str, dtype: torch.dtype | None = None) -> None:
         self.report.replaced.append(Accelerated(name, FAST[kind].__name__, by))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..io.files import naming, one_line, read_json
+from ..io.files import errors_name_file, one_line, read_json
 from ..models.autoencoder import Autoencoder
 from ..models.weights import check_finite
 
@@ -37,6 +37,6 @@ def load_autoencoder(folder: Path) -> nn.Module:
         autoencoder = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # diffusers raises those of its dependencies too; each means the same to the user
         raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)})") from None
-    with naming(folder / "diffusion_pytorch_model.safetensors"):
+    with errors_name_file(folder / "diffusion_pytorch_model.safetensors"):
         check_finite(autoencoder.state_dict())
     return autoencoder.eval()

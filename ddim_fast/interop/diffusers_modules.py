@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
-from ..ops.conv3x3 import conv3x3_of
-from ..ops.derived import converted, forget
+from ..ops.conv3x3 import conv3x3_cached
 from ..ops.dispatch import is_transformed
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.weight_cache import converted, forget
 
 __all__ = [
     "FAST",
@@ -41,7 +41,7 @@ __all__ = [
     "FastLinear",
     "FastResnetBlock2D",
     "FastUpsample2D",
-    "PassedOn",
+    "FusedSiLU",
     "adopt",
     "conv_of",
     "give_back",
@@ -81,7 +81,7 @@ class FastConv2d(nn.Conv2d):
         dtype = compute_dtype(self)
         x = x.to(dtype, memory_format=torch.channels_last)
         if is_conv3x3(self):
-            out = conv3x3_of(x, self.weight, self.bias)
+            out = conv3x3_cached(x, self.weight, self.bias)
         else:
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = converted(self.weight, dtype)
@@ -130,7 +130,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 @_while_adopted
 class FastGroupNormSiLU(nn.GroupNorm):
-    """A norm and the SiLU after it, in one pass, for :class:`PassedOn` in the place of the SiLU. Where another activation has
+    """A norm and the SiLU after it, in one pass, for :class:`FusedSiLU` in the place of the SiLU. Where another activation has
     been put there, or somebody watches one of the two, the norm alone.
 
     Attributes:
@@ -146,11 +146,11 @@ class FastGroupNormSiLU(nn.GroupNorm):
 
     def _is_followed(self) -> bool:
         act = getattr(self._fast_owner[0], "conv_act", None)
-        return type(act) is PassedOn and is_untouched(act)
+        return type(act) is FusedSiLU and is_untouched(act)
 
 
 @_while_adopted
-class PassedOn(nn.SiLU):
+class FusedSiLU(nn.SiLU):
     """The SiLU of all but what :class:`FastGroupNormSiLU` says to have computed it of already."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class FastResnetBlock2D(ResnetBlock2D):
         if args or kwargs or not self._is_served(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
         x = input_tensor.to(compute_dtype(self.conv1))
-        h = conv3x3_of(norm_silu(self.norm1, x), self.conv1.weight)
+        h = conv3x3_cached(norm_silu(self.norm1, x), self.conv1.weight)
         numbers = {"pre_shift": self.conv1.bias}
         if temb is not None:
             embedded = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
@@ -185,7 +185,7 @@ class FastResnetBlock2D(ResnetBlock2D):
         else:
             residual = conv1x1(x, converted(shortcut.weight, x.dtype))
             bias = _sum(bias, shortcut.bias)
-        out = conv3x3_of(h, self.conv2.weight, bias, residual=residual)
+        out = conv3x3_cached(h, self.conv2.weight, bias, residual=residual)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
@@ -211,7 +211,7 @@ class FastUpsample2D(Upsample2D):
         conv = conv_of(self) if served else None
         if args or kwargs or not served or _is_as_before(hidden_states, conv.weight, conv.bias):
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        return conv3x3_of(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
+        return conv3x3_cached(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
 
 
 class FastAttnProcessor(AttnProcessor2_0):
@@ -300,7 +300,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     FastLayerNorm: nn.LayerNorm,
     FastGroupNorm: nn.GroupNorm,
     FastGroupNormSiLU: nn.GroupNorm,
-    PassedOn: nn.SiLU,
+    FusedSiLU: nn.SiLU,
     FastResnetBlock2D: ResnetBlock2D,
     FastUpsample2D: Upsample2D,
 }

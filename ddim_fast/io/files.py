@@ -19,8 +19,8 @@ __all__ = [
     "atomic_write",
     "cache_folder",
     "check_expansion",
+    "errors_name_file",
     "is_hidden",
-    "naming",
     "numbered",
     "one_line",
     "read_json",
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     require_file(path)
-    with naming(path):
+    with errors_name_file(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
@@ -169,7 +169,7 @@ def require_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_name_file(path: Path) -> Iterator[None]:
     """Inside, a ValueError is about the content of ``path``, and says so."""
     try:
         yield

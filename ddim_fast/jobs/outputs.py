@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.decoding import decode_image
-from ..io.files import atomic_write, naming, write_json
+from ..io.files import atomic_write, errors_name_file, write_json
 from ..io.pictures import save_image, to_uint8
 from ..io.records import GRID, PICTURES, SAMPLING
 
@@ -134,7 +134,7 @@ class Output(abc.ABC):
         path = self.folder / self.record_name
         if not path.exists():
             return None
-        with naming(path):
+        with errors_name_file(path):
             return _checked_record(json.loads(path.read_bytes()))
 
     def begin(self, record: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class PngFolder(FileFolder):
     def read(self, k: int) -> np.ndarray:
         pictures = []
         for file in self.files(k):
-            with naming(file):
+            with errors_name_file(file):
                 image = decode_image(file.name, file.read_bytes())
                 pictures.append(np.asarray(image).reshape(self.batches.image_shape))
         return np.stack(pictures)
@@ -293,7 +293,7 @@ class NpzFile(Output):
         if not self.path.exists():
             return super().record()
         try:
-            with zipfile.ZipFile(self.path) as archive, naming(self.path):
+            with zipfile.ZipFile(self.path) as archive, errors_name_file(self.path):
                 return _checked_record(json.loads(archive.read(SAMPLING)))
         except (zipfile.BadZipFile, KeyError):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import Fields, require
+from .json_dataclass import JsonDataclass, require
 
 __all__ = ["AudioConfig"]
 
@@ -13,7 +13,7 @@ KINDS = ("mel", "waveform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioConfig(Fields):
+class AudioConfig(JsonDataclass):
     """How a sound becomes an image of the network, and back.
 
     Sound:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..io.files import atomic_write, naming, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, read_json, write_json
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
 
@@ -129,7 +129,7 @@ def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:
     """
     path = folder / "config.json"
     values = read_json(path)
-    with naming(path):
+    with errors_name_file(path):
         return kind.from_dict(values)
 
 
@@ -174,7 +174,7 @@ def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
     if not file.is_file():
         return None
     values = read_json(file)
-    with naming(file):
+    with errors_name_file(file):
         audio = AudioConfig.from_dict(values)
         if audio.image_shape != config.image_shape:
             raise ValueError(f"its sounds are images of shape {audio.image_shape}, the network's are {config.image_shape}")
@@ -220,7 +220,7 @@ def load_timesteps(path: Path, total: int) -> dict[str, dict[int, list[int]]] | 
     if not file.is_file():
         return None
     stored = read_json(file).get("timesteps")
-    with naming(file):
+    with errors_name_file(file):
         if not isinstance(stored, dict) or not all(_are_runs(runs, total) for runs in stored.values()):
             raise ValueError(f"not timesteps, falling in 0..{total - 1}, by solver and their number")
     return {solver: {int(steps): run for steps, run in runs.items()} for solver, runs in stored.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import Fields, require
+from .json_dataclass import JsonDataclass, require
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "UNetConfig", "preset_names"]
 
@@ -14,7 +14,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(Fields):
+class UNetConfig(JsonDataclass):
     """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
     DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
 
@@ -173,7 +173,7 @@ class UNetConfig(Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(Fields):
+class AutoencoderConfig(JsonDataclass):
     """The small convolutional autoencoder of :class:`ddim_fast.Autoencoder`.
 
     Attributes:

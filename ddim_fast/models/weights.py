@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from ..io.files import atomic_write, naming, one_line, read_json, require_file, write_json
+from ..io.files import atomic_write, errors_name_file, one_line, read_json, require_file, write_json
 from .config import AutoencoderConfig, UNetConfig
 
 __all__ = [
@@ -70,7 +70,7 @@ class Checkpoint:
                     f"{self.path}: tensor {stored[name]!r} has shape {tuple(tensor.shape)}, the network needs {shape}"
                 )
         state = {name: self.tensors[stored[name]].detach().float().contiguous() for name in shapes}
-        with naming(self.path):
+        with errors_name_file(self.path):
             check_finite({stored[name]: tensor for name, tensor in state.items()})
         return state
 
@@ -107,7 +107,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     """
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     shard_of = read_json(index).get("weight_map")
-    with naming(index):
+    with errors_name_file(index):
         if not isinstance(shard_of, dict):
             raise ValueError("weight_map must give a file for each tensor")
         for name, shard in shard_of.items():

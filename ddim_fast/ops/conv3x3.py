@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .derived import converted, derived, forget
 from .dispatch import Implementation, choose, is_observed
 from .measured import bf16_products, is_faster_in_cpp
+from .weight_cache import cached, converted, forget
 
-__all__ = ["Prepared", "conv3x3", "conv3x3_components", "conv3x3_of", "conv3x3_reference", "prepare_conv3x3"]
+__all__ = ["Prepared", "conv3x3", "conv3x3_cached", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]
 
 Prepared = tuple[Tensor, ...]
 
@@ -55,11 +55,11 @@ def conv3x3(
     return (_registered if torch.compiler.is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
 
 
-def conv3x3_of(
+def conv3x3_cached(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
 ) -> Tensor:
     """:func:`conv3x3` with weights that it prepares by itself when it first meets them, and again when they have changed (see
-    :func:`ddim_fast.ops.derived.derived`): for networks whose weights belong to somebody else.
+    :func:`ddim_fast.ops.weight_cache.cached`): for networks whose weights belong to somebody else.
 
     ``weight`` may have another dtype than ``x``, which the result has. Where a gradient is recorded, nothing is prepared, and
     what was is dropped.
@@ -248,9 +248,9 @@ def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual
     return out
 
 
-@torch.library.custom_op("ddim_fast::conv3x3_of", mutates_args=())
+@torch.library.custom_op("ddim_fast::conv3x3_cached", mutates_args=())
 def _registered_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
-    """:func:`conv3x3_of` as torch.compile sees it: the weights are prepared when it runs."""
+    """:func:`conv3x3_cached` as torch.compile sees it: the weights are prepared when it runs."""
     return _run_of(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
 
 
@@ -271,7 +271,7 @@ def _run_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         return prepare_conv3x3(weight.detach(), x.dtype, size=size)
 
     size = None if upsample else tuple(x.shape[2:])
-    prepared = derived(weight, ("conv3x3", x.dtype, _Weight(weight, x.dtype, None, size).tile), prepare)
+    prepared = cached(weight, ("conv3x3", x.dtype, _Weight(weight, x.dtype, None, size).tile), prepare)
     if prepared is None:
         weight = converted(weight, x.dtype)
     return conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepared)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..io.files import naming
+from ..io.files import errors_name_file
 from ..models.weights import check_finite, read_safetensors, write_safetensors
 
 __all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length", "snapshots"]
@@ -134,7 +134,7 @@ def _combine(paths: Iterable[Path], coefficients: np.ndarray) -> dict[str, Tenso
     total: dict[str, Tensor] = {}
     for path, of_lengths in zip(paths, coefficients, strict=True):
         snapshot = read_safetensors(path)
-        with naming(path):
+        with errors_name_file(path):
             check_finite(snapshot)
         for length, coefficient in zip(LENGTHS, of_lengths, strict=True):
             prefix = f"{length}/"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.images import ImageSet, to_unit_range
 from ..diffusion.schedule import NoiseSchedule
-from ..io.files import atomic_write, naming
+from ..io.files import atomic_write, errors_name_file
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
@@ -222,7 +222,7 @@ class Trainer(Generic[M]):
                 raise ValueError("other tensors than this network's")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the training state of another network") from error
-        with naming(path):
+        with errors_name_file(path):
             for tensors, _ in parts:
                 check_finite(tensors)
         if self._averages is not None and averages is None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ddim_fast import Sampler, UNet, demo
-from ddim_fast.demo import Studio
+from ddim_fast.demo import DemoModel
 
 SCALE = 16  # of one image on the page
 
@@ -25,8 +25,8 @@ def small(picture: np.ndarray, scale: int = SCALE) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def studio() -> Studio:
-    return Studio(functools.partial(Sampler, UNet.from_pretrained("fashion-mnist")))
+def studio() -> DemoModel:
+    return DemoModel(functools.partial(Sampler, UNet.from_pretrained("fashion-mnist")))
 
 
 def painted(background: np.ndarray, *boxes: tuple[int, int, int, int]) -> dict:

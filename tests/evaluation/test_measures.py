@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast.evaluation import measures
 from ddim_fast.evaluation.results import Results
-from ddim_fast.evaluation.work import Work
+from ddim_fast.evaluation.run import EvaluationRun
 from ddim_fast.io.processes import Processes
+from ddim_fast.run import measures
 
 
 @pytest.fixture
 def work(tmp_path):
-    return Work(Processes(), torch.device("cpu"), Results(tmp_path), {}, batch_size=4, quiet=True)
+    return EvaluationRun(Processes(), torch.device("cpu"), Results(tmp_path), {}, batch_size=4, quiet=True)
 
 
 def trajectory_error(work, name, images, solution):
@@ -23,7 +23,7 @@ def trajectory_error(work, name, images, solution):
         evaluations=torch.ones(count, dtype=torch.int64),
         config=SimpleNamespace(num_train_timesteps=1000),
     )
-    draws = measures.Draws(range(count), None, {"guidance": None})
+    draws = measures.SampleSet(range(count), None, {"guidance": None})
     measures.measure_trajectories(work, {"model": name}, lambda: sampler, draws, lambda: solution)
     return next(row for row in work.results.rows if row["settings"] == {"model": name})
 

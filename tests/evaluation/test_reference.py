@@ -3,11 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_fast.evaluation import reference as module
 from ddim_fast.evaluation.frechet import FeatureStatistics, frechet_distance
 from ddim_fast.evaluation.pictures import survey
 from ddim_fast.evaluation.reference import load_reference
 from ddim_fast.io.processes import Processes
+from ddim_fast.run import reference as module
 
 
 def folder(path, count: int, *sizes: tuple[int, ...]):
@@ -38,7 +38,7 @@ def test_statistics_of_a_folder_are_computed_once(tiny_network, tmp_path, cache,
     torch.testing.assert_close(first.features, tiny_network(pictures))
     assert [p.suffix for p in (cache / "references").iterdir()] == [".npz"]
 
-    monkeypatch.setattr(module, "make_parts", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(module, "make_shards", lambda *a: pytest.fail("computed again"))
     again = load(path.rename(tmp_path / "b"), tiny_network)  # known by its pictures, not by its name
     np.testing.assert_array_equal(again.statistics.mean, first.statistics.mean)
     assert again.spec == str(tmp_path / "b")

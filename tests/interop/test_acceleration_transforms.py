@@ -20,7 +20,7 @@ from diffusers.hooks import apply_group_offloading  # noqa: E402 - it needs diff
 from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 
 from ddim_fast.interop.diffusers_modules import FAST, FastAttnProcessor  # noqa: E402
-from ddim_fast.ops.derived import _known  # noqa: E402
+from ddim_fast.ops.weight_cache import _known  # noqa: E402
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LATENT = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

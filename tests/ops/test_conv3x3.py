@@ -7,8 +7,8 @@ from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import (
     _copied_larger,
     conv3x3,
+    conv3x3_cached,
     conv3x3_components,
-    conv3x3_of,
     conv3x3_reference,
     prepare_conv3x3,
 )
@@ -280,7 +280,7 @@ def test_the_reference_needs_no_preparation(monkeypatch):
 
 
 class TestWeightsOfSomebodyElse:
-    """conv3x3_of: prepared by itself, never stale."""
+    """conv3x3_cached: prepared by itself, never stale."""
 
     @needs_native
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -293,27 +293,27 @@ class TestWeightsOfSomebodyElse:
 
         expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared())
         for _ in range(2):
-            assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
+            assert torch.equal(conv3x3_cached(x, weight, bias, upsample=upsample), expected)
         small = x[:, :, :4, :4]
         expected_small = conv3x3(small, weight, bias, upsample=upsample, prepared=prepare_conv3x3(weight, dtype))
-        assert torch.equal(conv3x3_of(small, weight, bias, upsample=upsample), expected_small)
+        assert torch.equal(conv3x3_cached(small, weight, bias, upsample=upsample), expected_small)
         weight.mul_(2)
         expected = conv3x3(x, weight, bias, upsample=upsample, prepared=prepared())
-        assert torch.equal(conv3x3_of(x, weight, bias, upsample=upsample), expected)
+        assert torch.equal(conv3x3_cached(x, weight, bias, upsample=upsample), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_weights_that_nobody_prepares_are_converted(self, dtype, monkeypatch):
         monkeypatch.delenv("DDIM_FAST_BACKEND")
         x, weight, bias = make(2, 3, 5, 4, 6)
         residual = torch.randn(2, 5, 4, 6).to(dtype)
-        result = conv3x3_of(x.to(dtype), weight, bias, residual=residual)
+        result = conv3x3_cached(x.to(dtype), weight, bias, residual=residual)
         assert result.dtype == dtype
         torch.testing.assert_close(result, conv3x3_reference(x.to(dtype), weight.to(dtype), bias, residual=residual))
 
     def test_gradients_are_pytorchs(self, monkeypatch):
         monkeypatch.delenv("DDIM_FAST_BACKEND")
         gradients = []
-        for function in (conv3x3_of, conv3x3_reference):
+        for function in (conv3x3_cached, conv3x3_reference):
             x, weight, bias = (t.requires_grad_() for t in make(*SHAPES[0]))
             function(x, weight, bias).square().sum().backward()
             gradients.append((x.grad, weight.grad, bias.grad))
@@ -323,12 +323,12 @@ class TestWeightsOfSomebodyElse:
     def test_compiles_without_a_break_and_is_a_proper_operator(self):
         x, weight, bias = make(*SHAPES[1])
         residual = torch.randn(3, 48, 7, 5).to(memory_format=torch.channels_last)
-        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_of.default, (x, weight, bias, residual, False))
-        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_of.default, (x, weight, None, None, True))
-        compiled = torch.compile(conv3x3_of, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))
+        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_cached.default, (x, weight, bias, residual, False))
+        torch.library.opcheck(torch.ops.ddim_fast.conv3x3_cached.default, (x, weight, None, None, True))
+        compiled = torch.compile(conv3x3_cached, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_cached(x, weight, bias, residual=residual))
         weight.data.mul_(2)
-        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_of(x, weight, bias, residual=residual))
+        assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_cached(x, weight, bias, residual=residual))
 
 
 @pytest.mark.parametrize("upsample", [False, True])

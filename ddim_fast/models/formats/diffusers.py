@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...io.files import atomic_folder, naming, read_json, write_json
+from ...io.files import atomic_folder, errors_name_file, read_json, write_json
 from ..config import UNetConfig
 from ..weights import Checkpoint, read_weights, write_weights
 
@@ -162,7 +162,7 @@ def fold_class(config: UNetConfig, state: dict[str, Tensor], label: int | None) 
 def _parse(path: Path, convert: Callable[[dict[str, Any]], _T]) -> _T:
     """What ``convert`` makes of a JSON file; its ValueErrors name the file."""
     values = read_json(path)
-    with naming(path):
+    with errors_name_file(path):
         return convert(values)
 
 

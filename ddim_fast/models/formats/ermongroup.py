@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...io.files import naming
+from ...io.files import errors_name_file
 from ..config import UNetConfig
 from ..weights import Checkpoint, is_state_dict, read_pickle, read_safetensors
 
@@ -59,7 +59,7 @@ def load_ermongroup(path: Path, config: UNetConfig | None = None) -> Checkpoint:
         ValueError: the file is damaged, holds no such network, or one whose image size cannot be derived.
     """
     stored = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    with naming(path):
+    with errors_name_file(path):
         tensors = {name: _as_here(name, tensor) for name, tensor in _network(stored).items()}
         config = config or _derive_config(tensors)
     return Checkpoint(path, config, tensors, partial(_stored_name, levels=len(config.channel_multipliers)))

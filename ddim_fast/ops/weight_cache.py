@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dispatch import is_observed
 
-__all__ = ["converted", "derived", "forget"]
+__all__ = ["cached", "converted", "forget"]
 
 Value = TypeVar("Value")
 
@@ -25,7 +25,7 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _making = threading.RLock()
 
 
-def derived(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
+def cached(weight: Tensor, key: Any, make: Callable[[], Value]) -> Value:
     """``make()``, or what it returned at an earlier call with the same ``weight`` and ``key`` if the weight has not changed.
 
     That it changed is seen by its address, by PyTorch's count of in-place operations and, because a write through ``.data`` (as
@@ -63,7 +63,7 @@ def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     if torch.compiler.is_compiling() or is_observed():
         return weight.to(dtype)
-    return derived(weight, ("converted", dtype), convert)
+    return cached(weight, ("converted", dtype), convert)
 
 
 def forget(weight: Tensor) -> None:

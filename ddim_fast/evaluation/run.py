@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..io.processes import Processes
-from .parts import Parts, make_parts
 from .results import Results
+from .shards import Shards, make_shards
 
-__all__ = ["Work"]
+__all__ = ["EvaluationRun"]
 
 
 @dataclass(frozen=True)
-class Work:
+class EvaluationRun:
     """What all measurements share.
 
     Attributes:
@@ -44,20 +44,20 @@ class Work:
         """Whether there is such a row, which need not be made again."""
         return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
 
-    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Parts:
+    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Shards:
         """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
         name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
-        parts = Parts(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
+        parts = Shards(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
         there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
         with self.progress(kind, count, there) as bar:
-            make_parts(parts, compute, self.processes, bar)
+            make_shards(parts, compute, self.processes, bar)
         return parts
 
     def progress(self, text: str, total: int, initial: int = 0) -> Bar:
         """A bar that counts what all processes do."""
         return Bar(text, total, initial, self.processes, self.quiet)
 
-    def record(self, kind: str, settings: dict[str, Any], parts: Parts, find: Callable[[], dict[str, Any]]) -> None:
+    def record(self, kind: str, settings: dict[str, Any], parts: Shards, find: Callable[[], dict[str, Any]]) -> None:
         """Write the row that the first process makes from what all have computed, and say what it is."""
 
         def write() -> None:

@@ -15,10 +15,10 @@ from ..io.files import atomic_write
 from ..io.processes import Processes
 from .frechet import FeatureStatistics
 
-__all__ = ["Parts", "drawn", "make_parts"]
+__all__ = ["Shards", "drawn", "make_shards"]
 
 
-class Parts:
+class Shards:
     """A folder with a row of float32 numbers a picture, such as its features, in a file for each part of the pictures, there
     whole or not at all: a run that was killed goes on from it, and the processes of a run work on different parts.
 
@@ -101,8 +101,8 @@ def _choice(count: int, limit: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
-def make_parts(
-    parts: Parts,
+def make_shards(
+    parts: Shards,
     rows: Callable[[range], Tensor],
     processes: Processes,
     on_pictures: Callable[[int], None] = lambda count: None,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddim_fast.ops.derived import converted, derived, forget
+from ddim_fast.ops.weight_cache import cached, converted, forget
 
 
 @pytest.fixture(params=["contiguous", "channels_last", "one element"])
@@ -23,7 +23,7 @@ def counted(weight):
     made = []
 
     def use() -> int:
-        assert derived(weight, "sum", lambda: made.append(1) or weight.sum()) == weight.sum()
+        assert cached(weight, "sum", lambda: made.append(1) or weight.sum()) == weight.sum()
         return len(made)
 
     return use
@@ -35,8 +35,8 @@ def test_it_is_made_once(weight):
 
 
 def test_each_key_has_its_own(weight):
-    assert derived(weight, 1, lambda: "a") == "a" and derived(weight, 2, lambda: "b") == "b"
-    assert derived(weight, 1, lambda: "c") == "a"
+    assert cached(weight, 1, lambda: "a") == "a" and cached(weight, 2, lambda: "b") == "b"
+    assert cached(weight, 1, lambda: "c") == "a"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_of_weights_that_overlap_themselves():
 
 def test_it_keeps_no_weight_alive():
     weight = nn.Parameter(torch.ones(10))
-    gone, value_gone = weakref.ref(weight), weakref.ref(derived(weight, 0, lambda: torch.ones(3)))
+    gone, value_gone = weakref.ref(weight), weakref.ref(cached(weight, 0, lambda: torch.ones(3)))
     del weight
     gc.collect()
     assert gone() is None and value_gone() is None
@@ -116,7 +116,7 @@ def test_threads_share_what_one_of_them_makes(switching_often):
                     return weight.detach() + key
 
                 barrier.wait()
-                return [derived(weight, key, lambda key=key: make(key)) for key in (*range(first, keys), *range(first))]
+                return [cached(weight, key, lambda key=key: make(key)) for key in (*range(first, keys), *range(first))]
 
             results = list(pool.map(use, range(threads)))
             assert sorted(made) == list(range(keys))
@@ -133,5 +133,5 @@ def test_a_write_by_another_thread_while_it_is_made_is_a_change():
         weight.add_(1)  # as an optimiser's step in another thread would
         return result
 
-    derived(weight, "copy", make)
-    assert torch.equal(derived(weight, "copy", weight.clone), torch.ones(4))
+    cached(weight, "copy", make)
+    assert torch.equal(cached(weight, "copy", weight.clone), torch.ones(4))

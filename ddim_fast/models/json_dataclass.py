@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Fields", "require"]
+__all__ = ["JsonDataclass", "require"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fields:
+class JsonDataclass:
     """A dataclass whose fields have the types they are declared with, in memory and as JSON: its files are a user's input like
     any other."""
 
