@@ -71,9 +71,7 @@ def measure_pictures(
     """FID, KID, precision and recall of (N, C, H, W) uint8 pictures."""
     if run.has("quality", settings):
         return
-    parts = run.rows(
-        "quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop])
-    )
+    parts = run.rows("quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop]))
     run.record("quality", settings, parts, lambda: _quality(parts, network, reference))
 
 
@@ -132,9 +130,7 @@ def measure_loss(run: EvaluationRun, settings: Settings, model: UNet, data: Imag
     run.record("loss", settings, parts, find)
 
 
-def measure_reconstruction(
-    run: EvaluationRun, settings: Settings, make_sampler: Callable[[], Sampler], data: ImageSet
-) -> None:
+def measure_reconstruction(run: EvaluationRun, settings: Settings, make_sampler: Callable[[], Sampler], data: ImageSet) -> None:
     """The squared error of held-out images that were encoded and decoded: see :func:`reconstruction_error`."""
     if run.has("reconstruction", settings):
         return
