@@ -60,34 +60,25 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
 
 
 def is_observed() -> bool:
-    """Whether somebody writes down or transforms PyTorch's operators, so that nothing may be computed behind their back:
+    """Whether PyTorch's operators are being recorded or transformed, so that nothing may be computed without them: under
     torch.export, torch.jit.trace, make_fx, fake tensors, and where :func:`is_transformed` holds."""
-    import torch  # not above: who samples without torch reads this module
+    import torch  # not above: programs that sample without torch import this module
 
-    # Not torch.compiler.is_exporting(): before torch 2.13, what torch.compile traces takes it for true.
-    if torch.compiler._is_exporting_flag:
+    from . import torch_private
+
+    if torch_private.is_exporting():
         return True
-    if torch.compiler.is_compiling():
-        return False
-    c = torch._C
-    if c._is_tracing() or _transforms(torch):
-        return True
-    if not c._len_torch_dispatch_stack():
-        return False
-    modes = c._TorchDispatchModeKey
-    return any(c._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+    return not torch.compiler.is_compiling() and (torch_private.is_recording() or torch_private.is_transforming())
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is at work, in code that is not
+    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is active, in code that is not
     compiled."""
     import torch
 
-    return not torch.compiler.is_compiling() and _transforms(torch)
+    from . import torch_private
 
-
-def _transforms(torch: Any) -> bool:
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and torch_private.is_transforming()
 
 
 def why_not_triton(device: Any) -> str | None:

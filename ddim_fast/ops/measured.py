@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import native
+from . import native, torch_private
 
 __all__ = ["FASTER_IN_CPP", "bf16_products", "instruction_set", "is_faster_in_cpp"]
 
@@ -46,9 +46,9 @@ def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> b
 @functools.cache
 def bf16_products() -> str | None:
     """What PyTorch multiplies bfloat16 by on this CPU: amx, avx512_bf16, or None where it has no instructions for it."""
-    if not torch.cpu._is_avx512_bf16_supported() or (native.module and native.module.instruction_set() != "avx512"):
+    if not torch_private.has_avx512_bf16() or (native.module and native.module.instruction_set() != "avx512"):
         return None
-    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
+    return "amx" if torch_private.has_amx() else "avx512_bf16"
 
 
 def instruction_set(dtype: torch.dtype) -> str:

@@ -327,7 +327,7 @@ class TestWeightsOfSomebodyElse:
         torch.library.opcheck(torch.ops.ddim_fast.conv3x3_cached.default, (x, weight, None, None, True))
         compiled = torch.compile(conv3x3_cached, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_cached(x, weight, bias, residual=residual))
-        weight.data.mul_(2)
+        weight.mul_(2)
         assert torch.equal(compiled(x, weight, bias, residual=residual), conv3x3_cached(x, weight, bias, residual=residual))
 
 

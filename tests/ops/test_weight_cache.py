@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import sys
 import weakref
@@ -43,12 +44,13 @@ def test_each_key_has_its_own(weight):
     "change",
     [
         lambda w: w.add_(1),
-        lambda w: w.data.add_(1),
+        lambda w: w.copy_(torch.zeros_like(w)),
+        lambda w: w.detach().mul_(2),
         lambda w: w.view(-1)[-1:].add_(1) if w.is_contiguous() else w[-1, -1, -1, -1].add_(1),
         lambda w: setattr(w, "data", w.data.clone()),
         lambda w: forget(w),
     ],
-    ids=["in place", "through data", "one element", "other memory", "forgotten"],
+    ids=["add_", "copy_", "through a view", "one element", "other memory", "forgotten"],
 )
 def test_it_is_made_anew_when_the_weight_changes(weight, change):
     use = counted(weight)
@@ -57,14 +59,56 @@ def test_it_is_made_anew_when_the_weight_changes(weight, change):
     assert [use(), use()] == [2, 2]
 
 
-def test_of_weights_that_count_no_changes():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({"weight": torch.ones(4, 4), "bias": torch.ones(4)}),
+        lambda m: m.load_state_dict({"weight": torch.ones(4, 4), "bias": torch.ones(4)}, assign=True),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to(torch.bfloat16).to(torch.float32),
+        lambda m: nn.init.ones_(m.weight),
+        lambda m: torch.optim.SGD([m.weight], 1.0).step(),
+    ],
+    ids=["load_state_dict", "assigned", "dtype", "dtype and back", "initialised", "optimiser"],
+)
+def test_changes_of_a_module(change):
+    module = nn.Linear(4, 4)
+    module.weight.grad = torch.ones(4, 4)
+    cached(module.weight, "copy", module.weight.detach().clone)
+    change(module)
+    assert torch.equal(cached(module.weight, "copy", module.weight.detach().clone), module.weight)
+
+
+def test_other_memory_at_the_same_address_is_a_change():
+    """As an allocator gives it out: a version counter does not tell the two apart."""
+    weight = nn.Parameter(torch.zeros(64), requires_grad=False)
+    old, address = weight.data, weight.data_ptr()
+    cached(weight, "copy", weight.clone)
+    memory = (ctypes.c_float * 64).from_address(address)
+    weight.data = torch.frombuffer(memory, dtype=torch.float32)
+    assert weight.data_ptr() == address and weight._version == old._version == 0
+    weight.data.fill_(1)
+    assert torch.equal(cached(weight, "copy", weight.clone), torch.ones(64))
+
+
+def uncounted(kind):
+    """A weight, and a write into it that PyTorch does not count."""
+    if kind == "through data":
+        weight = nn.Parameter(torch.ones(100))
+        return weight, lambda: weight.data.mul_(2)
     with torch.inference_mode():
         weight = torch.ones(100)
-    use = counted(weight)
-    assert [use(), use()] == [1, 1]
-    with torch.inference_mode():
-        weight.mul_(2)
-    assert use() == 2
+    return weight, torch.inference_mode()(lambda: weight.mul_(2))
+
+
+@pytest.mark.parametrize("kind", ["through data", "of inference mode"])
+def test_writes_that_are_not_counted_need_forget(kind):
+    weight, write = uncounted(kind)
+    first = cached(weight, "copy", weight.detach().clone)
+    write()
+    assert cached(weight, "copy", weight.detach().clone) is first
+    forget(weight)
+    assert torch.equal(cached(weight, "copy", weight.detach().clone), weight)
 
 
 def test_of_weights_that_overlap_themselves():
