@@ -20,8 +20,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_map_only
 
+from ..ops import torch_private
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import conv3x3_cached
@@ -134,7 +134,7 @@ class FastGroupNormSiLU(nn.GroupNorm):
     been put there, or somebody watches one of the two, the norm alone.
 
     Attributes:
-        _fast_owner: the module whose ``conv_norm_out`` this is, in a tuple, so that it is no child.
+        _fast_parent: the module whose ``conv_norm_out`` this is, in a tuple, so that it is no child.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class FastGroupNormSiLU(nn.GroupNorm):
         return out
 
     def _is_followed(self) -> bool:
-        act = getattr(self._fast_owner[0], "conv_act", None)
+        act = getattr(self._fast_parent[0], "conv_act", None)
         return type(act) is FusedSiLU and is_untouched(act)
 
 
@@ -273,7 +273,7 @@ class CastInputs:
         self.dtype = dtype
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tree_map_only(Tensor, self._cast, (args, kwargs))
+        return torch_private.tree_map_only(Tensor, self._cast, (args, kwargs))
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value
@@ -328,7 +328,7 @@ def give_back(module: nn.Module) -> None:
         before = FAST[kind.__bases__[0]]
         body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{before.__name__}", (before,), body)
-    for name in ("_fast_dtype", "_fast_is_last", "_fast_owner"):
+    for name in ("_fast_dtype", "_fast_is_last", "_fast_parent"):
         vars(module).pop(name, None)
 
 
@@ -409,7 +409,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
     this ``kind``, if given."""
     if kind is not None and type(module) is not kind:
         return False
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module) and _pads_zeros(module)
+    return not torch_private.has_hooks(module) and "forward" not in vars(module) and _pads_zeros(module)
 
 
 def forget_weight(weight: Tensor) -> None:

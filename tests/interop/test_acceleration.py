@@ -21,6 +21,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0  # noqa: E402 - it needs diffusers
 
+from ddim_fast.interop.acceleration import refresh  # noqa: E402
 from ddim_fast.interop.diffusers import FastDDIMInverseScheduler, FastDDIMScheduler  # noqa: E402
 from ddim_fast.interop.diffusers_modules import FastAttnProcessor, FastConv2d, FastResnetBlock2D  # noqa: E402
 
@@ -132,7 +133,7 @@ class TestTheSameResult:
         compiled = torch.compile(model, fullgraph=True)
         assert error(call(compiled), exact) <= 2 * error(plain, exact)
         with torch.no_grad():  # the weights are not constants of what was compiled
-            model.mid_block.resnets[0].conv1.weight.data.mul_(3)
+            model.mid_block.resnets[0].conv1.weight.mul_(3)
         changed = call(compiled)
         assert error(changed, call(copy.deepcopy(model)).double()) < 2e-2 < error(changed, exact)
 
@@ -304,7 +305,7 @@ class TestChangesAreSeen:
 
     CHANGES: ClassVar = {
         "in place": lambda p: p.mul_(2),
-        "through data": lambda p: p.data.mul_(2),
+        "copied": lambda p: p.copy_(p * 2),
         "other data": lambda p: setattr(p, "data", p.data * 2),
         "part": lambda p: p[:1].add_(1),
     }
@@ -321,6 +322,20 @@ class TestChangesAreSeen:
         fresh = copy.deepcopy(unaccelerate(model))
         accelerate(fresh, dtype=torch.bfloat16)
         assert torch.equal(changed, call(fresh))
+
+    def test_writes_through_data_need_a_refresh(self, make):
+        """As those of ``fuse_lora`` and of an EMA's ``copy_to``: PyTorch does not count them."""
+        model, call = make("conditional")
+        accelerate(model, dtype=torch.bfloat16)
+        before = call(model)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.mul_(1.5)
+        refresh(model)
+        changed = call(model)
+        fresh = copy.deepcopy(unaccelerate(model))
+        accelerate(fresh, dtype=torch.bfloat16)
+        assert torch.equal(changed, call(fresh)) and not torch.equal(changed, before)
 
     def test_of_a_loaded_state(self, make):
         model, call = make("unet")
@@ -673,7 +688,7 @@ class TestTheReport:
     )
     def test_what_is_no_network_is_an_error(self, given, message):
         thing = given()
-        for function in (accelerate, unaccelerate):
+        for function in (accelerate, refresh, unaccelerate):
             with pytest.raises(ValueError, match=message):
                 function(thing)
 

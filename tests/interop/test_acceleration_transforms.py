@@ -20,7 +20,7 @@ from diffusers.hooks import apply_group_offloading  # noqa: E402 - it needs diff
 from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 
 from ddim_fast.interop.diffusers_modules import FAST, FastAttnProcessor  # noqa: E402
-from ddim_fast.ops.weight_cache import _known  # noqa: E402
+from ddim_fast.ops.weight_cache import _entries  # noqa: E402
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LATENT = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -229,7 +229,7 @@ class TestChangedAfterwards:
     def test_what_was_made_for_another_dtype_goes(self, network):
         def held(model: nn.Module) -> int:
             model(X.to(model.dtype), 5)
-            return sum(len(_known.get(parameter, ())) for parameter in model.parameters())
+            return sum(len(_entries.get(parameter, ())) for parameter in model.parameters())
 
         model = accelerated(network())
         first = held(model)
