@@ -33,6 +33,12 @@ def test_every_public_name_is_there_and_documented(name):
     assert getattr(ddim_fast, name).__doc__
 
 
+def test_a_name_of_its_own_module_is_the_same_object():
+    from ddim_fast.diffusion.sampler import Sampler
+
+    assert ddim_fast.Sampler is Sampler and ddim_fast.__all__ == sorted(ddim_fast.__all__) and len(ddim_fast.__all__) >= 17
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         _ = ddim_fast.nonesuch
