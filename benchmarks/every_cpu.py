@@ -28,7 +28,7 @@ from torch import Tensor
 from ddim_fast import UNet
 from ddim_fast.engine import Network
 from ddim_fast.engine.devices import bf16_is_fast, keep_memory
-from ddim_fast.models import unet
+from ddim_fast.models import unet_blocks
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
 from ddim_fast.ops.ddim_step import ddim_step, ddim_step_reference
@@ -71,12 +71,12 @@ def shapes_of(model: UNet, batch: int) -> dict[str, Counter]:
         seen["group_norm_silu"][tuple(x.shape), groups, silu, pre_shift is not None, 0 if skip is None else skip.shape[1]] += 1
         return group_norm_silu_reference(x, groups, *numbers, silu=silu, pre_shift=pre_shift, skip=skip)
 
-    originals = unet.conv3x3, unet.group_norm_silu
-    unet.conv3x3, unet.group_norm_silu = convolve, normalise
+    originals = unet_blocks.conv3x3, unet_blocks.group_norm_silu
+    unet_blocks.conv3x3, unet_blocks.group_norm_silu = convolve, normalise
     try:
         model(torch.randn(batch, *model.config.image_shape), torch.tensor(500))
     finally:
-        unet.conv3x3, unet.group_norm_silu = originals
+        unet_blocks.conv3x3, unet_blocks.group_norm_silu = originals
     return seen
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import inference
-from ..models.unet import batch_invariant
+from ..models.unet_blocks import batch_invariant
 from .degradations import LinearOperator
 from .restoration import Restoration
 from .sampler import Sampler

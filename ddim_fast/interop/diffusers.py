@@ -18,21 +18,20 @@ be set again after loading.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.step import step_coefficients
 from ..diffusion.timesteps import SPACINGS, select_timesteps
 from ..ops.ddim_step import ddim_step
+from .step_coefficients import StepCoefficients, between, why_not_finite
 
 try:
     from diffusers import DDIMInverseScheduler, DDIMScheduler
@@ -51,51 +50,31 @@ from diffusers.utils.torch_utils import randn_tensor
 __all__ = ["FastDDIMInverseScheduler", "FastDDIMScheduler"]
 
 _COMPATS = ("diffusers", "exact")
-_THEIR_SPACINGS = ("leading", "trailing", "linspace")
-
-# Numbers of diffusers' float32 operations that are right to this are kept by compat="exact": so both have the same bits there.
-_ROUNDING = 1e-5
-
-
-class _Coefficients(NamedTuple):
-    """The numbers of one step, each a float32 value.
-
-    Attributes:
-        signal, noise: sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) where the step starts.
-        to_signal, to_noise: sqrt(alphas_cumprod) where it ends, and what is left there for the predicted noise,
-            sqrt(1 - alphas_cumprod - sigma^2).
-        sigma: the standard deviation of the fresh noise.
-    """
-
-    signal: float
-    noise: float
-    to_signal: float
-    to_noise: float
-    sigma: float
+_DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
 
 
 class _FastScheduler:
-    """What the two schedulers do otherwise than diffusers': coefficients are computed once and on the host, and the images are
-    passed over less often.
+    """The common part of the two schedulers: coefficients are computed once, on the host, and a step makes fewer passes over
+    the images than diffusers'.
 
     Attributes:
         replaces: the scheduler in whose place :func:`ddim_fast.accelerate` put this one.
         _direction: 1 where the timesteps rise, -1 where they fall.
-        _made: the timesteps as set_timesteps made them, on their device.
-        _listed: their values.
+        _own_timesteps: the tensor that set_timesteps made, on its device.
+        _timestep_values: its values.
         _rising: with compat="exact", the same from the least noise to the most.
         _levels: alphas_cumprod on the host.
-        _known: coefficients computed so far, by what they depend on.
-        _has_warned: whether it has been said that diffusers' numbers are not finite.
+        _coefficient_cache: the coefficients computed so far.
+        _has_warned: whether a warning has said that diffusers' coefficients are not finite.
     """
 
     replaces: Any = None
     _direction: int
-    _made: Tensor | None = None
-    _listed: Sequence[int] = ()
+    _own_timesteps: Tensor | None = None
+    _timestep_values: Sequence[int] = ()
     _rising: Sequence[int] = ()
     _levels: Tensor
-    _known: dict[tuple[Any, ...], _Coefficients]
+    _coefficient_cache: dict[tuple[Any, ...], StepCoefficients]
     _has_warned = False
 
     @property
@@ -110,7 +89,15 @@ class _FastScheduler:
             return
         self._alphas_cumprod = value
         self._levels = value.cpu()
-        self._known = {}
+        self._coefficient_cache = {}
+
+    def _checked_options(self) -> dict[str, Any]:
+        """The options of diffusers' class: all but ``compat``, which is checked here."""
+        options = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        compat = options.pop("compat")
+        if compat not in _COMPATS:
+            raise ValueError(f"compat must be {' or '.join(map(repr, _COMPATS))}; got {compat!r}")
+        return options
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers'. In the place of another scheduler it is that one which is saved: the folder is to be loaded where this
@@ -142,10 +129,10 @@ class _FastScheduler:
             self.num_inference_steps = len(self._rising)
             self.timesteps = torch.tensor(self._rising[:: self._direction])
         else:
-            self._check_theirs(timesteps)
+            self._check_spacing(timesteps)
             super().set_timesteps(num_inference_steps)
-        self._listed = self.timesteps.tolist()
-        self.timesteps = self._made = self.timesteps.to(device)
+        self._timestep_values = self.timesteps.tolist()
+        self.timesteps = self._own_timesteps = self.timesteps.to(device)
 
     def _select(self, steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         """The timesteps of compat="exact", rising."""
@@ -161,34 +148,34 @@ class _FastScheduler:
         # A timestep that the spacing has twice would be a step to itself, which changes nothing.
         return np.unique(chosen).tolist()
 
-    def _check_theirs(self, timesteps: Sequence[int] | None) -> None:
-        """What compat="diffusers" has no right answer for."""
+    def _check_spacing(self, timesteps: Sequence[int] | None) -> None:
+        """Raises a ValueError for timesteps that compat="diffusers" would step through wrongly."""
         spacing = self.config.timestep_spacing
         if timesteps is not None:
-            wish = "timesteps of one's own"
-        elif spacing in SPACINGS and spacing not in _THEIR_SPACINGS:
-            wish = f"timestep_spacing = {spacing!r}"
+            request = "timesteps of one's own"
+        elif spacing in SPACINGS and spacing not in _DIFFUSERS_SPACINGS:
+            request = f"timestep_spacing = {spacing!r}"
         else:
             return
         raise ValueError(
-            f"{wish} needs compat='exact': with compat='diffusers' every step is taken to be "
+            f"{request} needs compat='exact': with compat='diffusers' every step is taken to be "
             "num_train_timesteps // num_inference_steps long"
         )
 
-    def _number(self, timestep: int | Tensor) -> int:
-        """The value of a timestep. An element of ``self.timesteps`` on a device is known by its place in memory: to read
-        it would be to wait for the device."""
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_listed(timestep):
-            return self._listed[timestep.storage_offset()]
+    def _value(self, timestep: int | Tensor) -> int:
+        """The value of a timestep. An element of ``self.timesteps`` on a GPU is identified by its place in memory, because
+        reading it would wait for the GPU."""
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_own_timestep(timestep):
+            return self._timestep_values[timestep.storage_offset()]
         return operator.index(timestep)
 
-    def _is_listed(self, timestep: Tensor) -> bool:
-        made = self._made
+    def _is_own_timestep(self, timestep: Tensor) -> bool:
+        own = self._own_timesteps
         return (
-            made is not None
+            own is not None
             and timestep.numel() == 1
-            and (timestep.device, timestep.dtype) == (made.device, made.dtype)
-            and timestep.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
+            and (timestep.device, timestep.dtype) == (own.device, own.dtype)
+            and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
         )
 
     def _below(self, timestep: int) -> int:
@@ -202,47 +189,9 @@ class _FastScheduler:
         place = bisect_left(self._rising, timestep)
         return self._rising[place - 1] if place else -1
 
-    def _between(self, start: Tensor, end: Tensor, eta: float = 0.0, sigma: Tensor | None = None) -> _Coefficients:
-        """The coefficients of a step between two noise levels, by diffusers' operations on 0-dim tensors: float64 would round
-        otherwise. With compat="exact" those that have lost digits to these operations are computed in float64 instead.
-
-        Raises:
-            ValueError: compat="exact", and there is no such step.
-        """
-        sigma = torch.zeros(()) if sigma is None else sigma
-        numbers = (start**0.5, (1 - start) ** 0.5, end**0.5, (1 - end - sigma**2) ** 0.5, sigma)
-        theirs = _Coefficients(*map(float, numbers))
-        if self.config.compat == "diffusers":
-            return theirs
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1]; got {eta}")
-        # A step to its own level, such as from no noise to none, draws no noise.
-        right = step_coefficients(float(start), float(end), 0.0 if start == end else eta, "v_prediction")
-        exact = (right.x0_from_sample, right.eps_from_sample, right.prev_from_x0, right.prev_from_eps, right.sigma)
-        kept = (a if math.isclose(a, b, rel_tol=_ROUNDING) else b for a, b in zip(theirs, exact, strict=True))
-        return _Coefficients(*kept)
-
-    def _check(self, c: _Coefficients, kind: str, rederives: bool | None) -> None:
-        """Says that the result of a step is not finite: with compat="exact" as an error, otherwise as a warning, once.
-
-        Raises:
-            ValueError: compat="exact", and what the network predicts does not determine the step.
-        """
-        if c.signal > 0 and c.noise > 0 and math.isfinite(c.to_noise) and math.isfinite(c.sigma):
-            return
-        if c.signal == 0 and kind == "epsilon":
-            reason = (
-                "at zero SNR (alphas_cumprod = 0) epsilon does not determine the image; take a network that predicts v or the "
-                "sample, or rescale_betas_zero_snr=False"
-            )
-        elif c.noise == 0 and (kind == "sample" or rederives):
-            reason = (
-                "without noise (alphas_cumprod = 1) the image does not determine epsilon; take set_alpha_to_one=False, or a "
-                "network that predicts epsilon or v, without use_clipped_model_output"
-            )
-        elif math.isnan(c.to_noise) or math.isnan(c.sigma):
-            reason = "in float32 the variance left for epsilon is rounded to below zero; compat='exact' is right here"
-        else:
+    def _check_finite(self, reason: str | None) -> None:
+        """An error with compat="exact" and a warning, once, otherwise, if there is a reason why a step is not finite."""
+        if reason is None:
             return
         if self.config.compat == "exact":
             raise ValueError(reason)
@@ -254,7 +203,7 @@ class _FastScheduler:
         self,
         output: Tensor,
         sample: Tensor,
-        c: _Coefficients,
+        c: StepCoefficients,
         *,
         thresholding: bool = False,
         use_clipped_model_output: bool | None = False,
@@ -264,7 +213,7 @@ class _FastScheduler:
         clip = self.config.clip_sample_range if self.config.clip_sample else None
         kind = self.config.prediction_type
         dtype = torch.promote_types(sample.dtype, output.dtype)
-        self._check(c, kind, use_clipped_model_output)
+        self._check_finite(why_not_finite(c, kind, use_clipped_model_output))
         multiples = None if thresholding or use_clipped_model_output else _multiples(kind, c, dtype)
         if multiples is not None and sample.shape == output.shape:
             moved = ddim_step(sample, output, (*multiples, c.to_signal, c.to_noise, 0.0), clip, out_dtype=dtype)
@@ -329,24 +278,7 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
         rescale_betas_zero_snr: bool = False,
         compat: str = "diffusers",
     ) -> None:
-        _check_compat(compat)
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            clip_sample=clip_sample,
-            set_alpha_to_one=set_alpha_to_one,
-            steps_offset=steps_offset,
-            prediction_type=prediction_type,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            clip_sample_range=clip_sample_range,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        super().__init__(**self._checked_options())
 
     def step(
         self,
@@ -378,7 +310,7 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
             ValueError: ``set_timesteps`` has not been called, ``prediction_type`` is unknown, there is a generator beside
                 ``variance_noise``; or with ``compat="exact"``, eta is out of range or the step is not determined.
         """
-        c = self._coefficients(self._number(timestep), float(eta))
+        c = self._coefficients(self._value(timestep), float(eta))
         prev_sample, x0 = self._move(
             model_output,
             sample,
@@ -399,14 +331,16 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
             prev_sample = _add(prev_sample, variance_noise * c.sigma)
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
-    def _coefficients(self, timestep: int, eta: float) -> _Coefficients:
+    def _coefficients(self, timestep: int, eta: float) -> StepCoefficients:
         below = self._below(timestep)
         key = (timestep, below, eta, self.final_alpha_cumprod)
-        c = self._known.get(key)
+        c = self._coefficient_cache.get(key)
         if c is None:
             start, end = self._levels[timestep], self._levels[below] if below >= 0 else self.final_alpha_cumprod
             variance = (1 - end) / (1 - start) * (1 - start / end)
-            c = self._known[key] = self._between(start, end, eta, eta * variance**0.5)
+            c = self._coefficient_cache[key] = between(
+                start, end, eta, eta * variance**0.5, exact=self.config.compat == "exact"
+            )
         return c
 
 
@@ -439,46 +373,26 @@ class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
         compat: str = "diffusers",
         **kwargs: Any,
     ) -> None:
-        _check_compat(compat)
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            clip_sample=clip_sample,
-            set_alpha_to_one=set_alpha_to_one,
-            steps_offset=steps_offset,
-            prediction_type=prediction_type,
-            clip_sample_range=clip_sample_range,
-            timestep_spacing=timestep_spacing,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-            **kwargs,
-        )
+        super().__init__(**self._checked_options(), **kwargs)
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> DDIMInverseSchedulerOutput | tuple[Tensor, Tensor]:
         """One step towards noise, to ``timestep``. Arguments, results and errors as :meth:`FastDDIMScheduler.step`."""
-        moved, x0 = self._move(model_output, sample, self._coefficients(self._number(timestep)))
+        moved, x0 = self._move(model_output, sample, self._coefficients(self._value(timestep)))
         return DDIMInverseSchedulerOutput(moved, x0) if return_dict else (moved, x0)
 
-    def _coefficients(self, timestep: int) -> _Coefficients:
+    def _coefficients(self, timestep: int) -> StepCoefficients:
         below = self._below(timestep)
         key = (timestep, below, self.initial_alpha_cumprod)
-        c = self._known.get(key)
+        c = self._coefficient_cache.get(key)
         if c is None:
             start = self._levels[below] if below >= 0 else self.initial_alpha_cumprod
-            c = self._known[key] = self._between(start, self._levels[timestep])
+            c = self._coefficient_cache[key] = between(start, self._levels[timestep], exact=self.config.compat == "exact")
         return c
 
 
-def _check_compat(compat: str) -> None:
-    if compat not in _COMPATS:
-        raise ValueError(f"compat must be {' or '.join(map(repr, _COMPATS))}; got {compat!r}")
-
-
-def _multiples(prediction_type: str, c: _Coefficients, dtype: torch.dtype) -> tuple[float, float, float, float] | None:
+def _multiples(prediction_type: str, c: StepCoefficients, dtype: torch.dtype) -> tuple[float, float, float, float] | None:
     """x_0 and epsilon as multiples of sample and output, for :func:`ddim_step` to make each result in one pass; None where
     these would not be diffusers' bits, nor in a narrow dtype better ones."""
     narrow = dtype in (torch.bfloat16, torch.float16)
@@ -491,7 +405,7 @@ def _multiples(prediction_type: str, c: _Coefficients, dtype: torch.dtype) -> tu
     return None
 
 
-def _predicted(prediction_type: str, output: Tensor, sample: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
+def _predicted(prediction_type: str, output: Tensor, sample: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
     """x_0 and epsilon, from what the network predicted. One of them may be ``output`` itself; the other is new."""
     if prediction_type == "epsilon":
         return _add(sample, output * -c.noise).div_(c.signal), output
@@ -502,7 +416,7 @@ def _predicted(prediction_type: str, output: Tensor, sample: Tensor, c: _Coeffic
     raise ValueError(f"prediction_type given as {prediction_type} must be one of `epsilon`, `sample`, or `v_prediction`")
 
 
-def _noise_beside(x0: Tensor, sample: Tensor, c: _Coefficients) -> Tensor:
+def _noise_beside(x0: Tensor, sample: Tensor, c: StepCoefficients) -> Tensor:
     """The epsilon that makes ``sample`` of ``x0``."""
     return _add(sample, x0 * -c.signal).div_(c.noise)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops.conv3x3 import conv3x3_components
-from .unet import Conv3x3, UNet
+from .unet import UNet
+from .unet_blocks import Conv3x3
 
 __all__ = ["quantise"]
 

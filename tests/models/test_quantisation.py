@@ -4,7 +4,7 @@ import torch
 from ddim_fast import Sampler, UNet, UNetConfig
 from ddim_fast.models import quantisation
 from ddim_fast.models.quantisation import quantise
-from ddim_fast.models.unet import Conv3x3
+from ddim_fast.models.unet_blocks import Conv3x3
 from ddim_fast.ops import native
 
 pytestmark = pytest.mark.skipif(

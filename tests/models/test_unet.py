@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddim_fast import UNet, UNetConfig
-from ddim_fast.models.unet import batch_invariant
+from ddim_fast.models.unet_blocks import batch_invariant
 
 SMALL = {
     "sample_size": 16,

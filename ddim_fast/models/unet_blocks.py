@@ -1,0 +1,255 @@
+"""The layers and blocks of :class:`ddim_fast.UNet`. They carry the names of diffusers' modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.attention import attention
+from ..ops.conv1x1 import conv1x1
+from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
+from ..ops.dispatch import is_observed
+from ..ops.group_norm_silu import group_norm_silu
+from .config import UNetConfig
+
+__all__ = [
+    "Attention",
+    "Conv3x3",
+    "Level",
+    "MidBlock",
+    "ResnetBlock",
+    "TimeEmbedding",
+    "batch_invariant",
+    "norm_silu",
+    "same_size",
+    "sinusoidal_embedding",
+]
+
+
+def sinusoidal_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
+    """sin | cos features of (N,) timesteps -> (N, base_channels), float32 (Vaswani et al. 2017, section 3.5)."""
+    half = config.base_channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - config.freq_shift)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)[None, :]
+    sin, cos = torch.sin(angles), torch.cos(angles)
+    embedding = torch.cat([cos, sin] if config.flip_sin_to_cos else [sin, cos], dim=-1)
+    return F.pad(embedding, (0, config.base_channels % 2))
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
+    """:func:`group_norm_silu` with the parameters of ``norm``."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+
+
+def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.Module | None = None) -> Tensor:
+    """``operator`` on tensors of N images; a single image is the same to the last bit as in a batch.
+
+    On a CPU, some of torch's convolutions sum in another order for a single image: small ones go to another library, and
+    threads divide the image where they would divide the batch. In eager inference such an operator gets the image twice.
+
+    Args:
+        owner: the operator's module. Its attribute ``batch_invariant`` can switch this off, and one test on noise for each
+            shape finds out whether the operator sums in another order at all. None always gives the image twice.
+    """
+    x = images[0]
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] != 1 or torch.compiler.is_compiling() or is_observed():
+        return operator(*images)
+    if owner is not None and not (getattr(owner, "batch_invariant", True) and _depends_on_batch(operator, images, owner)):
+        return operator(*images)
+    return operator(*(t.expand(2, -1, -1, -1) for t in images))[:1]
+
+
+# The answers of _depends_on_batch, by module, and by its arguments' shapes.
+_batch_dependence: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+def _depends_on_batch(operator: Callable[..., Tensor], images: tuple[Tensor, ...], owner: nn.Module) -> bool:
+    """Whether ``operator`` sums in another order for one image than for two."""
+    answers = _batch_dependence.setdefault(owner, {})
+    key = (torch.get_num_threads(), *((t.shape, t.dtype) for t in images))
+    if key not in answers:
+        generator = torch.Generator().manual_seed(0)
+        pair = [t.expand(2, -1, -1, -1).clone().normal_(generator=generator) for t in images]
+        answers[key] = not torch.equal(operator(*(t[:1] for t in pair)), operator(*pair)[:1])
+    return answers[key]
+
+
+class RowLinear(nn.Linear):
+    """A linear layer on (N, features) embeddings whose row i does not depend on N.
+
+    BLAS chooses its kernel, and with it the order of summation, by the number of rows. In eager inference on a CPU the rows are
+    multiplied in blocks of one fixed size, so that an image is the same to the last bit in every batch. On a GPU other
+    operators choose by the batch, too, and the blocks would only cost launches.
+    """
+
+    ROWS = 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return super().forward(x)
+        blocks = F.pad(x, (0, 0, 0, -len(x) % self.ROWS)).split(self.ROWS)
+        return torch.cat([F.linear(block, self.weight, self.bias) for block in blocks])[: len(x)]
+
+
+def same_size(config: UNetConfig) -> dict[str, Any]:
+    """The options of a convolution that keeps the image's size: 3x3, or 1x3 in a one-dimensional network."""
+    return {"kernel_size": (1, 3), "padding": (0, 1)} if config.one_dimensional else {"kernel_size": 3, "padding": 1}
+
+
+class Conv3x3(nn.Conv2d):
+    """:func:`conv3x3` with its weight; :meth:`prepare` transforms the weight for inference."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, **same_size(config))
+        self.prepared: Prepared | None = None
+
+    def prepare(self, dtype: torch.dtype, limits: Tensor | None = None, *, size: tuple[int, int] | None = None) -> None:
+        """:func:`prepare_conv3x3` for images in ``dtype``."""
+        self.prepared = prepare_conv3x3(self.weight, dtype, limits, size=size)
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
+    ) -> Tensor:
+        """Adds the given bias, not the module's own; options as of :func:`conv3x3`."""
+
+        def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return conv3x3(x, self.weight, bias, residual=residual, upsample=upsample, prepared=self.prepared)
+
+        images = (x,) if residual is None else (x, residual)
+        return batch_invariant(convolve, *images, owner=self) if self.prepared is None else convolve(*images)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = RowLinear(channels, time_dim)
+        self.linear_2 = RowLinear(time_dim, time_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
+        self.conv1 = Conv3x3(config, in_channels, out_channels)
+        self.time_emb_proj = RowLinear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = Conv3x3(config, out_channels, out_channels)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
+        """``shift``, (N, C), is the first convolution's bias and the block's share of the embedding. ``skip`` continues x along
+        the channels; the concatenation is not made."""
+        h = self.conv1(norm_silu(self.norm1, x, skip=skip))
+        h = self.dropout(norm_silu(self.norm2, h, pre_shift=shift))
+        if self.conv_shortcut is None:
+            return self.conv2(h, self.conv2.bias, residual=x if skip is None else torch.cat([x, skip], dim=1))
+        weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias
+        residual = conv1x1(x, weight[:, : x.shape[1]])
+        if skip is not None:
+            residual = conv1x1(skip, weight[:, x.shape[1] :], residual)
+        return self.conv2(h, bias, residual=residual)
+
+
+class Attention(nn.Module):
+    """Self-attention over the H*W positions."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.heads = 1 if config.attention_head_dim is None else channels // config.attention_head_dim
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def fold(self) -> None:
+        """Makes two linear layers of the four, for inference with one head: the tokens are their own keys and values.
+
+        Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the
+        attention matrix P sums to 1, so that the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
+        """
+        if self.heads > 1:
+            return
+        wq, wk, wv, wo = (f.weight.double() for f in (self.to_q, self.to_k, self.to_v, self.to_out[0]))
+        bq, bv, bo = (f.bias.double() for f in (self.to_q, self.to_v, self.to_out[0]))
+        for linear, weight, bias in ((self.to_q, wk.T @ wq, wk.T @ bq), (self.to_out[0], wo @ wv, wo @ bv + bo)):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        self.to_k = self.to_v = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        tokens = norm_silu(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
+        projections = (tokens if f is None else f(tokens) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in projections)
+        attended = batch_invariant(attention, q, k, v, owner=self).transpose(1, 2).flatten(2)
+        return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
+
+
+class Downsample(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        options = same_size(config)
+        is_image = not config.one_dimensional
+        # Right and bottom only, or on both sides in the convolution.
+        self.pad = None if config.downsample_padding else (0, 1, 0, int(is_image))
+        if self.pad is not None:
+            options["padding"] = 0
+        self.conv = nn.Conv2d(channels, channels, stride=(1 + is_image, 2), **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return batch_invariant(self.conv, x if self.pad is None else F.pad(x, self.pad), owner=self.conv)
+
+
+class Upsample(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(config, channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.conv.bias, upsample=True)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, on the way down (``resampler='downsamplers'``) or up (``'upsamplers'``)."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_channels: list[int],
+        channels: int,
+        time_dim: int,
+        has_attention: bool,
+        resampler: str | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(config, c, channels, time_dim) for c in in_channels)
+        self.attentions = nn.ModuleList(Attention(config, channels) for _ in in_channels) if has_attention else None
+        down, up = resampler == "downsamplers", resampler == "upsamplers"
+        self.downsamplers = nn.ModuleList([Downsample(config, channels)]) if down else None
+        self.upsamplers = nn.ModuleList([Upsample(config, channels)]) if up else None
+
+    def attend(self, i: int, h: Tensor) -> Tensor:
+        """The attention after residual block ``i``, where this level has any."""
+        return h if self.attentions is None else self.attentions[i](h)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(config, channels)])
+        self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, time_dim) for _ in range(2))
+
+    def forward(self, x: Tensor, first_shift: Tensor, second_shift: Tensor) -> Tensor:
+        h = self.attentions[0](self.resnets[0](x, first_shift))
+        return self.resnets[1](h, second_shift)
