@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..engine import ENGINES, select_engine
-from ..engine.devices import keep_memory
 from ..models.unet import UNet
+from ..ops.devices import keep_memory
 from ..ops.weight_cache import forget
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
 from .diffusers_modules import (
