@@ -26,12 +26,12 @@ from peers import network, relative_error
 from torch import Tensor
 
 from ddim_fast import UNet
-from ddim_fast.engine import Network
-from ddim_fast.engine.devices import bf16_is_fast, keep_memory
+from ddim_fast.diffusion.network import Network
 from ddim_fast.models import unet_blocks
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
 from ddim_fast.ops.ddim_step import ddim_step, ddim_step_reference
+from ddim_fast.ops.devices import bf16_is_fast, keep_memory
 from ddim_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from ddim_fast.ops.measured import instruction_set, is_faster_in_cpp
 
@@ -203,7 +203,7 @@ def _evaluation(model: UNet, batch: int, backend: str) -> Callable[[], Tensor]:
 
     def evaluate() -> Tensor:
         os.environ["DDIM_FAST_BACKEND"] = backend
-        return ready(x, conditions, index)
+        return ready(x, conditions, index)[0]
 
     return evaluate
 

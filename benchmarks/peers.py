@@ -21,10 +21,10 @@ from measure import DEVICE
 from torch import Tensor
 
 from ddim_fast import UNet, UNetConfig
-from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.models.checkpoint import packaged_models
 from ddim_fast.models.formats.diffusers import fold_class, save_diffusers
 from ddim_fast.ops import native
+from ddim_fast.ops.devices import bf16_is_fast
 
 __all__ = [
     "DTYPES",

@@ -13,8 +13,8 @@ from peers import DTYPES, relative_error
 
 from ddim_fast import Sampler, UNet
 from ddim_fast.engine import fastest_engine
-from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.ops import native
+from ddim_fast.ops.devices import bf16_is_fast
 
 STEPS = 20
 IMAGES = 32 if DEVICE == "cpu" else 512

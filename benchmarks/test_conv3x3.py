@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from measure import DEVICE, run_in_turns
 from peers import DTYPES, relative_error
 
-from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_components, prepare_conv3x3
+from ddim_fast.ops.devices import bf16_is_fast
 
 BATCH = 8
 

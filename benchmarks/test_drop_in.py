@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 diffusers = pytest.importorskip("diffusers")
 
 from ddim_fast import accelerate  # noqa: E402
-from ddim_fast.engine.devices import bf16_is_fast  # noqa: E402
 from ddim_fast.interop.diffusers import FastDDIMScheduler  # noqa: E402 - it needs diffusers
+from ddim_fast.ops.devices import bf16_is_fast  # noqa: E402
 
 SCHEDULERS = {"diffusers": diffusers.DDIMScheduler, "fast-scheduler": FastDDIMScheduler}
 BATCHES = [1, 64, 512, 16384] if DEVICE == "cuda" else [1, 64, 2048]

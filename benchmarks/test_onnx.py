@@ -13,9 +13,9 @@ from measure import DEVICE, run_in_turns
 from peers import network, relative_error
 
 from ddim_fast import Sampler, UNet
-from ddim_fast.engine.devices import bf16_is_fast
 from ddim_fast.models.checkpoint import packaged_models
 from ddim_fast.ops import native
+from ddim_fast.ops.devices import bf16_is_fast
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

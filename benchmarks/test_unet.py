@@ -11,7 +11,7 @@ from measure import CALLS, DEVICE, matmul_rate, repeated, run_in_turns
 from peers import DTYPES, IMPLEMENTATIONS, PEERS, network, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddim_fast.engine import Network
+from ddim_fast.diffusion.network import Network
 
 NETWORKS = ["cifar10-128"] if DEVICE == "cuda" else ["cifar10-128", "cifar10-64"]
 BATCHES = [1, 8, 64, 512] if DEVICE == "cuda" else [1, 8]
@@ -25,10 +25,10 @@ def _ours(model, implementation, dtype, x):
     conditions = ours.conditions(T[None], None, guided=False)
     index = torch.zeros((), dtype=torch.int64, device=DEVICE)
     if dtype == torch.int8:
-        ours.quantise(lambda: ours(x, conditions, index))
+        ours.quantise(lambda: ours(x, conditions, index)[0])
     if implementation == "eager":
-        return lambda x, t: ours(x, conditions, index)
-    return torch.compile(lambda x, t: ours(x, conditions, index), fullgraph=True, dynamic=False)
+        return lambda x, t: ours(x, conditions, index)[0]
+    return torch.compile(lambda x, t: ours(x, conditions, index)[0], fullgraph=True, dynamic=False)
 
 
 @pytest.mark.timeout(600)

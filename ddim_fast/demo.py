@@ -18,10 +18,10 @@ from .cli.parser import CommandParser, run_command
 from .cli.samplers import load_sampler, require_pictures
 from .diffusion.degradations import Mask
 from .diffusion.interpolation import slerp
-from .engine.devices import pick_device
 from .io.decoding import opaque
 from .io.pictures import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
+from .ops.devices import pick_device
 
 if TYPE_CHECKING:
     import gradio

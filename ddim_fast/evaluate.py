@@ -26,7 +26,6 @@ from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .engine import fastest_engine
-from .engine.devices import pick_device
 from .evaluation.inception import FeatureNetwork, load_inception
 from .evaluation.measures import (
     SampleSet,
@@ -47,6 +46,7 @@ from .io.processes import Processes
 from .models.checkpoint import DEFAULT_MODEL, save_timesteps
 from .models.checksum import weights_checksum
 from .models.unet import UNet
+from .ops.devices import pick_device
 
 _EXAMPLES = """\
   python -m ddim_fast.evaluate --fetch-inception

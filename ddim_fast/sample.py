@@ -31,13 +31,13 @@ from .diffusion.guidance import guided_steps
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
-from .engine.devices import pick_device
 from .io.pictures import check_channels, image_format, image_grid, save_gif, save_image
 from .io.processes import Processes
 from .jobs.outputs import Batches, FileFolder, NpzFile, Output, PngFolder
 from .jobs.sampling import Job, JobStep
 from .models.checkpoint import DEFAULT_MODEL, resolve_model
 from .models.checksum import weights_checksum
+from .ops.devices import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor

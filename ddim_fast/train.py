@@ -28,7 +28,6 @@ from .data.record import DATA_RECORD, DataRecord
 from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .engine import why_not_compiled
-from .engine.devices import bf16_is_fast, pick_device
 from .interop.autoencoder import load_autoencoder
 from .io.files import atomic_write
 from .io.pictures import image_grid, save_image
@@ -40,6 +39,7 @@ from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, pres
 from .models.formats.diffusers import fold_class
 from .models.growth import enclose
 from .models.unet import UNet
+from .ops.devices import bf16_is_fast, pick_device
 from .training.averages import snapshots
 from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..diffusion.step import SIGMA_HAT
+from ..io.files import cache_folder
 
 __all__ = [
     "CommandParser",
@@ -66,6 +67,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1. Warnings of
     this package are a line each."""
     warnings.formatwarning = _format_warning
+    # torch.compile would write to a temporary folder, which does not last.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     try:
         main()
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:

@@ -40,7 +40,7 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
     import torch
 
-    from ..engine.devices import bf16_is_fast
+    from ..ops.devices import bf16_is_fast
 
     if name == "auto":
         return torch.bfloat16 if compiled and bf16_is_fast(device) else torch.float32
@@ -75,7 +75,7 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
 
 def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: str = "auto") -> AnySampler:
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
-    from ..engine.devices import pick_device
+    from ..ops.devices import pick_device
 
     settle_steps(parser, arguments)
     with parser.usage_errors():

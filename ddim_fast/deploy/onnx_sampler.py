@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..diffusion.guidance import guided_steps
-from ..diffusion.request import check_batch_size, check_request
+from ..diffusion.guidance import apply_guidance, guided_steps
+from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
@@ -129,20 +129,17 @@ class OnnxSampler:
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
         """
-        batch_size = check_batch_size(batch_size)
         request = self._request(seeds, x_T, labels, guidance, guidance_interval)
-        images = np.empty((len(request.seeds), *self.config.image_shape), np.float32)
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            batch = request.part(part)
+        parts = [np.empty((0, *self.config.image_shape), np.float32)]
+        for batch, _ in request.batches(batch_size):
             if self.runs_whole and on_step is None and request.guidance_interval is None:
-                images[part] = self._whole(batch)
+                parts.append(self._whole(batch))
             else:
                 for state in self._steps(batch):
                     if on_step is not None:
                         on_step(state)
-                images[part] = state.x
-        return images
+                parts.append(state.x)
+        return np.concatenate(parts)
 
     def trajectory(
         self,
@@ -176,19 +173,19 @@ class OnnxSampler:
         """
         _ = self._sampler if self.runs_whole else self._network
 
-    def _whole(self, batch: _Request) -> np.ndarray:
-        x = batch.start(self.config.image_shape)
+    def _whole(self, batch: Request) -> np.ndarray:
+        x = self._start(batch)
         inputs = {"seeds": batch.seeds, "x_T": x}
         if self.config.num_classes is not None:
             guidance = 1.0 if batch.guidance is None else batch.guidance
             inputs |= {"labels": batch.labels, "guidance": np.array(guidance, np.float32)}
         return self._sampler(inputs, x.shape)
 
-    def _steps(self, batch: _Request) -> Iterator[SamplerState]:
+    def _steps(self, batch: Request) -> Iterator[SamplerState]:
         count, solver = len(batch.seeds), self.solver
         inputs: dict[str, np.ndarray] = {}
         guided_at = guided_steps(self.timesteps, batch.guidance, batch.guidance_interval)
-        state: tuple[np.ndarray, ...] = (batch.start(self.config.image_shape),) * (1 + solver.memory)
+        state: tuple[np.ndarray, ...] = (self._start(batch),) * (1 + solver.memory)
         for i, (timestep, guided) in enumerate(zip(self.timesteps.tolist(), guided_at, strict=True)):
             x = state[0]
             if self.config.num_classes is not None:
@@ -198,8 +195,7 @@ class OnnxSampler:
             inputs["timesteps"] = np.full(len(inputs["x"]), timestep)
             output = self._network(inputs, inputs["x"].shape)
             if guided:
-                unconditional, conditional = output[:count], output[count:]
-                output = unconditional + np.float32(batch.guidance) * (conditional - unconditional)
+                output = apply_guidance(output[:count], output[count:], np.float32(batch.guidance))
             if isinstance(solver, DDIMUpdate):
                 seeds = batch.seeds if solver.stochastic else None
                 state = (ddim_step_numpy(x, output, solver.table[i], solver.clip, seeds=seeds, step=i),)
@@ -217,23 +213,26 @@ class OnnxSampler:
 
     def _request(
         self, seeds: Any, x_T: Any, labels: Any, guidance: float | None, guidance_interval: Sequence[int] | None
-    ) -> _Request:
-        """What is asked for, checked."""
-        x_T = None if x_T is None else _as_array(x_T)
-        checked = check_request(
+    ) -> Request:
+        """The arguments of :meth:`sample`, checked; without labels those of a class-conditional network are "no class", and
+        without seeds, which nothing is drawn from then, they are 0."""
+        request = Request.check(
             self.config,
             stochastic=self.solver.stochastic,
             seeds=seeds,
-            x_T=x_T,
+            x_T=None if x_T is None else _as_array(x_T),
             labels=labels,
             guidance=guidance,
             guidance_interval=guidance_interval,
         )
-        labels, classes = checked.labels, self.config.num_classes
+        count, classes, labels = len(request), self.config.num_classes, request.labels
         if labels is None and classes is not None:
-            labels = np.full(checked.count, classes, np.int64)
-        seeds = np.array([0] * checked.count if checked.seeds is None else checked.seeds, np.int64)
-        return _Request(seeds, x_T, labels, checked.guidance, checked.guidance_interval)
+            labels = np.full(count, classes, np.int64)
+        return replace(request, seeds=np.zeros(count, np.int64) if request.seeds is None else request.seeds, labels=labels)
+
+    def _start(self, batch: Request) -> np.ndarray:
+        """The noise to start from; not drawn before it is needed, for a request may be large."""
+        return seeded_noise_numpy(batch.seeds, INITIAL_NOISE, self.config.image_shape) if batch.x_T is None else batch.x_T
 
 
 def _as_array(x_T: Any) -> np.ndarray:
@@ -243,23 +242,3 @@ def _as_array(x_T: Any) -> np.ndarray:
         return np.ascontiguousarray(x_T, np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"x_T is an array of numbers; got {type(x_T).__name__}") from None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is sampled: seeds, (N,) int64; x_T, (N, C, H, W), or None; labels, (N,) int64, or None without classes; guidance."""
-
-    seeds: np.ndarray
-    x_T: np.ndarray | None
-    labels: np.ndarray | None
-    guidance: float | None
-    guidance_interval: tuple[int, int] | None
-
-    def part(self, rows: slice) -> _Request:
-        """Some of the images."""
-        x_T, labels = (None if array is None else array[rows] for array in (self.x_T, self.labels))
-        return replace(self, seeds=self.seeds[rows], x_T=x_T, labels=labels)
-
-    def start(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The noise to start from; not drawn before it is needed, for a request may be large."""
-        return seeded_noise_numpy(self.seeds, INITIAL_NOISE, shape) if self.x_T is None else self.x_T

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, helper
 
+from ..diffusion.guidance import apply_guidance
 from ..diffusion.solvers import Solver
 from ..models.config import UNetConfig
 from ..ops.noise import INITIAL_NOISE, box_muller, seeded_words
@@ -123,7 +124,7 @@ class _Run:
             outputs = graph.inline(self.denoise, {"x": doubled, "condition": condition}, name, share)
             # Where nothing is guided both are the same, and their difference is exactly zero.
             unconditional, conditional = outputs.rows(0, self.count.inside(graph)), outputs.rows(unlabelled)
-            output = unconditional + self.guidance.inside(graph) * (conditional - unconditional)
+            output = apply_guidance(unconditional, conditional, self.guidance.inside(graph))
         columns = self.solver.table.shape[1]
         coefficients = graph.ops("Split", row, dtypes=[np.float32] * columns, num_outputs=columns)
         noise = _noise(graph, self.seeds.inside(graph), index, self.config.image_shape) if self.solver.stochastic else None

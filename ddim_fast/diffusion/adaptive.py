@@ -40,9 +40,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .denoiser import Denoiser
+from .prediction import prediction_coefficients
 from .sampler import Sampler
 from .schedule import NoiseSchedule
-from .step import step_coefficients
 from .timesteps import select_timesteps
 
 __all__ = ["cheapest_paths", "fit_timesteps", "step_errors", "whitening"]
@@ -90,7 +91,8 @@ def fit_timesteps(
     schedule = NoiseSchedule.from_config(model.config)
     total = schedule.num_train_timesteps
     most = min(most, total)
-    exact = Sampler(model, steps=total, spacing="linear")
+    denoiser = Denoiser(model)
+    exact = Sampler(denoiser, steps=total, spacing="linear")
     gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).astype(np.int64))
     tried = len(_ERROR_POWER) * (len(_WHITENED) * len(_GAIN_POWERS) + len(_RIVALS)) * sum(s for s in _MEASURED if s <= most)
     count = _Count(on_step, total + 2 * _FLOW_STEPS * len(gains_at) + tried)
@@ -106,7 +108,7 @@ def fit_timesteps(
     followed = []
     for j in gains_at:
         error = error_of(int(np.abs(errors[:j, j] - _FOLLOWED).argmin()), int(j))
-        followed.append((error, _follow(model, exact.timesteps, int(j), x[j], error, labels)))
+        followed.append((error, _follow(denoiser, exact.timesteps, int(j), x[j], error, labels)))
         count.add(2 * _FLOW_STEPS)
 
     @functools.cache
@@ -126,7 +128,7 @@ def fit_timesteps(
 
     @functools.cache
     def missed(solver: str, timesteps: tuple[int, ...]) -> tuple[float, float]:
-        sampler = Sampler(model, steps=None, spacing=timesteps, solver=solver)
+        sampler = Sampler(denoiser, steps=None, spacing=timesteps, solver=solver)
         difference = sampler.sample(x_T=x[0], labels=labels).cpu() - x[-1]
         count.add(len(timesteps))
         return _size(difference), _size(whiten(difference))
@@ -172,10 +174,10 @@ def step_errors(
     """
     total = len(output)
     levels = np.append(schedule.alphas_cumprod[::-1], 1.0)
-    reading = np.array([step_coefficients(float(level), 1.0, 0.0, prediction_type)[:4] for level in levels[:-1]])
+    prediction = np.array([prediction_coefficients(float(level), prediction_type) for level in levels[:-1]])
     signal, noise = np.sqrt(levels), np.sqrt(1 - levels)
-    from_x = np.outer(reading[:, 0], signal) + np.outer(reading[:, 2], noise)
-    from_output = np.outer(reading[:, 1], signal) + np.outer(reading[:, 3], noise)
+    from_x = np.outer(prediction[:, 0], signal) + np.outer(prediction[:, 2], noise)
+    from_output = np.outer(prediction[:, 1], signal) + np.outer(prediction[:, 3], noise)
 
     flat, out = x.flatten(1).double(), output.flatten(1).double()
     xx, ox = ((rows @ flat.T / flat.shape[1]).numpy() for rows in (flat, out))
@@ -245,12 +247,14 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
     return paths
 
 
-def _follow(model: nn.Module, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None) -> Tensor:
+def _follow(
+    denoiser: Denoiser, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None
+) -> Tensor:
     """What ``error`` in the state at place j of ``timesteps`` has become in the image."""
     # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
-    flow = Sampler(model, steps=None, spacing=timesteps[places].tolist())
+    flow = Sampler(denoiser, steps=None, spacing=timesteps[places].tolist())
     exact, wrong = (flow.sample(x_T=start, labels=labels).cpu() for start in (x, x + error))
     return wrong - exact
 

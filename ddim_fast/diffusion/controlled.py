@@ -1,4 +1,4 @@
-"""Sampling with a step size that is controlled while sampling: given a tolerance, each image takes the steps that it needs.
+"""Sampling with an error-controlled step size: given a tolerance, each image takes the steps that it needs.
 
 With the network's prediction of x_0 as a function of l = log(alpha / sigma), half the log-SNR, the ODE is solved exactly by
 (Lu et al. 2022b, eq. 9)
@@ -26,18 +26,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine import inference
+from ..ops.scalars import is_finite
+from .denoiser import Denoiser
+from .loop import initial_noise
+from .prediction import prediction_coefficients
+from .request import Request
 from .schedule import NoiseSchedule
-from .step import step_coefficients
 
-__all__ = ["solve_controlled"]
+__all__ = ["check_tolerance", "sample_controlled", "solve_controlled"]
 
-# Of the first step nothing is known yet: it is this share of the whole way in l.
+# The length of the first step, of which nothing is known yet, as a share of the whole way in l.
 _FIRST_STEP = 0.12
 
 # The next step is _SAFETY times what the estimate allows, and so many times as long as the last one at least and at most.
 _SAFETY, _SHRINK, _GROWTH = 0.7, 0.3, 2.0
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str, reuse: int) -> None:
+    """Sees that a sampler's options allow for a tolerance.
+
+    Raises:
+        ValueError: they do not, or it is no positive number.
+    """
+    if not is_finite(tolerance) or tolerance <= 0:
+        raise ValueError(f"tolerance must be a positive number; got {tolerance!r}")
+    if engine not in ("auto", "eager"):
+        raise ValueError(
+            f"the {engine} engine prepares a run of fixed steps, and with a tolerance each image takes steps of its own; "
+            "use engine eager, or fixed steps"
+        )
+    if reuse != 1:
+        raise ValueError(f"reuse={reuse} needs fixed steps; with a tolerance each image takes steps of its own")
+    if eta != 0 or solver != "ddim":
+        raise ValueError(
+            f"a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
+        )
+
+
+@inference()
+def sample_controlled(
+    denoiser: Denoiser, request: Request, tolerance: float, clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The images of a request, as tensors, and (N,) int64 network evaluations of each; see :func:`solve_controlled`."""
+    index = torch.zeros((), dtype=torch.int64, device=denoiser.device)
+
+    def evaluate(x: Tensor, timesteps: Tensor, which: Tensor) -> Tensor:
+        labels = None if request.labels is None else request.labels[which]
+        conditions = denoiser.conditions_each(timesteps, labels, request.guidance, request.guidance_interval)
+        return denoiser(x, conditions, index)[0]
+
+    x, prediction_type = initial_noise(request, denoiser), denoiser.config.prediction_type
+    images, evaluations = solve_controlled(evaluate, x, denoiser.schedule, prediction_type, tolerance, clip)
+    twice = request.guidance is not None and denoiser.guide is None
+    return images, evaluations.cpu() * (2 if twice else 1)
 
 
 def solve_controlled(
@@ -61,8 +105,8 @@ def solve_controlled(
     levels = schedule.alphas_cumprod[::-1]
     signal, sigma = (torch.from_numpy(np.sqrt(part)).to(device) for part in (levels, 1 - levels))
     where = torch.from_numpy(_half_log_snr(levels)).to(device)
-    reading = [step_coefficients(float(level), 1.0, 0.0, prediction_type)[:2] for level in levels]
-    reading = torch.tensor(reading, dtype=torch.float64, device=device)
+    prediction = [prediction_coefficients(float(level), prediction_type)[:2] for level in levels]
+    prediction = torch.tensor(prediction, dtype=torch.float64, device=device)
     last = total - 1
     end = where[last]  # the image is what the network predicts at timestep 0
 
@@ -75,7 +119,7 @@ def solve_controlled(
     def predicted_image(x: Tensor, place: Tensor, which: Tensor) -> Tensor:
         output = evaluate(x, total - 1 - place, which)
         evaluations[which] += 1
-        from_x, from_output = (_per_image(column) for column in reading[place].unbind(1))
+        from_x, from_output = (_per_image(column) for column in prediction[place].unbind(1))
         x0 = from_x * x + from_output * output
         return x0 if clip is None else x0.clamp(-clip, clip)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops.scalars import is_finite, plain
+from .request import as_tensor
 from .sampler import Sampler
-from .tensor_request import as_tensor
 
 __all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
 

@@ -1,26 +1,27 @@
-"""Guidance: leaning towards a condition."""
+"""Classifier-free, auto- and classifier guidance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from ..models.config import UNetConfig
 from ..ops.scalars import is_finite, is_whole, plain
+from .prediction import prediction_coefficients
 from .schedule import NoiseSchedule
-from .step import Array, step_coefficients
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from ..models.config import UNetConfig
-    from .sampler import Sampler
 
 __all__ = [
     "ClassifierGuidance",
     "Gradient",
+    "apply_guidance",
     "check_guidance",
     "check_guide",
     "check_interval",
@@ -30,6 +31,34 @@ __all__ = [
 
 # (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect to x_t: see ddim_fast.Sampler.sample.
 Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
+
+# Torch's or numpy's.
+Array: TypeAlias = Any
+
+
+class OnDevice(Protocol):
+    """A sampler or a denoiser: its noise schedule, and where it computes."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def apply_guidance(unconditional: Any, conditional: Any, scale: Any) -> Any:
+    """The guided prediction, unconditional + scale (conditional - unconditional).
+
+    Classifier-free guidance (Ho and Salimans 2022, eq. 6) takes both from one network, with the label and without it;
+    autoguidance (Karras et al. 2024) takes ``unconditional`` from a worse network. Any prediction linear in x_0 can be guided.
+
+    Args:
+        unconditional, conditional: tensors, arrays or values of a graph.
+        scale: a number of the same kind.
+    """
+    if hasattr(unconditional, "lerp"):  # a tensor, whose lerp is one pass over memory
+        return unconditional.lerp(conditional, scale)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False) -> float | None:
@@ -99,7 +128,7 @@ def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, 
     return (guidance not in (None, 1)) & (timesteps >= low) & (timesteps <= high)
 
 
-def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: Sampler) -> Gradient:
+def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: OnDevice) -> Gradient:
     """The gradient of classifier guidance for a condition on the image itself, such as its brightness, or what a classifier of
     clean images says.
 
@@ -128,8 +157,8 @@ def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: Sam
 
 
 class ClassifierGuidance:
-    """What classifier guidance makes of the network's output: that of which epsilon is
-    epsilon - sqrt(1 - alphas_cumprod) gradient (Dhariwal and Nichol 2021, algorithm 2 and eq. 14).
+    """Moves the network's output so that its epsilon becomes epsilon - sqrt(1 - alphas_cumprod) gradient (Dhariwal and Nichol
+    2021, algorithm 2 and eq. 14).
 
     Args:
         gradient: see :meth:`ddim_fast.Sampler.sample`.
@@ -147,7 +176,7 @@ class ClassifierGuidance:
         self._gradient, self._timesteps, self._clip = gradient, timesteps, clip
         rows = []
         for level in map(float, alphas_cumprod):
-            from_sample, from_output, _, eps_from_output = step_coefficients(level, 1.0, 0.0, prediction_type)[:4]
+            from_sample, from_output, _, eps_from_output = prediction_coefficients(level, prediction_type)
             # With no signal x_t says nothing of the condition: the gradient is zero, and no output stands for another epsilon.
             shift = -math.sqrt(1 - level) / eps_from_output if level > 0 else 0.0
             rows.append((from_sample, from_output, shift))

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .tensor_request import as_tensor
+from .request import as_tensor
 
 __all__ = ["between_all", "slerp", "slerp_grid"]
 

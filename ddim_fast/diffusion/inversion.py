@@ -1,4 +1,4 @@
-"""From images back to the noise they come from."""
+"""DDIM inversion: from images to the noise that they come from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .solvers import DDIMUpdate
+from ..engine import Engine, inference
+from .denoiser import Denoiser
+from .loop import Inputs, Loop
+from .request import Request
+from .solvers import DDIM, DDIMUpdate
 from .step import StepCoefficients, step_coefficients
 
-__all__ = ["inverse_step", "inversion"]
+__all__ = ["Inverter", "inverse_step", "inversion"]
 
 # inverse_step stops where the error of a step is this share of the image (root mean square), near the rounding of float32;
 # where it has not become smaller in so many evaluations; or after so many in all.
@@ -20,6 +24,60 @@ ENOUGH, PATIENCE, MOST = 1e-6, 8, 60
 
 # Earlier evaluations that it takes into account.
 MEMORY = 3
+
+
+class Inverter:
+    """Finds the noise x_T from which deterministic DDIM makes images: the sampler's ODE followed towards more noise along the
+    same timesteps (Song et al. 2021, section 4.3 and eq. 14).
+
+    Args:
+        denoiser: shared with the sampler.
+        timesteps: (S,) of the sampler, noisiest first.
+        engine: executes the steps.
+    """
+
+    def __init__(self, denoiser: Denoiser, timesteps: np.ndarray, engine: Engine) -> None:
+        self._denoiser, self._timesteps, self._engine = denoiser, timesteps, engine
+        levels = np.append(denoiser.schedule.alphas_cumprod[timesteps], 1.0)
+        self._evaluated, update = inversion(timesteps, levels, denoiser.config.prediction_type)
+        self._loop = Loop(denoiser, update)
+        self._exact = Loop(denoiser, DDIM(levels, 0.0, denoiser.config.prediction_type, None))
+
+    @inference()
+    def encode(self, request: Request, *, exact: bool = False, batch_size: int = 64) -> Tensor:
+        """The noise of the images ``request.x_T``. The error of Euler steps falls with their number.
+
+        Args:
+            request: as tensors.
+            exact: solve for the inverse of each step of the sampler, by :func:`inverse_step`: the images come back but for
+                rounding, for five to ten evaluations of the network a step, more where steps are few.
+            batch_size: images a network call.
+
+        Returns:
+            (N, C, H, W) float32.
+
+        Raises:
+            ValueError: the batch size is no whole number of 1 or more.
+        """
+        function = self._encode_exactly if exact else self._encode
+        return request.compute(function, batch_size, request.x_T[:0], padded=self._engine.needs_one_batch_size)
+
+    def _encode(self, request: Request) -> Tensor:
+        return self._loop.last(self._engine, self._loop.prepare(request, self._evaluated, self._loop.solver.table))
+
+    def _encode_exactly(self, request: Request) -> Tensor:
+        loop = self._exact
+        inputs, unguided, _ = loop.prepare(request, self._timesteps, loop.solver.table)
+        without = inputs._replace(conditions=inputs.conditions.unguided())
+        x = inputs.x
+        for number, coefficients in reversed(list(enumerate(loop.solver.coefficients))):
+            here = without if number in unguided else inputs
+
+            def step(x: Tensor, here: Inputs = here, index: Tensor = inputs.steps[number]) -> Tensor:
+                return self._engine.call(loop.step, (x,), here, index)[0][0]
+
+            x = inverse_step(step, coefficients, x)
+        return x
 
 
 def inversion(timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type: str) -> tuple[np.ndarray, DDIMUpdate]:

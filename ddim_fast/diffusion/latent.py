@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..engine import inference
 from ..models.unet_blocks import batch_invariant
 from .degradations import LinearOperator
+from .request import as_tensor
 from .restoration import Restoration
 from .sampler import Sampler
-from .tensor_request import as_tensor
 from .trajectory import SamplerState
 
 __all__ = ["LatentCodec", "LatentSampler", "LatentState"]
@@ -127,21 +127,25 @@ class LatentSampler:
         **options: Any,
     ) -> Tensor:
         """Images of which ``operator`` makes ``measurement``, as :meth:`Sampler.restore`; its arguments. Each step decodes an
-        image and encodes two. Without noise, what was measured is put into the decoded images at the end: there they are the
-        measurement, to rounding.
+        image and encodes two. Without noise the decoded images are corrected once more at the end, so that they give the
+        measurement to rounding.
 
         Raises:
             ValueError: as there, or the measurement is of images of another size than the autoencoder's.
         """
         operator = operator.to(self.device)
         measurement = as_tensor(measurement).to(self.device, torch.float32)
-        seen = operator.pseudo_inverse(measurement)
-        if tuple(seen.shape[1:]) != self.image_shape:
-            shape = tuple(seen.shape[1:])
+        back_projection = operator.pseudo_inverse(measurement)
+        if tuple(back_projection.shape[1:]) != self.image_shape:
+            shape = tuple(back_projection.shape[1:])
             raise ValueError(f"the measurement is of images of shape {shape}, but the autoencoder's are {self.image_shape}")
         latents = self.sampler.restore(measurement, operator, noise_std=noise_std, codec=self.codec, **options)
         images = self.decode(latents, batch_size)
-        return images if noise_std else Restoration(operator, self.image_shape, self.image_shape).corrected(images, seen)
+        return (
+            images
+            if noise_std
+            else Restoration(operator, self.image_shape, self.image_shape).corrected(images, back_projection)
+        )
 
     def starting_at(self, timestep: int) -> LatentSampler:
         """For the last part of the way, as :meth:`Sampler.starting_at`."""

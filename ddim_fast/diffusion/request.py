@@ -1,89 +1,150 @@
-"""What is asked of a sampler, checked: for tensors and for arrays, so without torch."""
+"""A sampling request: what a sampler is asked for, checked once. The checks need no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
 from ..ops.scalars import is_whole, plain
-from .guidance import check_guidance, check_interval
+from .guidance import Gradient, check_guidance, check_interval
 
-__all__ = ["Checked", "check_batch_size", "check_request"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Request", "as_tensor"]
 
 
-class Checked(NamedTuple):
-    """A request that can be served.
+@dataclass(frozen=True)
+class Request:
+    """Images to make: checked, as arrays or as tensors. A slice of it is some of its images.
 
     Attributes:
-        count: N, the number of images.
-        seeds: N whole numbers, or None.
+        seeds: (N,) int64, or None.
+        x_T: (N, C, H, W), or None.
         labels: (N,) int64, or None for no label.
         guidance: the scale, None where it changes nothing.
         guidance_interval: the timesteps that it is limited to, or None.
+        gradient: of classifier guidance, or None.
     """
 
-    count: int
-    seeds: list[int] | None
-    labels: np.ndarray | None
-    guidance: float | None
-    guidance_interval: tuple[int, int] | None
+    seeds: Any | None
+    x_T: Any | None = None
+    labels: Any | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[int, int] | None = None
+    gradient: Gradient | None = None
+
+    @classmethod
+    def check(
+        cls,
+        config: UNetConfig,
+        *,
+        stochastic: bool,
+        seeds: Sequence[int] | Any | None = None,
+        x_T: Any = None,
+        labels: Any = None,
+        guidance: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
+        gradient: Gradient | None = None,
+        has_guide: bool = False,
+    ) -> Request:
+        """The arguments of :meth:`ddim_fast.Sampler.sample`, seeds and labels as arrays and x_T as it is.
+
+        Args:
+            config: the network.
+            stochastic: whether the solver draws noise, for which it needs seeds.
+            has_guide: whether guidance leads away from another network.
+
+        Raises:
+            ValueError: they do not fit each other or the network; the message names what does not.
+        """
+        if seeds is None and x_T is None:
+            raise ValueError("sampling starts from seeds or from x_T; give one of them")
+        if seeds is None and stochastic:
+            raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
+        if x_T is not None and tuple(x_T.shape[1:]) != config.image_shape:
+            raise ValueError(f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}")
+        seeds = None if seeds is None else np.array(check_seeds(seeds), np.int64)
+        count = len(x_T if seeds is None else seeds)
+        if x_T is not None and len(x_T) != count:
+            raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
+        return cls(
+            seeds,
+            x_T,
+            _check_labels(labels, count, config.num_classes),
+            check_guidance(guidance, labels, has_guide),
+            check_interval(guidance_interval, guidance, config.num_train_timesteps),
+            gradient,
+        )
+
+    def to(self, device: torch.device) -> Request:
+        """The same as tensors on a device, x_T in float32."""
+        import torch
+
+        def moved(array: np.ndarray | None) -> Tensor | None:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        x_T = None
+        if self.x_T is not None:
+            # A copy in the layout of noise from seeds: images of one channel can have other strides, and count as contiguous
+            # all the same, which compiled code does not think.
+            x_T = self.x_T.detach().to(device, torch.float32)
+            x_T = torch.empty_like(x_T, memory_format=torch.contiguous_format).copy_(x_T)
+        return dataclasses.replace(self, seeds=moved(self.seeds), x_T=x_T, labels=moved(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.x_T if self.seeds is None else self.seeds)
+
+    def __getitem__(self, images: Any) -> Request:
+        arrays = {name: getattr(self, name) for name in ("seeds", "x_T", "labels")}
+        return dataclasses.replace(self, **{name: a[images] for name, a in arrays.items() if a is not None})
+
+    def batches(self, batch_size: int, *, padded: bool = False) -> Iterator[tuple[Request, int]]:
+        """Its images, ``batch_size`` at a time, and how many of them each batch is asked for.
+
+        Args:
+            padded: repeat the last image where the last batch is smaller than the others.
+
+        Raises:
+            ValueError: the batch size is no whole number of 1 or more.
+        """
+        batch_size = plain(batch_size)
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of 1 or more; got {batch_size!r}")
+        for start in range(0, len(self), batch_size):
+            batch = self[start : start + batch_size]
+            count, size = len(batch), min(batch_size, len(self))
+            yield batch[[min(i, count - 1) for i in range(size)]] if padded and count < size else batch, count
+
+    def compute(self, function: Callable[[Request], Tensor], batch_size: int, empty: Tensor, *, padded: bool) -> Tensor:
+        """What ``function`` makes of each batch, joined; ``empty`` where there are no images. Arguments as of
+        :meth:`batches`."""
+        import torch
+
+        return torch.cat([empty, *(function(batch)[:count] for batch, count in self.batches(batch_size, padded=padded))])
 
 
-def check_request(
-    config: UNetConfig,
-    *,
-    stochastic: bool,
-    seeds: Sequence[int] | Any | None,
-    x_T: Any,
-    labels: Any,
-    guidance: float | None,
-    guidance_interval: Sequence[int] | None = None,
-    with_guide: bool = False,
-) -> Checked:
-    """The arguments of :meth:`ddim_fast.Sampler.sample`.
-
-    Args:
-        config: the network.
-        stochastic: whether the solver draws noise, for which it needs seeds.
-        seeds, x_T, labels, guidance, guidance_interval: as there; x_T and labels of torch or of numpy.
-        with_guide: guidance is away from another network.
+def as_tensor(images: Any) -> Tensor:
+    """Images, noise or measurements, given as a tensor or as an array.
 
     Raises:
-        ValueError: they do not fit each other or the network; the message names what does not.
+        ValueError: they are neither.
     """
-    if seeds is None and x_T is None:
-        raise ValueError("sampling starts from seeds or from x_T; give one of them")
-    if seeds is None and stochastic:
-        raise ValueError("a stochastic sampler draws noise by seed; give seeds as well as x_T")
-    if x_T is not None and tuple(x_T.shape[1:]) != config.image_shape:
-        raise ValueError(f"expected images of shape (N, {', '.join(map(str, config.image_shape))}); got {tuple(x_T.shape)}")
-    seeds = None if seeds is None else check_seeds(seeds)
-    count = len(x_T if seeds is None else seeds)
-    if x_T is not None and len(x_T) != count:
-        raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
-    return Checked(
-        count,
-        seeds,
-        _check_labels(labels, count, config.num_classes),
-        check_guidance(guidance, labels, with_guide),
-        check_interval(guidance_interval, guidance, config.num_train_timesteps),
-    )
+    import torch
 
-
-def check_batch_size(batch_size: int) -> int:
-    """The images a network call.
-
-    Raises:
-        ValueError: it is no whole number of 1 or more.
-    """
-    batch_size = plain(batch_size)
-    if not is_whole(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of 1 or more; got {batch_size!r}")
-    return batch_size
+    if isinstance(images, torch.Tensor):
+        return images
+    try:
+        return torch.from_numpy(np.array(images, np.float32))  # a copy: an array that can only be read makes no tensor
+    except (TypeError, ValueError):
+        raise ValueError(f"images and noise are tensors or arrays of numbers; got {type(images).__name__}") from None
 
 
 def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarray | None:

@@ -1,7 +1,8 @@
-"""Restoration: images that explain a measurement of them, by a network that was not trained for it.
+"""Restoration by null-space projection: inpainting, super-resolution, colorization and deblurring by a network that was not
+trained for them.
 
-Of x_0 as the network predicts it, each step keeps the part that a linear operator A does not see, and takes the other part
-from the measurement: x_0 + A^+ (y - A x_0) (Wang, Yu and Zhang 2023, DDNM, arXiv 2212.00490, eq. 13). With noise in the
+Each step keeps the part of the predicted x_0 that a linear operator A does not see, and takes the other part from the
+measurement: x_0 + A^+ (y - A x_0) (Wang, Yu and Zhang 2023, DDNM, arXiv 2212.00490, eq. 13). With noise in the
 measurement, it takes a share of that which shrinks with the noise of the step (ibid., eq. 17 to 19, "DDNM+"). Time travel goes
 back a few steps and takes them again, so that the two parts agree better (ibid., algorithm 3; Lugmayr et al. 2022, RePaint).
 """
@@ -17,13 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine import Engine, inference
 from ..ops.ddim_step import ddim_step
-from ..ops.noise import INITIAL_NOISE, seeded_noise
+from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from ..ops.scalars import is_finite, is_whole, plain
 from .degradations import LinearOperator
+from .denoiser import Denoiser
+from .loop import Loop, initial_noise
+from .prediction import prediction_coefficients
+from .request import Request, as_tensor
 from .step import step_coefficients
 
-__all__ = ["Codec", "Restoration", "TimeTravel", "inconsistency", "measure", "restoration"]
+__all__ = ["Codec", "Restoration", "Restorer", "TimeTravel", "inconsistency", "measure", "restoration_steps"]
 
 State = tuple[Tensor, ...]
 
@@ -80,7 +86,7 @@ class TimeTravel:
                     yield i, first if again else i + 1
 
 
-def restoration(
+def restoration_steps(
     timesteps: np.ndarray,
     alphas_cumprod: np.ndarray,
     prediction_type: str,
@@ -116,17 +122,17 @@ def restoration(
     levels = [float(level) for level in alphas_cumprod]
     for i, end in (travel or TimeTravel()).steps(len(timesteps)):
         start, reached = levels[i], levels[i + 1]
-        reading = step_coefficients(start, reached, eta, prediction_type)[:2]
+        prediction = prediction_coefficients(start, prediction_type)[:2]
         step = step_coefficients(start, reached, eta, "sample")
         # Going back is one Gaussian more, q(x_end | x_reached): both steps are one.
         kept = levels[end] / reached
         to_x0, to_eps = math.sqrt(kept) * step.prev_from_x0, math.sqrt(kept) * step.prev_from_eps
         sigma = math.sqrt(kept * step.sigma**2 + (1 - kept))
         # What the measurement's noise adds to x is left out of the step's; where it is more than that, a share of it is taken.
-        seen = to_x0 * operator.gain * noise_std
-        share, sigma = (1.0, math.sqrt(sigma**2 - seen**2)) if seen <= sigma else (sigma / seen, 0.0)
+        theirs = to_x0 * operator.gain * noise_std
+        share, sigma = (1.0, math.sqrt(sigma**2 - theirs**2)) if theirs <= sigma else (sigma / theirs, 0.0)
         evaluated.append(timesteps[i])
-        rows.append((*step[:4], to_x0, to_eps, sigma, *reading, share))
+        rows.append((*step[:4], to_x0, to_eps, sigma, *prediction, share))
     return np.array(evaluated), np.array(rows, dtype=np.float32)
 
 
@@ -139,8 +145,8 @@ class Codec(Protocol):
 
 
 class Restoration:
-    """A solver's part of a step, which keeps to a measurement y. It serves any number of runs: its coefficients are what
-    :func:`restoration` returns, and A^+ y goes into a run with the noise, see :meth:`pack`.
+    """The solver of a restoration: a DDIM step that keeps to a measurement y. It serves any number of runs: its coefficients
+    are those of :func:`restoration_steps`, and A^+ y goes into a run with the noise, see :meth:`pack`.
 
     In latent space the measurement is of decoded images. There x_0 is moved by what its image's correction is to the
     autoencoder, E(x + A^+ (y - A x)) - E(x) with x = D(x_0), so that what the autoencoder loses of an image is not lost anew in
@@ -149,7 +155,7 @@ class Restoration:
     Args:
         operator: A, on the device of the runs.
         shape: (C, H, W) of what the network denoises.
-        seen_shape: (C, H, W) of A^+ y; with a codec that of the decoded images.
+        image_shape: (C, H, W) of the back-projection A^+ y; with a codec that of the decoded images.
         clip: clip the network's x_0 to [-r, r]; None does not.
         codec: of latents; None where the network denoises images.
     """
@@ -160,38 +166,124 @@ class Restoration:
         self,
         operator: LinearOperator,
         shape: tuple[int, int, int],
-        seen_shape: tuple[int, int, int],
+        image_shape: tuple[int, int, int],
         clip: float | None = None,
         codec: Codec | None = None,
     ) -> None:
         self.operator = operator
         self.shape = shape
-        self.seen_shape = seen_shape
+        self.image_shape = image_shape
         self.clip = clip
         self.codec = codec
 
-    def pack(self, noise: Tensor, seen: Tensor) -> Tensor:
+    def pack(self, noise: Tensor, back_projection: Tensor) -> Tensor:
         """(N, ...): x_T and A^+ y of N images as a run's x."""
-        return torch.cat([noise.flatten(1), seen.flatten(1)], dim=1)
+        return torch.cat([noise.flatten(1), back_projection.flatten(1)], dim=1)
 
     def start(self, x: Tensor) -> State:
-        noise, seen = x.tensor_split([math.prod(self.shape)], dim=1)
-        return noise.unflatten(1, self.shape).contiguous(), seen.unflatten(1, self.seen_shape).contiguous()
+        noise, back_projection = x.tensor_split([math.prod(self.shape)], dim=1)
+        return noise.unflatten(1, self.shape).contiguous(), back_projection.unflatten(1, self.image_shape).contiguous()
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
-        x, seen = state
+        x, back_projection = state
         from_sample, from_output, share = table.index_select(0, index.reshape(1))[0, 7:].unbind()
         x0 = from_sample * x + from_output * output
         if self.clip is not None:
             x0 = x0.clamp(-self.clip, self.clip)
         if self.codec is None:
-            x0 = self.corrected(x0, seen, share)
+            x0 = self.corrected(x0, back_projection, share)
         else:
             images = self.codec.decode(x0)
-            x0 = x0 + self.codec.encode(self.corrected(images, seen, share)) - self.codec.encode(images)
-        return ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index), seen
+            x0 = x0 + self.codec.encode(self.corrected(images, back_projection, share)) - self.codec.encode(images)
+        return ddim_step(x, x0.contiguous(), table[:, :7].contiguous(), None, seeds=seeds, step=index), back_projection
 
-    def corrected(self, images: Tensor, seen: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """x + share A^+ (y - A x), ``seen`` being A^+ y."""
+    def corrected(self, images: Tensor, back_projection: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """x + share A^+ (y - A x), ``back_projection`` being A^+ y."""
         # In this order x where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
-        return images - share * self.operator.pseudo_inverse(self.operator(images)) + share * seen
+        return images - share * self.operator.pseudo_inverse(self.operator(images)) + share * back_projection
+
+
+class Restorer:
+    """Finds images that explain a measurement.
+
+    Args:
+        denoiser: shared with the sampler.
+        timesteps: (S,) of the sampler, noisiest first.
+        engine: executes the steps.
+        clip_sample_range: clip the predicted x_0 to [-r, r] in each step; None does not.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, timesteps: np.ndarray, engine: Engine, clip_sample_range: float | None = None
+    ) -> None:
+        self._denoiser, self._timesteps, self._engine, self._clip = denoiser, timesteps, engine, clip_sample_range
+        self._loop: Loop | None = None
+
+    @inference()
+    def restore(
+        self,
+        measurement: Tensor,
+        operator: LinearOperator,
+        *,
+        seeds: Sequence[int],
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | None = None,
+        eta: float = 0.85,
+        noise_std: float = 0.0,
+        travel: TimeTravel | None = None,
+        codec: Codec | None = None,
+    ) -> Tensor:
+        """Images of which ``operator`` makes ``measurement``, filled in by the network.
+
+        Args:
+            measurement: N measurements of images in [-1, 1].
+            operator: what was measured, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.degradations`.
+            seeds: N integers, one an image: another seed is another image that explains the same measurement.
+            labels, guidance: as in :meth:`ddim_fast.Sampler.sample`.
+            eta: 0 to 1, the noise of each step.
+            noise_std: standard deviation of the noise in the measurement, in units of images in [-1, 1].
+            travel: time travel, for operators that see little.
+            codec: for a network of latents, what makes images of them; :class:`ddim_fast.diffusion.latent.LatentSampler` gives
+                its own, and returns images.
+
+        Returns:
+            (N, C, H, W) float32 on the network's device, images or latents. Without noise, ``operator`` of the images is the
+            measurement, to rounding.
+
+        Raises:
+            ValueError: the measurement does not fit the operator, the seeds or the network.
+        """
+        denoiser = self._denoiser
+        operator = operator.to(denoiser.device)
+        measurement = as_tensor(measurement).to(denoiser.device, torch.float32)
+        if len(measurement) != len(seeds := check_seeds(seeds)):
+            raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
+        timesteps, table = self.steps(operator, eta=eta, noise_std=noise_std, travel=travel)
+        back_projection = operator.pseudo_inverse(measurement)
+        shape, expected = tuple(back_projection.shape[1:]), denoiser.config.image_shape
+        if codec is None and shape != expected:
+            raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {expected}")
+        has_guide = denoiser.guide is not None
+        options = {"labels": labels, "guidance": guidance, "has_guide": has_guide}
+        request = Request.check(denoiser.config, stochastic=True, seeds=seeds, **options).to(denoiser.device)
+        loop = self._loop_of(operator, codec, shape)
+        x = loop.solver.pack(initial_noise(request, denoiser), back_projection)
+        return loop.last(self._engine, loop.prepare(request, timesteps, table, x))
+
+    def steps(
+        self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps at which :meth:`restore` evaluates the network, and its coefficients, as :func:`restoration_steps`."""
+        schedule, prediction_type = self._denoiser.schedule, self._denoiser.config.prediction_type
+        levels = np.append(schedule.alphas_cumprod[self._timesteps], 1.0)
+        options = {"eta": eta, "noise_std": noise_std, "travel": travel}
+        return restoration_steps(self._timesteps, levels, prediction_type, operator, **options)
+
+    def _loop_of(self, operator: LinearOperator, codec: Codec | None, shape: tuple[int, int, int]) -> Loop:
+        """The loop of restorations, kept for more measurements by the same operator: an engine may have compiled its step."""
+        loop = self._loop
+        solver = None if loop is None else loop.solver
+        if solver is None or (solver.operator, solver.codec, solver.image_shape) != (operator, codec, shape):
+            solver = Restoration(operator, self._denoiser.config.image_shape, shape, self._clip, codec)
+            loop = self._loop = Loop(self._denoiser, solver)
+        return loop

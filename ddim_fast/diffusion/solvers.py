@@ -1,4 +1,4 @@
-"""Solvers: how a sampler gets from one timestep to the next.
+"""Solvers: DDIM, DDPM, DPM-Solver++(2M) and UniPC.
 
 All coefficients are computed in float64 when the solver is made, and laid down in one float32 table, a row a step. So each step
 is the same few multiply-adds over the images, and the number of the step may be a tensor that no host reads.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from .prediction import prediction_coefficients
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
 __all__ = ["SOLVERS", "DDIMUpdate", "Solver", "make_solver"]
@@ -27,11 +28,15 @@ class Solver(Protocol):
 
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.
+        takes_eta: whether eta may be other than 0.
+        needs_distinct_timesteps: whether every step must change the noise level.
         table: (S, ...) float32, the coefficients of each step.
         memory: how many tensors like x the state holds beside it; before the first step each may be x itself.
     """
 
     stochastic: bool
+    takes_eta: ClassVar[bool]
+    needs_distinct_timesteps: ClassVar[bool]
     table: np.ndarray
     memory: int
 
@@ -90,17 +95,19 @@ def make_solver(
         raise ValueError(f"unknown solver {name!r}; there are {', '.join(SOLVERS)}")
     if clip_sample_range is not None and (not isinstance(clip_sample_range, (int, float)) or not clip_sample_range > 0):
         raise ValueError(f"clip_sample_range must be a positive number; got {clip_sample_range!r}")
-    if check_eta(eta) != 0 and name != "ddim":
+    solver = SOLVERS[name]
+    if check_eta(eta) != 0 and not solver.takes_eta:
         raise ValueError(f"eta is an option of the ddim solver; {name} takes eta = 0 only (got {eta!r})")
-    if name in ("dpm-solver++", "unipc") and not np.all(np.diff(alphas_cumprod) > 0):
+    if solver.needs_distinct_timesteps and not np.all(np.diff(alphas_cumprod) > 0):
         raise ValueError(f"the {name} solver needs timesteps without repeats; choose another spacing")
-    return SOLVERS[name](alphas_cumprod, eta, prediction_type, clip_sample_range)
+    return solver(alphas_cumprod, eta, prediction_type, clip_sample_range)
 
 
 class DDIMUpdate:
     """A solver without memory: each step is the DDIM operator with ``coefficients`` of its own, listed in their order."""
 
     memory = 0
+    takes_eta = needs_distinct_timesteps = False
 
     def __init__(self, coefficients: list[StepCoefficients], clip: float | None = None) -> None:
         self.coefficients = coefficients
@@ -130,6 +137,8 @@ class DDIMUpdate:
 class DDIM(DDIMUpdate):
     """Song et al. 2021, eq. 12; eta as in eq. 16."""
 
+    takes_eta = True
+
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__([step_coefficients(a, b, eta, prediction_type) for a, b in _pairs(alphas_cumprod)], clip)
 
@@ -144,11 +153,12 @@ class DDPM(DDIMUpdate):
 class _MultiStep:
     """Solvers in the log signal-to-noise ratio that predict x_0 and remember predictions of earlier steps."""
 
-    stochastic = False
+    stochastic = takes_eta = False
+    needs_distinct_timesteps = True
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
-        # The first two numbers of each row say what the network's output means.
-        self._reading = [step_coefficients(a, b, 0.0, prediction_type)[:2] for a, b in _pairs(alphas_cumprod)]
+        # The first two numbers of each row are x_0 from x and from the network's output.
+        self._prediction = [prediction_coefficients(float(a), prediction_type)[:2] for a in alphas_cumprod[:-1]]
         self.clip = clip
         self.steps = len(alphas_cumprod) - 1
         self._alpha, self._sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
@@ -156,7 +166,7 @@ class _MultiStep:
             self._lambda = np.log(self._alpha) - np.log(self._sigma)
 
     def predict_x0(self, i: int, x: Any, output: Any) -> Any:
-        return _predict_x0(*self._reading[i], x, output, self.clip)
+        return _predict_x0(*self._prediction[i], x, output, self.clip)
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
         return self.combine(state, output, table.index_select(0, index.reshape(1))[0].unbind())
@@ -183,7 +193,7 @@ class DPMSolverPlusPlus2M(_MultiStep):
         for i in range(self.steps):
             a, b = self._first_order(i)
             second = 0.0 if i in (0, self.steps - 1) else 0.5 * b / self._ratio(i)
-            rows.append((*self._reading[i], a, b + second, -second))
+            rows.append((*self._prediction[i], a, b + second, -second))
         self.table = np.array(rows, dtype=np.float32)
 
     def start(self, x: Tensor) -> State:
@@ -191,8 +201,8 @@ class DPMSolverPlusPlus2M(_MultiStep):
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         x, previous = state
-        *reading, from_x, from_x0, from_previous = row
-        x0 = _predict_x0(*reading, x, output, self.clip)
+        *prediction, from_x, from_x0, from_previous = row
+        x0 = _predict_x0(*prediction, x, output, self.clip)
         return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
 
@@ -211,7 +221,7 @@ class UniPC(_MultiStep):
             second_order = 0 < i < self.steps - 1
             ratio = self._ratio(i) if second_order else 1.0
             second = 0.5 * b / ratio if second_order else 0.0
-            rows.append((*self._reading[i], *corrector, a, b + second, -second))
+            rows.append((*self._prediction[i], *corrector, a, b + second, -second))
             now, older = self._corrector_weights(i, ratio) if second_order else (0.5, 0.0)
             corrector = (a, b * (1 - now + older), -b * older, b * now)
         self.table = np.array(rows, dtype=np.float32)
@@ -239,7 +249,7 @@ class UniPC(_MultiStep):
         return from_x * x + from_x0 * x0 + from_previous * previous, x, x0, previous
 
 
-SOLVERS: dict[str, type] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC}
+SOLVERS: dict[str, Any] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC}
 
 
 def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ from ..ops.dispatch import is_observed
 from ..ops.noise import check_seeds
 from ..ops.scalars import plain
 from .dlpack import imported, is_foreign, like
+from .prediction import prediction_coefficients
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +32,6 @@ __all__ = [
 Array: TypeAlias = Any
 
 SIGMA_HAT = "sigma-hat"
-
-# So small a share of signal is none: divided by its root, the numbers of a sample come near the largest of float32.
-_NO_SIGNAL = 1e-60
 
 
 def fast_ddim_step(
@@ -174,14 +172,14 @@ def step_coefficients(
     eta = check_eta(eta)
     spread = 1.0 if eta == SIGMA_HAT else eta
     _check_levels(a, b, eta)
-    reading = _reading(a, prediction_type)
+    prediction = prediction_coefficients(a, prediction_type)
     if spread == 0:
-        return StepCoefficients(*reading, b**0.5, (1 - b) ** 0.5, 0.0)
+        return StepCoefficients(*prediction, b**0.5, (1 - b) ** 0.5, 0.0)
     # (1 - b) - sigma^2 with sigma written out: a sum of non-negative terms, so rounding cannot make it negative.
     towards_eps = ((1 - b) * ((1 - spread**2) + spread**2 * a * (1 - b) / (b * (1 - a)))) ** 0.5
     sigma = (1 - a / b) ** 0.5
     sigma = sigma * (b != 1) if eta == SIGMA_HAT else spread * sigma * ((1 - b) / (1 - a)) ** 0.5
-    return StepCoefficients(*reading, b**0.5, towards_eps, sigma)
+    return StepCoefficients(*prediction, b**0.5, towards_eps, sigma)
 
 
 def coefficient_table(alphas_cumprod: Sequence[float], eta: float | str = 0.0, prediction_type: str = "epsilon") -> np.ndarray:
@@ -214,9 +212,9 @@ def posterior_coefficients(
     a, b = alphas_cumprod_t, alphas_cumprod_prev
     _check_levels(a, b, eta=1.0)
     beta = 1 - a / b
-    from_output = _reading(a, prediction_type)[:2]
+    x0 = prediction_coefficients(a, prediction_type)[:2]
     mean = (b**0.5 * beta / (1 - a), (a / b) ** 0.5 * (1 - b) / (1 - a))
-    return StepCoefficients(*from_output, 1.0, 0.0, *mean, (beta * (1 - b) / (1 - a)) ** 0.5)
+    return StepCoefficients(*x0, 1.0, 0.0, *mean, (beta * (1 - b) / (1 - a)) ** 0.5)
 
 
 def check_eta(eta: float | str) -> float | str:
@@ -300,25 +298,6 @@ def _seeds(seeds: Tensor | Sequence[int], sample: Tensor) -> Tensor:
 
 def _numpy_seeds(seeds: np.ndarray | Sequence[int], sample: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(seeds if isinstance(seeds, np.ndarray) else np.array(check_seeds(seeds), np.int64))
-
-
-def _reading(a: Any, prediction_type: str) -> tuple[Any, Any, Any, Any]:
-    """x_0 and eps as combinations of x_t and the network's output."""
-    signal, noise = a**0.5, (1 - a) ** 0.5
-    if prediction_type == "epsilon":
-        if isinstance(a, float) and a <= _NO_SIGNAL:
-            raise ValueError(
-                f"at zero SNR (alphas_cumprod_t = {a:g}) an epsilon prediction does not determine the image; "
-                "use v_prediction or sample"
-            )
-        return 1 / signal, -noise / signal, 0.0, 1.0
-    if prediction_type == "v_prediction":
-        return signal, -noise, noise, signal
-    if prediction_type == "sample":
-        if isinstance(a, float) and a == 1:
-            raise ValueError("without noise (alphas_cumprod_t = 1) a sample prediction does not determine epsilon")
-        return 0.0, 1.0, 1 / noise, -signal / noise
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample; got {prediction_type!r}")
 
 
 def _check_levels(a: Any, b: Any, eta: float | str) -> None:

@@ -1,4 +1,5 @@
-"""How a sampling run is executed: eager, compiled, or captured whole in a CUDA graph. One interface, :class:`Engine`."""
+"""Execution of sampling runs: eager, compiled, or captured in one CUDA graph. An engine executes functions of tensors and knows
+nothing of networks, guidance or solvers."""
 
 from __future__ import annotations
 
@@ -12,17 +13,10 @@ from .captured import Captured
 from .compiled import Compiled, why_not_compiled
 from .eager import Eager
 from .inference import inference
-from .network import Network
-from .run import OneStep, Run, State, Update
 
 __all__ = [
     "ENGINES",
     "Engine",
-    "Network",
-    "OneStep",
-    "Run",
-    "State",
-    "Update",
     "fastest_engine",
     "inference",
     "make_engine",
@@ -61,6 +55,10 @@ def fastest_engine(device: torch.device) -> str:
     return "captured" if device.type == "cuda" else "compiled"
 
 
-def make_engine(name: str, one_step: OneStep) -> Engine:
-    """The engine called ``name``, one of :data:`ENGINES` but auto, for runs of ``one_step``."""
-    return {"eager": Eager, "compiled": Compiled, "captured": Captured}[name](one_step)
+def make_engine(name: str, device: torch.device) -> Engine:
+    """The engine that ``name``, one of :data:`ENGINES`, means on ``device``.
+
+    Raises:
+        ValueError: there is no such engine, or not there.
+    """
+    return {"eager": Eager, "compiled": Compiled, "captured": Captured}[select_engine(name, device)]()

@@ -3,77 +3,91 @@
 from __future__ import annotations
 
 import threading
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .compiled import Compiled
-from .run import OneStep, Run
+from .compiled import Compiled, signature
 
 __all__ = ["Captured"]
 
+Nested = TypeVar("Nested")
+
 
 class Captured(Compiled):
-    """All steps of a run, compiled, as one CUDA graph: a batch is one launch from the host. What changes from batch to batch,
-    noise, seeds, labels and guidance, is copied into the graph's inputs; its coefficients and noise counters are on the device.
-    Threads take turns, and on the device their streams do.
+    """A run recorded once over static buffers, its steps compiled, and then replayed by one launch from the host. Each batch's
+    noise, seeds, labels and guidance are copied into the buffers. Threads take turns, and on the device their streams do.
 
-    A trajectory, which shows the steps in between, is executed step by step as by :class:`Compiled`.
+    What is called step by step, such as a trajectory, is executed as by :class:`Compiled`.
     """
 
     # Graphs keep their memory. More shapes than this in turn are not a sampling run but a mistake.
     MOST = 4
 
-    def __init__(self, one_step: OneStep) -> None:
-        super().__init__(one_step)
-        self._graphs: dict[tuple, _Graph] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self._graphs: dict[Hashable, _Graph] = {}
         self._turn = threading.Lock()
 
-    def last(self, run: Run) -> Tensor:
+    def run(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Tensor:
         with self._turn:
-            return self._replay(run)
-
-    def _replay(self, run: Run) -> Tensor:
-        key = (run.signature, run.unguided)
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            while len(self._graphs) >= self.MOST:
-                del self._graphs[next(iter(self._graphs))]  # the one that was not used for the longest time
-            graph = self._capture(run)
-        self._graphs[key] = graph
-        stream = torch.cuda.current_stream(run.x.device)
-        stream.wait_event(graph.read)
-        for static, new in zip(graph.run.tensors, run.tensors, strict=True):
-            if static is not None:
+            key = (loop, signature(inputs), plan)
+            graph = self._graphs.pop(key, None)
+            if graph is None:
+                while len(self._graphs) >= self.MOST:
+                    del self._graphs[next(iter(self._graphs))]  # the one that was not used for the longest time
+                graph = self._capture(loop, inputs, plan)
+            self._graphs[key] = graph
+            stream = torch.cuda.current_stream(graph.result.device)
+            stream.wait_event(graph.read)
+            for static, new in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
                 static.copy_(new)
-        graph.graph.replay()
-        x = graph.x.clone()
-        graph.read.record(stream)
-        return x
+            graph.graph.replay()
+            result = graph.result.clone()
+            graph.read.record(stream)
+            return result
 
-    def _capture(self, run: Run) -> _Graph:
-        static = run.like([None if t is None else t.clone() for t in run.tensors])
-        # What is compiled, tuned or allocated at first use, which may be the second step where that uses deep features again,
-        # must not be captured; nor may the default stream be in use.
-        stream = torch.cuda.Stream(run.x.device)
-        stream.wait_stream(torch.cuda.current_stream(run.x.device))
+    def _capture(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> _Graph:
+        static = _cloned(inputs)
+        # What is compiled, tuned or allocated at first use must not be captured; nor may the default stream be in use.
+        device = next(_tensors(inputs)).device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in islice(self.trajectory(static), 2):
-                pass
-        torch.cuda.current_stream(run.x.device).wait_stream(stream)
+            loop(self, static, plan)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What other threads do meanwhile is none of the graph's business.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            x = super().last(static)
-        return _Graph(graph, static, x, torch.cuda.Event())
+            result = loop(self, static, plan)
+        return _Graph(graph, static, result, torch.cuda.Event())
 
 
 class _Graph(NamedTuple):
-    """A graph with its inputs, its output, and the event of the output having been read."""
+    """A graph with its inputs, its result, and the event of the result having been read."""
 
     graph: torch.cuda.CUDAGraph
-    run: Run
-    x: Tensor
+    inputs: Any
+    result: Tensor
     read: torch.cuda.Event
+
+
+def _cloned(value: Nested) -> Nested:
+    """Copies of tensors nested in tuples and named tuples."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if not isinstance(value, tuple):
+        return value
+    copies = map(_cloned, value)
+    return type(value)(*copies) if hasattr(value, "_fields") else tuple(copies)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those nested in tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)

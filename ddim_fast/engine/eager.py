@@ -1,46 +1,40 @@
-"""The plain execution, which needs no warm-up."""
+"""Eager execution, which needs no warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import Tensor
-
-from .run import Deep, OneStep, Outcome, Run, State
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 __all__ = ["Eager"]
 
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
+
 
 class Eager:
-    """Runs the steps one after the other. The other engines differ in what they prepare once.
+    """Calls functions as they are. The other engines differ in what they prepare once.
 
     Attributes:
-        one_size: whether every batch size costs a preparation, so that a smaller last batch had better be filled up.
+        needs_one_batch_size: whether every batch size costs a preparation, so that a smaller last batch is better padded.
     """
 
-    one_size = False
+    needs_one_batch_size = False
 
-    def __init__(self, one_step: OneStep) -> None:
-        self.one_step = one_step
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """``function(*arguments)``.
 
-    def trajectory(self, run: Run) -> Iterator[tuple[State, Tensor]]:
-        """The state after each step, and the network's output in it."""
-        state, deep = self.one_step.update.start(run.x), None
-        for number, index in enumerate(run.steps.unbind()):
-            if number % self.one_step.reuse:
-                state, output, _ = self.step(state, run.at(number), index, deep)
-            else:
-                state, output, features = self.step(state, run.at(number), index, None)
-                deep = self.one_step.renewed(deep, features)
-            yield state, output
+        Args:
+            function: a pure function; its identity is part of what is prepared, so it must be the same object in each run.
+            arguments: tensors and None, nested in tuples.
+        """
+        return function(*arguments)
 
-    def step(self, state: State, run: Run, index: Tensor, deep: Deep | None) -> Outcome:
-        """The one-step function, as this engine executes it."""
-        return self.one_step(state, run, index, deep)
+    def run(self, loop: Callable[[Eager, Inputs, Any], Result], inputs: Inputs, plan: Hashable) -> Result:
+        """``loop(self, inputs, plan)``, a function that executes its steps by :meth:`call`.
 
-    def last(self, run: Run) -> Tensor:
-        """The sample after the last step."""
-        x = run.x
-        for state, _ in self.trajectory(run):
-            x = state[0]
-        return x
+        Args:
+            loop: as ``function`` of :meth:`call`.
+            inputs: tensors and None, nested in tuples.
+            plan: whatever else decides which steps the loop takes.
+        """
+        return loop(self, inputs, plan)

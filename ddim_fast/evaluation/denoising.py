@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.prediction import x0_and_epsilon
 from ..diffusion.schedule import NoiseSchedule
 from ..engine import inference
 from ..models.unet import UNet
@@ -53,11 +54,7 @@ def denoising_error(
         x = a * x0 + s * noise
         classes = None if labels is None else labels[part].to(device)
         output = network(x.contiguous(memory_format=torch.channels_last), t, classes).float()
-        predicted = {
-            "epsilon": lambda out, x, a, s: out,
-            "v_prediction": lambda out, x, a, s: s * x + a * out,
-            "sample": lambda out, x, a, s: (x - a * out) / s,
-        }[config.prediction_type](output, x, a, s)
+        _, predicted = x0_and_epsilon(config.prediction_type, output, x, a, s)
         errors.append((predicted - noise).double().square().mean(dim=(1, 2, 3)).cpu())
     return torch.cat(errors)
 

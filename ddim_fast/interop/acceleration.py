@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..engine import ENGINES, select_engine
-from ..engine.devices import keep_memory
 from ..models.unet import UNet
 from ..ops import torch_private
+from ..ops.devices import keep_memory
 from ..ops.weight_cache import forget
 from .diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
 from .diffusers_modules import FastAttnProcessor

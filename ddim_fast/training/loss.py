@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.prediction import training_target
 from ..diffusion.schedule import NoiseSchedule
 from ..models.autoencoder import Autoencoder
 
@@ -53,11 +54,7 @@ class DenoisingLoss(nn.Module):
         noise = torch.randn_like(images)
         signal, sigma = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
         prediction = model(signal * images + sigma * noise, timesteps, labels).float()
-        target = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: signal * noise - sigma * images,
-            "sample": lambda: images,
-        }[self.prediction_type]()
+        target = training_target(self.prediction_type, images, noise, signal, sigma)
         return (self.weight[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
 
 

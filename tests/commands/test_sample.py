@@ -47,7 +47,7 @@ def test_writes_an_image_a_seed_and_a_grid(run, checkpoint, tmp_path):
     ],
 )
 def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fast, dtype, run, checkpoint, monkeypatch):
-    monkeypatch.setattr("ddim_fast.engine.devices.bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr("ddim_fast.ops.devices.bf16_is_fast", lambda device: fast)
     monkeypatch.setattr("torch.compile", lambda function, **settings: function)
     code, out, _ = run("--model", checkpoint, "--steps", 1, "--seeds", "0,1", *options)
     assert code == 0 and f", {dtype}: " in out

@@ -34,7 +34,7 @@ def test_a_later_start_has_as_many_steps_and_shares_the_network(spacing, fake_ne
     sampler = Sampler(fake_network(), steps=6, spacing=spacing)
     later = sampler.starting_at(400)
     assert len(later.timesteps) == 6 and later.timesteps[0] == 400 and later.timesteps.min() >= 0
-    assert later.starting_at(400) is later is sampler.starting_at(400) and later._network is sampler._network
+    assert later.starting_at(400) is later is sampler.starting_at(400) and later.denoiser is sampler.denoiser
     assert sampler.starting_at(3).timesteps.tolist() == [3, 2, 1, 0]
     alone = Sampler(fake_network(), steps=None, spacing=later.timesteps.tolist())
     x = seeded_noise([0], 1, SHAPE)

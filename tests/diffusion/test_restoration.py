@@ -4,7 +4,7 @@ import torch
 
 from ddim_fast import Sampler, UNet, seeded_noise
 from ddim_fast.diffusion.degradations import CompressedSensing, Downscale, Mask
-from ddim_fast.diffusion.restoration import TimeTravel, inconsistency, measure, restoration
+from ddim_fast.diffusion.restoration import TimeTravel, inconsistency, measure, restoration_steps
 from ddim_fast.diffusion.step import step_coefficients
 
 SHAPE = (3, 8, 8)
@@ -104,7 +104,7 @@ def test_every_step_leaves_the_noise_of_its_level(travel, noise_std):
     levels = np.array([0.01, 0.2, 0.6, 0.95, 1.0])
     operator = Downscale(2)
     timesteps = np.array([900, 500, 200, 20])
-    evaluated, table = restoration(timesteps, levels, "epsilon", operator, noise_std=noise_std, travel=travel)
+    evaluated, table = restoration_steps(timesteps, levels, "epsilon", operator, noise_std=noise_std, travel=travel)
     ends = list((travel or TimeTravel()).steps(4))
     assert len(evaluated) == len(table) == len(ends)
     for (start, end), row in zip(ends, table.astype(np.float64), strict=True):

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
 from ddim_fast.diffusion.degradations import Blur, CompressedSensing, Downscale, Grey
+from ddim_fast.diffusion.denoiser import Denoiser
 from ddim_fast.diffusion.editing import move_along, sdedit
 from ddim_fast.diffusion.interpolation import slerp
 from ddim_fast.diffusion.restoration import TimeTravel
@@ -382,3 +385,24 @@ def test_a_samplers_precision_is_its_own(dtype, options, small_unet):
             found.append(result)
     for result, other in zip(found, expected, strict=True):
         assert result.dtype == torch.float32 and torch.equal(result, other)
+
+
+def test_samplers_of_one_denoiser_share_its_weights(small_unet):
+    def numbers_in_memory() -> int:
+        gc.collect()
+        return sum(thing.numel() for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+
+    denoiser = Denoiser(small_unet)
+    first = Sampler(denoiser, steps=3)
+    images = first.sample(seeds=[0])
+    before = numbers_in_memory()
+    second = Sampler(denoiser, steps=3)
+    assert numbers_in_memory() - before < 100
+    assert torch.equal(second.sample(seeds=[0]), images) and torch.equal(Sampler(small_unet, steps=3).sample(seeds=[0]), images)
+    assert Sampler(denoiser, steps=2, solver="unipc").denoiser is denoiser
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"guide": object()}, {"batch_invariant": False}])
+def test_options_of_a_shared_denoiser_are_its_own(option, small_unet):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is an option of the Denoiser"):
+        Sampler(Denoiser(small_unet), **option)

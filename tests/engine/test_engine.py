@@ -1,16 +1,18 @@
 """Every engine gives the images of the eager one, for whatever is asked of it next."""
 
-import os
-import tempfile
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ddim_fast import Sampler, UNet, UNetConfig
-from ddim_fast.diffusion.guidance import ClassifierGuidance, likelihood_gradient
-from ddim_fast.engine import Network, OneStep, Run, fastest_engine, make_engine
+from ddim_fast.diffusion.denoiser import Denoiser
+from ddim_fast.diffusion.guidance import likelihood_gradient
+from ddim_fast.diffusion.loop import Loop
+from ddim_fast.diffusion.network import Network
+from ddim_fast.diffusion.request import Request
+from ddim_fast.engine import fastest_engine, make_engine
+from ddim_fast.engine.compiled import signature
 from ddim_fast.ops import native
 
 SHAPE = (3, 8, 8)
@@ -148,29 +150,15 @@ def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
     """On the meta device a number that somebody wants to read is an error. It is no CPU, so what runs is what runs on a GPU,
     but for the kernels."""
     sampler = Sampler(UNet(small_config), steps=3, solver=solver, eta=eta, spacing="trailing")
-    network = Network(UNet(small_config).to("meta"), torch.bfloat16)
-    one_step = OneStep(network, sampler.solver)
-    labels, timesteps = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (2, 3))
-    correction = None
+    loop = Loop(Denoiser(UNet(small_config).to("meta"), dtype=torch.bfloat16), sampler.solver)
+    labels, gradient = torch.zeros(2, dtype=torch.int64, device="meta"), None
     if guided == "by a gradient":
-        gradient = likelihood_gradient(
-            lambda x0: -x0.square().sum((1, 2, 3)), SimpleNamespace(schedule=sampler.schedule, device="meta")
-        )
-        correction = ClassifierGuidance(
-            gradient, timesteps, sampler.schedule.alphas_cumprod[sampler.timesteps], "v_prediction", 1.0
-        )
-    run = Run(
-        x=torch.zeros(2, 3, 16, 16, device="meta"),
-        conditions=network.conditions(timesteps, labels, bool(guided)),
-        table=torch.from_numpy(sampler.solver.table).to("meta"),
-        steps=torch.arange(3, device="meta"),
-        seeds=labels if eta or solver == "ddpm" else None,
-        guidance=torch.zeros((), device="meta") if guided else None,
-        correction=correction,
-    )
-    assert make_engine("eager", one_step).last(run).shape == (2, 3, 16, 16)
+        gradient = likelihood_gradient(lambda x0: -x0.square().sum((1, 2, 3)), loop.denoiser)
+    request = Request(labels, labels=labels, guidance=2.0 if guided else None, gradient=gradient)
+    run = loop.prepare(request, sampler.timesteps, sampler.solver.table, torch.zeros(2, 3, 16, 16, device="meta"))
+    assert loop.last(make_engine("eager", loop.denoiser.device), run).shape == (2, 3, 16, 16)
     with pytest.raises(RuntimeError):
-        run.x.sum().item()
+        run.inputs.x.sum().item()
 
 
 @pytest.mark.gpu
@@ -179,21 +167,18 @@ def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
 @pytest.mark.parametrize("solver,eta", SOLVERS)
 def test_no_step_waits_for_the_gpu(solver, eta, engine, small_config):
     sampler = Sampler(UNet(small_config).to("cuda"), steps=3, solver=solver, eta=eta, spacing="trailing", engine=engine)
-    request = sampler._run(*_checked(sampler, seeds=[0, 1], labels=[2, 3], guidance=2.0))
+    run = _prepared(sampler, seeds=[0, 1], labels=[2, 3], guidance=2.0)
     with torch.no_grad():
-        sampler._engine.last(request)
+        sampler._loop.last(sampler._engine, run)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sampler._engine.last(request)
+            sampler._loop.last(sampler._engine, run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def _checked(sampler, **request):
-    from ddim_fast.diffusion.tensor_request import TensorRequest
-
-    checked = TensorRequest.check(sampler, request["seeds"], None, request["labels"], request["guidance"])
-    return checked, sampler.timesteps, sampler.solver.table
+def _prepared(sampler, **request):
+    return sampler._loop.prepare(sampler._request(**request), sampler.timesteps, sampler.solver.table)
 
 
 def test_conditions_are_the_networks_own(small_unet):
@@ -206,7 +191,7 @@ def test_conditions_are_the_networks_own(small_unet):
         assert conditions[0].shape[1] == (11 if len(labels) == 24 else 2)
         for i, t in enumerate(timesteps):
             with torch.no_grad():
-                ours = network(x[: len(labels)], conditions, torch.tensor(i))
+                ours, _ = network(x[: len(labels)], conditions, torch.tensor(i))
                 expected = small_unet(x[: len(labels)], t, labels)
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
@@ -221,14 +206,11 @@ def test_bfloat16_errs_no_more_than_twice_what_eager_pytorch_does(engine, small_
     assert (ours - exact).square().mean() <= 2**2 * (plain - exact).square().mean()
 
 
-def test_a_run_is_its_tensors(fake_network):
-    guide = (torch.ones(6), torch.ones(7))
-    run = Run(torch.ones(1), (torch.zeros(2), torch.ones(3)), torch.ones(4), torch.ones(5), None, torch.ones(()), guide)
-    same = run.like([t if t is None else t.clone() for t in run.tensors])
-    shapes = [None if there is None else there[0] for there in run.signature]
-    assert same.signature == run.signature and shapes == [(1,), (4,), (5,), None, (), (2,), (3,), (6,), (7,)]
-    assert len(same.conditions) == len(same.guide_conditions) == 2
-    assert all(torch.equal(a, b) for a, b in zip(same.tensors, run.tensors, strict=True) if a is not None)
+def test_a_compilation_serves_the_same_shapes_strides_and_dtypes():
+    tensors = (torch.ones(2, 3), None, (torch.ones(4),))
+    assert signature(tensors) == signature((torch.zeros(2, 3), None, (torch.zeros(4),)))
+    for other in (torch.ones(3, 3), torch.ones(3, 2).T, torch.ones(2, 3).double(), None):
+        assert signature((other, *tensors[1:])) != signature(tensors)
 
 
 def test_peak_memory_does_not_depend_on_the_steps():
@@ -237,27 +219,10 @@ def test_peak_memory_does_not_depend_on_the_steps():
     kept = []
     for steps in (2, 50):
         sampler = Sampler(model, steps=steps)
-        run = sampler._run(
-            *_checked(sampler, seeds=range(64), labels=None, guidance=None),
-        )
-        kept.append(sum(t.numel() for t in run.tensors if t is not None) - run.x.numel())
+        inputs = _prepared(sampler, seeds=range(64)).inputs
+        tensors = [inputs.table, inputs.steps, *inputs.conditions.network]
+        kept.append(sum(t.numel() for t in tensors))
     assert kept[1] < 0.1 * 64 * 3 * 16 * 16 + 50 * 200
-
-
-@pytest.mark.parametrize(
-    "chosen,kept",
-    [
-        (None, "{home}/ddim_fast/inductor"),
-        ("{tmp}/torchinductor_somebody", "{home}/ddim_fast/inductor"),  # torch's own choice
-        ("{home}/elsewhere", "{home}/elsewhere"),
-    ],
-)
-def test_compiled_code_is_kept_where_it_lasts(chosen, kept, tmp_path, monkeypatch, fake_network):
-    places = {"home": str(tmp_path / "home"), "tmp": tempfile.gettempdir()}
-    monkeypatch.setenv("XDG_CACHE_HOME", places["home"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", (chosen or "").format(**places))
-    Sampler(fake_network(), steps=2, engine="compiled")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == kept.format(**places)
 
 
 def test_the_fastest_engine_is_one_that_works_here(monkeypatch):
@@ -280,7 +245,7 @@ def test_the_fastest_engine_is_one_that_works_here(monkeypatch):
     "dtype,fast,warns", [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)]
 )
 def test_a_slow_precision_says_what_it_costs(dtype, fast, warns, small_unet, monkeypatch):
-    monkeypatch.setattr("ddim_fast.engine.network.bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr("ddim_fast.diffusion.network.bf16_is_fast", lambda device: fast)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Network(small_unet, dtype)

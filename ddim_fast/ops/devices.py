@@ -36,7 +36,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     DDIM_FAST_CPU does not ask for less."""
     import torch
 
-    from ..ops.measured import bf16_products
+    from .measured import bf16_products
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddim_fast.engine.devices import pick_device
+from ddim_fast.ops.devices import pick_device
 
 
 def test_a_gpu_has_its_number(monkeypatch):

@@ -1,4 +1,4 @@
-"""A network made ready for sampling."""
+"""A network made ready for inference."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..engine import inference
 from ..models.quantisation import quantise
 from ..models.unet import UNet
-from .devices import bf16_is_fast, keep_memory
-from .inference import inference
+from ..ops.devices import bf16_is_fast, keep_memory
 
-__all__ = ["Conditions", "Network", "labelled"]
+__all__ = ["Network", "NetworkConditions", "with_labels"]
 
-Conditions = tuple[Tensor, ...]
+# The precomputed embeddings, and labels where those name their rows.
+NetworkConditions = tuple[Tensor, ...]
 
 
 class Network:
-    """``model`` as a function (x, what is known beforehand, step number) -> prediction.
+    """``model`` as a function (x, precomputed embeddings, step number) -> prediction.
 
     Args:
         model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None. One that can convert itself, by a
@@ -60,17 +61,16 @@ class Network:
         return next(self._model.parameters()).device
 
     @property
-    def can_reuse(self) -> bool:
-        """Whether it has deep features that :meth:`reusing` can use again."""
+    def has_deep_features(self) -> bool:
+        """Whether a call returns features that later calls can use again."""
         return self._conditions_itself
 
     def quantise(self, sample: Callable[[], object]) -> None:
         """Gives the convolutions 8-bit products, scaled for what they are called with by ``sample``."""
         quantise(self._model, sample)
 
-    def conditions(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> Conditions:
-        """All that the network can compute before it sees an image: for a U-Net, its embeddings of the timesteps and classes
-        and every residual block's projection of them.
+    def conditions(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> NetworkConditions:
+        """The precomputed timestep and class embeddings; of a U-Net, every residual block's projection of them.
 
         Args:
             timesteps: (S,) int64, in the order of the steps.
@@ -91,7 +91,7 @@ class Network:
         table = table.unflatten(0, (len(timesteps), len(rows)))
         return (table, labels) if by_class else (table,)
 
-    def conditions_each(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> Conditions:
+    def conditions_each(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> NetworkConditions:
         """The same for a single step, number 0, in which each image has a timestep of its own.
 
         Args:
@@ -106,24 +106,20 @@ class Network:
             return (timesteps[None],) if labels is None else (timesteps[None], labels)
         return (self._model.condition(timesteps, labels)[None],)
 
-    def __call__(self, x: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, conditions: NetworkConditions, index: Tensor, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The prediction at step ``index``.
 
         Args:
             x: (N, C, H, W) float32.
-            conditions: what :meth:`conditions` returned.
+            conditions: as :meth:`conditions` returns them.
             index: () int64 beside x; not read by the host.
+            deep: deep features to use again, from earlier calls for the same images; None computes them.
 
         Returns:
-            (N, C, H, W) float32, contiguous.
+            (N, C, H, W) float32, contiguous, and the deep features, None if the network has none.
         """
-        return self.reusing(x, conditions, index)[0]
-
-    def reusing(
-        self, x: Tensor, conditions: Conditions, index: Tensor, deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The prediction at step ``index`` as by a call, and the deep features that it was made with: ``deep``, from what this
-        method returned for earlier steps of the same images, or new ones where that is None. None if the network has none."""
         # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
         # images of one channel count as channels_last already, but do not tell the first convolution so.
         dtype = self._dtype if self._converts else None
@@ -145,12 +141,12 @@ def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
         warnings.warn(
             f"{dtype} may be slow: without instructions for it, as this processor seems to be, a network took 5 to 9 times as "
             "long as in torch.float32",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def labelled(conditions: Conditions) -> Conditions:
-    """Of what :meth:`Network.conditions` returned for guidance, the half of the images with their labels."""
+def with_labels(conditions: NetworkConditions) -> NetworkConditions:
+    """The half with labels of the conditions that :meth:`Network.conditions` returned for guidance."""
     if len(conditions) == 1:
         return (conditions[0].chunk(2, dim=1)[1],)
     rows, labels = conditions
