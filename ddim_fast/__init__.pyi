@@ -1,10 +1,10 @@
 """The public names, for type checkers and for ``__getattr__`` in __init__.py, which reads each line "from ... import NAME"."""
 
+from .diffusion.fast_step import fast_ddim_step as fast_ddim_step
 from .diffusion.latent import LatentSampler as LatentSampler
 from .diffusion.sampler import Sampler as Sampler
 from .diffusion.schedule import NoiseSchedule as NoiseSchedule
 from .diffusion.step import coefficient_table as coefficient_table
-from .diffusion.step import fast_ddim_step as fast_ddim_step
 from .diffusion.timesteps import select_timesteps as select_timesteps
 from .diffusion.trajectory import SamplerState as SamplerState
 from .interop.acceleration import accelerate as accelerate

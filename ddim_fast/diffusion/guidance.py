@@ -29,7 +29,9 @@ __all__ = [
     "likelihood_gradient",
 ]
 
-# (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect to x_t: see ddim_fast.Sampler.sample.
+# Of classifier guidance (Dhariwal and Nichol 2021): (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect
+# to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep a () int64 tensor beside it, and x_0 the
+# network's prediction there. It is called in each step, with gradients enabled, and is not compiled.
 Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 # Torch's or numpy's.

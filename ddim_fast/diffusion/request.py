@@ -47,13 +47,13 @@ class Request:
         config: UNetConfig,
         *,
         stochastic: bool,
+        has_guide: bool = False,
         seeds: Sequence[int] | Any | None = None,
         x_T: Any = None,
         labels: Any = None,
         guidance: float | None = None,
         guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
-        has_guide: bool = False,
     ) -> Request:
         """The arguments of :meth:`ddim_fast.Sampler.sample`, seeds and labels as arrays and x_T as it is.
 

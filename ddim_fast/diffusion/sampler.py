@@ -21,7 +21,7 @@ from .degradations import LinearOperator
 from .denoiser import Denoiser
 from .guidance import Gradient
 from .inversion import Inverter
-from .loop import Loop, initial_noise
+from .loop import Loop, calibrate, initial_noise
 from .request import Request, as_tensor
 from .restoration import Restorer
 from .solvers import make_solver
@@ -41,20 +41,18 @@ class Sampler:
             guide and batch invariance several samplers share.
         steps: number of steps S; None with an explicit list of timesteps.
         eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
-        spacing: how the timesteps are chosen, or the timesteps themselves: see :func:`ddim_fast.select_timesteps`; or
-            ``adaptive``, those fitted to the model (:func:`ddim_fast.diffusion.adaptive.fit_timesteps`), which lie beside its
-            checkpoint. They are fitted to the solver, without guidance; ``ddpm`` has those of ``ddim``.
+        spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, those that
+            :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and the solver, beside its checkpoint.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
         engine: ``eager``; ``compiled``, by torch.compile, one compilation a batch size; ``captured``, the whole loop in one
             CUDA graph, for GPUs; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype, guide, batch_invariant: of the :class:`Denoiser` that is made of a model.
-        reuse: compute the U-Net's deep features in every ``reuse``-th step, beginning with the first, and extrapolate them in
-            the steps between, which cost about a tenth then: see :meth:`ddim_fast.UNet.denoise_reusing`. An approximation, but
-            for 1. A batch keeps two tensors of the first level's size. :meth:`encode` evaluates all of the network.
-        tolerance: control the step size while sampling, instead of ``steps`` and ``spacing``: the largest estimated error of a
-            step, see :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own, whatever the batch, so there is
-            no run of fixed steps to compile or capture, no common trajectory, and :meth:`encode` is not available.
+        reuse: compute the U-Net's deep features in every ``reuse``-th step and extrapolate them in the steps between, which
+            cost about a tenth then: see :class:`ddim_fast.diffusion.loop.Loop`. An approximation, but for 1.
+        tolerance: the largest estimated error of a step, which controls the step size instead of ``steps`` and ``spacing``: see
+            :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own, so nothing is compiled or captured, and
+            there is no common trajectory and no :meth:`encode`.
 
     Attributes:
         denoiser: the network, its guide, and what they compute in.
@@ -101,7 +99,7 @@ class Sampler:
         self._visit(select_timesteps(self.schedule, self._steps, spacing))
         self._later: dict[int, Sampler] = {}
         if denoiser.needs_calibration:
-            denoiser.calibrate(self._sample_for_calibration)
+            calibrate(denoiser, self.solver, self.timesteps)
 
     def _visit(self, timesteps: np.ndarray) -> None:
         self.timesteps = timesteps
@@ -109,16 +107,13 @@ class Sampler:
         self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
         self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
         self._loop = Loop(self.denoiser, self.solver, self.reuse)
-        self._inverter: Inverter | None = None
+        self._inverter = Inverter(self.denoiser, timesteps, self._engine)
         self._restorer = Restorer(self.denoiser, timesteps, self._engine, self._clip)
 
     def starting_at(self, timestep: int) -> Sampler:
-        """This sampler for the last part of the way, in as many steps: its x_T is an image with the noise of its first
-        timestep. The network is shared, and the same sampler is returned for the same timestep.
-
-        Args:
-            timestep: 0 to T - 1; spacings are made as if the noise schedule ended there, and of listed or adaptive timesteps
-                those up to it are left.
+        """This sampler for the last part of the way, in as many steps, from an image in the noise of ``timestep``, 0 to T - 1.
+        Spacings are made as if the noise schedule ended there; listed and adaptive timesteps beyond it are left out. The same
+        sampler is returned for the same timestep.
 
         Raises:
             ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
@@ -135,7 +130,7 @@ class Sampler:
 
     @property
     def evaluations(self) -> Tensor | None:
-        return _of_thread.evaluations.get(self)
+        return getattr(_of_thread, "evaluations", {}).get(self)
 
     @property
     def device(self) -> torch.device:
@@ -175,11 +170,8 @@ class Sampler:
                 of guidance away from the ``guide``, with the same label or none; None or 1 for none.
             guidance_interval: (t_low, t_high), the timesteps of the steps that are guided, both included; outside, the network
                 is evaluated once (Kynkaanniemi et al. 2024, arXiv 2404.07724). None for all steps.
-            gradient: classifier guidance (Dhariwal and Nichol 2021): a function (x_t, timestep, x_0) -> the gradient of
-                log p(condition | x_t) with respect to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep
-                a () int64 tensor beside it, and x_0 the network's prediction there. It is called in each step, with gradients
-                enabled, and is not compiled. :func:`ddim_fast.diffusion.guidance.likelihood_gradient` makes one from a function
-                of x_0.
+            gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`;
+                :func:`ddim_fast.diffusion.guidance.likelihood_gradient` makes one from a function of x_0.
             batch_size: images a network call.
             on_step: called with the state after each step of each batch, for a progress bar or a film.
 
@@ -190,43 +182,33 @@ class Sampler:
             ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
                 or has a tolerance, so that nothing can be called between its steps.
         """
-        request = self._request(seeds, x_T, labels, guidance, guidance_interval, gradient)
+        asked = {"seeds": seeds, "labels": labels, "guidance": guidance, "guidance_interval": guidance_interval}
+        request = self._request(x_T, gradient, **asked)
         if self.tolerance is not None and on_step is not None:
             raise ValueError(_NO_STEPS)
         counts = [torch.empty(0, dtype=torch.int64)]
 
         def compute(batch: Request) -> Tensor:
-            if self.tolerance is not None:
-                images, evaluations = sample_controlled(self.denoiser, batch, self.tolerance, self._clip)
-            else:
-                images = self._sample(batch, on_step)
-                evaluations = self.denoiser.evaluations(self.timesteps, batch.guidance, batch.guidance_interval)
-                evaluations = torch.full((len(batch),), evaluations)
+            images, evaluations = self._sample(batch, on_step)
             counts.append(evaluations)
             return images
 
-        images = request.compute(compute, batch_size, self._no_images(), padded=self._engine.needs_one_batch_size)
+        none = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
+        images = request.compute(compute, batch_size, none, padded=self._engine.needs_one_batch_size)
+        if not hasattr(_of_thread, "evaluations"):
+            _of_thread.evaluations = WeakKeyDictionary()
         _of_thread.evaluations[self] = torch.cat(counts)[: len(request)]  # only the last batch may be padded
         return images
 
-    def trajectory(
-        self,
-        *,
-        seeds: Sequence[int] | None = None,
-        x_T: Tensor | None = None,
-        labels: Labels = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        gradient: Gradient | None = None,
-    ) -> Iterator[SamplerState]:
-        """The states of one batch, one after each step; arguments as in :meth:`sample`.
+    def trajectory(self, **request: Any) -> Iterator[SamplerState]:
+        """The states of one batch, one after each step; arguments as in :meth:`sample`, without batch_size and on_step.
 
         Raises:
             ValueError: as there, or the sampler has a tolerance: its images have no steps in common.
         """
         if self.tolerance is not None:
             raise ValueError(_NO_STEPS)
-        return self._states(self._request(seeds, x_T, labels, guidance, guidance_interval, gradient))
+        return self._states(self._request(**request))
 
     def check(self, **request: Any) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
@@ -234,56 +216,32 @@ class Sampler:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The x_T (N, C, H, W) that :meth:`sample` starts from."""
-        return initial_noise(self._request(seeds), self.denoiser)
+        return initial_noise(self._request(seeds=seeds), self.denoiser)
 
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images in the noise of the first timestep (Ho et al. 2020, eq. 4), as an x_T of :meth:`sample`.
-
-        Args:
-            images: (N, C, H, W) in [-1, 1].
-            seeds: N integers, one an image, which :meth:`sample` would make the same noise from.
-
-        Returns:
-            (N, C, H, W) float32 on the network's device.
+        """(N, C, H, W) images in [-1, 1] in the noise of the first timestep (Ho et al. 2020, eq. 4), an x_T of :meth:`sample`;
+        the noise is what :meth:`noise` makes of the seeds.
 
         Raises:
             ValueError: the images do not fit the network or the seeds.
         """
-        request, level = self._request(seeds, images), float(self._levels[0])
+        request, level = self._request(seeds=seeds, x_T=images), float(self._levels[0])
         noise = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
         return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
 
-    def encode(
-        self,
-        images: Tensor,
-        *,
-        labels: Labels = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        exact: bool = False,
-        batch_size: int = 64,
-    ) -> Tensor:
-        """The noise x_T from which deterministic DDIM makes ``images``, by an :class:`Inverter` of the same timesteps.
-
-        Args:
-            images: (N, C, H, W) in [-1, 1].
-            labels, guidance, guidance_interval: as in :meth:`sample`.
-            exact, batch_size: as of :meth:`Inverter.encode`; exact inversion needs the ``ddim`` solver without clipping or
-                ``reuse``.
-
-        Returns:
-            (N, C, H, W) float32: ``sampler.sample(x_T=...)`` gives the images back.
+    def encode(self, images: Tensor, *, exact: bool = False, batch_size: int = 64, **condition: Any) -> Tensor:
+        """The noise x_T (N, C, H, W) float32 from which deterministic DDIM makes ``images``, (N, C, H, W) in [-1, 1], by
+        :meth:`Inverter.encode` over the same timesteps; labels, guidance and guidance_interval are as in :meth:`sample`.
+        Exact inversion is for the ``ddim`` solver without clipping and ``reuse``.
 
         Raises:
             ValueError: the images do not fit the network, or the sampler has no inverse.
         """
         if self.solver.stochastic or self.tolerance is not None:
             raise ValueError("encode needs a deterministic sampler of fixed steps; use solver ddim, eta=0 and no tolerance")
-        request = self._request(None, images, labels, guidance, guidance_interval)
+        request = self._request(x_T=images, **condition)
         if exact and (self._solver != "ddim" or self._clip is not None or self.reuse > 1):
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
-        if self._inverter is None:
-            self._inverter = Inverter(self.denoiser, self.timesteps, self._engine)
         return self._inverter.encode(request, exact=exact, batch_size=batch_size)
 
     def restore(self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], **options: Any) -> Tensor:
@@ -301,32 +259,13 @@ class Sampler:
             raise ValueError("restoring takes fixed steps, and with a tolerance each image takes its own; name steps instead")
         return self._restorer
 
-    def _request(
-        self,
-        seeds: Sequence[int] | None = None,
-        x_T: Tensor | None = None,
-        labels: Labels = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        gradient: Gradient | None = None,
-    ) -> Request:
+    def _request(self, x_T: Any = None, gradient: Gradient | None = None, **request: Any) -> Request:
         """The arguments of :meth:`sample`, checked, on the device."""
         if gradient is not None and self.runs_whole:
-            raise ValueError(
-                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
-                "use engine eager or compiled, and fixed steps"
-            )
-        request = Request.check(
-            self.config,
-            stochastic=self.solver.stochastic,
-            seeds=seeds,
-            x_T=None if x_T is None else as_tensor(x_T),
-            labels=labels,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            gradient=gradient,
-            has_guide=self.guide is not None,
-        )
+            raise ValueError(_NOTHING_BETWEEN)
+        x_T, has_guide = None if x_T is None else as_tensor(x_T), self.guide is not None
+        options = {"stochastic": self.solver.stochastic, "has_guide": has_guide, "x_T": x_T, "gradient": gradient}
+        request = Request.check(self.config, **options, **request)
         if request.guidance_interval is not None and self.reuse > 1 and self.guide is None:
             raise ValueError(
                 f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {self.reuse}"
@@ -334,12 +273,18 @@ class Sampler:
         return request.to(self.device)
 
     @inference()
-    def _sample(self, request: Request, on_step: Callable[[SamplerState], None] | None) -> Tensor:
+    def _sample(self, request: Request, on_step: Callable[[SamplerState], None] | None) -> tuple[Tensor, Tensor]:
+        """The images of a batch, and how often the network was evaluated for each."""
+        if self.tolerance is not None:
+            return sample_controlled(self.denoiser, request, self.tolerance, self._clip)
         if on_step is None:
-            return self._loop.last(self._engine, self._loop.prepare(request, self.timesteps, self.solver.table))
-        for state in self._states(request):
-            on_step(state)
-        return state.x
+            images = self._loop.last(self._engine, self._loop.prepare(request, self.timesteps, self.solver.table))
+        else:
+            for state in self._states(request):
+                on_step(state)
+            images = state.x
+        evaluations = self.denoiser.evaluations(self.timesteps, request.guidance, request.guidance_interval)
+        return images, torch.full((len(request),), evaluations)
 
     @inference()
     def _states(self, request: Request) -> Iterator[SamplerState]:
@@ -349,26 +294,12 @@ class Sampler:
             yield SamplerState(i, int(self.timesteps[i]), state[0], (self.solver, before, output))
             before = state[0]
 
-    @inference()
-    def _sample_for_calibration(self) -> None:
-        """A few images of all classes and of none, from seeds that nobody asks for."""
-        classes, seeds = self.config.num_classes, np.arange(2**62, 2**62 + 8)
-        labels = None if classes is None else np.arange(8) * classes // 7
-        loop = Loop(self.denoiser, self.solver)
-        request = Request(seeds, labels=labels).to(self.device)
-        loop.last(make_engine("eager", self.device), loop.prepare(request, self.timesteps, self.solver.table))
 
-    def _no_images(self) -> Tensor:
-        return torch.empty(0, *self.config.image_shape, dtype=torch.float32, device=self.device)
+# By sampler, what this thread's last calls left behind.
+_of_thread = threading.local()
 
-
-class _OfThread(threading.local):
-    """What a thread's last calls leave behind."""
-
-    def __init__(self) -> None:
-        self.evaluations: WeakKeyDictionary[Sampler, Tensor] = WeakKeyDictionary()
-
-
-_of_thread = _OfThread()
-
+_NOTHING_BETWEEN = (
+    "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
+    "use engine eager or compiled, and fixed steps"
+)
 _NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
