@@ -1,4 +1,4 @@
-"""The autoencoder beside a checkpoint of latent diffusion: ours, or one of diffusers."""
+"""Autoencoders of latent diffusion from a folder: of this package, or of diffusers."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ __all__ = ["conv1x1"]
 
 
 def conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution and what is to be added to it: in channels_last a matrix product that adds up in place of a pass of its
-    own.
+    """A 1x1 convolution and a sum: in channels_last one matrix product that adds, without a further pass over memory.
 
     Args:
         x: (N, C, H, W).

@@ -1,4 +1,4 @@
-"""The 3x3 convolution of a U-Net's blocks, where the time goes."""
+"""The 3x3 convolution of a U-Net's blocks, which take most of its time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def conv3x3(
     upsample: bool = False,
     prepared: Prepared | None = None,
 ) -> Tensor:
-    """A 3x3 convolution with stride 1 that keeps the image's size, and what stands around it in a U-Net:
+    """A 3x3 convolution with stride 1 that keeps the image's size, with the operations around it in a U-Net:
 
         out = convolution(upsampled(x), weight) + bias + residual
 
@@ -39,8 +39,7 @@ def conv3x3(
         bias: (K,), in the dtype of ``x`` or float32.
         residual: of the result's shape and dtype, added to it.
         upsample: repeat each pixel of ``x`` in both directions first (nearest neighbour), of signals along their width.
-        prepared: what :func:`prepare_conv3x3` made of ``weight``, for inference: this is used then, and ``weight`` only where
-            a gradient is recorded.
+        prepared: the result of :func:`prepare_conv3x3`, for inference; ``weight`` is used only where a gradient is recorded.
 
     Returns:
         (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, of signals (N, K, 1, 2 W), in the dtype of ``x``.
@@ -48,37 +47,36 @@ def conv3x3(
     Raises:
         ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
     """
-    call = _Call(x, prepared, bias, residual, upsample)
-    if prepared is None or is_observed() or _records_gradient(call):
+    if prepared is None or is_observed() or _records_gradient(x, bias, residual):
         return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
-    _check(call)
+    _check(x, prepared, bias, residual, upsample)
     return (_registered if torch.compiler.is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
 
 
 def conv3x3_cached(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
 ) -> Tensor:
-    """:func:`conv3x3` with weights that it prepares by itself when it first meets them, and again when they have changed (see
-    :func:`ddim_fast.ops.weight_cache.cached`): for networks whose weights belong to somebody else.
+    """:func:`conv3x3` that prepares the weights at their first use, and again when they have changed (see
+    :func:`ddim_fast.ops.weight_cache.cached`): for the networks of other libraries.
 
-    ``weight`` may have another dtype than ``x``, which the result has. Where a gradient is recorded, nothing is prepared, and
-    what was is dropped.
+    ``weight`` may have another dtype than ``x`` and the result. Where a gradient is recorded, nothing is prepared, and the
+    prepared weights are dropped.
     """
-    if is_observed() or _records_gradient(_Call(x, None, bias, residual, upsample), weight):
-        if not torch.compiler.is_compiling():
-            forget(weight)
-        return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
-    if not torch.compiler.is_compiling():
-        return _run_of(x, weight, bias, residual, upsample)
-    if _is_prepared(x.device, x.dtype, *weight.shape[:2]):
-        return _registered_of(x, weight, bias, residual, upsample)
+    compiling = torch.compiler.is_compiling()
+    if not is_observed() and not _records_gradient(x, weight, bias, residual):
+        if not compiling:
+            return _run_cached(x, weight, bias, residual, upsample)
+        if _is_prepared(x.device, x.dtype, *weight.shape[:2]):
+            return _registered_cached(x, weight, bias, residual, upsample)
+    elif not compiling:
+        forget(weight)
     return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
 
 
 def conv3x3_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
 ) -> Tensor:
-    """What the operator means, by PyTorch's own: differentiable, on any device. Arguments as :func:`conv3x3`."""
+    """The operator in PyTorch's own: differentiable, on any device. Arguments as :func:`conv3x3`."""
     rows = weight.shape[2]
     if upsample:
         x = _enlarged(x, 2 if rows == 3 else 1)
@@ -89,22 +87,22 @@ def conv3x3_reference(
 def prepare_conv3x3(
     weight: Tensor, dtype: torch.dtype, limits: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Prepared | None:
-    """The weights of :func:`conv3x3` transformed, once, for the fastest implementation: on a CPU Winograd's algorithm in C++
-    (Lavin and Gray 2016). Each output and pair of channels takes 4 products by F(2x2, 3x3) and 2.25 by F(4x4, 3x3), instead
-    of 9. The second is for float32 on images that are large enough; its error is that of a direct convolution in float32
-    (8e-7 relative, with 256 channels), three times that of the first. DDIM_FAST_CONV3X3=exact does without it.
+    """The weights of :func:`conv3x3` transformed for the fastest implementation: on a CPU Winograd's algorithm in C++ (Lavin
+    and Gray 2016). Each output and pair of channels takes 4 products by F(2x2, 3x3) and 2.25 by F(4x4, 3x3), instead of 9.
+    F(4x4, 3x3) is for float32 on images that are large enough; its error is that of a direct convolution in float32 (8e-7
+    relative, with 256 channels), three times that of F(2x2, 3x3). DDIM_FAST_CONV3X3=exact does without it.
 
     Args:
         weight: (K, C, 3, 3) or (K, C, 1, 3) on the device where it will be used.
         dtype: of the images.
         limits: (16,) for products of 8-bit numbers: components of the transformed pixels, see :func:`conv3x3_components`, are
             rounded to 255 levels in [-limit, limit]. Weights have a scale for each component and output channel.
-        size: (H, W) of most images that it will be used on, where none are to be upsampled. It decides which algorithm
-            is the faster one; images of any size are convolved correctly. None is F(2x2, 3x3).
+        size: (H, W) of most of the images, where none are to be upsampled. It decides which algorithm is the faster one;
+            images of any size are convolved correctly. None is F(2x2, 3x3).
 
     Returns:
-        What :func:`conv3x3` takes, or None where PyTorch's convolution serves, which takes the weights as they are. It is four
-        times as large as the weights for F(4x4, 3x3), 1.8 times for F(2x2, 3x3), less in narrower dtypes.
+        The argument ``prepared`` of :func:`conv3x3`: four times as large as the weights for F(4x4, 3x3), 1.8 times for
+        F(2x2, 3x3), less in narrower dtypes. None where PyTorch's convolution serves, which takes the weights as they are.
 
     Raises:
         ValueError: ``limits`` are given, or DDIM_FAST_BACKEND=native, and cannot be served; the message says why.
@@ -119,7 +117,7 @@ def prepare_conv3x3(
 
 
 def conv3x3_components(x: Tensor, *, upsample: bool = False) -> Tensor:
-    """The transformed pixels B^T d B of Winograd's F(2x2, 3x3), which are what is multiplied (Lavin and Gray 2016, eq. 8).
+    """The transformed pixels B^T d B of Winograd's F(2x2, 3x3), the factors of its products (Lavin and Gray 2016, eq. 8).
 
     Args:
         x: (N, C, H, W), floating-point.
@@ -137,14 +135,6 @@ def conv3x3_components(x: Tensor, *, upsample: bool = False) -> Tensor:
     return torch.einsum("ia,nchwab,jb->ijnchw", transform, tiles, transform).flatten(2).flatten(0, 1)
 
 
-class _Call(NamedTuple):
-    x: Tensor
-    prepared: Prepared | None
-    bias: Tensor | None
-    residual: Tensor | None
-    upsample: bool
-
-
 class _Weight(NamedTuple):
     """The arguments of :func:`prepare_conv3x3`."""
 
@@ -159,8 +149,8 @@ class _Weight(NamedTuple):
         if self.limits is not None or self.dtype != torch.float32 or self.size is None or _is_exact():
             return 2
         few, many = (math.prod(-(-side // tile) for side in self.size) for tile in (4, 2))
-        # With fewer tiles, reading weights that are more than twice as large costs one image more than it saves; and there is a
-        # limit to what weights may take: this is 75 MB each.
+        # With fewer tiles, reading weights that are more than twice as large costs one image more than it saves. The limit on
+        # the weights' size is 75 MB each.
         is_small = math.prod(self.weight.shape[:2]) <= 2**19
         return 4 if is_small and few >= 4 and 36 * few < 16 * many else 2
 
@@ -210,7 +200,7 @@ def _native_is_faster(request: _Weight) -> bool:
     return is_faster_in_cpp("conv3x3", request.dtype, "channels_last")
 
 
-# Under each other name it is PyTorch's convolution, on whatever device.
+# PyTorch's convolution serves under each other name, on any device.
 IMPLEMENTATIONS = (
     Implementation("native", _prepare_native, _why_not_native, _native_is_faster),
     *(Implementation(backend, lambda request: None, lambda request: None) for backend in ("triton", "cuda", "reference")),
@@ -249,24 +239,24 @@ def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual
 
 
 @torch.library.custom_op("ddim_fast::conv3x3_cached", mutates_args=())
-def _registered_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+def _registered_cached(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     """:func:`conv3x3_cached` as torch.compile sees it: the weights are prepared when it runs."""
-    return _run_of(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
+    return _run_cached(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
 
 
-@_registered_of.register_fake
+@_registered_cached.register_fake
 def _(x, weight, bias, residual, upsample) -> Tensor:
     return _empty_result(x, weight.transpose(0, 1), upsample)
 
 
 @torch.compiler.assume_constant_result
 def _is_prepared(device: torch.device, dtype: torch.dtype, channels_out: int, channels_in: int) -> bool:
-    """Whether weights of this shape are worth preparing; asked while compiling, when there are no weights to look at."""
+    """Whether weights of this shape are prepared; asked while compiling, when there are no weights yet."""
     request = _Weight(torch.empty(channels_out, channels_in, 3, 3, device=device), dtype, None, None)
     return choose("conv3x3", IMPLEMENTATIONS, request).backend == "native"
 
 
-def _run_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+def _run_cached(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     def prepare() -> Prepared | None:
         return prepare_conv3x3(weight.detach(), x.dtype, size=size)
 
@@ -285,8 +275,8 @@ def _enlarged(x: Tensor, rows: int) -> Tensor:
 
 
 def _copied_larger(x: Tensor, rows: int) -> Tensor:
-    """The same, channels_last, as a copy. Its gradient is a sum; of interpolation's, torch.compile makes atomic additions on a
-    GPU, in the images' dtype and in any order."""
+    """:func:`_enlarged` as a copy in channels_last. Its gradient is a sum; that of interpolation becomes atomic additions under
+    torch.compile on a GPU, in the images' dtype and in any order."""
     n, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
     larger = pixels.expand(n, height, rows, width, 2, channels).reshape(n, rows * height, 2 * width, channels)
@@ -304,13 +294,12 @@ def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _records_gradient(call: _Call, weight: Tensor | None = None) -> bool:
-    tensors = (call.x, call.bias, call.residual, weight)
+def _records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(call: _Call) -> None:
-    x, (weights, *scales), bias, residual, upsample = call
+def _check(x: Tensor, prepared: Prepared, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
+    weights, *scales = prepared
     channels = weights.shape[1]
     if x.ndim != 4 or x.shape[1] != weights.shape[2]:
         raise ValueError(f"x must have shape (N, {weights.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs."""
+"""The choice of an operator's implementation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Implementation:
 
     Attributes:
         backend: one of :data:`BACKENDS`.
-        run: computes the operator from a request, whatever that is for the operator.
+        run: computes the operator from a request, a type of the operator's own.
         why_not: None when this implementation can serve the request, the reason otherwise.
         is_faster: whether a committed benchmark says that it is faster than PyTorch where it can serve; not asked when
             DDIM_FAST_BACKEND names it.
@@ -35,8 +35,8 @@ class Implementation:
 
 
 def choose(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
-    """The first implementation that can serve ``request`` and is faster there, or the one that DDIM_FAST_BACKEND names; where
-    :func:`is_observed` holds, the reference.
+    """The first implementation that can serve ``request`` and is faster there, or the one named by DDIM_FAST_BACKEND; the
+    reference where :func:`is_observed` holds.
 
     Raises:
         ValueError: DDIM_FAST_BACKEND names none, or one that cannot serve; the message says why.

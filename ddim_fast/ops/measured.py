@@ -1,4 +1,4 @@
-"""Where the C++ operators were measured to be faster than PyTorch's."""
+"""The processors and layouts for which the C++ operators were measured to be faster than PyTorch's."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> b
 
 @functools.cache
 def bf16_products() -> str | None:
-    """What PyTorch multiplies bfloat16 by on this CPU: amx, avx512_bf16, or None where it has no instructions for it."""
+    """The instructions with which PyTorch multiplies bfloat16 on this CPU: amx, avx512_bf16, or None without any."""
     if not torch_private.has_avx512_bf16() or (native.module and native.module.instruction_set() != "avx512"):
         return None
     return "amx" if torch_private.has_amx() else "avx512_bf16"
 
 
 def instruction_set(dtype: torch.dtype) -> str:
-    """What the C++ operators compute with: baseline, avx2, avx512, or avx512_bf16 for bfloat16 where the processor has it."""
+    """The instructions of the C++ operators: baseline, avx2, avx512, or avx512_bf16 for bfloat16 where the CPU has it."""
     name = native.module.instruction_set()
     return "avx512_bf16" if dtype == torch.bfloat16 and native.module.conv3x3_has_bf16() else name
