@@ -1,4 +1,4 @@
-"""diffusers' DDIM schedulers, faster: one line changes in a pipeline, and its images stay as they are.
+"""Faster DDIM schedulers for diffusers' pipelines, with the same images.
 
 >>> from diffusers import DDIMPipeline
 >>> from ddim_fast.interop.diffusers import FastDDIMScheduler
@@ -6,7 +6,7 @@
 >>> pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 >>> images = pipe(batch_size=2, num_inference_steps=10).images
 
-With the timestep that really comes next, and spacings that diffusers does not have:
+Steps to the timestep that comes next in the run, and spacings that diffusers does not have:
 
 >>> pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config, compat="exact", timestep_spacing="quadratic")
 >>> images = pipe(batch_size=2, num_inference_steps=10).images
@@ -101,8 +101,8 @@ class _FastScheduler:
         return options
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers'. In the place of another scheduler it is that one which is saved: the folder is to be loaded where this
-        package is not."""
+        """Saves the config as diffusers does; after ``accelerate`` that of the replaced scheduler, so that the folder loads
+        without this package."""
         (super() if self.replaces is None else self.replaces).save_config(*args, **kwargs)
 
     def set_timesteps(
@@ -115,7 +115,7 @@ class _FastScheduler:
 
         Args:
             num_inference_steps: S.
-            device: where ``self.timesteps`` goes. ``step`` knows its elements by their place and never waits for that device.
+            device: of ``self.timesteps``. ``step`` identifies its elements by their place and never waits for the device.
             timesteps: instead of S, the timesteps themselves, distinct; only with ``compat="exact"``.
 
         Raises:
@@ -346,13 +346,13 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
 
 
 class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
-    """diffusers' DDIMInverseScheduler, from image to noise, with what :class:`FastDDIMScheduler` has over DDIMScheduler.
+    """diffusers' DDIMInverseScheduler, from image to noise, with the changes of :class:`FastDDIMScheduler`.
 
     Args:
         compat: as there; with ``exact``, a step starts from the timestep of the run that comes before it.
     """
 
-    # Schedulers whose configs it takes: without them, the options of DDIMScheduler that inversion lacks would be warned of.
+    # Schedulers whose configs it takes: without them, diffusers would warn of DDIMScheduler's options that inversion lacks.
     _compatibles: ClassVar[list[str]] = ["DDIMInverseScheduler", "DDIMScheduler"]
     _direction = 1
 

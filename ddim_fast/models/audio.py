@@ -1,11 +1,11 @@
-"""What a network's images mean as sound: everything audio.json holds, which lies beside config.json."""
+"""The conversion of sounds to a network's images: the contents of audio.json, beside config.json."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .json_dataclass import JsonDataclass, require
+from .json_dataclass import JsonDataclass
 
 __all__ = ["AudioConfig"]
 
@@ -49,18 +49,16 @@ class AudioConfig(JsonDataclass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
-        for name in ("sample_rate", "length", "fold", "hop", "mels"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(0 < self.peak <= 1, "peak", self.peak, "in (0, 1]")
-        require(self.n_fft >= self.hop and (self.n_fft - self.hop) % 2 == 0, "n_fft", self.n_fft, "hop and an even number more")
-        require(self.length % self.hop == 0, "length", self.length, f"a multiple of hop, {self.hop}")
-        require(self.floor_db < self.ceiling_db, "floor_db", self.floor_db, f"below ceiling_db, {self.ceiling_db}")
+        self._require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}")
+        self._require_positive("sample_rate", "length", "fold", "hop", "mels")
+        self._require(0 < self.peak <= 1, "peak", "in (0, 1]")
+        self._require(self.n_fft >= self.hop and (self.n_fft - self.hop) % 2 == 0, "n_fft", "hop and an even number more")
+        self._require(self.length % self.hop == 0, "length", f"a multiple of hop, {self.hop}")
+        self._require(self.floor_db < self.ceiling_db, "floor_db", f"below ceiling_db, {self.ceiling_db}")
         folded = {"mel": (self.mels, self.frames), "waveform": (self.length,)}[self.kind]
-        require(
-            all(size % self.fold == 0 for size in folded), "fold", self.fold, f"a divisor of {' and '.join(map(str, folded))}"
-        )
-        require(self.labels is None or len(set(self.labels)) == len(self.labels), "labels", self.labels, "different names")
+        divisible = all(size % self.fold == 0 for size in folded)
+        self._require(divisible, "fold", f"a divisor of {' and '.join(map(str, folded))}")
+        self._require(self.labels is None or len(set(self.labels)) == len(self.labels), "labels", "different names")
 
     @property
     def frames(self) -> int:

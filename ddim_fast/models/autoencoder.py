@@ -90,11 +90,7 @@ class Autoencoder(nn.Module):
         folder = Path(folder)
         config = load_config(folder, AutoencoderConfig)
         weights, tensors = read_weights(folder, WEIGHTS)
-        with torch.device("meta"):
-            model = cls(config)
-        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(Checkpoint(weights, config, tensors).state_dict(shapes), assign=True)
-        return model.eval()
+        return Checkpoint(weights, config, tensors).network(cls)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

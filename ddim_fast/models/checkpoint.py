@@ -1,7 +1,7 @@
-"""A checkpoint is a folder: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`) and model.safetensors (one tensor
-a parameter; or several files and their index); where its images mean sounds, audio.json (:class:`AudioConfig`) too.
+"""Checkpoint folders: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`), model.safetensors (one tensor a
+parameter; or several files and their index) and, for a network of sounds, audio.json (:class:`AudioConfig`).
 
-Checkpoints of other programs are read too: what ddim_fast.interop makes of them is a :class:`Checkpoint` like any other.
+ddim_fast.models.formats reads the checkpoints of other programs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ AUTOENCODER = "autoencoder"
 # The folder, beside the files of a network, of snapshots of its averaged weights while it was trained.
 SNAPSHOTS = "ema"
 
-# What a Hub repository is asked for: a checkpoint of ours, or one of diffusers. Not its pickles: most hold the weights twice.
+# The files to download from a Hub repository, of ours or of diffusers. No pickles: they repeat the weights.
 HUB_FILES = tuple(
     folder + name
     for folder in ("", "unet/", "scheduler/", f"{AUTOENCODER}/")
@@ -100,7 +100,7 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
 
 
 def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
-    """The folder or file that :func:`resolve_model` means, that of a Hub id once it is downloaded.
+    """:func:`resolve_model` as a path; a Hub id is downloaded.
 
     Args:
         hub_options: for a Hub id: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
@@ -161,14 +161,10 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
 
 
 def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
-    """What the images of a checkpoint mean as sound; None where they are images.
-
-    Args:
-        path: the checkpoint, a folder or a file.
-        config: its network.
+    """The audio.json of a checkpoint; None for a network of images.
 
     Raises:
-        ValueError: its description is damaged or of another network; the message names the file.
+        ValueError: it is damaged or does not fit ``config``; the message names the file.
     """
     file = path / _AUDIO
     if not file.is_file():
@@ -191,7 +187,7 @@ def save_checkpoint(
     max_shard_size: int | str | None = None,
 ) -> None:
     """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not
-    at all. Timesteps that were fitted to earlier weights in that folder are removed: they are not for these.
+    at all. Timesteps that were fitted to earlier weights in that folder are removed.
 
     Args:
         max_shard_size: write the weights in several files, see :func:`ddim_fast.models.weights.write_weights`; None in one.
@@ -207,10 +203,9 @@ def save_checkpoint(
 
 
 def load_timesteps(path: Path, total: int) -> dict[str, dict[int, list[int]]] | None:
-    """The timesteps that were fitted to a checkpoint, by solver and number of steps; None where there are none.
+    """The timesteps fitted to a checkpoint, by solver and number of steps; None where there are none.
 
     Args:
-        path: the checkpoint, a folder or a file.
         total: T, the number of training timesteps.
 
     Raises:
@@ -231,7 +226,7 @@ def save_timesteps(path: Path, timesteps: dict[str, dict[int, list[int]]], calib
 
     Args:
         timesteps: as :func:`load_timesteps` returns them.
-        calibration: what they were fitted to, to be read by people.
+        calibration: the setting of the fit, for people.
     """
     file = timesteps_file(path)
     parts = []
@@ -244,7 +239,7 @@ def save_timesteps(path: Path, timesteps: dict[str, dict[int, list[int]]], calib
 
 
 def timesteps_file(path: Path) -> Path:
-    """Where the timesteps are that were fitted to a checkpoint, if they were."""
+    """The file of the timesteps fitted to a checkpoint."""
     return path.with_name(f"{path.name}.timesteps.json") if path.is_file() else path / "timesteps.json"
 
 

@@ -1,4 +1,4 @@
-"""What tells networks apart."""
+"""Checksums of networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights_checksum(*models: nn.Module) -> str:
     digest = hashlib.sha256()
     for model in models:
         config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-        # In diffusers' configs these say where a network is from.
+        # Private keys of diffusers' configs name the network's origin.
         digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

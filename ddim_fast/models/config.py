@@ -1,11 +1,11 @@
-"""The description of a network and of the diffusion process it was trained on: everything config.json holds."""
+"""The configuration of a network and of the diffusion process it was trained on: the contents of config.json."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .json_dataclass import JsonDataclass, require
+from .json_dataclass import JsonDataclass
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "UNetConfig", "preset_names"]
 
@@ -70,66 +70,27 @@ class UNetConfig(JsonDataclass):
         height, width = self.size
         if height == width:
             object.__setattr__(self, "sample_size", height)
-        require(min(height, width) >= 1, "sample_size", self.sample_size, "at least 1")
-        for name in (
-            "in_channels",
-            "base_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "num_train_timesteps",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(
-            len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
-            "channel_multipliers",
-            self.channel_multipliers,
-            "one positive integer a level",
-        )
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
-        require(self.downsample_padding in (0, 1), "downsample_padding", self.downsample_padding, "0 or 1")
-        require(self.num_classes is None or self.num_classes >= 1, "num_classes", self.num_classes, "at least 1, or null")
-        require(
-            self.prediction_type in PREDICTION_TYPES,
-            "prediction_type",
-            self.prediction_type,
-            f"one of {', '.join(PREDICTION_TYPES)}",
-        )
-        require(
-            self.beta_schedule in BETA_SCHEDULES, "beta_schedule", self.beta_schedule, f"one of {', '.join(BETA_SCHEDULES)}"
-        )
+        self._require(min(height, width) >= 1, "sample_size", "at least 1")
+        self._require_positive("in_channels", "num_train_timesteps")
+        _check_levels(self)
+        self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self._require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
+        self._require(self.num_classes is None or self.num_classes >= 1, "num_classes", "at least 1, or null")
+        for name, choices in (("prediction_type", PREDICTION_TYPES), ("beta_schedule", BETA_SCHEDULES)):
+            self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         for name in ("beta_start", "beta_end"):
-            require(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
+            self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
         # The frequencies of the time embedding are spread over this difference.
-        require(
-            self.freq_shift != self.base_channels // 2,
-            "freq_shift",
-            self.freq_shift,
-            "other than half of base_channels",
-        )
-        _check_extent(self.level_channels, self.layers_per_block)
-        require(self.num_train_timesteps <= 10**6, "num_train_timesteps", self.num_train_timesteps, "at most a million")
+        self._require(self.freq_shift != self.base_channels // 2, "freq_shift", "other than half of base_channels")
+        self._require(self.num_train_timesteps <= 10**6, "num_train_timesteps", "at most a million")
         halvings = 2 ** (len(self.channel_multipliers) - 1)
-        require(
+        self._require(
             width % halvings == 0 and (self.one_dimensional or height % halvings == 0),
             "sample_size",
-            self.sample_size,
             f"a multiple of {halvings}, for {len(self.channel_multipliers)} levels",
         )
-        for width in self.level_channels:
-            require(
-                width % self.norm_num_groups == 0,
-                "norm_num_groups",
-                self.norm_num_groups,
-                f"a divisor of every level's width, {width} among them",
-            )
-            if self.attention_head_dim is not None:
-                require(
-                    self.attention_head_dim >= 1 and width % self.attention_head_dim == 0,
-                    "attention_head_dim",
-                    self.attention_head_dim,
-                    f"a divisor of every level's width, {width} among them",
-                )
+        if self.attention_head_dim is not None:
+            _check_divisor(self, "attention_head_dim")
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -200,17 +161,10 @@ class AutoencoderConfig(JsonDataclass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sample_size", "in_channels", "latent_channels", "base_channels", "layers_per_block", "norm_num_groups"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        multipliers = self.channel_multipliers
-        require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", multipliers, "one positive integer a level")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
-        _check_extent(self.level_channels, self.layers_per_block)
-        right = f"a multiple of {self.factor}, for {len(multipliers)} levels"
-        require(self.sample_size % self.factor == 0, "sample_size", self.sample_size, right)
-        for width in self.level_channels:
-            right = f"a divisor of every level's width, {width} among them"
-            require(width % self.norm_num_groups == 0, "norm_num_groups", self.norm_num_groups, right)
+        self._require_positive("sample_size", "in_channels", "latent_channels")
+        _check_levels(self)
+        right = f"a multiple of {self.factor}, for {len(self.channel_multipliers)} levels"
+        self._require(self.sample_size % self.factor == 0, "sample_size", right)
 
     @property
     def factor(self) -> int:
@@ -228,10 +182,24 @@ class AutoencoderConfig(JsonDataclass):
         return (self.in_channels, self.sample_size, self.sample_size)
 
 
-def _check_extent(widths: tuple[int, ...], layers_per_block: int) -> None:
-    """See that a network can be built at all: a damaged file must not take the machine's memory, or hours."""
-    require(max(widths) <= 2**16, "base_channels", widths[0], f"such that no level has more than {2**16} channels")
-    require(layers_per_block * len(widths) <= 512, "layers_per_block", layers_per_block, "at most 512 in all levels together")
+def _check_levels(config: UNetConfig | AutoencoderConfig) -> None:
+    """Checks the fields of both networks' levels. A damaged file must not take the machine's memory, or hours."""
+    config._require_positive("base_channels", "layers_per_block", "norm_num_groups")
+    multipliers = config.channel_multipliers
+    config._require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", "one positive integer a level")
+    config._require(config.norm_eps > 0, "norm_eps", "positive")
+    is_small = max(config.level_channels) <= 2**16
+    config._require(is_small, "base_channels", f"such that no level has more than {2**16} channels")
+    layers = config.layers_per_block * len(multipliers)
+    config._require(layers <= 512, "layers_per_block", "at most 512 in all levels together")
+    _check_divisor(config, "norm_num_groups")
+
+
+def _check_divisor(config: UNetConfig | AutoencoderConfig, name: str) -> None:
+    number = getattr(config, name)
+    for width in config.level_channels:
+        holds = number >= 1 and width % number == 0
+        config._require(holds, name, f"a divisor of every level's width, {width} among them")
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""A trained network as the middle of one for larger images."""
+"""Growing a trained network into one for images twice as large."""
 
 from __future__ import annotations
 

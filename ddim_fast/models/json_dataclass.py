@@ -1,4 +1,4 @@
-"""Descriptions that are stored as JSON: what the classes of config.json and audio.json share."""
+"""The base class of the dataclasses that are stored as config.json and audio.json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["JsonDataclass", "require"]
+__all__ = ["JsonDataclass"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonDataclass:
-    """A dataclass whose fields have the types they are declared with, in memory and as JSON: its files are a user's input like
-    any other."""
+    """A dataclass that checks the types of its fields: its JSON files are a user's input like any other."""
 
     def __post_init__(self) -> None:
         for name, expected in self._types().items():
@@ -48,16 +47,19 @@ class JsonDataclass:
         """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
+    def _require(self, holds: bool, name: str, right: str) -> None:
+        """Raises a ValueError that names the field, its value and what would be right, unless ``holds``."""
+        if not holds:
+            raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+
     @classmethod
     @functools.cache
     def _types(cls) -> dict[str, Any]:
         return typing.get_type_hints(cls)
-
-
-def require(holds: bool, name: str, value: Any, right: str) -> None:
-    """Raises a ValueError that names the field, its value and what would be right, unless ``holds``."""
-    if not holds:
-        raise ValueError(f"{name} must be {right}; got {value!r}")
 
 
 def _checked(name: str, expected: Any, value: Any) -> Any:
@@ -84,10 +86,10 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind and (kind is not int or abs(value) < _LARGEST)
 
 
-# Nothing that is counted here comes near it, and sums and products of what is below it overflow nowhere.
+# No count comes near it, and sums and products of smaller numbers overflow nowhere.
 _LARGEST = 2**24
 
-# The type of each item, how many there must be, and what to call them.
+# The type of an item, the number of items, and their name in messages.
 _LISTS = {
     tuple[int, ...]: (int, None, "a list of integers"),
     tuple[int, int]: (int, 2, "a pair of integers"),

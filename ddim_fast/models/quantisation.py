@@ -1,4 +1,4 @@
-"""8-bit convolutions for a network on a CPU: which numbers they round to, found on the network's own inputs."""
+"""8-bit convolutions for a network on a CPU, with scales calibrated on the network's own inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["quantise"]
 # A convolution that 8 bits change by more than this, as a share of its result (root mean square), keeps its precision.
 SENSITIVE = 0.05
 
-# Of each convolution's input, and of each of its components.
+# The images of each convolution's input that are kept, and the values of each component.
 IMAGES, VALUES = 2, 4096
 
 
@@ -24,43 +24,43 @@ IMAGES, VALUES = 2, 4096
 def quantise(model: UNet, sample: Callable[[], object]) -> dict[str, float]:
     """Gives the 3x3 convolutions of ``model`` 8-bit products, with static scales.
 
-    The limits of a convolution's transformed pixels, one a component, are those that round what was seen with the least squared
-    error. The convolutions that lose too much by it (:data:`SENSITIVE`) are left as they are.
+    The limits of a convolution's transformed pixels, one a component, round the calibration values with the least squared
+    error. A convolution that loses too much by it (:data:`SENSITIVE`) is left as it is.
 
     Args:
         model: as :meth:`UNet.for_inference` returns it, on a CPU; changed in place.
-        sample: calls the model on inputs such as it will see: samples a few images.
+        sample: calls the model on typical inputs: samples a few images.
 
     Returns:
-        For each convolution, by name, the error that 8 bits make as a share of its result.
+        The error of 8 bits as a share of the result, for each convolution by name.
 
     Raises:
         ValueError: the processor has no such products.
     """
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Conv3x3)}
-    seen = {name: _Seen() for name in convolutions}
-    hooks = [m.register_forward_pre_hook(seen[name].add, with_kwargs=True) for name, m in convolutions.items()]
+    inputs = {name: _Inputs() for name in convolutions}
+    hooks = [m.register_forward_pre_hook(inputs[name].add, with_kwargs=True) for name, m in convolutions.items()]
     try:
         sample()
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _quantise(module, seen[name]) for name, module in convolutions.items()}
+    return {name: _quantise(module, inputs[name]) for name, module in convolutions.items()}
 
 
-class _Seen:
-    """What a convolution was called with.
+class _Inputs:
+    """Calibration inputs of a convolution.
 
     Attributes:
-        values: some of each component, of each call.
-        x, upsample: the last call on a few images.
+        values: for each call, samples of each component.
+        x, upsample: a few images of the last call.
     """
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
 
     def add(self, module: Conv3x3, arguments: tuple[Tensor, ...], options: dict) -> None:
-        """A hook before the module's forward."""
+        """A forward pre-hook."""
         self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
         components = conv3x3_components(self.x, upsample=self.upsample)
         # At random: taken at even distances, they may all lie on the left edges of the images.
@@ -68,11 +68,11 @@ class _Seen:
         self.values.append(components[:, chosen].abs())
 
 
-def _quantise(module: Conv3x3, seen: _Seen) -> float:
+def _quantise(module: Conv3x3, inputs: _Inputs) -> float:
     before = module.prepared
-    exact = module(seen.x, upsample=seen.upsample).float()
-    module.prepare(module.weight.dtype, _best_limits(torch.cat(seen.values, dim=1)))
-    rounded = module(seen.x, upsample=seen.upsample).float()
+    exact = module(inputs.x, upsample=inputs.upsample).float()
+    module.prepare(module.weight.dtype, _best_limits(torch.cat(inputs.values, dim=1)))
+    rounded = module(inputs.x, upsample=inputs.upsample).float()
     error = float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     if not error <= SENSITIVE:
         module.prepared = before

@@ -244,13 +244,10 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         """
         path = local_model(pretrained_model_name_or_path, **hub_options)
         checkpoint = load_checkpoint(path, config)
-        with torch.device("meta"):
-            model = cls(checkpoint.config)
-        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(checkpoint.state_dict(shapes), assign=True)
+        model = checkpoint.network(cls)
         model.fitted_timesteps = load_timesteps(path, checkpoint.config.num_train_timesteps)
         model.audio = load_audio(path, checkpoint.config)
-        return model.eval()
+        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_checkpoint(save_directory, self.config, self.state_dict(), self.audio)

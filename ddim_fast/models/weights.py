@@ -1,4 +1,4 @@
-"""The tensors of a network, in one file or in several. Nothing in them is ever executed."""
+"""Files of a network's tensors, safetensors or pickles, whole or sharded. Nothing in them is ever executed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..io.files import atomic_write, errors_name_file, one_line, read_json, require_file, write_json
 from .config import AutoencoderConfig, UNetConfig
@@ -31,10 +31,12 @@ __all__ = [
     "write_weights",
 ]
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, before it is put into a network.
+    """The contents of a checkpoint.
 
     Attributes:
         path: the file that the tensors are from, for messages.
@@ -47,6 +49,14 @@ class Checkpoint:
     config: UNetConfig | AutoencoderConfig
     tensors: dict[str, Tensor]
     stored_name: Callable[[str], str] = str
+
+    def network(self, kind: type[Network]) -> Network:
+        """The network of class ``kind``, in eval mode, on the CPU, in float32. Errors as of :meth:`state_dict`."""
+        with torch.device("meta"):
+            model = kind(self.config)
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(self.state_dict(shapes), assign=True)
+        return model.eval()
 
     def state_dict(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The tensors by the network's names, as contiguous float32.
@@ -76,11 +86,11 @@ class Checkpoint:
 
 
 def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetensors",)) -> tuple[Path, dict[str, Tensor]]:
-    """The tensors of a folder, on the CPU, and the file that they are from.
+    """The tensors of a folder, on the CPU, and their file.
 
     Args:
         stem: the name of that file without its suffix. Several files have an index, such as ``stem.safetensors.index.json``.
-        suffixes: of the formats that may be there, the first that is there is read: ``.safetensors`` and ``.bin``, a pickle.
+        suffixes: the formats to look for, in this order: ``.safetensors`` and ``.bin``, a pickle.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -99,7 +109,7 @@ def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetenso
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors that ``index`` finds in several files of its folder.
+    """The tensors of the files that ``index`` lists.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -126,7 +136,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, stem: str, state: dict[str, Tensor], max_shard_size: int | str | None = None) -> None:
-    """What :func:`read_weights` reads.
+    """Write the tensors as :func:`read_weights` reads them.
 
     Args:
         max_shard_size: of a file, in bytes or as "16MB"; a larger tensor has a file to itself. None writes one file.
@@ -164,8 +174,8 @@ def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors, numbers, text, and containers of these. A pickle can hold code as well;
-    then it is refused, and none of the code is executed.
+    """The contents of a file of ``torch.save``, on the CPU: tensors, numbers, text, and containers of these. A pickle that
+    holds code is refused, and none of the code is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -183,7 +193,7 @@ def read_pickle(path: Path) -> Any:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which no more is read than there is: memory is taken for what is asked for, and damage asks for gigabytes."""
+    """A reader that asks for no more bytes than the file has: a damaged pickle would allocate gigabytes."""
 
     def read(self, size: int | None = -1) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -198,7 +208,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """See that a network of these tensors can compute anything.
+    """Checks that the tensors are finite.
 
     Raises:
         ValueError: a number in one of them is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Gaussian noise that belongs to a seed: counter-based Philox4x32-10 (Salmon et al. 2011) and the Box-Muller transform.
+"""Seeded Gaussian noise: counter-based Philox4x32-10 (Salmon et al. 2011) and the Box-Muller transform.
 
 The number drawn for element e of image ``seed`` at ``step`` depends on these three alone: not on the batch, the device or
 what was drawn before. csrc/philox.h and kernels/ddim_step.py draw the same numbers inside their kernels.

@@ -1,5 +1,5 @@
-"""Networks as diffusers stores them: the folder of a ``UNet2DModel``, or of a ``DDPMPipeline`` or ``DDIMPipeline``, which holds
-one and its scheduler. diffusers itself is not needed, neither to load nor to save.
+"""Checkpoint folders of diffusers: of a ``UNet2DModel``, or of a ``DDPMPipeline`` or ``DDIMPipeline``, which holds one and its
+scheduler. Neither loading nor saving needs diffusers itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 _WEIGHTS = "diffusion_pytorch_model"
 
-# What UNet2DModel does where its config.json says nothing (diffusers 0.42).
+# The defaults of UNet2DModel for options that its config.json lacks (diffusers 0.42).
 _UNET_DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
@@ -66,7 +66,7 @@ _SAME_NAME = (
     "downsample_padding",
 )
 
-# Options of diffusers' schedulers that say what the network was trained for. The others say how to sample.
+# Options of diffusers' schedulers that describe the training process. The others describe sampling.
 _PROCESS = ("prediction_type", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr")
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 
@@ -87,8 +87,8 @@ def load_diffusers(folder: Path) -> Checkpoint:
     """A ``UNet2DModel``, from its own folder or from a pipeline's.
 
     The schedule and the prediction type are those of the pipeline's scheduler; a network without one is taken to predict
-    epsilon on the linear schedule of DDPM. Of a class-conditional network the last class becomes the null class of
-    :class:`UNetConfig`: diffusers has no notion of one. Weights may be .safetensors or .bin, in one file or several, with the
+    epsilon on the linear schedule of DDPM. The last class of a class-conditional network becomes the null class of
+    :class:`UNetConfig`, because diffusers has none. Weights may be .safetensors or .bin, in one file or several, with the
     present names of the attention layers or the old ones.
 
     Raises:
@@ -111,7 +111,7 @@ def load_diffusers(folder: Path) -> Checkpoint:
 
 
 def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
-    """Write a folder that ``diffusers.DDIMPipeline.from_pretrained`` loads: the whole of it or nothing.
+    """Write a folder that ``diffusers.DDIMPipeline.from_pretrained`` loads, whole or not at all.
 
     A class-conditional network becomes a ``UNet2DModel`` with one class more, the null class, whose number stands for no label.
     A ``DDIMPipeline`` gives its network no labels; for it see :func:`fold_class`. The scheduler is set not to clip, which is
@@ -138,12 +138,10 @@ def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -
 
 
 def fold_class(config: UNetConfig, state: dict[str, Tensor], label: int | None) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """The unconditional network that a class-conditional one is for a single label: the class embedding, which is added to the
-    time embedding, becomes part of its bias.
+    """A class-conditional network restricted to one label: an unconditional network whose time embedding has the class
+    embedding in its bias.
 
     Args:
-        config: the class-conditional network.
-        state: its tensors.
         label: the class, or None for the null class.
 
     Raises:
@@ -160,7 +158,7 @@ def fold_class(config: UNetConfig, state: dict[str, Tensor], label: int | None) 
 
 
 def _parse(path: Path, convert: Callable[[dict[str, Any]], _T]) -> _T:
-    """What ``convert`` makes of a JSON file; its ValueErrors name the file."""
+    """``convert`` of a JSON file; its ValueErrors name the file."""
     values = read_json(path)
     with errors_name_file(path):
         return convert(values)
@@ -238,7 +236,7 @@ def _process_fields(scheduler: dict[str, Any]) -> dict[str, Any]:
     if scheduler.get("trained_betas") is not None:
         raise ValueError("trained_betas: the schedule must be given by beta_schedule, not as a list of betas")
     fields = {key: scheduler[key] for key in _PROCESS if key in scheduler}
-    if scheduler.get("predict_epsilon") is False:  # what prediction_type was called once
+    if scheduler.get("predict_epsilon") is False:  # an older name of prediction_type="sample"
         fields.setdefault("prediction_type", "sample")
     return {**fields, "beta_schedule": _BETA_SCHEDULES[scheduler["beta_schedule"]]}
 
@@ -288,7 +286,7 @@ def _require(options: dict[str, Any], key: str, choices: list[Any]) -> None:
 
 
 def _old_name(name: str) -> str:
-    """What older versions of diffusers called a tensor of an attention layer."""
+    """The name of an attention layer's tensor in older versions of diffusers."""
     for new, old in _ATTENTION_NAMES.items():
         name = name.replace(f".{new}.", f".{old}.")
     return name

@@ -18,7 +18,7 @@ from ..weights import Checkpoint, is_state_dict, read_pickle, read_safetensors
 
 __all__ = ["load_ermongroup"]
 
-# Our part of a name and theirs; the more special ones first.
+# Parts of names, ours and theirs; more specific ones first.
 _NAMES = (
     ("time_embedding.linear_1", "temb.dense.0"),
     ("time_embedding.linear_2", "temb.dense.1"),
@@ -60,13 +60,13 @@ def load_ermongroup(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     """
     stored = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     with errors_name_file(path):
-        tensors = {name: _as_here(name, tensor) for name, tensor in _network(stored).items()}
+        tensors = {name: _as_linear(name, tensor) for name, tensor in _network(stored).items()}
         config = config or _derive_config(tensors)
     return Checkpoint(path, config, tensors, partial(_stored_name, levels=len(config.channel_multipliers)))
 
 
 def _network(stored: Any) -> dict[str, Tensor]:
-    """The tensors to sample with."""
+    """The network's tensors, averaged where the file has them."""
     if isinstance(stored, (list, tuple)) and stored:
         stored = stored[-1] if is_state_dict(stored[-1]) else stored[0]
     if not is_state_dict(stored):
@@ -76,8 +76,8 @@ def _network(stored: Any) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in stored.items()}
 
 
-def _as_here(name: str, tensor: Tensor) -> Tensor:
-    """Attention is made of 1x1 convolutions there, of linear layers here."""
+def _as_linear(name: str, tensor: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution of their attention as that of a linear layer."""
     is_1x1 = tensor.layout == torch.strided and tensor.shape[2:] == (1, 1)
     return tensor.flatten(1) if is_1x1 and _ATTENTION_WEIGHT.search(name) else tensor
 
@@ -105,7 +105,7 @@ def _derive_config(tensors: dict[str, Tensor]) -> UNetConfig:
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    """How many different numbers the names have at the group of ``pattern``."""
+    """The number of different matches of the group in ``pattern``."""
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
