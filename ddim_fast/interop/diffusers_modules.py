@@ -76,7 +76,7 @@ class FastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self) is not FastConv2d or not _pads_zeros(self) or _needs_original(x, self.weight, self.bias):
-            _forget(self.weight)
+            forget(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
         x = x.to(dtype, memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self) is not FastLinear or _needs_original(x, self.weight, self.bias):
-            _forget(self.weight)
+            forget(self.weight)
             return super().forward(x.to(self.weight.dtype))
         dtype = compute_dtype(self)
         return F.linear(x.to(dtype), converted(self.weight, dtype), None if self.bias is None else self.bias.to(dtype))
@@ -405,12 +405,6 @@ def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
     if kind is not None and type(module) is not kind:
         return False
     return not torch_private.has_hooks(module) and "forward" not in vars(module) and _pads_zeros(module)
-
-
-def _forget(weight: Tensor) -> None:
-    """:func:`forget`, except in compiled code, which caches nothing."""
-    if not torch.compiler.is_compiling():
-        forget(weight)
 
 
 def _pads_zeros(module: nn.Module) -> bool:

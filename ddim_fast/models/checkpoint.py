@@ -244,12 +244,9 @@ def timesteps_file(path: Path) -> Path:
 
 
 def _are_runs(runs: Any, total: int) -> bool:
-    if not isinstance(runs, dict):
-        return False
-    return all(_is_falling(run, total) and steps == str(len(run)) for steps, run in runs.items())
+    return isinstance(runs, dict) and all(_is_falling(run, total) and steps == str(len(run)) for steps, run in runs.items())
 
 
 def _is_falling(run: Any, total: int) -> bool:
-    if not isinstance(run, list) or not run or not all(type(t) is int and 0 <= t < total for t in run):
-        return False
-    return all(a > b for a, b in pairwise(run))
+    are_timesteps = isinstance(run, list) and run and all(type(t) is int and 0 <= t < total for t in run)
+    return bool(are_timesteps) and all(a > b for a, b in pairwise(run))

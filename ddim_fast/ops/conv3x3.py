@@ -62,14 +62,12 @@ def conv3x3_cached(
     ``weight`` may have another dtype than ``x`` and the result. Where a gradient is recorded, nothing is prepared, and the
     prepared weights are dropped.
     """
-    compiling = torch.compiler.is_compiling()
-    if not is_observed() and not _records_gradient(x, weight, bias, residual):
-        if not compiling:
-            return _run_cached(x, weight, bias, residual, upsample)
-        if _is_prepared(x.device, x.dtype, *weight.shape[:2]):
-            return _registered_cached(x, weight, bias, residual, upsample)
-    elif not compiling:
+    if is_observed() or _records_gradient(x, weight, bias, residual):
         forget(weight)
+    elif not torch.compiler.is_compiling():
+        return _run_cached(x, weight, bias, residual, upsample)
+    elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
+        return _registered_cached(x, weight, bias, residual, upsample)
     return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
 
 

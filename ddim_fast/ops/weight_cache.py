@@ -63,8 +63,9 @@ def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forget(weight: Tensor) -> None:
-    """Drops all values of ``weight``: needed after writes that :func:`cached` cannot notice."""
-    _entries.pop(weight, None)
+    """Drops all values of ``weight``: needed after writes that :func:`cached` cannot notice. Compiled code has none to drop."""
+    if not torch.compiler.is_compiling():
+        _entries.pop(weight, None)
 
 
 class _Entry(NamedTuple):
