@@ -7,17 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from .cli.comparison import change_images, new_folder, write_comparison
+from .cli.modality import medium_of
 from .cli.options import IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
-from .io.files import atomic_folder, write_json
-from .io.pictures import image_grid, save_image, to_uint8
-from .io.records import COMPARISON, EDITING
+from .io.records import EDITING
 
 if TYPE_CHECKING:
     from .cli.samplers import AnySampler
@@ -27,9 +25,6 @@ _EXAMPLES = """\
   python -m ddim_fast.edit horses/ --from 7 --to 4 --guidance 2 --out deer
   python -m ddim_fast.edit cars/ --class 1 --direction dark/ bright/ --amount -1
 """
-
-# A picture of more is no longer one to look at.
-_SHOWN = 20
 
 _STRENGTH_HELP = (
     "how much of the noise the images are brought to, 0 to 1: the more, the less of them stays. Alone it is SDEdit, which adds "
@@ -75,12 +70,11 @@ def main() -> None:
         if arguments.to is not None and labels is None and arguments.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
         examples = [load_labelled([spec], arguments.label, sampler) for spec in arguments.direction or ()]
-    try:
-        with atomic_folder(arguments.out) as out:
-            edited = _edit(sampler, images, labels, _direction(sampler, examples, arguments), arguments)
-            _write(out, images, edited, arguments)
-    except FileExistsError as error:
-        parser.error(f"--out: {error}")
+    with new_folder(parser, arguments.out) as out:
+        direction = _direction(sampler, examples, arguments)
+        edited = _edit(sampler, images, labels, direction, arguments)
+        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+        write_comparison(medium_of(sampler), out, images, edited, how, EDITING)
     if not arguments.quiet:
         print(f"{len(images)} images edited; see {arguments.out}")
 
@@ -126,37 +120,19 @@ def _edit(
     sampler: AnySampler, images: Tensor, labels: list[int] | None, direction: Tensor | None, arguments: argparse.Namespace
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    edited = []
+    seeds = range(arguments.seed, arguments.seed + len(images))
     common = {"strength": arguments.strength, "guidance": arguments.guidance, "batch_size": arguments.batch_size}
-    with tqdm(total=len(images), unit=" images", disable=arguments.quiet) as bar:
-        for start in range(0, len(images), arguments.batch_size):
-            part = slice(start, start + arguments.batch_size)
-            batch, classes = images[part], None if labels is None else labels[part]
-            if arguments.to is not None:
-                new = swap_class(sampler, batch, source=classes, target=arguments.to, exact=arguments.exact, **common)
-            elif direction is not None:
-                amount = arguments.amount
-                new = move_along(sampler, batch, direction, amount, labels=classes, exact=arguments.exact, **common)
-            else:
-                seeds = range(arguments.seed + start, arguments.seed + start + len(batch))
-                new = sdedit(sampler, batch, labels=classes, seeds=seeds, **common)
-            edited.append(new.cpu())
-            bar.update(len(batch))
-    result = torch.cat(edited)
-    if not result.isfinite().all():
-        raise ValueError("the edited images are not finite; try --dtype float32")
-    return result
 
+    def edit(part: slice) -> Tensor:
+        batch, classes = images[part], None if labels is None else labels[part]
+        if arguments.to is not None:
+            return swap_class(sampler, batch, source=classes, target=arguments.to, exact=arguments.exact, **common)
+        if direction is not None:
+            amount = arguments.amount
+            return move_along(sampler, batch, direction, amount, labels=classes, exact=arguments.exact, **common)
+        return sdedit(sampler, batch, labels=classes, seeds=seeds[part], **common)
 
-def _write(out: Path, images: Tensor, edited: Tensor, arguments: argparse.Namespace) -> None:
-    """A numbered PNG each, and a picture of the images above what became of them."""
-    digits = len(str(len(edited) - 1))
-    for i, picture in enumerate(to_uint8(edited)):
-        save_image(out / f"{i:0{digits}d}.png", picture)
-    rows = torch.cat([images[:_SHOWN], edited[:_SHOWN]])
-    save_image(out / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(images))), scale=max(1, 64 // images.shape[-1]))
-    how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-    write_json(out / EDITING, how)
+    return change_images(edit, len(images), arguments.batch_size, noun="images", quiet=arguments.quiet, result="edited images")
 
 
 if __name__ == "__main__":

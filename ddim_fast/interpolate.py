@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .cli.comparison import new_folder, require_finite
 from .cli.modality import Medium, Pictures, medium_of
 from .cli.options import CONVERT_HELP, add_sampler_options
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, sampler_settings
 from .diffusion.interpolation import slerp, slerp_grid
-from .io.files import atomic_folder, write_json
+from .io.files import write_json
 from .io.pictures import image_grid, save_gif, save_image, to_uint8
 from .io.records import FILM, GRID, INTERPOLATION, VIDEO
 from .jobs.outputs import PngFolder
@@ -88,14 +89,11 @@ def main() -> None:
     medium = medium_of(sampler, arguments.convert)
     with parser.usage_errors():
         arguments.label = _label(arguments.label, medium)
-    try:
-        with atomic_folder(arguments.out) as out:
-            with parser.usage_errors():
-                noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
-            images = _between(noise, sampler, arguments)
-            _write(out, images, medium, arguments)
-    except FileExistsError as error:
-        parser.error(f"--out: {error}")
+    with new_folder(parser, arguments.out) as out:
+        with parser.usage_errors():
+            noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
+        images = _between(noise, sampler, arguments)
+        _write(out, images, medium, arguments)
     if not arguments.quiet:
         print(f"{len(images)} {medium.noun}, {' to '.join(arguments.ends)}; see {arguments.out}")
 
@@ -169,10 +167,8 @@ def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) 
     """The images from one of two ends to the other, or of the square between four corners."""
     frames = arguments.frames
     x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
-    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size).cpu()
-    if not images.isfinite().all():
-        raise ValueError("the images are not finite; try --dtype float32")
-    return images
+    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size)
+    return require_finite(images.cpu(), "images")
 
 
 def _noise(end: str, sampler: AnySampler, medium: Medium, arguments: argparse.Namespace) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .audio.restoration import band_limit, gap
-from .cli.modality import medium_of, write_comparison
+from .cli.comparison import change_images, new_folder, write_comparison
+from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP, add_sampler_options
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.degradations import Mask
 from .diffusion.sampler import Sampler
-from .io.files import atomic_folder
 
 _EXAMPLES = """\
   python -m ddim_fast.restore_sounds seven.wav --model runs/digits --class 7/jackson --gap 0.45 0.55
@@ -38,7 +38,7 @@ def _parser() -> CommandParser:
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     add_sampler_options(p)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no summary")
+    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
@@ -55,30 +55,23 @@ def main() -> None:
         images, labels = medium.load_labelled(arguments.sounds, arguments.label)
         sampler.check(seeds=range(arguments.seed, arguments.seed + len(images)), labels=labels, guidance=arguments.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
-    try:
-        with atomic_folder(arguments.out) as out:
-            restored = _restore(sampler, operator, images, labels, arguments)
-            how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-            write_comparison(medium, out, damaged, restored, how)
-    except FileExistsError as error:
-        parser.error(f"--out: {error}")
+    with new_folder(parser, arguments.out) as out:
+        restored = _restore(sampler, operator, images, labels, arguments)
+        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+        write_comparison(medium, out, damaged, restored, how)
     if not arguments.quiet:
         print(f"{len(images)} sounds restored; see {arguments.out}")
 
 
 def _restore(sampler: Sampler, operator: Mask, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    parts = []
-    for start in range(0, len(images), arguments.batch_size):
-        part = slice(start, start + arguments.batch_size)
-        measured = operator(images[part])
-        seeds = range(arguments.seed + start, arguments.seed + start + len(measured))
+    seeds = range(arguments.seed, arguments.seed + len(images))
+
+    def restore(part: slice) -> Tensor:
         request = {"labels": None if labels is None else labels[part], "guidance": arguments.guidance}
-        parts.append(sampler.restore(measured, operator, seeds=seeds, **request).cpu())
-    restored = torch.cat(parts)
-    if not restored.isfinite().all():
-        raise ValueError("the sounds are not finite; try --dtype float32")
-    return restored
+        return sampler.restore(operator(images[part]), operator, seeds=seeds[part], **request)
+
+    return change_images(restore, len(images), arguments.batch_size, noun="sounds", quiet=arguments.quiet)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
-from .cli.modality import medium_of, write_comparison
+from .cli.comparison import change_images, new_folder, write_comparison
+from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP, add_sampler_options
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.sampler import Sampler
-from .io.files import atomic_folder
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
@@ -40,7 +39,7 @@ def _parser() -> CommandParser:
     p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("restyled"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no summary")
+    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
@@ -62,16 +61,13 @@ def main() -> None:
             raise ValueError(f"--control is one recording; {arguments.control!r} holds {len(curve)}")
         curve = curve.expand(len(images), -1)
         loudness_guidance(sampler, medium.codec, curve, arguments.loudness_std)  # for its errors
-    try:
-        with atomic_folder(arguments.out) as out:
-            restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
-            errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
-            how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-            if how["loudness_std"] == float("inf"):  # which JSON has no number for
-                how["loudness_std"] = "inf"
-            write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
-    except FileExistsError as error:
-        parser.error(f"--out: {error}")
+    with new_folder(parser, arguments.out) as out:
+        restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
+        errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
+        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+        if how["loudness_std"] == float("inf"):  # which JSON has no number for
+            how["loudness_std"] = "inf"
+        write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
     if not arguments.quiet:
         print(f"{len(images)} sounds restyled, their loudness {errors.mean():.2g} dB from the curve; see {arguments.out}")
 
@@ -87,15 +83,13 @@ def _restyle(
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
     options = {"std": arguments.loudness_std, "guidance": arguments.guidance, "exact": arguments.exact}
-    parts = []
-    for start in range(0, len(images), arguments.batch_size):
-        part = slice(start, start + arguments.batch_size)
+
+    def change(part: slice) -> Tensor:
         labels = None if source is None else source[part]
-        parts.append(restyle(sampler, codec, images[part], source=labels, target=target, curve=curve[part], **options).cpu())
-    restyled = torch.cat(parts)
-    if not restyled.isfinite().all():
-        raise ValueError("the sounds are not finite; try --dtype float32, or a larger --loudness-std")
-    return restyled
+        return restyle(sampler, codec, images[part], source=labels, target=target, curve=curve[part], **options)
+
+    remedy = "--dtype float32, or a larger --loudness-std"
+    return change_images(change, len(images), arguments.batch_size, noun="sounds", quiet=arguments.quiet, remedy=remedy)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
-from ..io.files import numbered, write_json
-from ..io.pictures import check_channels, image_grid, save_image, to_uint8
-from ..io.records import COMPARISON, RECORD
+from ..io.files import numbered
+from ..io.pictures import check_channels, save_image, to_uint8
 
 if TYPE_CHECKING:
     from .samplers import AnySampler
 
-__all__ = ["Medium", "Pictures", "medium_of", "write_comparison"]
-
-# A picture of more is no longer one to look at.
-_SHOWN = 20
+__all__ = ["Medium", "Pictures", "medium_of"]
 
 
 class Medium(Protocol):
@@ -26,9 +21,11 @@ class Medium(Protocol):
 
     Attributes:
         noun: what several of them are called.
+        width: how many pixels wide a small one is shown, about.
     """
 
     noun: str
+    width: int
 
     def load(self, spec: str) -> Tensor:
         """Those of files, brought to the network's size, on the host."""
@@ -54,7 +51,7 @@ class Medium(Protocol):
 class Pictures:
     """Images that are pictures."""
 
-    noun = "images"
+    noun, width = "images", 64
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         check_channels(image_shape[0], "sample them with --out FILE.npz")
@@ -85,12 +82,3 @@ def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
     from .sounds import Sounds
 
     return Sounds(sampler.model.audio, convert)
-
-
-def write_comparison(medium: Medium, folder: Path, before: Tensor, after: Tensor, record: dict[str, Any]) -> None:
-    """A numbered file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and
-    ``record.json``."""
-    medium.write(folder, after)
-    rows = medium.shown(torch.cat([before[:_SHOWN], after[:_SHOWN]]))
-    save_image(folder / COMPARISON, image_grid(rows, columns=min(_SHOWN, len(after))), max(1, 128 // rows.shape[-1]))
-    write_json(folder / RECORD, record)

@@ -26,7 +26,7 @@ class Sounds:
         convert: as of :func:`load_sounds`.
     """
 
-    noun = "sounds"
+    noun, width = "sounds", 128
 
     def __init__(self, audio: AudioConfig, convert: bool = False) -> None:
         self._audio, self._convert = audio, convert

@@ -114,6 +114,6 @@ def test_an_interrupted_edit_leaves_nothing(run, pictures, here, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(edit, "write_json", interrupted)
+    monkeypatch.setattr("ddim_fast.cli.comparison.write_json", interrupted)
     assert run(pictures / "shoes", "--strength", 0.5, "--steps", 1, "--quiet") == (130, "", "")
     assert list(here.iterdir()) == []
