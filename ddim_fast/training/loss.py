@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.prediction import training_target
+from ..diffusion.prediction import linear_prediction, training_target
 from ..diffusion.schedule import NoiseSchedule
 from ..models.autoencoder import Autoencoder
 
@@ -32,15 +32,12 @@ class DenoisingLoss(nn.Module):
         bar = schedule.alphas_cumprod
         self.register_buffer("signal", _fp32(np.sqrt(bar)))
         self.register_buffer("noise", _fp32(np.sqrt(1 - bar)))
-        # Squared error in x_0 is that in eps divided by SNR, in v divided by SNR + 1; at zero SNR eps carries nothing.
+        # The squared error in x_0 is that of the output times the square of its coefficient; at zero SNR epsilon says nothing.
         with np.errstate(divide="ignore", invalid="ignore"):
             snr = bar / (1 - bar)
             capped = np.minimum(snr, np.inf if min_snr_gamma is None else min_snr_gamma)
-            weight = {
-                "epsilon": np.where(snr > 0, capped / snr, 0),
-                "v_prediction": capped / (snr + 1),
-                "sample": capped,
-            }[prediction_type]
+            to_x0 = linear_prediction(prediction_type, np.sqrt(bar), np.sqrt(1 - bar)).x0_from_output
+            weight = np.nan_to_num(capped * np.square(to_x0), nan=0.0)
         self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

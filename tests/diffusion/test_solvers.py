@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
-from ddim_fast import NoiseSchedule
+from ddim_fast import NoiseSchedule, Sampler
+from ddim_fast.diffusion.prediction import prediction_coefficients
 from ddim_fast.diffusion.solvers import SOLVERS, make_solver
 from ddim_fast.diffusion.timesteps import SPACINGS, select_timesteps
 
@@ -68,3 +71,45 @@ def test_coefficients_are_finite_and_variances_add_up(name, prediction_type):
 def test_what_cannot_be_rescaled_to_zero_snr(betas):
     with pytest.raises(ValueError, match="zero terminal SNR needs"):
         NoiseSchedule.from_betas(betas).rescale_zero_terminal_snr()
+
+
+class _Euler:
+    """Euler's method on the probability flow as a solver of somebody's own: eps from x_0, and x from both."""
+
+    stochastic = takes_eta = False
+    needs_distinct_timesteps = True
+    memory = 0
+
+    def __init__(self, alphas_cumprod, eta, prediction_type, clip):
+        self.clip, rows = clip, []
+        for a, b in pairwise(map(float, alphas_cumprod)):
+            x0 = prediction_coefficients(a, prediction_type)[:2]
+            rows.append((*x0, a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5))
+        self.table = np.array(rows, np.float32)
+
+    def start(self, x):
+        return (x,)
+
+    def step(self, state, output, table, index, seeds):
+        return self.combine(state, output, table.index_select(0, index.reshape(1))[0].unbind())
+
+    def combine(self, state, output, row, noise=None):
+        from_x, from_output, signal, sigma, signal_next, sigma_next = row
+        x0 = from_x * state[0] + from_output * output
+        return (signal_next * x0 + sigma_next * ((state[0] - signal * x0) * (1 / sigma)),)
+
+    def predict_x0(self, i, x, output):
+        return self.table[i, 0] * x + self.table[i, 1] * output
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_a_solver_is_added_in_one_place(engine, monkeypatch, small_unet):
+    """As docs/architecture.md says; this one is DDIM in other words."""
+    monkeypatch.setitem(SOLVERS, "euler", _Euler)
+    request = {"seeds": [0, 1], "labels": [2, 3], "guidance": 2.0}
+    images = Sampler(small_unet, steps=5, solver="euler", engine=engine).sample(**request)
+    torch.testing.assert_close(images, Sampler(small_unet, steps=5).sample(**request), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="eta is an option of the ddim solver; euler takes eta = 0 only"):
+        Sampler(small_unet, steps=5, solver="euler", eta=0.5)
+    with pytest.raises(ValueError, match="the euler solver needs timesteps without repeats"):
+        Sampler(small_unet, steps=500, solver="euler", spacing="ermongroup-quad")
