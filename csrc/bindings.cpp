@@ -127,17 +127,38 @@ void ddim_step_cuda_binding(uintptr_t sample, uintptr_t model_output, uintptr_t 
 }
 #endif
 
+// The addresses of x, skip, residual, out, weight, bias, pre_shift, scale and shift; 0 where there is none.
 using GroupNormPointers = std::array<uintptr_t, 9>;
+// The numbers of images, x's channels, skip's channels, positions and groups.
 using GroupNormSizes = std::array<int64_t, 5>;
 
 template <typename T>
-GroupNormSilu<T> make_group_norm_silu(const GroupNormPointers& p, const GroupNormSizes& s, std::optional<int64_t> stride,
-                                      float eps, bool silu, bool channels_last) {
-    const auto values = [&p](int i) { return reinterpret_cast<const T*>(p[i]); };
-    const auto numbers = [&p](int i) { return reinterpret_cast<const float*>(p[i]); };
-    return {values(0),  values(1),  values(2), reinterpret_cast<T*>(p[3]), numbers(4), numbers(5), numbers(6), numbers(7),
-            numbers(8), s[0],       s[1],      s[2],                       s[3],       s[4],       stride.value_or(s[1] + s[2]),
-            eps,        silu,       channels_last};
+GroupNormSilu<T> make_group_norm_silu(const GroupNormPointers& pointers, const GroupNormSizes& sizes,
+                                      std::optional<int64_t> stride, float eps, bool silu, bool channels_last) {
+    const auto [x, skip, residual, out, weight, bias, pre_shift, scale, shift] = pointers;
+    const auto [images, x_channels, skip_channels, positions, groups] = sizes;
+    const auto values = [](uintptr_t address) { return reinterpret_cast<const T*>(address); };
+    const auto numbers = [](uintptr_t address) { return reinterpret_cast<const float*>(address); };
+    GroupNormSilu<T> op = {};
+    op.x = values(x);
+    op.skip = values(skip);
+    op.residual = values(residual);
+    op.out = reinterpret_cast<T*>(out);
+    op.weight = numbers(weight);
+    op.bias = numbers(bias);
+    op.pre_shift = numbers(pre_shift);
+    op.scale = numbers(scale);
+    op.shift = numbers(shift);
+    op.images = images;
+    op.x_channels = x_channels;
+    op.skip_channels = skip_channels;
+    op.positions = positions;
+    op.groups = groups;
+    op.pre_shift_stride = stride.value_or(x_channels + skip_channels);
+    op.eps = eps;
+    op.silu = silu;
+    op.channels_last = channels_last;
+    return op;
 }
 
 void check_sizes(const GroupNormSizes& sizes) {
@@ -153,10 +174,12 @@ void check_sizes(const GroupNormSizes& sizes) {
 void check_group_norm_silu(const GroupNormPointers& pointers, const GroupNormSizes& sizes, float eps, int value_bytes) {
     check_sizes(sizes);
     if (!(eps >= 0)) throw py::value_error("eps cannot be negative");
-    if (sizes[0] * sizes[3] == 0) return;
-    for (const int required : {0, 3, 4, 5})
-        if (pointers[required] == 0) throw py::value_error("x, out, weight and bias cannot be null pointers");
-    if ((pointers[1] == 0) != (sizes[2] == 0)) throw py::value_error("skip_channels does not fit skip");
+    const auto [images, x_channels, skip_channels, positions, groups] = sizes;
+    if (images * positions == 0) return;
+    const auto [x, skip, residual, out, weight, bias, pre_shift, scale, shift] = pointers;
+    if (x == 0 || out == 0 || weight == 0 || bias == 0)
+        throw py::value_error("x, out, weight and bias cannot be null pointers");
+    if ((skip == 0) != (skip_channels == 0)) throw py::value_error("skip_channels does not fit skip");
     const char* names[] = {"x", "skip", "residual", "out", "weight", "bias", "pre_shift", "scale", "shift"};
     for (int i = 0; i < 9; ++i) to_pointer<void>(pointers[i], names[i], i < 4 ? value_bytes : sizeof(float));
 }
@@ -189,8 +212,11 @@ int64_t group_norm_silu_cuda_workspace_binding(const GroupNormSizes& sizes, bool
 }
 #endif
 
+// The addresses of x, weight, bias, residual and out; 0 where there is none.
 using ConvPointers = std::array<uintptr_t, 5>;
+// The addresses of steps, units and start: see Int8Scales.
 using ScalePointers = std::array<uintptr_t, 3>;
+// The numbers of images, rows, columns, input channels and output channels.
 using ConvSizes = std::array<int64_t, 5>;
 
 void check_channels(int64_t out_channels, int64_t in_channels) {
@@ -206,14 +232,27 @@ void check_tile(int tile, bool fits) {
 }
 
 template <typename T, typename W>
-void run_conv3x3(const ConvPointers& p, const ConvSizes& s, bool upsample, int tile, int num_threads,
+void run_conv3x3(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, int tile, int num_threads,
                  const ScalePointers& scales) {
-    const Int8Scales int8 = {to_pointer<const float>(scales[0], "steps"), to_pointer<const float>(scales[1], "units"),
-                             to_pointer<const int32_t>(scales[2], "start")};
-    conv3x3(Conv3x3<T, W>{to_pointer<const T>(p[0], "x"), to_pointer<const W>(p[1], "weight"),
-                          to_pointer<const float>(p[2], "bias"), to_pointer<const T>(p[3], "residual"),
-                          to_pointer<T>(p[4], "out"), s[0], s[1], s[2], s[3], s[4], upsample, tile, int8},
-            num_threads);
+    const auto [x, weight, bias, residual, out] = pointers;
+    const auto [images, height, width, in_channels, out_channels] = sizes;
+    const auto [steps, units, start] = scales;
+    Conv3x3<T, W> op = {};
+    op.x = to_pointer<const T>(x, "x");
+    op.weight = to_pointer<const W>(weight, "weight");
+    op.bias = to_pointer<const float>(bias, "bias");
+    op.residual = to_pointer<const T>(residual, "residual");
+    op.out = to_pointer<T>(out, "out");
+    op.images = images;
+    op.height = height;
+    op.width = width;
+    op.in_channels = in_channels;
+    op.out_channels = out_channels;
+    op.upsample = upsample;
+    op.tile = tile;
+    op.scales = {to_pointer<const float>(steps, "steps"), to_pointer<const float>(units, "units"),
+               to_pointer<const int32_t>(start, "start")};
+    conv3x3(op, num_threads);
 }
 
 void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool upsample, bool bf16, int num_threads, int tile,
@@ -227,8 +266,8 @@ void conv3x3_binding(const ConvPointers& pointers, const ConvSizes& sizes, bool 
     check_range("num_threads", num_threads, 1, INT32_MAX);
     if (images < 0 || height < 0 || width < 0) throw py::value_error("images, height and width cannot be negative");
     if (images * height * width == 0) return;
-    for (const int required : {0, 1, 4})
-        if (pointers[required] == 0) throw py::value_error("x, weight and out cannot be null pointers");
+    const auto [x, weight, bias, residual, out] = pointers;
+    if (x == 0 || weight == 0 || out == 0) throw py::value_error("x, weight and out cannot be null pointers");
     if (scales)
         for (const uintptr_t address : *scales) require(address, "scales");
     const auto run = scales ? (bf16 ? run_conv3x3<bfloat16, int8_t> : run_conv3x3<float, int8_t>)
@@ -244,10 +283,10 @@ void prepare_conv3x3_binding(uintptr_t weight, uintptr_t out, int64_t out_channe
     require(out, "out_ptr");
     const float* from = to_pointer<const float>(weight, "weight_ptr");
     if (scales) {
+        const auto [steps, units, start] = *scales;
         for (const uintptr_t address : *scales) require(address, "scales");
-        prepare_conv3x3(from, to_pointer<const float>((*scales)[0], "steps"), to_pointer<int8_t>(out, "out_ptr"),
-                        to_pointer<float>((*scales)[1], "units"), to_pointer<int32_t>((*scales)[2], "start"), out_channels,
-                        in_channels);
+        prepare_conv3x3(from, to_pointer<const float>(steps, "steps"), to_pointer<int8_t>(out, "out_ptr"),
+                        to_pointer<float>(units, "units"), to_pointer<int32_t>(start, "start"), out_channels, in_channels);
     } else if (bf16)
         prepare_conv3x3(from, to_pointer<bfloat16>(out, "out_ptr"), out_channels, in_channels);
     else
