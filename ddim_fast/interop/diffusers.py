@@ -61,7 +61,7 @@ class _FastScheduler:
     Attributes:
         replaces: the scheduler in whose place :func:`ddim_fast.accelerate` put this one.
         _direction: 1 where the timesteps rise, -1 where they fall.
-        _own_timesteps: the tensor that set_timesteps made, on its device.
+        _device_timesteps: the tensor that set_timesteps made, on its device.
         _timestep_values: its values.
         _rising: with compat="exact", the same from the least noise to the most.
         _levels: alphas_cumprod on the host.
@@ -71,7 +71,7 @@ class _FastScheduler:
 
     replaces: Any = None
     _direction: int
-    _own_timesteps: Tensor | None = None
+    _device_timesteps: Tensor | None = None
     _timestep_values: Sequence[int] = ()
     _rising: Sequence[int] = ()
     _levels: Tensor
@@ -133,7 +133,7 @@ class _FastScheduler:
             self._check_spacing(timesteps)
             super().set_timesteps(num_inference_steps)
         self._timestep_values = self.timesteps.tolist()
-        self.timesteps = self._own_timesteps = self.timesteps.to(device)
+        self.timesteps = self._device_timesteps = self.timesteps.to(device)
 
     def _select(self, steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         """The timesteps of compat="exact", rising."""
@@ -166,17 +166,17 @@ class _FastScheduler:
     def _value(self, timestep: int | Tensor) -> int:
         """The value of a timestep. An element of ``self.timesteps`` on a GPU is identified by its place in memory, because
         reading it would wait for the GPU."""
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_own_timestep(timestep):
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_element(timestep):
             return self._timestep_values[timestep.storage_offset()]
         return operator.index(timestep)
 
-    def _is_own_timestep(self, timestep: Tensor) -> bool:
-        own = self._own_timesteps
+    def _is_element(self, timestep: Tensor) -> bool:
+        made = self._device_timesteps
         return (
-            own is not None
+            made is not None
             and timestep.numel() == 1
-            and (timestep.device, timestep.dtype) == (own.device, own.dtype)
-            and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+            and (timestep.device, timestep.dtype) == (made.device, made.dtype)
+            and timestep.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
         )
 
     def _below(self, timestep: int) -> int:

@@ -21,12 +21,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..models.unet_blocks import norm_silu
 from ..ops import torch_private
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import conv3x3_cached
 from ..ops.dispatch import is_transformed
-from ..ops.group_norm_silu import group_norm_silu
 from ..ops.weight_cache import converted, forget
 
 __all__ = [
@@ -330,11 +330,6 @@ def give_back(module: nn.Module) -> None:
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The dtype in which an adopted module computes."""
     return module._fast_dtype or module.weight.dtype
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
-    """:func:`group_norm_silu` with the parameters of ``norm``."""
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
 
 
 def why_not_resnet(block: ResnetBlock2D) -> str | None:

@@ -154,10 +154,10 @@ class _Weight(NamedTuple):
 
 
 def _is_exact() -> bool:
-    asked = os.environ.get("DDIM_FAST_CONV3X3")
-    if asked not in (None, "", "exact"):
-        raise ValueError(f"DDIM_FAST_CONV3X3={asked!r} is unknown; the one choice is exact, for F(2x2, 3x3) alone")
-    return bool(asked)
+    choice = os.environ.get("DDIM_FAST_CONV3X3")
+    if choice not in (None, "", "exact"):
+        raise ValueError(f"DDIM_FAST_CONV3X3={choice!r} is unknown; the one choice is exact, for F(2x2, 3x3) alone")
+    return bool(choice)
 
 
 def _prepare_native(request: _Weight) -> Prepared:

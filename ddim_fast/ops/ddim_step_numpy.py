@@ -141,10 +141,10 @@ def _check(call: _Step, out_dtype: Any) -> None:
 
 
 def check_settings(clip: float | None, noise: Any, unconditional: Any, guidance: float | None, seeds: Any) -> None:
-    """What tensors and arrays have in common: which arguments of a step belong together, and what numbers may be.
+    """Checks the arguments of a step that are no images, for tensors and arrays.
 
     Raises:
-        ValueError: they do not; the message names the argument.
+        ValueError: two arguments do not belong together, or a number is out of range; the message names the argument.
     """
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None; got {clip}")

@@ -1,4 +1,4 @@
-"""Single numbers from a user: Python's, numpy's, or an array or tensor without dimensions."""
+"""Scalars from a user: numbers of Python or numpy, or arrays and tensors without dimensions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def plain(value: Any) -> Any:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether :func:`plain` made a whole number of it; True and False are none."""
+    """Whether a result of :func:`plain` is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether :func:`plain` made a number of it, neither infinite nor NaN nor an integer beyond those."""
+    """Whether a result of :func:`plain` is a number in the range of float64, neither infinite nor NaN."""
     return (is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
