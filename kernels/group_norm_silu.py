@@ -11,6 +11,7 @@ Tiles depend on the shape of one image only, never on the number of images, so a
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Gradients", "group_norm_silu", "group_norm_silu_backward"]
+__all__ = ["Gradients", "group_norm_silu", "group_norm_silu_backward", "why_not_group"]
 
 # (up to this many elements a tile, warps). A thread has 32 or 64 elements, in the backward pass, which holds two tiles, too: an
 # H100 was fastest so. The last entry is the largest tile that a multiprocessor holds; a quarter of it leaves room for other
@@ -37,6 +38,12 @@ NARROWEST = 24
 
 # Tiles of fewer elements get more groups.
 SMALL = 2048
+
+# The widest group, in channels, and the most units of a tile whose groups have several: their sums are added over a matrix of
+# units by units. With 256 units that takes Triton 3.7 up to a minute to compile, and registers spill; 2048 exceed its largest
+# tensor.
+MOST_CHANNELS = 1 << 14
+MOST_UNITS = 128
 
 # Groups and chunks that a program merges at a time; images and channels whose sums it adds.
 MERGE = (4, 256)
@@ -455,7 +462,8 @@ def group_norm_silu_backward_kernel(
 @triton.jit
 def totals_kernel(sums_ptr, bias_grad_ptr, weight_grad_ptr, images, channels, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """The sums of all images, (images, 2, channels), added up: the gradients of bias and weight."""
-    row, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.arange(0, ROWS)[:, None].to(tl.int64)  # with 2**30 channels in all images together, offsets reach 2**31
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dy_sums = tl.zeros([ROWS, BLOCK_C], sums_ptr.dtype.element_ty)
     product_sums = tl.zeros_like(dy_sums)
     for first in range(0, images, ROWS):
@@ -629,6 +637,23 @@ class _Call:
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.format)
 
 
+@functools.cache
+def why_not_group(group_size: int) -> str | None:
+    """Why no tile that Triton compiles holds a group of this many channels, or None."""
+    if group_size > MOST_CHANNELS:
+        return f"it takes groups of up to {MOST_CHANNELS} channels, not {group_size}"
+    if _units_of_tile(group_size) > MOST_UNITS:
+        unit = group_size & -group_size
+        return f"it takes groups of up to {MOST_UNITS * unit} channels where {2 * unit} does not divide them, not {group_size}"
+    return None
+
+
+def _units_of_tile(group_size: int, groups: int = 1) -> int:
+    """Of a tile of so many groups. Where a group is one unit, no sums are added over units, and they count for nothing."""
+    unit = group_size & -group_size
+    return 0 if unit == group_size else triton.next_power_of_2(groups * group_size) // unit
+
+
 def _tile(
     positions: int, group_size: int, num_groups: int, itemsize: int, channels_last: bool, tuning: tuple[tuple[int, int], ...]
 ) -> tuple[int, int, int, int]:
@@ -643,6 +668,9 @@ def _tile(
     def is_narrow(groups: int) -> bool:
         return channels_last and groups * group_size * itemsize < ROW
 
+    def can_double(groups: int) -> bool:
+        return groups < num_groups and _units_of_tile(group_size, 2 * groups) <= MOST_UNITS
+
     def wants_more(groups: int) -> bool:
         row = groups * group_size * itemsize
         must = row < SECTOR or row % ACCESS != 0
@@ -650,13 +678,13 @@ def _tile(
         return (is_narrow(groups) and (must or may)) or block_p * block_c(groups) < SMALL
 
     groups = 1
-    while groups < num_groups and wants_more(groups):
+    while can_double(groups) and wants_more(groups):
         groups *= 2
     fewer = groups // 2
     if fewer * group_size * itemsize >= NARROWEST and block_p * block_c(groups) > largest >= block_p * block_c(fewer):
         groups = fewer
     if block_p * block_c(groups) > largest:  # an image takes several tiles, whose rows may as well be wide
-        while groups < num_groups and is_narrow(groups):
+        while can_double(groups) and is_narrow(groups):
             groups *= 2
         block_p = max(1, usual // block_c(groups))
     elements = block_p * block_c(groups)

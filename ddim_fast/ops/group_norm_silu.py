@@ -305,11 +305,13 @@ def _run_triton(call: _Call) -> Tensor:
 def _why_not_triton(call: _Call) -> str | None:
     if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return f"it takes float32, bfloat16, float16 and float64, not {call.x.dtype}"
-    if call.channels // call.num_groups > 2**14:
-        return "it takes groups of up to 16384 channels"
     if call.channels * call.x.shape[2] * call.x.shape[3] >= 2**31:
         return "it takes images of less than 2**31 elements"
-    return why_not_triton(call.x.device)
+    if (reason := why_not_triton(call.x.device)) is not None:
+        return reason
+    from ..kernels.group_norm_silu import why_not_group
+
+    return why_not_group(call.channels // call.num_groups)
 
 
 def _run_triton_backward(request: _Backward) -> list[Tensor]:

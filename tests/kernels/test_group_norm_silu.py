@@ -7,7 +7,9 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from ahead_of_time import assert_fits, compile_ahead, compile_alone
 from ptx_on_cpu import run_ptx
 
@@ -57,8 +59,6 @@ CASES = [
 
 
 def check(case: Case, capability: int) -> None:
-    import torch
-
     from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
 
     def image(channels):
@@ -85,6 +85,17 @@ def check(case: Case, capability: int) -> None:
         assert re.search(rf"st\.global\.{wide[access]}", kernels[-1].ptx), f"{what} write {access} bytes at a time"
 
 
+def check_units(capability: int) -> None:
+    """That the widest group of an odd number of channels compiles, and many narrow ones of small images, which share tiles."""
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu, why_not_group
+
+    assert why_not_group(127) is None and why_not_group(129) is not None
+    for channels, groups, side in ((127, 1, 4), (1536, 512, 1)):
+        x, weight = torch.empty(1, channels, side, side), torch.empty(channels)
+        for kernel in compile_ahead(capability, partial(group_norm_silu, x, groups, weight, weight)):
+            assert_fits(kernel, capability)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code(capability):
     pytest.importorskip("triton")
@@ -109,8 +120,6 @@ SMALLER_CHIPS = SHAPES[:4]
 
 def check_numbers(capability: int) -> None:
     """That the compiled kernels give what the definition gives, forward and backward."""
-    import torch
-
     from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
     from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
 
@@ -142,8 +151,6 @@ def check_numbers(capability: int) -> None:
 
 def check_large_mean(capability: int) -> None:
     """That the compiled kernels, over one tile and several, do not lose the digits that a large mean leaves."""
-    import torch
-
     from ddim_fast.kernels.group_norm_silu import group_norm_silu
     from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
 
@@ -164,6 +171,22 @@ def test_what_is_compiled_computes_what_is_meant(capability):
     compile_alone(__file__, capability, "numbers")
 
 
+def test_totals_beyond_32_bits():
+    """The 129th image's sums start 2**31 numbers after the first one's."""
+    pytest.importorskip("triton")
+    from ddim_fast.kernels.group_norm_silu import TOTAL, totals_kernel
+
+    images, channels, (rows, block_c) = 129, 1 << 23, TOTAL
+    # One byte a number, and pages that nobody writes take no memory. An offset that wraps around reads zeros before the sums.
+    numbers = torch.from_numpy(np.zeros((1 << 31) + 2 * images * channels, np.int8))
+    numbers = numbers.cuda() if torch.cuda.is_available() else numbers
+    sums = numbers[1 << 31 :].view(images, 2, channels)
+    sums[-1, 0, :block_c], sums[-1, 1, :block_c] = 3, 5
+    bias_grad, weight_grad = sums.new_zeros(2, block_c)
+    totals_kernel[(1,)](sums, bias_grad, weight_grad, images, channels, ROWS=rows, BLOCK_C=block_c)
+    assert (bias_grad == 3).all() and (weight_grad == 5).all()
+
+
 if __name__ == "__main__":
     if "numbers" in sys.argv:
         check_numbers(int(sys.argv[1]))
@@ -171,3 +194,4 @@ if __name__ == "__main__":
     else:
         for case in CASES:
             check(case, int(sys.argv[1]))
+        check_units(int(sys.argv[1]))

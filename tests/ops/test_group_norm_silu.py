@@ -439,6 +439,14 @@ def test_an_export_holds_pytorchs_own_operators_only():
     assert not [node for node in graph.nodes if "ddim_fast" in str(node.target)]
 
 
+@pytest.mark.parametrize("channels", [129, 771, 1025, 2**14 + 1])
+@interpreter_only
+def test_groups_that_triton_cannot_compile_are_refused(backend, channels):
+    x, weight = torch.randn(1, channels, 1, 2), torch.ones(channels)
+    with pytest.raises(ValueError, match=f"triton cannot serve group_norm_silu: it takes groups of up to .* not {channels}"):
+        group_norm_silu(x, 1, weight, weight)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
