@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from . import __version__
 from .cli.options import (
+    CLIP_HELP,
     DTYPES,
     GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
+    SPACING_HELP,
     STEPS_HELP,
     check_guidance_options,
     seed_labels,
@@ -69,10 +71,10 @@ def _parser() -> CommandParser:
     p.add_argument(
         "--eta", metavar="X", type=parse_eta, default=0.0, help=f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT}"
     )
-    p.add_argument("--spacing", metavar="NAME|LIST", help=_SPACING_HELP)
+    p.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
     p.add_argument("--tolerance", metavar="X", type=float, help=_TOLERANCE_HELP)
     p.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
-    p.add_argument("--clip", metavar="R", type=float, help="clip the predicted image to [-R, R] at each step (default: never)")
+    p.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
     which = p.add_mutually_exclusive_group()
     which.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0-59", help="one image a seed: 0-63 or 1,5,7-9")
     which.add_argument("--num-images", metavar="N", type=parse_positive, help="the seeds 0 to N - 1")
@@ -108,10 +110,6 @@ _GRID_HELP = (
 _TOLERANCE_HELP = (
     "control the step size while sampling, instead of --steps and --spacing: the largest estimated error of a step, such as "
     "0.05; each image takes the steps it needs"
-)
-_SPACING_HELP = (
-    f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
-    "(default: quadratic)"
 )
 _COMPILE_HELP = (
     "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "

@@ -75,6 +75,9 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Values of --precision, as --dtype was called, and what they are now.
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
 # What describes how a run goes on rather than what it is: not remembered from one call to the next.
 _PER_CALL = ("out", "resume", "device", "minutes", "quiet")
 
@@ -136,12 +139,13 @@ def _parser() -> CommandParser:
         action=argparse.BooleanOptionalAction,
         help="mirror half of the data, left to right (default: images, not sounds)",
     )
-    p.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
+    dtype = p.add_argument(
+        "--dtype",
+        choices=("auto", *_PRECISIONS.values()),
         default="auto",
-        help="bf16 is autocast; auto: where the device has it",
+        help="what the network computes in; auto: bfloat16, by autocast, where the device is fast at it, otherwise float32",
     )
+    p.add_former_name("--precision", dtype, {"auto": "auto", **_PRECISIONS})
     p.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     p.add_argument("--seed", metavar="N", type=_seed, default=default.seed, help="of weights, order, noise and dropout")
@@ -272,6 +276,9 @@ def _begun(parser: CommandParser, record: Path, arguments: argparse.Namespace) -
     """
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
+        if "precision" in values:  # of the version before
+            former = values.pop("precision")
+            values["dtype"] = _PRECISIONS.get(former, former)
         words = [word for name, value in values.items() for word in _words(name, value)]
         unknown = sorted(values.keys() - (vars(arguments).keys() - set(_PER_CALL)))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -452,7 +459,7 @@ def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec |
                     if not math.isfinite(value):
                         kept = f"{out} keeps the checkpoint of step {saved}" if saved else "there is no checkpoint yet"
                         raise ValueError(
-                            f"the {what} became {value} by step {step.step}; lower --lr, or use --precision fp32 ({kept})"
+                            f"the {what} became {value} by step {step.step}; lower --lr, or use --dtype float32 ({kept})"
                         )
                 now = time.perf_counter()
                 rate = (step.step - logged) * options.batch_size / (now - since)
@@ -550,7 +557,7 @@ def _grid_sampler(model: UNet) -> Sampler:
 
 def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
     fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
-    bf16 = bf16_is_fast(device) if arguments.precision == "auto" else arguments.precision == "bf16"
+    bf16 = bf16_is_fast(device) if arguments.dtype == "auto" else arguments.dtype == "bfloat16"
     options = TrainingOptions(bf16=bf16, **{name: getattr(arguments, name) for name in fields})
     problem = why_not_compiled(device) if options.compile else None
     if problem is None:

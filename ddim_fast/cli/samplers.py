@@ -78,6 +78,7 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
     from ..ops.devices import pick_device
 
     settle_steps(parser, arguments)
+    arguments.dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
     with parser.usage_errors():
         device = pick_device(arguments.device)
     return load_sampler(
