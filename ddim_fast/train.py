@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
-import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP
 from .cli.parser import CommandParser, parse_positive, run_command
+from .cli.stored import stored_options
 from .data.images import ImageSet, load_images, to_unit_range
 from .data.latents import encoded, latent_space
 from .data.record import DATA_RECORD, DataRecord
@@ -29,18 +27,18 @@ from .diffusion.latent import LatentCodec, LatentSampler
 from .diffusion.sampler import Sampler
 from .engine import why_not_compiled
 from .interop.autoencoder import load_autoencoder
-from .io.files import atomic_write
+from .io.files import write_json
 from .io.pictures import image_grid, save_image
-from .io.records import RUN, SAMPLES, STATS
+from .io.records import RUN
+from .jobs.training import run_training
 from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER, SNAPSHOTS, load_config, local_model, packaged_models
+from .models.checkpoint import AUTOENCODER, load_config, local_model, packaged_models
 from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
 from .models.formats.diffusers import fold_class
 from .models.growth import enclose
 from .models.unet import UNet
 from .ops.devices import bf16_is_fast, pick_device
-from .training.averages import snapshots
 from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
 
 _EXAMPLES = """\
@@ -201,112 +199,155 @@ def _recipe_help() -> str:
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("training is one process; start it without torchrun")
-    recipe = arguments.recipe
-    record = arguments.out / RUN
-    if arguments.resume:
-        if not record.is_file():
-            parser.error(f"--resume: there is no run in {arguments.out}")
-        if _holds_checkpoint(arguments.out) and not (arguments.out / TRAINING_STATE).is_file():
-            parser.error(
-                f"--resume: {arguments.out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {arguments.out} "
-                "begins another run, in another --out, with its weights"
-            )
-        begun = _begun(parser, record, arguments)
-        parser.set_defaults(**begun)
-        parser.hint = f"options that are not given are those of {record}"
-        arguments = parser.parse_args()
-        if recipe != "ddpm" and recipe != begun.get("recipe"):
-            parser.error(f"--recipe {recipe}: a run goes on with its own; begin another with another --out")
-        if arguments.latents != begun.get("latents"):
-            parser.error(f"--latents {arguments.latents}: a run goes on with its own; begin another with another --out")
-    elif record.exists():
-        parser.error(f"--out {arguments.out} holds a run already; go on with --resume or choose another folder")
-    elif _holds_checkpoint(arguments.out):
-        parser.error(f"--out {arguments.out} holds a checkpoint already, which is no run's; choose another folder")
-    else:
-        parser.set_defaults(**_RECIPES[recipe])
-        arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("--data is required")
-
+    settings = _settings(parser)
     with parser.usage_errors():
-        start = None if arguments.init is None else _start(parser, arguments)
-        if arguments.flip is None:
-            arguments.flip = (AudioConfig.preset(arguments.preset) if start is None else start.audio) is None
-        device = pick_device(arguments.device)
-        options = _options(arguments, device)
-        if arguments.latents is not None and arguments.preset == AUTOENCODER:
+        start = None if settings.init is None else _start(parser, settings)
+        audio = AudioConfig.preset(settings.preset) if start is None else start.audio
+        flip = audio is None if settings.flip is None else settings.flip
+        settings = dataclasses.replace(settings, flip=flip, latents=_latents(settings))
+        device = pick_device(settings.device)
+        options = _options(settings, device)
+        if settings.latents is not None and settings.preset == AUTOENCODER:
             raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
     torch.manual_seed(options.seed)
     try:
-        if arguments.preset == AUTOENCODER:
-            trainer, codec, seen = _autoencoder_trainer(parser, arguments, device, options)
+        if settings.preset == AUTOENCODER:
+            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
         else:
-            trainer, codec, seen = _unet_trainer(parser, arguments, device, options, start)
+            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} ({parser.hint})" if arguments.resume else error) from None
-    if _goes_on(arguments):
-        trainer.load(arguments.out)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    seen.save(arguments.out)
-    remembered = {k: v for k, v in vars(arguments).items() if k not in _PER_CALL}
-    atomic_write(record, (json.dumps(remembered, indent=2) + "\n").encode())
+        raise FileNotFoundError(f"{error} ({parser.hint})" if settings.resume else error) from None
+    out = settings.out
+    if _goes_on(settings):
+        trainer.load(out)
+    out.mkdir(parents=True, exist_ok=True)
+    seen.save(out)
+    write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
     if codec is not None:
-        codec.autoencoder.save_pretrained(arguments.out / AUTOENCODER)
-    _train(trainer, arguments, codec)
+        codec.autoencoder.save_pretrained(out / AUTOENCODER)
+    stopped = run_training(
+        trainer,
+        out,
+        functools.partial(_save_grid, trainer, codec),
+        log_every=settings.log_every,
+        save_every=settings.save_every,
+        sample_every=settings.sample_every,
+        minutes=settings.minutes,
+        quiet=settings.quiet,
+    )
+    if stopped:
+        print(
+            f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
+        )
+        raise KeyboardInterrupt
+    if isinstance(trainer.model, Autoencoder):
+        print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
+    else:
+        print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options say; those of a run that goes on, where they are not given again."""
+
+    data: str
+    convert: bool
+    preset: str
+    init: str | None
+    latents: str | None
+    set: list[str]
+    recipe: str
+    class_conditional: bool
+    out: Path
+    resume: bool
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    lr_schedule: str
+    ema: float
+    ema_snapshots: int | None
+    grad_clip: float
+    dropout: float | None
+    prediction_type: str | None
+    min_snr_gamma: float | None
+    label_dropout: float
+    flip: bool | None
+    dtype: str
+    compile: bool
+    device: str
+    seed: int
+    log_every: int
+    save_every: int
+    sample_every: int
+    minutes: float | None
+    quiet: bool
+
+
+def _settings(parser: CommandParser) -> Settings:
+    """The settings of a run that may begin or go on in ``--out``; otherwise a usage error."""
+    # These decide the defaults of the others.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--out", type=Path, default=Path())
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--recipe", default="ddpm")
+    given = first.parse_known_args()[0]
+    record = given.out / RUN
+    stored = _stored(parser, record) if given.resume and record.is_file() else {}
+    parser.set_defaults(**(stored if given.resume else _RECIPES.get(given.recipe, {})))
+    settings = Settings(**vars(parser.parse_args()))
+    out = settings.out
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("training is one process; start it without torchrun")
+    if settings.resume:
+        if not record.is_file():
+            parser.error(f"--resume: there is no run in {out}")
+        if _holds_checkpoint(out) and not (out / TRAINING_STATE).is_file():
+            parser.error(
+                f"--resume: {out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {out} "
+                "begins another run, in another --out, with its weights"
+            )
+        parser.hint = f"options that are not given are those of {record}"
+        if given.recipe not in ("ddpm", stored.get("recipe")):
+            parser.error(f"--recipe {given.recipe}: a run goes on with its own; begin another with another --out")
+        if settings.latents != stored.get("latents"):
+            parser.error(f"--latents {settings.latents}: a run goes on with its own; begin another with another --out")
+    elif record.exists():
+        parser.error(f"--out {out} holds a run already; go on with --resume or choose another folder")
+    elif _holds_checkpoint(out):
+        parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
+    if settings.data is None:
+        parser.error("--data is required")
+    return settings
+
+
+def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:
+    """The options that a run was begun with."""
+
+    def update(values: dict[str, Any]) -> None:
+        if "precision" in values:
+            former = values.pop("precision")
+            values["dtype"] = _PRECISIONS.get(former, former)
+
+    known = {field.name for field in dataclasses.fields(Settings)} - set(_PER_CALL)
+    return stored_options(parser, record, ["--out", str(record.parent)], known, update)
 
 
 def _holds_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "model_index.json", "model.safetensors", TRAINING_STATE))
 
 
-def _goes_on(arguments: argparse.Namespace) -> bool:
+def _goes_on(settings: Settings) -> bool:
     """Whether there is a checkpoint to go on from; a run can end before its first one, and then starts over."""
-    return arguments.resume and (arguments.out / TRAINING_STATE).is_file()
+    return settings.resume and (settings.out / TRAINING_STATE).is_file()
 
 
-def _begun(parser: CommandParser, record: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that a run was begun with.
-
-    Raises:
-        ValueError: its record is damaged, or has other options than this version.
-    """
-    try:
-        values = json.loads(record.read_text(encoding="utf-8"))
-        if "precision" in values:  # of the version before
-            former = values.pop("precision")
-            values["dtype"] = _PRECISIONS.get(former, former)
-        words = [word for name, value in values.items() for word in _words(name, value)]
-        unknown = sorted(values.keys() - (vars(arguments).keys() - set(_PER_CALL)))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{record}: not the record of a run ({error})") from None
-    if unknown:
-        raise ValueError(f"{record}: not the record of a run (there is no option {unknown[0]!r})")
-    parser.hint = f"as {record} says"
-    own = vars(parser.parse_args([*words, "--out", str(arguments.out)]))
-    return {name: own[name] for name in values}
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """An option and its value as they stand in a command."""
-    option = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [option] if value else ["--no-flip"] if name == "flip" else []
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return [option, *value] if value else []
-    if value is None or isinstance(value, (str, int, float)):
-        return [] if value is None else [f"{option}={value}"]
-    raise TypeError(f"{name} is {value!r}")
-
-
-def _check_same_network(parser: CommandParser, arguments: argparse.Namespace, config: UNetConfig | AutoencoderConfig) -> None:
+def _check_same_network(parser: CommandParser, settings: Settings, config: UNetConfig | AutoencoderConfig) -> None:
     """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
-    if not _goes_on(arguments):
+    if not _goes_on(settings):
         return
-    own = load_config(arguments.out, type(config)).to_dict()
+    own = load_config(settings.out, type(config)).to_dict()
     for name, value in config.to_dict().items():
         if name != "dropout" and own.get(name) != value:
             parser.error(
@@ -314,71 +355,79 @@ def _check_same_network(parser: CommandParser, arguments: argparse.Namespace, co
             )
 
 
-def _check_same_data(parser: CommandParser, arguments: argparse.Namespace, now: DataRecord) -> None:
+def _check_same_data(parser: CommandParser, settings: Settings, now: DataRecord) -> None:
     """A usage error where a run that goes on would lose images or mistake their classes; a line where it gets more images."""
-    before = DataRecord.load(arguments.out) if _goes_on(arguments) else None
+    before = DataRecord.load(settings.out) if _goes_on(settings) else None
     if before is None:
         return
     try:
         added = before.added(now)
     except ValueError as error:
         parser.error(
-            f"--resume: {error}; bring the data back, name it by --data, or remove {arguments.out / DATA_RECORD} to go on with "
+            f"--resume: {error}; bring the data back, name it by --data, or remove {settings.out / DATA_RECORD} to go on with "
             "the data as it is"
         )
     if added:
         print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
 
 
-def _start(parser: CommandParser, arguments: argparse.Namespace) -> UNet:
+def _start(parser: CommandParser, settings: Settings) -> UNet:
     """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
     its own."""
-    fields = _set_fields(arguments)
+    fields = _set_fields(settings)
     for name in ("preset", "class_conditional", "prediction_type", "latents"):
-        if getattr(arguments, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {arguments.init} is one")
+        if getattr(settings, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
     for name in fields.keys() - {"sample_size"}:
-        raise ValueError(f"--set {name} describes a network, and --init {arguments.init} is one; only its sample_size can grow")
-    begun = arguments.resume and (arguments.out / "config.json").is_file()  # not before its first checkpoint
-    folder = arguments.out if begun else local_model(arguments.init)
-    if (folder / AUTOENCODER).is_dir():
-        arguments.latents = str(folder / AUTOENCODER)
-    model = UNet.from_pretrained(folder)
+        raise ValueError(f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow")
+    model = UNet.from_pretrained(_start_folder(settings))
     own = model.config.sample_size
     size = fields.get("sample_size", own)
     if size == own:
         return model
-    if size != 2 * own or model.audio is not None or arguments.latents is not None:
+    if size != 2 * own or model.audio is not None or _latents(settings) is not None:
         raise ValueError(
-            f"--set sample_size: --init {arguments.init} has {own}, which can stay, or double where its images are pictures; "
+            f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
             f"got {size}"
         )
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(settings.seed)
     return enclose(model)
 
 
+def _start_folder(settings: Settings) -> Path:
+    begun = settings.resume and (settings.out / "config.json").is_file()  # not before its first checkpoint
+    return settings.out if begun else local_model(settings.init)
+
+
+def _latents(settings: Settings) -> str | None:
+    """The folder of the autoencoder: the one named, or that of the model that ``--init`` names."""
+    if settings.init is not None and (_start_folder(settings) / AUTOENCODER).is_dir():
+        return str(_start_folder(settings) / AUTOENCODER)
+    return settings.latents
+
+
 def _autoencoder_trainer(
-    parser: CommandParser, arguments: argparse.Namespace, device: torch.device, options: TrainingOptions
+    parser: CommandParser, settings: Settings, device: torch.device, options: TrainingOptions
 ) -> tuple[Trainer, None, DataRecord]:
     with parser.usage_errors():
-        if arguments.class_conditional:
+        if settings.class_conditional:
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
         if options.ema_snapshots is not None:
             raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
         for name in ("dropout", "prediction_type", "min_snr_gamma"):
-            if getattr(arguments, name) != parser.get_default(name):
+            if getattr(settings, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
-        config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(arguments)})
-    _check_same_network(parser, arguments, config)
-    data = load_images(arguments.data, config.in_channels, config.sample_size, labelled=False)
-    seen = DataRecord.of(arguments.data, data)
-    _check_same_data(parser, arguments, seen)
+        config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
+    _check_same_network(parser, settings, config)
+    data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+    seen = DataRecord.of(settings.data, data)
+    _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options), None, seen
 
 
 def _unet_trainer(
     parser: CommandParser,
-    arguments: argparse.Namespace,
+    settings: Settings,
     device: torch.device,
     options: TrainingOptions,
     start: UNet | None,
@@ -387,33 +436,31 @@ def _unet_trainer(
     record of its data."""
     codec = None
     with parser.usage_errors():
-        overrides = _overrides(arguments) if start is None else {}
-        if arguments.latents is not None:
-            copied = arguments.out / AUTOENCODER
-            codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(arguments.latents)).to(device))
+        overrides = _overrides(settings) if start is None else {}
+        if settings.latents is not None:
+            copied = settings.out / AUTOENCODER
+            codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(settings.latents)).to(device))
             image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
             overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
         if start is None:
-            config, audio = UNetConfig.preset(arguments.preset, **overrides), AudioConfig.preset(arguments.preset)
+            config, audio = UNetConfig.preset(settings.preset, **overrides), AudioConfig.preset(settings.preset)
         else:
-            dropout = start.config.dropout if arguments.dropout is None else arguments.dropout
+            dropout = start.config.dropout if settings.dropout is None else settings.dropout
             config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
     weights = None if start is None else start.state_dict()
-    labelled = arguments.class_conditional or config.num_classes is not None
-    data, audio = _load(arguments, config.image_shape if codec is None else image_shape, audio, labelled)
+    labelled = settings.class_conditional or config.num_classes is not None
+    data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
     if labelled and data.labels is None:
         if start is None:
-            parser.error(f"--class-conditional: {arguments.data} has no label for every image")
-        print(
-            f"{arguments.data} has no label for every image: --init {arguments.init} goes on without classes", file=sys.stderr
-        )
+            parser.error(f"--class-conditional: {settings.data} has no label for every image")
+        print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
         config, weights = fold_class(config, weights, None)
         audio = None if audio is None else dataclasses.replace(audio, labels=None)
-    if arguments.class_conditional:
+    if settings.class_conditional:
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
-    seen = DataRecord.of(arguments.data, data, None if audio is None else audio.labels)
-    _check_same_data(parser, arguments, seen)
-    _check_same_network(parser, arguments, config)
+    seen = DataRecord.of(settings.data, data, None if audio is None else audio.labels)
+    _check_same_data(parser, settings, seen)
+    _check_same_network(parser, settings, config)
     if codec is not None:
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
@@ -426,110 +473,14 @@ def _unet_trainer(
 
 
 def _load(
-    arguments: argparse.Namespace, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
+    settings: Settings, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
 ) -> tuple[ImageSet, AudioConfig | None]:
     """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
-        return load_images(arguments.data, *image_shape[:2], labelled=labelled), None
+        return load_images(settings.data, *image_shape[:2], labelled=labelled), None
     from .data.sounds import load_sound_images
 
-    return load_sound_images(arguments.data, audio, labelled=labelled, convert=arguments.convert)
-
-
-def _train(trainer: Trainer, arguments: argparse.Namespace, codec: LatentCodec | None) -> None:
-    """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids."""
-    out, options = arguments.out, trainer.options
-    _forget_after(out, trainer.step)
-    total = torch.zeros((), device=trainer.model.device)
-    logged, saved, since = trainer.step, trainer.step, time.perf_counter()
-    deadline = since + 60 * (arguments.minutes or math.inf)
-    with (
-        _interruptible() as interrupted,
-        open(out / STATS, "a", encoding="utf-8") as stats,
-        tqdm(total=options.steps, initial=trainer.step, unit="step", disable=arguments.quiet, file=sys.stderr) as bar,
-    ):
-        for step in trainer.run():
-            total += step.loss
-            bar.update()
-            last = step.step == options.steps or time.perf_counter() > deadline or interrupted()
-            if last or step.step % arguments.log_every == 0 or step.step % arguments.save_every == 0:
-                loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
-                # The gradient of the last step is in the weights already, and not in a loss yet.
-                for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
-                    if not math.isfinite(value):
-                        kept = f"{out} keeps the checkpoint of step {saved}" if saved else "there is no checkpoint yet"
-                        raise ValueError(
-                            f"the {what} became {value} by step {step.step}; lower --lr, or use --dtype float32 ({kept})"
-                        )
-                now = time.perf_counter()
-                rate = (step.step - logged) * options.batch_size / (now - since)
-                line = {
-                    "step": step.step,
-                    "loss": loss,
-                    "grad_norm": grad_norm,
-                    "lr": step.lr,
-                    "images_per_s": rate,
-                    "time": time.time(),
-                }
-                stats.write(json.dumps(line) + "\n")
-                stats.flush()
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
-                total.zero_()
-                logged, since = step.step, now
-            if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
-                trainer.write_snapshot(out / SNAPSHOTS)
-            if last or step.step % arguments.save_every == 0:
-                trainer.save(out)
-                saved = step.step
-            if last or step.step % arguments.sample_every == 0:
-                _save_grid(trainer, codec, out / SAMPLES / f"{step.step:07d}.png")
-            if last:
-                break
-    if interrupted():
-        print(
-            f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
-        )
-        raise KeyboardInterrupt
-    if isinstance(trainer.model, Autoencoder):
-        print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
-    else:
-        print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is remembered. A
-    second one does.
-
-    Yields:
-        Whether it came.
-    """
-    came: list[int] = []
-
-    def remember(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _forget_after(out: Path, step: int) -> None:
-    """Drop the lines and the snapshots of steps that are about to be made again, because the run stopped after its last
-    checkpoint; and lines that are none, as one that was not written to its end."""
-    path, kept = out / STATS, []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            if json.loads(line.decode())["step"] <= step:
-                kept.append(line + b"\n")
-    if path.exists():
-        atomic_write(path, b"".join(kept))
-    for steps, snapshot in snapshots(out / SNAPSHOTS).items():
-        if steps > step:
-            snapshot.unlink()
+    return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
 
 
 def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
@@ -555,10 +506,10 @@ def _grid_sampler(model: UNet) -> Sampler:
     return Sampler(model, steps=min(20, model.config.num_train_timesteps))
 
 
-def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOptions:
+def _options(settings: Settings, device: torch.device) -> TrainingOptions:
     fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
-    bf16 = bf16_is_fast(device) if arguments.dtype == "auto" else arguments.dtype == "bfloat16"
-    options = TrainingOptions(bf16=bf16, **{name: getattr(arguments, name) for name in fields})
+    bf16 = bf16_is_fast(device) if settings.dtype == "auto" else settings.dtype == "bfloat16"
+    options = TrainingOptions(bf16=bf16, **{name: getattr(settings, name) for name in fields})
     problem = why_not_compiled(device) if options.compile else None
     if problem is None:
         return options
@@ -566,19 +517,19 @@ def _options(arguments: argparse.Namespace, device: torch.device) -> TrainingOpt
     return dataclasses.replace(options, compile=False)
 
 
-def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+def _overrides(settings: Settings) -> dict[str, Any]:
     """The fields of a U-Net's configuration that options change."""
-    fields = _set_fields(arguments)
+    fields = _set_fields(settings)
     for name in ("dropout", "prediction_type"):
-        if getattr(arguments, name) is not None:
-            fields.setdefault(name, getattr(arguments, name))  # a recipe's, where --set does not say another
+        if getattr(settings, name) is not None:
+            fields.setdefault(name, getattr(settings, name))  # a recipe's, where --set does not say another
     return fields
 
 
-def _set_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+def _set_fields(settings: Settings) -> dict[str, Any]:
     """What ``--set`` says."""
     fields: dict[str, Any] = {}
-    for item in arguments.set:
+    for item in settings.set:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE; got {item!r}")
