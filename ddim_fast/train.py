@@ -7,10 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,16 @@ from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.stored import stored_options
-from .data.images import ImageSet, load_images, to_unit_range
-from .data.latents import encoded, latent_space
-from .data.record import DATA_RECORD, DataRecord
+from .cli.trainers import TrainSettings, find_start, grid_sampler, make_trainer
+from .data.images import to_unit_range
 from .diffusion.latent import LatentCodec, LatentSampler
-from .diffusion.sampler import Sampler
-from .engine import why_not_compiled
-from .interop.autoencoder import load_autoencoder
 from .io.files import write_json
 from .io.pictures import image_grid, save_image
 from .io.records import RUN
 from .jobs.training import run_training
-from .models.audio import AudioConfig
 from .models.autoencoder import Autoencoder
-from .models.checkpoint import AUTOENCODER, load_config, local_model, packaged_models
-from .models.config import PREDICTION_TYPES, AutoencoderConfig, UNetConfig, preset_names
-from .models.formats.diffusers import fold_class
-from .models.growth import enclose
-from .models.unet import UNet
-from .ops.devices import bf16_is_fast, pick_device
+from .models.checkpoint import AUTOENCODER, packaged_models
+from .models.config import PREDICTION_TYPES, preset_names
 from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
 
 _EXAMPLES = """\
@@ -200,26 +189,9 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
-    with parser.usage_errors():
-        start = None if settings.init is None else _start(parser, settings)
-        audio = AudioConfig.preset(settings.preset) if start is None else start.audio
-        flip = audio is None if settings.flip is None else settings.flip
-        settings = dataclasses.replace(settings, flip=flip, latents=_latents(settings))
-        device = pick_device(settings.device)
-        options = _options(settings, device)
-        if settings.latents is not None and settings.preset == AUTOENCODER:
-            raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
-    torch.manual_seed(options.seed)
-    try:
-        if settings.preset == AUTOENCODER:
-            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
-        else:
-            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} ({parser.hint})" if settings.resume else error) from None
+    settings, start = find_start(parser, settings)
+    trainer, codec, seen = make_trainer(parser, settings, start)
     out = settings.out
-    if _goes_on(settings):
-        trainer.load(out)
     out.mkdir(parents=True, exist_ok=True)
     seen.save(out)
     write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
@@ -246,45 +218,7 @@ def main() -> None:
         print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the options say; those of a run that goes on, where they are not given again."""
-
-    data: str
-    convert: bool
-    preset: str
-    init: str | None
-    latents: str | None
-    set: list[str]
-    recipe: str
-    class_conditional: bool
-    out: Path
-    resume: bool
-    steps: int
-    batch_size: int
-    lr: float
-    warmup: int
-    lr_schedule: str
-    ema: float
-    ema_snapshots: int | None
-    grad_clip: float
-    dropout: float | None
-    prediction_type: str | None
-    min_snr_gamma: float | None
-    label_dropout: float
-    flip: bool | None
-    dtype: str
-    compile: bool
-    device: str
-    seed: int
-    log_every: int
-    save_every: int
-    sample_every: int
-    minutes: float | None
-    quiet: bool
-
-
-def _settings(parser: CommandParser) -> Settings:
+def _settings(parser: CommandParser) -> TrainSettings:
     """The settings of a run that may begin or go on in ``--out``; otherwise a usage error."""
     # These decide the defaults of the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -296,7 +230,7 @@ def _settings(parser: CommandParser) -> Settings:
     record = given.out / RUN
     stored = _stored(parser, record) if given.resume and record.is_file() else {}
     parser.set_defaults(**(stored if given.resume else _RECIPES.get(given.recipe, {})))
-    settings = Settings(**vars(parser.parse_args()))
+    settings = TrainSettings(**vars(parser.parse_args()))
     out = settings.out
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("training is one process; start it without torchrun")
@@ -330,157 +264,12 @@ def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:
             former = values.pop("precision")
             values["dtype"] = _PRECISIONS.get(former, former)
 
-    known = {field.name for field in dataclasses.fields(Settings)} - set(_PER_CALL)
+    known = {field.name for field in dataclasses.fields(TrainSettings)} - set(_PER_CALL)
     return stored_options(parser, record, ["--out", str(record.parent)], known, update)
 
 
 def _holds_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "model_index.json", "model.safetensors", TRAINING_STATE))
-
-
-def _goes_on(settings: Settings) -> bool:
-    """Whether there is a checkpoint to go on from; a run can end before its first one, and then starts over."""
-    return settings.resume and (settings.out / TRAINING_STATE).is_file()
-
-
-def _check_same_network(parser: CommandParser, settings: Settings, config: UNetConfig | AutoencoderConfig) -> None:
-    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
-    if not _goes_on(settings):
-        return
-    own = load_config(settings.out, type(config)).to_dict()
-    for name, value in config.to_dict().items():
-        if name != "dropout" and own.get(name) != value:
-            parser.error(
-                f"--resume: the network of this run has {name} {own.get(name)}, not {value}; train another in another --out"
-            )
-
-
-def _check_same_data(parser: CommandParser, settings: Settings, now: DataRecord) -> None:
-    """A usage error where a run that goes on would lose images or mistake their classes; a line where it gets more images."""
-    before = DataRecord.load(settings.out) if _goes_on(settings) else None
-    if before is None:
-        return
-    try:
-        added = before.added(now)
-    except ValueError as error:
-        parser.error(
-            f"--resume: {error}; bring the data back, name it by --data, or remove {settings.out / DATA_RECORD} to go on with "
-            "the data as it is"
-        )
-    if added:
-        print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
-
-
-def _start(parser: CommandParser, settings: Settings) -> UNet:
-    """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
-    its own."""
-    fields = _set_fields(settings)
-    for name in ("preset", "class_conditional", "prediction_type", "latents"):
-        if getattr(settings, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
-    for name in fields.keys() - {"sample_size"}:
-        raise ValueError(f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow")
-    model = UNet.from_pretrained(_start_folder(settings))
-    own = model.config.sample_size
-    size = fields.get("sample_size", own)
-    if size == own:
-        return model
-    if size != 2 * own or model.audio is not None or _latents(settings) is not None:
-        raise ValueError(
-            f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
-            f"got {size}"
-        )
-    torch.manual_seed(settings.seed)
-    return enclose(model)
-
-
-def _start_folder(settings: Settings) -> Path:
-    begun = settings.resume and (settings.out / "config.json").is_file()  # not before its first checkpoint
-    return settings.out if begun else local_model(settings.init)
-
-
-def _latents(settings: Settings) -> str | None:
-    """The folder of the autoencoder: the one named, or that of the model that ``--init`` names."""
-    if settings.init is not None and (_start_folder(settings) / AUTOENCODER).is_dir():
-        return str(_start_folder(settings) / AUTOENCODER)
-    return settings.latents
-
-
-def _autoencoder_trainer(
-    parser: CommandParser, settings: Settings, device: torch.device, options: TrainingOptions
-) -> tuple[Trainer, None, DataRecord]:
-    with parser.usage_errors():
-        if settings.class_conditional:
-            raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
-        if options.ema_snapshots is not None:
-            raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
-        for name in ("dropout", "prediction_type", "min_snr_gamma"):
-            if getattr(settings, name) != parser.get_default(name):
-                raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
-        config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
-    _check_same_network(parser, settings, config)
-    data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
-    seen = DataRecord.of(settings.data, data)
-    _check_same_data(parser, settings, seen)
-    return Trainer(Autoencoder(config).to(device), data, options), None, seen
-
-
-def _unet_trainer(
-    parser: CommandParser,
-    settings: Settings,
-    device: torch.device,
-    options: TrainingOptions,
-    start: UNet | None,
-) -> tuple[Trainer, LatentCodec | None, DataRecord]:
-    """What trains a U-Net, which may have been trained before, the autoencoder whose latents it learns, if it does, and the
-    record of its data."""
-    codec = None
-    with parser.usage_errors():
-        overrides = _overrides(settings) if start is None else {}
-        if settings.latents is not None:
-            copied = settings.out / AUTOENCODER
-            codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(settings.latents)).to(device))
-            image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
-            overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
-        if start is None:
-            config, audio = UNetConfig.preset(settings.preset, **overrides), AudioConfig.preset(settings.preset)
-        else:
-            dropout = start.config.dropout if settings.dropout is None else settings.dropout
-            config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
-    weights = None if start is None else start.state_dict()
-    labelled = settings.class_conditional or config.num_classes is not None
-    data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
-    if labelled and data.labels is None:
-        if start is None:
-            parser.error(f"--class-conditional: {settings.data} has no label for every image")
-        print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
-        config, weights = fold_class(config, weights, None)
-        audio = None if audio is None else dataclasses.replace(audio, labels=None)
-    if settings.class_conditional:
-        config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
-    seen = DataRecord.of(settings.data, data, None if audio is None else audio.labels)
-    _check_same_data(parser, settings, seen)
-    _check_same_network(parser, settings, config)
-    if codec is not None:
-        data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
-    model = UNet(config)
-    with parser.usage_errors():
-        _grid_sampler(model)  # what cannot be sampled is not worth training
-    if weights is not None:
-        model.load_state_dict(weights)
-    model.audio = audio
-    return Trainer(model.to(device), data, options), codec, seen
-
-
-def _load(
-    settings: Settings, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
-) -> tuple[ImageSet, AudioConfig | None]:
-    """The data, and what its images mean where the network is one of sounds."""
-    if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled), None
-    from .data.sounds import load_sound_images
-
-    return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
 
 
 def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
@@ -495,49 +284,11 @@ def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
         return
     seeds, num_classes = range(40), trainer.model.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    sampler = _grid_sampler(trainer.averaged_model())
+    sampler = grid_sampler(trainer.averaged_model())
     if codec is not None:
         sampler = LatentSampler(sampler, codec.autoencoder)
     images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
     save_image(path, image_grid(medium_of(sampler).shown(images)))
-
-
-def _grid_sampler(model: UNet) -> Sampler:
-    return Sampler(model, steps=min(20, model.config.num_train_timesteps))
-
-
-def _options(settings: Settings, device: torch.device) -> TrainingOptions:
-    fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
-    bf16 = bf16_is_fast(device) if settings.dtype == "auto" else settings.dtype == "bfloat16"
-    options = TrainingOptions(bf16=bf16, **{name: getattr(settings, name) for name in fields})
-    problem = why_not_compiled(device) if options.compile else None
-    if problem is None:
-        return options
-    print(f"--compile: torch.compile does not work here, so the training step is not compiled: {problem}", file=sys.stderr)
-    return dataclasses.replace(options, compile=False)
-
-
-def _overrides(settings: Settings) -> dict[str, Any]:
-    """The fields of a U-Net's configuration that options change."""
-    fields = _set_fields(settings)
-    for name in ("dropout", "prediction_type"):
-        if getattr(settings, name) is not None:
-            fields.setdefault(name, getattr(settings, name))  # a recipe's, where --set does not say another
-    return fields
-
-
-def _set_fields(settings: Settings) -> dict[str, Any]:
-    """What ``--set`` says."""
-    fields: dict[str, Any] = {}
-    for item in settings.set:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes KEY=VALUE; got {item!r}")
-        try:
-            fields[key] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[key] = value
-    return fields
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
 
 
 def test_without_a_compiler_the_step_is_not_compiled(photos, tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr(train, "why_not_compiled", lambda device: "no working C++ compiler")
+    monkeypatch.setattr("ddim_fast.cli.trainers.why_not_compiled", lambda device: "no working C++ compiler")
     out = tmp_path / "run"
     code, _, err = run_train("--data", photos, *RUN[:-1], "--steps=2", "--compile", "--out", out)
     assert code == 0 and "so the training step is not compiled: no working C++ compiler" in err
