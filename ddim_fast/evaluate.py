@@ -185,7 +185,7 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
         parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
-    check_guidance_options(parser, arguments)
+    check_guidance_options(parser, vars(arguments))
     if arguments.reference is not None and arguments.num_images == 1:
         parser.error("--num-images 1: a distribution of images needs at least 2")
     if arguments.first_seed < 0:

@@ -95,7 +95,7 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
         if arguments.to == "checkpoint" and arguments.dtype == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
-    settle_steps(parser, arguments)
+    arguments.steps, arguments.spacing = settle_steps(parser, arguments.steps, arguments.spacing)
     if arguments.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(arguments.model)

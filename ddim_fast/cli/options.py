@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..models.checkpoint import DEFAULT_MODEL
@@ -59,23 +59,21 @@ STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
-def settle_steps(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """Gives --steps and --spacing, where they are not given, what they are then; a usage error where they contradict each
-    other."""
-    listed = None if arguments.spacing is None else parse_spacing(arguments.spacing)
+def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) -> tuple[int, str]:
+    """--steps and --spacing, and what they are where they are not given; a usage error where they contradict each other."""
+    listed = None if spacing is None else parse_spacing(spacing)
     if isinstance(listed, list):
-        if arguments.steps not in (None, len(listed)):
-            parser.error(f"--steps {arguments.steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
-        arguments.steps = len(listed)
-    arguments.steps = 20 if arguments.steps is None else arguments.steps
-    arguments.spacing = arguments.spacing or "quadratic"
+        if steps not in (None, len(listed)):
+            parser.error(f"--steps {steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
+        steps = len(listed)
+    return 20 if steps is None else steps, spacing or "quadratic"
 
 
-def check_guidance_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
+def check_guidance_options(parser: CommandParser, options: Mapping[str, Any]) -> None:
     """A usage error for --guide or --guidance-interval without --guidance."""
-    if arguments.guidance_interval is not None and arguments.guidance is None:
+    if options["guidance_interval"] is not None and options["guidance"] is None:
         parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")
-    if arguments.guide is not None and arguments.guidance is None:
+    if options["guide"] is not None and options["guidance"] is None:
         parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
 
 
