@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
+from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
@@ -32,7 +32,6 @@ _STRENGTH_HELP = (
 )
 _CLASS_HELP = f"{IMAGE_CLASS_HELP}; SDEdit makes images of this class"
 _DIRECTION_HELP = "images with an attribute and images without it: move along the mean difference of their latents"
-_EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
 
 
 def _parser() -> CommandParser:
@@ -45,7 +44,7 @@ def _parser() -> CommandParser:
     way.add_argument("--to", metavar="N", type=int, help="encode the images under their class, and decode them under this one")
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
-    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("edited"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")

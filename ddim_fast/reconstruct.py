@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
-from .cli.options import IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
+from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
 from .io.files import write_json
@@ -28,13 +28,11 @@ _EXAMPLES = """\
   python -m ddim_fast.reconstruct photos/ --steps 10 --exact
 """
 
-_EXACT_HELP = "invert each step exactly, which takes five to ten times as long, instead of DDIM's approximation"
-
 
 def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
-    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .audio.restoration import band_limit, gap
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, add_sampler_options
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.degradations import Mask
@@ -24,16 +24,15 @@ _EXAMPLES = """\
 
 _GAP_HELP = "fill in what is missing between two times, in seconds of the model's sound, in whose middle a recording lies"
 _CUTOFF_HELP = "extend the bandwidth: make up what the recordings lack above this frequency, in Hz"
-_CLASS_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
 
 
 def _parser() -> CommandParser:
     p = CommandParser("restore_sounds", "Restore recordings: fill in a gap, or what lies above a frequency.", _EXAMPLES)
-    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help="sound files, folders of them, or Parquet files")
+    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help=SOUNDS_HELP)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--gap", metavar=("START", "END"), nargs=2, type=float, help=_GAP_HELP)
     what.add_argument("--cutoff", metavar="HZ", type=float, help=_CUTOFF_HELP)
-    p.add_argument("--class", dest="label", metavar="CLASS", help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="CLASS", help=SOUND_CLASS_HELP)
     p.add_argument("--seed", metavar="N", type=int, default=0, help="sound i is restored with seed N + i")
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     add_sampler_options(p)

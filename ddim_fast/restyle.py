@@ -11,7 +11,7 @@ from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import CONVERT_HELP, add_sampler_options
+from .cli.options import CONVERT_HELP, EXACT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, add_sampler_options
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.sampler import Sampler
@@ -22,21 +22,19 @@ _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo --control loud.wav
 """
 
-_FROM_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
 _CONTROL_HELP = "the recording whose loudness is followed, frame by frame (default: each recording's own)"
 _STD_HELP = "how far the loudness of a frame may stray from it, in decibels, as a standard deviation; inf leaves it free"
-_EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
 
 
 def _parser() -> CommandParser:
     p = CommandParser("restyle", "Recordings in another voice or with another word, as loud as before.", _EXAMPLES)
-    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help="sound files, folders of them, or Parquet files")
-    p.add_argument("--from", dest="source", metavar="CLASS", help=_FROM_HELP)
+    p.add_argument("sounds", nargs="+", metavar="SOUNDS", help=SOUNDS_HELP)
+    p.add_argument("--from", dest="source", metavar="CLASS", help=SOUND_CLASS_HELP)
     p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become")
     p.add_argument("--control", metavar="SOUND", help=_CONTROL_HELP)
     p.add_argument("--loudness-std", metavar="X", type=float, default=8.0, help=_STD_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
-    p.add_argument("--exact", action="store_true", help=_EXACT_HELP)
+    p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("restyled"), help="a new or empty folder")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")

@@ -47,7 +47,7 @@ def run(data, tmp_path, monkeypatch):
     """A run of two steps, whose averaged weights are not its raw ones."""
 
     def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), "--device=cpu", "--precision=fp32", "--quiet"])
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), "--device=cpu", "--dtype=float32", "--quiet"])
         with pytest.raises(SystemExit) as stop:
             run_command(train.main)
         assert stop.value.code == 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..models.checkpoint import DEFAULT_MODEL
 from .parser import CommandParser, parse_integers, parse_positive, parse_spacing
 
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
     from ..models.audio import AudioConfig
 
 __all__ = [
+    "CLIP_HELP",
     "CONVERT_HELP",
     "DTYPES",
+    "EXACT_HELP",
     "GUIDE_HELP",
     "IMAGES_HELP",
     "IMAGE_CLASS_HELP",
     "INTERVAL_HELP",
     "MODEL_HELP",
+    "SOUNDS_HELP",
+    "SOUND_CLASS_HELP",
+    "SPACING_HELP",
     "STEPS_HELP",
     "add_sampler_options",
     "check_guidance_options",
@@ -30,7 +36,11 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+CLIP_HELP = "clip the predicted image to [-R, R] at each step (default: never)"
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
+EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
+SOUNDS_HELP = "sound files, folders of them, or Parquet files"
+SOUND_CLASS_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 IMAGE_CLASS_HELP = (
     "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
@@ -41,28 +51,29 @@ GUIDE_HELP = (
     "class, in a class or none (autoguidance)"
 )
 INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
-_SPACING_HELP = "how the timesteps are chosen, as of sample (default: quadratic)"
+SPACING_HELP = (
+    f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
+    "(default: quadratic)"
+)
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
 
-def settle_steps(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """Gives --steps and --spacing, where they are not given, what they are then; a usage error where they contradict each
-    other."""
-    listed = None if arguments.spacing is None else parse_spacing(arguments.spacing)
+def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) -> tuple[int, str]:
+    """--steps and --spacing, and what they are where they are not given; a usage error where they contradict each other."""
+    listed = None if spacing is None else parse_spacing(spacing)
     if isinstance(listed, list):
-        if arguments.steps not in (None, len(listed)):
-            parser.error(f"--steps {arguments.steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
-        arguments.steps = len(listed)
-    arguments.steps = 20 if arguments.steps is None else arguments.steps
-    arguments.spacing = arguments.spacing or "quadratic"
+        if steps not in (None, len(listed)):
+            parser.error(f"--steps {steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
+        steps = len(listed)
+    return 20 if steps is None else steps, spacing or "quadratic"
 
 
-def check_guidance_options(parser: CommandParser, arguments: argparse.Namespace) -> None:
+def check_guidance_options(parser: CommandParser, options: Mapping[str, Any]) -> None:
     """A usage error for --guide or --guidance-interval without --guidance."""
-    if arguments.guidance_interval is not None and arguments.guidance is None:
+    if options["guidance_interval"] is not None and options["guidance"] is None:
         parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")
-    if arguments.guide is not None and arguments.guidance is None:
+    if options["guide"] is not None and options["guidance"] is None:
         parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
 
 
@@ -108,8 +119,10 @@ def add_sampler_options(parser: CommandParser) -> None:
     """The options of a command that encodes and decodes, which :func:`make_sampler` reads."""
     parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
-    parser.add_argument("--spacing", metavar="NAME|LIST", help=_SPACING_HELP)
+    parser.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
     parser.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
     parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the network computes in")
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="what the network computes in; auto is float32"
+    )

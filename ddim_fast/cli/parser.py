@@ -47,6 +47,19 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({self.hint})\n")
 
+    def add_former_name(self, former: str, option: argparse.Action, values: dict[str, str] | None = None) -> None:
+        """Accept an option by its name in the version before, with a warning; --help does not show it.
+
+        Args:
+            values: the former names of its values, and what they are now.
+        """
+        kind = option.type if values is None else None
+        choices = None if values is None else list(values)
+        hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument(
+            former, dest=option.dest, action=_FormerName, option=option, values=values, type=kind, choices=choices, **hidden
+        )
+
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:
         """Inside, a ValueError or a missing file is the fault of an option."""
@@ -54,6 +67,22 @@ class CommandParser(argparse.ArgumentParser):
             yield
         except (ValueError, FileNotFoundError) as error:
             self.error(str(error))
+
+
+class _FormerName(argparse.Action):
+    """What :meth:`CommandParser.add_former_name` adds."""
+
+    def __init__(self, *place: Any, option: argparse.Action, values: dict[str, str] | None, **settings: Any) -> None:
+        super().__init__(*place, **settings)
+        self._now, self._values = option.option_strings[0], values
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, former: Any = None) -> None:
+        if self._values is None:
+            print(f"warning: {former} is now {self._now}", file=sys.stderr)
+        else:
+            print(f"warning: {former} {value} is now {self._now} {self._values[value]}", file=sys.stderr)
+            value = self._values[value]
+        setattr(namespace, self.dest, value)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -77,7 +77,8 @@ def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: s
     """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
     from ..ops.devices import pick_device
 
-    settle_steps(parser, arguments)
+    arguments.steps, arguments.spacing = settle_steps(parser, arguments.steps, arguments.spacing)
+    arguments.dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
     with parser.usage_errors():
         device = pick_device(arguments.device)
     return load_sampler(

@@ -5,7 +5,7 @@
 set -euo pipefail
 [ $# -eq 4 ] || { echo "usage: bash examples/faces/evaluate.sh MODEL DATA INCEPTION OUT"; exit 2; }
 model=$1 data=$2 out=$4
-of=(--reference "$data/held-out" --inception "$3" --num 2000 --quiet)
+of=(--reference "$data/held-out" --inception "$3" --num-images 2000 --quiet)
 
 python -m ddim_fast.evaluate --model "$model" --data "$data/held-out" --loss --quiet --out "$out"
 python -m ddim_fast.evaluate --model "$model" "${of[@]}" --solver ddim --steps 20 --out "$out"

@@ -10,7 +10,7 @@ NETWORK = [
     "attention_resolutions=[4]",
     "norm_num_groups=4",
 ]
-RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--precision=fp32", "--device=cpu", "--log-every=2", "--quiet"]
+RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--dtype=float32", "--device=cpu", "--log-every=2", "--quiet"]
 
 
 def assert_one_line(text: str, *parts: str) -> None:

@@ -49,7 +49,12 @@ def test_sdedit(run, pictures, here, sampler):
     assert np.array_equal(written(here / "edited"), to_uint8(expected)[..., 0])
     assert Image.open(here / "edited" / "comparison.png").size == (2 * (2 + 3 * 34), 2 * (2 + 2 * 34))
     record = json.loads((here / "edited" / "edit.json").read_text())
-    assert record["strength"] == 0.5 and record["label"] == "9" and record["images"] == [str(shoes)]
+    assert (
+        record["strength"] == 0.5
+        and record["dtype"] == "float32"
+        and record["label"] == "9"
+        and record["images"] == [str(shoes)]
+    )
     assert run(shoes, "--strength", 0, "--steps", 3, "--out", "same", "--quiet") == (0, "", "")
     assert np.array_equal(written(here / "same"), written(shoes))
 

@@ -61,7 +61,7 @@ def test_a_grid_of_settings_is_measured_once(run, checkpoint, photos, tmp_path, 
         photos,
         "--inception",
         tmp_path / "weights",
-        "--num",
+        "--num-images",
         20,
         "--batch-size",
         8,
@@ -90,7 +90,7 @@ def test_a_grid_of_settings_is_measured_once(run, checkpoint, photos, tmp_path, 
 
 
 def test_guidance_in_an_interval(run, checkpoint, tmp_path):
-    command = ["--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 3, "--spacing", "linear"]
+    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--spacing", "linear"]
     for options in ([], ["--guidance", 2], ["--guidance", 2, "--guidance-interval", 400, 600]):
         code, _, err = run(*command, *options)
         assert code == 0, err
@@ -100,12 +100,19 @@ def test_guidance_in_an_interval(run, checkpoint, tmp_path):
     assert between["settings"]["guidance_interval"] == [400, 600] and "guidance_interval" not in everywhere["settings"]
 
 
+def test_num_images_by_its_former_name(run, checkpoint, tmp_path):
+    code, _, err = run("--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 1, "--quiet")
+    assert (code, err) == (0, "warning: --num is now --num-images\n")
+    assert rows(tmp_path, "trajectory")[0]["settings"]["seeds"] == "0-1"
+    assert "--num " not in run("--help")[1]
+
+
 def test_a_guide_is_part_of_the_settings(run, checkpoint, small_config, tmp_path):
     from ddim_fast import UNet
 
     torch.manual_seed(1)
     UNet(small_config).save_pretrained(tmp_path / "guide")
-    command = ["--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 3, "--guidance", 2]
+    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--guidance", 2]
     for options in ([], ["--guide", tmp_path / "guide"], ["--guide", checkpoint]):
         code, _, err = run(*command, *options)
         assert code == 0, err
@@ -117,7 +124,7 @@ def test_a_guide_is_part_of_the_settings(run, checkpoint, small_config, tmp_path
 
 
 def test_another_batch_size_does_not_read_the_solutions_of_this_one(run, checkpoint, tmp_path):
-    command = ["--model", checkpoint, "--trajectory-error", "--num", 6, "--steps", 2]
+    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 6, "--steps", 2]
     errors = []
     for size in (2, 4, 2):
         assert run(*command, "--batch-size", size)[0] == 0
@@ -155,7 +162,7 @@ def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, t
     np.savez(tmp_path / "images.npz", arr_0=np.concatenate([kind[:50] for kind in kinds]))
     np.savez(tmp_path / "sorted.npz", arr_0=np.concatenate([kind[50:] for kind in kinds]))
     command = ["--images", tmp_path / "images.npz", "--reference", tmp_path / "sorted.npz", "--inception", tmp_path]
-    code, _, err = run(*command, "--num", 100)
+    code, _, err = run(*command, "--num-images", 100)
     assert code == 0, err
     (row,) = rows(tmp_path, "quality")
     assert row["precision"] > 0.7 and row["recall"] > 0.7
@@ -164,17 +171,20 @@ def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, t
 def test_a_single_array_is_no_archive(run, tmp_path, tiny_inception):
     with open(tmp_path / "a.npz", "wb") as file:
         np.save(file, np.zeros((4, 16, 16, 3), np.uint8))
-    code, _, err = run("--images", tmp_path / "a.npz", "--reference", "x", "--inception", tmp_path, "--num", 4)
+    code, _, err = run("--images", tmp_path / "a.npz", "--reference", "x", "--inception", tmp_path, "--num-images", 4)
     assert code == 2 and "a.npz: not a whole .npz file (it is a single array" in err
 
 
 def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_inception):
     command = ["--images", photos, "--reference", photos, "--inception", tmp_path]
-    code, _out, _ = run(*command, "--num", 40)
+    code, _out, _ = run(*command, "--num-images", 40)
     assert code == 0
     (row,) = rows(tmp_path, "quality")
     assert row["FID-40"] == pytest.approx(0, abs=1e-6) and (row["precision"], row["recall"]) == (1, 1)
-    for options, words in (([], "fewer than the 50000"), (["--num", 41], "holds 40 images, fewer than the 41 of --num")):
+    for options, words in (
+        ([], "fewer than the 50000"),
+        (["--num-images", 41], "holds 40 images, fewer than the 41 of --num-images"),
+    ):
         code, _, err = run(*command, *options)
         assert code == 2 and words in err and str(photos) in err and err.count("\n") == 1
 
@@ -194,7 +204,7 @@ def test_a_folder_of_another_size_and_colour_is_compared_as_it_is(run, tmp_path,
             stored.save(tmp_path / name / f"{i:02d}.png")
     fid = {}
     for name in ("coloured", "large", "small"):
-        command = ["--images", tmp_path / "images", "--reference", tmp_path / name, "--inception", tmp_path, "--num", 40]
+        command = ["--images", tmp_path / "images", "--reference", tmp_path / name, "--inception", tmp_path, "--num-images", 40]
         code, _, err = run(*command)
         assert code == 0, err
         fid[name] = rows(tmp_path, "quality")[-1]["FID-40"]
@@ -205,7 +215,7 @@ def test_a_folder_of_another_size_and_colour_is_compared_as_it_is(run, tmp_path,
 
 def test_another_feature_network_has_rows_and_references_of_its_own(run, photos, tmp_path, tiny_inception):
     """The folder is at no distance from itself, whichever network saw it first."""
-    command = ["--images", photos, "--reference", photos, "--num", 40]
+    command = ["--images", photos, "--reference", photos, "--num-images", 40]
     for option in (tmp_path, f"mine={tmp_path}", tmp_path):
         code, _, err = run(*command, "--inception", option)
         assert code == 0, err
@@ -225,7 +235,7 @@ def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
         (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds statistics"),
         (photos, 3, "KID, precision and recall: they need more than 3 images a side; there are 3"),
     ):
-        code, out, err = run("--images", photos, "--reference", reference, "--inception", tmp_path, "--num", count)
+        code, out, err = run("--images", photos, "--reference", reference, "--inception", tmp_path, "--num-images", count)
         assert code == 0 and f"; not measured: {words}" in out, err
         row = rows(tmp_path, "quality")[-1]
         assert row["not measured"].startswith(words) and "KID" not in row
@@ -233,7 +243,9 @@ def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
 
 
 def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp_path):
-    code, _out, err = run("--model", checkpoint, "--data", photos, "--loss", "--reconstruction", "--steps", "2,20", "--num", 6)
+    code, _out, err = run(
+        "--model", checkpoint, "--data", photos, "--loss", "--reconstruction", "--steps", "2,20", "--num-images", 6
+    )
     assert code == 0, err
     (loss,) = rows(tmp_path, "loss")
     assert 0.1 < loss["loss"] < 100 and loss["images"] == 6 and loss["loss standard error"] > 0
@@ -242,7 +254,7 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
     assert (few["settings"]["steps"], many["settings"]["steps"]) == (2, 20) and many["error"] < few["error"]
     code, _, err = run("--model", checkpoint, "--data", photos, "--reconstruction", "--eta", 1)
     assert code == 2 and "--reconstruction is of deterministic DDIM" in err
-    code, _, err = run("--model", checkpoint, "--data", photos, "--loss", "--num", 41)
+    code, _, err = run("--model", checkpoint, "--data", photos, "--loss", "--num-images", 41)
     assert code == 2 and "holds 40 images, fewer than the 41" in err
 
 
@@ -258,7 +270,7 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 2 and "--fit-timesteps" in err
     monkeypatch.setattr("ddim_fast.diffusion.adaptive._MEASURED", (1, 3))
     monkeypatch.setattr(evaluate, "_CALIBRATION_SEEDS", range(1000, 1002))
-    command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num", 4, "--steps", "3,25"]
+    command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num-images", 4, "--steps", "3,25"]
     code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
     assert code == 0, err
     assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
@@ -278,14 +290,14 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
         ([], "nothing to measure"),
         (["--loss"], "--data SPEC"),
         (["--images", "x", "--loss", "--data", "y"], "--images can be measured against --reference only"),
-        (["--reference", "x", "--num", "0"], "--num"),
+        (["--reference", "x", "--num-images", "0"], "--num-images"),
         (["--reference", "x", "--solver", "euler"], "unknown name 'euler'"),
         (["--reference", "x", "--tolerance", "small"], "'small' is not a list of numbers"),
         (["--trajectory-error", "--tolerance", "-1"], "tolerance must be a positive number; got -1"),
         (["--trajectory-error", "--guidance", "2", "--guidance-interval", "600", "300"], "the lower one first"),
         (["--trajectory-error", "--guidance-interval", "300", "600"], "give its scale, such as --guidance 2, as well"),
         (["--loss", "--data", "x", "--class", "7"], "--class is of what is sampled"),
-        (["--reference", "x", "--num", "1"], "--num 1: a distribution of images needs at least 2"),
+        (["--reference", "x", "--num-images", "1"], "--num-images 1: a distribution of images needs at least 2"),
         (["--reference", "x"], "there is no feature network"),
         (["--trajectory-error", "--model", "nobody"], "unknown model 'nobody'"),
         (["--trajectory-error", "--guide", "cifar10-64"], "give its scale, such as --guidance 2"),
@@ -303,7 +315,7 @@ def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, smal
     with torch.no_grad():
         small_unet.conv_out.weight.fill_(3e38)  # finite, as weights have to be
     small_unet.save_pretrained(tmp_path / "broken")
-    options = ["--model", tmp_path / "broken", "--reference", photos, "--inception", tmp_path, "--num", 8, "--steps", 1]
+    options = ["--model", tmp_path / "broken", "--reference", photos, "--inception", tmp_path, "--num-images", 8, "--steps", 1]
     code, _, err = run(*options)
     assert code == 1 and f"{tmp_path / 'broken'}: the samples are not finite" in err
 

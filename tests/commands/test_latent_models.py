@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ddim_fast import UNet, evaluate, export, interpolate, reconstruct, sample, train
 from ddim_fast.cli.parser import run_command
 
-COMMON = ("--batch-size=4", "--warmup=0", "--precision=fp32", "--device=cpu", "--quiet")
+COMMON = ("--batch-size=4", "--warmup=0", "--dtype=float32", "--device=cpu", "--quiet")
 AUTOENCODER = ("sample_size=16", "in_channels=1", "latent_channels=2", "base_channels=8", "channel_multipliers=[1,2]")
 NETWORK = ("base_channels=8", "channel_multipliers=[1,2]", "layers_per_block=1", "attention_resolutions=[4]")
 

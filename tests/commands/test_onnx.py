@@ -64,14 +64,17 @@ def test_the_folder_describes_itself(exported):
     assert "--to onnx" in card and "onnxscript" in card and "| `x_T` | (M, 3, 8, 8) float32 |" in card
 
 
-@pytest.mark.parametrize("options", [[], ["--steps", 2, "--eta", 0, "--solver", "unipc"], ["--guidance", 2]], ids=str)
+_REQUESTS = [[], ["--steps", 2, "--eta", 0, "--solver", "unipc"], ["--guidance", 2], ["--spacing", "999,500,250,0", "--eta", 1]]
+
+
+@pytest.mark.parametrize("options", _REQUESTS, ids=str)
 def test_the_images_are_those_of_torch(options, run_here, exported, tmp_path):
     request = ["--seeds", "0-4", "--batch-size", 2]
     code, out, err = run_here(
         sample, "--engine", "onnx", "--model", exported / "onnx", *request, *options, "--out", tmp_path / "o"
     )
     assert code == 0 and "5 images of" in out and ", onnx, float32: " in out and "5/5 images" in err
-    as_exported = [] if "--steps" in options else ["--steps", 3, "--eta", 1]
+    as_exported = [] if {"--steps", "--spacing"} & {*options} else ["--steps", 3, "--eta", 1]
     code, _, err = run_here(
         sample, "--model", exported / "checkpoint", *request, *as_exported, *options, "--out", tmp_path / "t", "--quiet"
     )

@@ -33,7 +33,7 @@ def presets(request, monkeypatch):
 def trained(run_here, recordings, here):
     """The checkpoint of two steps of training."""
     data = ["--data", recordings, "--preset=digits-mel", "--class-conditional", "--recipe=fast"]
-    run = ["--steps=2", "--batch-size=4", "--device=cpu", "--precision=fp32", "--out", here / "run", "--quiet"]
+    run = ["--steps=2", "--batch-size=4", "--device=cpu", "--dtype=float32", "--out", here / "run", "--quiet"]
     code, _, error = run_here(train, *data, *run)
     assert code == 0, error
     return here / "run"
@@ -144,7 +144,7 @@ def test_restore_a_gap(run_here, trained, recordings, here):
 
 
 def test_a_model_without_classes_asks_for_none(run_here, recordings, here):
-    run = ["--steps=1", "--batch-size=4", "--warmup=0", "--device=cpu", "--precision=fp32", "--quiet", "--out", here / "run"]
+    run = ["--steps=1", "--batch-size=4", "--warmup=0", "--device=cpu", "--dtype=float32", "--quiet", "--out", here / "run"]
     assert run_here(train, "--data", recordings, "--preset=digits-mel", *run)[0] == 0
     options = ["--model", here / "run", "--gap", "0.1", "0.15", "--steps=2", "--out=restored", "--quiet"]
     assert run_here(restore_sounds, recordings, *options) == (0, "", "")

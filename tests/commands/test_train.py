@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
 
 
 def test_without_a_compiler_the_step_is_not_compiled(photos, tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr(train, "why_not_compiled", lambda device: "no working C++ compiler")
+    monkeypatch.setattr("ddim_fast.cli.trainers.why_not_compiled", lambda device: "no working C++ compiler")
     out = tmp_path / "run"
     code, _, err = run_train("--data", photos, *RUN[:-1], "--steps=2", "--compile", "--out", out)
     assert code == 0 and "so the training step is not compiled: no working C++ compiler" in err
@@ -385,8 +385,27 @@ def test_the_command_sets_its_own_seed(photos, tmp_path, run_train):
     assert weights_in(tmp_path / "a") == weights_in(tmp_path / "b") != weights_in(tmp_path / "c")
 
 
+def test_a_run_of_the_version_before_called_its_dtype_precision(photos, tmp_path, run_train):
+    out, record = tmp_path / "run", tmp_path / "run" / "train.json"
+    former = ["fp32" if word == "--dtype=float32" else word for word in RUN]
+    former.insert(former.index("fp32"), "--precision")
+    code, _, err = run_train("--data", photos, *former, "--steps=1", "--out", out)
+    assert (code, err) == (0, "warning: --precision fp32 is now --dtype float32\n")
+    values = json.loads(record.read_text())
+    assert values.pop("dtype") == "float32"
+    record.write_text(json.dumps({**values, "precision": "bf16"}))
+    assert run_train("--out", out, "--resume", "--steps=2", "--device=cpu", "--quiet")[::2] == (0, "")
+    values = json.loads(record.read_text())
+    assert values["dtype"] == "bfloat16" and "precision" not in values
+    record.write_text(json.dumps({**values, "precision": ["fp32"]}))
+    code, _, err = run_train("--out", out, "--resume", "--steps=3", "--device=cpu", "--quiet")
+    assert code == 1
+    assert_one_line(err, "error: ", "train.json: not the record of a run")
+    assert "--precision" not in run_train("--help")[1]
+
+
 def test_a_recipe_is_the_default_of_options_and_is_kept(photos, tmp_path, run_train):
-    base = ["--data", photos, *NETWORK, "--batch-size=4", "--precision=fp32", "--device=cpu", "--quiet"]
+    base = ["--data", photos, *NETWORK, "--batch-size=4", "--dtype=float32", "--device=cpu", "--quiet"]
     out = tmp_path / "fast"
     assert run_train(*base, "--recipe=fast", "--steps=2", "--ema=0.5", "--out", out)[0] == 0
     record = json.loads((out / "train.json").read_text())

@@ -266,7 +266,7 @@ def test_classes_of_sounds_are_remembered_by_name(run, recordings, monkeypatch):
     monkeypatch.setitem(audio._PRESETS, "digits-mel", sound)
     small = {"base_channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1, "attention_resolutions": (4,)}
     monkeypatch.setitem(config._PRESETS, "digits-mel", {"sample_size": 8, "in_channels": 4, **small, "norm_num_groups": 4})
-    options = ("--preset=digits-mel", "--class-conditional", "--batch-size=4", "--device=cpu", "--precision=fp32", "--quiet")
+    options = ("--preset=digits-mel", "--class-conditional", "--batch-size=4", "--device=cpu", "--dtype=float32", "--quiet")
     assert run("--data", recordings, *options, "--steps=1")[0] == 0
     soundfile.write(recordings / "0" / "ann" / "4.wav", tone(300), RATE)
     assert run(*RESUME, "--steps=2")[0] == 0

@@ -11,7 +11,7 @@ from PIL import Image
 from ddim_fast import UNet, edit, evaluate, reconstruct, restore, train
 
 NETWORK = ("base_channels=8", "channel_multipliers=[1,2]", "layers_per_block=1", "attention_resolutions=[4]")
-RUN = ("--steps=1", "--batch-size=2", "--warmup=0", "--device=cpu", "--precision=fp32", "--quiet", "--out=run")
+RUN = ("--steps=1", "--batch-size=2", "--warmup=0", "--device=cpu", "--dtype=float32", "--quiet", "--out=run")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def unconditional(small_config, tmp_path):
         (edit, ("--strength=0.5", "--steps=2")),
         (reconstruct, ("--steps=2",)),
         (restore, ("--task=deblur", "--sigma=1", "--steps=2")),
-        (evaluate, ("--loss", "--num=2")),
+        (evaluate, ("--loss", "--num-images=2")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

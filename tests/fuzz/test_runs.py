@@ -17,7 +17,7 @@ OPTIONS = ("--preset=grey-32", "--set", *NETWORK.split(), "--batch-size=4", "--s
 
 def run(folder, *options):
     """The command; what it refuses in one line is a ValueError."""
-    command = ["train", *options, "--steps=1", "--device=cpu", "--precision=fp32", "--quiet", "--out", str(folder / "run")]
+    command = ["train", *options, "--steps=1", "--device=cpu", "--dtype=float32", "--quiet", "--out", str(folder / "run")]
     argv, sys.argv = sys.argv, command
     errors = io.StringIO()
     try:

@@ -1,0 +1,289 @@
+"""Networks to train, their data and what trains them, from the options of train."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.images import ImageSet, load_images
+from ..data.latents import encoded, latent_space
+from ..data.record import DATA_RECORD, DataRecord
+from ..diffusion.latent import LatentCodec
+from ..diffusion.sampler import Sampler
+from ..engine import why_not_compiled
+from ..interop.autoencoder import load_autoencoder
+from ..models.audio import AudioConfig
+from ..models.autoencoder import Autoencoder
+from ..models.checkpoint import AUTOENCODER, load_config, local_model
+from ..models.config import AutoencoderConfig, UNetConfig
+from ..models.formats.diffusers import fold_class
+from ..models.growth import enclose
+from ..models.unet import UNet
+from ..ops.devices import bf16_is_fast, pick_device
+from ..training.loop import TRAINING_STATE, Trainer, TrainingOptions
+from .parser import CommandParser
+
+__all__ = ["TrainSettings", "find_start", "grid_sampler", "make_trainer"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the options of train say; those of a run that goes on, where they are not given again."""
+
+    data: str
+    convert: bool
+    preset: str
+    init: str | None
+    latents: str | None
+    set: list[str]
+    recipe: str
+    class_conditional: bool
+    out: Path
+    resume: bool
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    lr_schedule: str
+    ema: float
+    ema_snapshots: int | None
+    grad_clip: float
+    dropout: float | None
+    prediction_type: str | None
+    min_snr_gamma: float | None
+    label_dropout: float
+    flip: bool | None
+    dtype: str
+    compile: bool
+    device: str
+    seed: int
+    log_every: int
+    save_every: int
+    sample_every: int
+    minutes: float | None
+    quiet: bool
+
+
+def _goes_on(settings: TrainSettings) -> bool:
+    """Whether there is a checkpoint to go on from; a run can end before its first one, and then starts over."""
+    return settings.resume and (settings.out / TRAINING_STATE).is_file()
+
+
+def _check_same_network(parser: CommandParser, settings: TrainSettings, config: UNetConfig | AutoencoderConfig) -> None:
+    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
+    if not _goes_on(settings):
+        return
+    own = load_config(settings.out, type(config)).to_dict()
+    for name, value in config.to_dict().items():
+        if name != "dropout" and own.get(name) != value:
+            parser.error(
+                f"--resume: the network of this run has {name} {own.get(name)}, not {value}; train another in another --out"
+            )
+
+
+def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRecord) -> None:
+    """A usage error where a run that goes on would lose images or mistake their classes; a line where it gets more images."""
+    before = DataRecord.load(settings.out) if _goes_on(settings) else None
+    if before is None:
+        return
+    try:
+        added = before.added(now)
+    except ValueError as error:
+        parser.error(
+            f"--resume: {error}; bring the data back, name it by --data, or remove {settings.out / DATA_RECORD} to go on with "
+            "the data as it is"
+        )
+    if added:
+        print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
+
+
+def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
+    """What training begins with: the settings, where they leave open what depends on the model, and the model that ``--init``
+    names."""
+    with parser.usage_errors():
+        start = None if settings.init is None else _load_start(parser, settings)
+        audio = AudioConfig.preset(settings.preset) if start is None else start.audio
+        flip = audio is None if settings.flip is None else settings.flip
+        return dataclasses.replace(settings, flip=flip, latents=_latents(settings)), start
+
+
+def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
+    """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
+    its own."""
+    fields = _set_fields(settings)
+    for name in ("preset", "class_conditional", "prediction_type", "latents"):
+        if getattr(settings, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
+    for name in fields.keys() - {"sample_size"}:
+        raise ValueError(f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow")
+    model = UNet.from_pretrained(_start_folder(settings))
+    own = model.config.sample_size
+    size = fields.get("sample_size", own)
+    if size == own:
+        return model
+    if size != 2 * own or model.audio is not None or _latents(settings) is not None:
+        raise ValueError(
+            f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
+            f"got {size}"
+        )
+    torch.manual_seed(settings.seed)
+    return enclose(model)
+
+
+def _start_folder(settings: TrainSettings) -> Path:
+    begun = settings.resume and (settings.out / "config.json").is_file()  # not before its first checkpoint
+    return settings.out if begun else local_model(settings.init)
+
+
+def _latents(settings: TrainSettings) -> str | None:
+    """The folder of the autoencoder: the one named, or that of the model that ``--init`` names."""
+    if settings.init is not None and (_start_folder(settings) / AUTOENCODER).is_dir():
+        return str(_start_folder(settings) / AUTOENCODER)
+    return settings.latents
+
+
+def make_trainer(
+    parser: CommandParser, settings: TrainSettings, start: UNet | None
+) -> tuple[Trainer, LatentCodec | None, DataRecord]:
+    """What trains the network, from the last checkpoint of a run that goes on; the autoencoder whose latents it learns, if it
+    does; and the record of its data.
+
+    Args:
+        settings, start: of :func:`find_start`.
+    """
+    with parser.usage_errors():
+        device = pick_device(settings.device)
+        options = _options(settings, device)
+        if settings.latents is not None and settings.preset == AUTOENCODER:
+            raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
+    torch.manual_seed(options.seed)
+    try:
+        if settings.preset == AUTOENCODER:
+            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
+        else:
+            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} ({parser.hint})" if settings.resume else error) from None
+    if _goes_on(settings):
+        trainer.load(settings.out)
+    return trainer, codec, seen
+
+
+def _autoencoder_trainer(
+    parser: CommandParser, settings: TrainSettings, device: torch.device, options: TrainingOptions
+) -> tuple[Trainer, None, DataRecord]:
+    with parser.usage_errors():
+        if settings.class_conditional:
+            raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
+        if options.ema_snapshots is not None:
+            raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
+        for name in ("dropout", "prediction_type", "min_snr_gamma"):
+            if getattr(settings, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
+        config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
+    _check_same_network(parser, settings, config)
+    data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+    seen = DataRecord.of(settings.data, data)
+    _check_same_data(parser, settings, seen)
+    return Trainer(Autoencoder(config).to(device), data, options), None, seen
+
+
+def _unet_trainer(
+    parser: CommandParser,
+    settings: TrainSettings,
+    device: torch.device,
+    options: TrainingOptions,
+    start: UNet | None,
+) -> tuple[Trainer, LatentCodec | None, DataRecord]:
+    codec = None
+    with parser.usage_errors():
+        overrides = _overrides(settings) if start is None else {}
+        if settings.latents is not None:
+            copied = settings.out / AUTOENCODER
+            codec = LatentCodec(load_autoencoder(copied if copied.is_dir() else Path(settings.latents)).to(device))
+            image_shape, latent_shape = latent_space(codec, overrides.get("sample_size"))
+            overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
+        if start is None:
+            config, audio = UNetConfig.preset(settings.preset, **overrides), AudioConfig.preset(settings.preset)
+        else:
+            dropout = start.config.dropout if settings.dropout is None else settings.dropout
+            config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
+    weights = None if start is None else start.state_dict()
+    labelled = settings.class_conditional or config.num_classes is not None
+    data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
+    if labelled and data.labels is None:
+        if start is None:
+            parser.error(f"--class-conditional: {settings.data} has no label for every image")
+        print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
+        config, weights = fold_class(config, weights, None)
+        audio = None if audio is None else dataclasses.replace(audio, labels=None)
+    if settings.class_conditional:
+        config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
+    seen = DataRecord.of(settings.data, data, None if audio is None else audio.labels)
+    _check_same_data(parser, settings, seen)
+    _check_same_network(parser, settings, config)
+    if codec is not None:
+        data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
+    model = UNet(config)
+    with parser.usage_errors():
+        grid_sampler(model)  # what cannot be sampled is not worth training
+    if weights is not None:
+        model.load_state_dict(weights)
+    model.audio = audio
+    return Trainer(model.to(device), data, options), codec, seen
+
+
+def _load(
+    settings: TrainSettings, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
+) -> tuple[ImageSet, AudioConfig | None]:
+    """The data, and what its images mean where the network is one of sounds."""
+    if audio is None:
+        return load_images(settings.data, *image_shape[:2], labelled=labelled), None
+    from ..data.sounds import load_sound_images
+
+    return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
+
+
+def grid_sampler(model: UNet) -> Sampler:
+    """What makes the grids of samples of a training."""
+    return Sampler(model, steps=min(20, model.config.num_train_timesteps))
+
+
+def _options(settings: TrainSettings, device: torch.device) -> TrainingOptions:
+    fields = {f.name for f in dataclasses.fields(TrainingOptions)} - {"bf16"}
+    bf16 = bf16_is_fast(device) if settings.dtype == "auto" else settings.dtype == "bfloat16"
+    options = TrainingOptions(bf16=bf16, **{name: getattr(settings, name) for name in fields})
+    problem = why_not_compiled(device) if options.compile else None
+    if problem is None:
+        return options
+    print(f"--compile: torch.compile does not work here, so the training step is not compiled: {problem}", file=sys.stderr)
+    return dataclasses.replace(options, compile=False)
+
+
+def _overrides(settings: TrainSettings) -> dict[str, Any]:
+    """The fields of a U-Net's configuration that options change."""
+    fields = _set_fields(settings)
+    for name in ("dropout", "prediction_type"):
+        if getattr(settings, name) is not None:
+            fields.setdefault(name, getattr(settings, name))  # a recipe's, where --set does not say another
+    return fields
+
+
+def _set_fields(settings: TrainSettings) -> dict[str, Any]:
+    """What ``--set`` says."""
+    fields: dict[str, Any] = {}
+    for item in settings.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE; got {item!r}")
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    return fields
