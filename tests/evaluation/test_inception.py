@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddim_fast.evaluation.inception import NAME, FeatureNetwork, Inception, load_inception, resize_bilinear
-from ddim_fast.run import inception
+from ddim_fast.evaluation import inception
 
 
 @pytest.fixture(scope="module")

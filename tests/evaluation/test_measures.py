@@ -7,7 +7,7 @@ import torch
 from ddim_fast.evaluation.results import Results
 from ddim_fast.evaluation.run import EvaluationRun
 from ddim_fast.io.processes import Processes
-from ddim_fast.run import measures
+from ddim_fast.evaluation import measures
 
 
 @pytest.fixture

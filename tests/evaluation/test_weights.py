@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from ddim_fast.run import weights
+from ddim_fast.evaluation import weights
 
 
 def archive(value) -> bytes:
