@@ -110,15 +110,7 @@ class OnnxSampler:
             self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
 
     def sample(
-        self,
-        *,
-        seeds: Sequence[int] | None = None,
-        x_T: np.ndarray | None = None,
-        labels: int | Sequence[int] | np.ndarray | None = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        batch_size: int = 64,
-        on_step: Callable[[SamplerState], None] | None = None,
+        self, *, batch_size: int = 64, on_step: Callable[[SamplerState], None] | None = None, **request: Any
     ) -> np.ndarray:
         """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors,
         and no gradient. With a guidance interval the network is called once a step.
@@ -129,41 +121,28 @@ class OnnxSampler:
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
         """
-        request = self._request(seeds, x_T, labels, guidance, guidance_interval)
-        parts = [np.empty((0, *self.config.image_shape), np.float32)]
-        for batch, _ in request.batches(batch_size):
-            if self.runs_whole and on_step is None and request.guidance_interval is None:
-                parts.append(self._whole(batch))
+        checked = self._request(**request)
+        images = np.empty((len(checked), *self.config.image_shape), np.float32)
+        done = 0
+        for batch, count in checked.batches(batch_size):
+            part = images[done : done + count]
+            if self.runs_whole and on_step is None and batch.guidance_interval is None:
+                part[:] = self._whole(batch)
             else:
                 for state in self._steps(batch):
                     if on_step is not None:
                         on_step(state)
-                parts.append(state.x)
-        return np.concatenate(parts)
+                part[:] = state.x
+            done += count
+        return images
 
-    def trajectory(
-        self,
-        *,
-        seeds: Sequence[int] | None = None,
-        x_T: np.ndarray | None = None,
-        labels: int | Sequence[int] | np.ndarray | None = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-    ) -> Iterator[SamplerState]:
-        """The states of one batch, one after each step; arguments as of :meth:`sample`."""
-        return self._steps(self._request(seeds, x_T, labels, guidance, guidance_interval))
+    def trajectory(self, **request: Any) -> Iterator[SamplerState]:
+        """The states of one batch, one after each step; arguments as of :meth:`sample`, without batch_size and on_step."""
+        return self._steps(self._request(**request))
 
-    def check(
-        self,
-        *,
-        seeds: Sequence[int] | None = None,
-        x_T: np.ndarray | None = None,
-        labels: int | Sequence[int] | np.ndarray | None = None,
-        guidance: float | None = None,
-        guidance_interval: Sequence[int] | None = None,
-    ) -> None:
+    def check(self, **request: Any) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
-        self._request(seeds, x_T, labels, guidance, guidance_interval)
+        self._request(**request)
 
     def load(self) -> None:
         """Read and check the model that :meth:`sample` calls, which otherwise happens at its first image.
@@ -211,20 +190,11 @@ class OnnxSampler:
     def _network(self) -> Session:
         return Session(self.folder.model(UNET), self.provider, cuda_graph=self._cuda_graph)
 
-    def _request(
-        self, seeds: Any, x_T: Any, labels: Any, guidance: float | None, guidance_interval: Sequence[int] | None
-    ) -> Request:
+    def _request(self, x_T: Any = None, **request: Any) -> Request:
         """The arguments of :meth:`sample`, checked; without labels those of a class-conditional network are "no class", and
         without seeds, which nothing is drawn from then, they are 0."""
-        request = Request.check(
-            self.config,
-            stochastic=self.solver.stochastic,
-            seeds=seeds,
-            x_T=None if x_T is None else _as_array(x_T),
-            labels=labels,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-        )
+        x_T = None if x_T is None else _as_array(x_T)
+        request = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
         count, classes, labels = len(request), self.config.num_classes, request.labels
         if labels is None and classes is not None:
             labels = np.full(count, classes, np.int64)

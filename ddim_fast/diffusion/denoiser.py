@@ -156,17 +156,8 @@ class Denoiser:
     def __call__(
         self, x: Tensor, conditions: Conditions, index: Tensor, deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The guided prediction at step ``index``.
-
-        Args:
-            x: (N, C, H, W) float32.
-            conditions: as :meth:`prepare` returns them.
-            index: () int64 beside x; not read by the host.
-            deep: deep features to use again, from earlier calls for the same images; None computes them.
-
-        Returns:
-            (N, C, H, W) float32, contiguous, and the deep features, None if the network has none.
-        """
+        """The guided prediction and the deep features at step ``index``: arguments and results as of :meth:`Network.__call__`,
+        with conditions as :meth:`prepare` returns them."""
         scale = conditions.scale
         if scale is None or conditions.guide:
             output, deep = self._network(x, conditions.network, index, deep)
