@@ -1,4 +1,4 @@
-"""What data a run has seen, so that it goes on with the same."""
+"""The record of a training run's data, so that it goes on with the same."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["model_card"]
 
 
 def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, command: str | None, parameters: int) -> str:
-    """What a person wants to know of the folder.
+    """The README.md of an exported folder.
 
     Args:
         config: the network.

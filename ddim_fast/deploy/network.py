@@ -83,7 +83,7 @@ def _group_norm():
 
 
 def _part(model: ModelProto, inputs: Sequence[str], output: str) -> ModelProto:
-    """What leads from some values of a model to another."""
+    """The part of a model that leads from some of its values to another."""
     needed, nodes = {output}, []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output) and not set(node.output) <= set(inputs):

@@ -131,7 +131,7 @@ def export_onnx(
 
 @torch.no_grad()
 def _conditions(model: UNet, timesteps: np.ndarray) -> np.ndarray:
-    """What the network makes of each timestep and label: (S, classes and no class, K), or (S, 1, K) without classes."""
+    """The embeddings of each timestep and label: (S, classes and no class, K), or (S, 1, K) without classes."""
     steps = torch.from_numpy(timesteps)
     if model.config.num_classes is None:
         return model.condition(steps)[:, None].numpy()
@@ -154,7 +154,7 @@ def _save(model: ModelProto, path: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Of what made the files."""
+    """The versions of the programs that made the files."""
     packages: dict[str, Any] = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
     with contextlib.suppress(ModuleNotFoundError):  # needed for int8 only
         packages["onnxruntime"] = version("onnxruntime")

@@ -24,7 +24,7 @@ Inputs = dict[str, np.ndarray]
 
 @torch.no_grad()
 def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
-    """What the network is called with while it samples a few images, of all classes and of none.
+    """The network's inputs while it samples a few images, of all classes and of none.
 
     Args:
         sampler: in float32.

@@ -74,7 +74,7 @@ def sampler_model(
 
 
 class _Run:
-    """What the steps have in common, in the graph around them."""
+    """The values that all steps use, in the graph around them."""
 
     def __init__(self, graph: Graph, config: UNetConfig, denoise: ModelProto, solver: Solver) -> None:
         self.config, self.denoise, self.solver = config, denoise, solver
@@ -147,7 +147,7 @@ def _loop(graph: Graph, run: _Run, conditions: np.ndarray, state: Sequence[Value
 
 
 def _noise(graph: Graph, seeds: Value, step: Value, shape: Sequence[int]) -> Value:
-    """What :func:`ddim_fast.seeded_noise` draws for ``seeds``, (N,) int64: (N, C, H, W) float32."""
+    """The noise of :func:`ddim_fast.seeded_noise` for ``seeds``, (N,) int64: (N, C, H, W) float32."""
     elements = math.prod(shape)
     blocks = -(-elements // 4)
     words = seeded_words(seeds.reshape(-1, 1), graph.constant(np.arange(blocks)[None, :]), step)

@@ -161,7 +161,7 @@ class _Count:
 def step_errors(
     x: Tensor, output: Tensor, schedule: NoiseSchedule, prediction_type: str
 ) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], Tensor]]:
-    """What DDIM steps from states of a trajectory to later ones get wrong. No network is evaluated: a step is linear in the
+    """The errors of DDIM steps from states of a trajectory to later ones. No network is evaluated: a step is linear in the
     state and the output at its start, so all of them follow from inner products.
 
     Args:
@@ -250,7 +250,7 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
 def _follow(
     denoiser: Denoiser, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None
 ) -> Tensor:
-    """What ``error`` in the state at place j of ``timesteps`` has become in the image."""
+    """The error in the image that ``error`` in the state at place j of ``timesteps`` leads to."""
     # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))

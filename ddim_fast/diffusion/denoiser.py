@@ -17,7 +17,7 @@ __all__ = ["Conditions", "Denoiser", "Prepared"]
 
 
 class Conditions(NamedTuple):
-    """What a prediction depends on beside x: for the network and its guide the precomputed timestep and class embeddings, and
+    """The inputs of a prediction beside x: the precomputed timestep and class embeddings of the network and of its guide, and
     the guidance scale, a float32 tensor that broadcasts against x, or None without guidance."""
 
     network: NetworkConditions

@@ -109,7 +109,7 @@ def attribute_direction(
     exact: bool = False,
     batch_size: int = 64,
 ) -> Tensor:
-    """What the latents of images with an attribute have on average and those of others have not, as attributes of generative
+    """The mean latent of images with an attribute minus that of images without it, as attributes of generative
     models are commonly found (Radford et al. 2016; Preechakul et al. 2022, for diffusion models).
 
     Args:

@@ -215,7 +215,7 @@ def _per_channel(numbers: Sequence[float]) -> Tensor:
 
 
 def _tensor(result: Any) -> Tensor:
-    """What an autoencoder returned: a tensor, or diffusers' output objects."""
+    """The tensor in an autoencoder's result, which may be one of diffusers' output objects."""
     if isinstance(result, Tensor):
         return result
     if hasattr(result, "latent_dist"):

@@ -77,7 +77,7 @@ def x0_and_epsilon(prediction_type: str, output: Any, x: Any, signal: Any, sigma
 
 
 def training_target(prediction_type: str, x0: Any, epsilon: Any, signal: Any, sigma: Any) -> Any:
-    """What a network is trained to return at x_t = signal x_0 + sigma epsilon.
+    """The target of training at x_t = signal x_0 + sigma epsilon.
 
     Raises:
         ValueError: the prediction type is unknown.

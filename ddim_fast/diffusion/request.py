@@ -124,8 +124,7 @@ class Request:
             yield batch[[min(i, count - 1) for i in range(size)]] if padded and count < size else batch, count
 
     def compute(self, function: Callable[[Request], Tensor], batch_size: int, empty: Tensor, *, padded: bool) -> Tensor:
-        """What ``function`` makes of each batch, joined; ``empty`` where there are no images. Arguments as of
-        :meth:`batches`."""
+        """The images that ``function`` makes of all batches, or ``empty``. Arguments as of :meth:`batches`."""
         import torch
 
         return torch.cat([empty, *(function(batch)[:count] for batch, count in self.batches(batch_size, padded=padded))])

@@ -137,7 +137,7 @@ def restoration_steps(
 
 
 class Codec(Protocol):
-    """What makes images of a network's latents, and back: :class:`ddim_fast.diffusion.latent.LatentCodec`."""
+    """An autoencoder: :class:`ddim_fast.diffusion.latent.LatentCodec`."""
 
     def encode(self, images: Tensor) -> Tensor: ...
 

@@ -24,7 +24,7 @@ State = tuple[Any, ...]
 
 
 class Solver(Protocol):
-    """What the sampler needs of a solver.
+    """A solver of the sampling ODE or SDE, as samplers use it.
 
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.

@@ -1,4 +1,4 @@
-"""What a sampler shows of itself while it runs."""
+"""The state after each step, yielded by ``trajectory``."""
 
 from __future__ import annotations
 

@@ -114,5 +114,5 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _negligible(eigenvalues: np.ndarray) -> float:
-    """What rounding makes of an eigenvalue that is zero."""
+    """The largest value that rounding makes of a zero eigenvalue."""
     return max(float(eigenvalues.max(initial=0)), 0.0) * len(eigenvalues) * np.finfo(np.float64).eps

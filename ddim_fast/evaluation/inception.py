@@ -71,7 +71,7 @@ class FeatureNetwork(nn.Module):
 
     @inference()
     def _resized(self, pictures: Tensor) -> Tensor:
-        """What the network is given of (N, C, H, W) pictures: (N, 3, size, size) in [-1, 1]."""
+        """The network's input for (N, C, H, W) pictures: (N, 3, size, size) in [-1, 1]."""
         x = pictures.to(next(self.network.parameters()).device).float().expand(-1, 3, -1, -1)
         return (resize_bilinear(x, self.size) - 128) / 128
 
@@ -286,7 +286,7 @@ def tensors_checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _identity(path: Path, tensors: dict[str, Tensor], name: str | None) -> str:
-    """What the network of these weights is called: a name alone would be that of any file with the same tensors' names."""
+    """The name of the network with these weights: a name alone would fit any file with the same tensors' names."""
     checksum = tensors_checksum(tensors)
     if checksum == WEIGHTS_SHA256 or (path.suffix == ".pth" and hashlib.sha256(path.read_bytes()).hexdigest() == _PTH_SHA256):
         return NAME

@@ -1,4 +1,4 @@
-"""What is measured of a model or of pictures: a row of the results each, made in parts by all processes, once."""
+"""The measures of a model or of pictures: each adds a row to the results, computed once, in shards, by all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pictures are compared with: the statistics of a data set, computed once."""
+"""The reference of FID and KID: the features of a data set, computed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: one JSON file that grows, and the tables and pictures made from it."""
+"""The results of evaluations: one JSON file that grows, and the tables and plots made from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fid_label(images: int) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """What computed: the GPU, or the CPU and how many threads of it."""
+    """The hardware: the GPU, or the CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
@@ -114,7 +114,7 @@ class Results:
         return "\n".join([*parts, "Runs:\n", *runs]) + "\n"
 
     def _read(self) -> None:
-        """What is in the file now, where other evaluations may have written."""
+        """The rows in the file now, where other evaluations may have written."""
         self._content: dict[str, Any] = read_json(self._path) if self._path.exists() else {"runs": [], "rows": []}
         with errors_name_file(self._path):
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
@@ -263,7 +263,7 @@ def _with_error(name: str, digits: str, factor: float = 1) -> Callable[[Row], st
 
 
 def _unusual(row: Row) -> str:
-    """What is compared otherwise than usual: a reference of other sizes or colours, or another feature network."""
+    """The unusual settings of a comparison: a reference of other sizes or colours, or another feature network."""
     pictures, features = row.get("reference pictures"), row["settings"].get("features", NAME)
     return (f", {pictures}" if pictures else "") + (f", features of {features}" if features != NAME else "")
 

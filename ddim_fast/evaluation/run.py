@@ -22,7 +22,7 @@ __all__ = ["EvaluationRun"]
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """What all measurements share.
+    """The context that all measurements share.
 
     Attributes:
         processes: those that share the work.

@@ -1,4 +1,4 @@
-"""What is computed of many pictures: part by part, shared among processes, and kept on disk until all is there."""
+"""Numbers computed for many pictures in shards, by several processes, and kept on disk until all are there."""
 
 from __future__ import annotations
 

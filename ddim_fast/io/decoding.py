@@ -110,7 +110,7 @@ def opaque(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def reason_of(error: Exception) -> str:
-    """What Pillow says of a file that it cannot decode, in one line."""
+    """Pillow's message about a file that it cannot decode, in one line."""
     if isinstance(error, UnidentifiedImageError):  # whose text is about an object in memory
         return "of no format that Pillow decodes"
     return one_line(error) or type(error).__name__
@@ -170,7 +170,7 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What EXIF's orientation asks for. What else EXIF holds is not looked at: it may be damaged."""
+    """The picture turned as EXIF's orientation says. Nothing else in EXIF is read, as it may be damaged."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # as many kinds as there are ways to damage it

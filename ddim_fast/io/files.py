@@ -178,7 +178,7 @@ def errors_name_file(path: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says, for an error of ours to quote."""
+    """A library's message in one line, for an error of ours to quote."""
     return " ".join(str(error).split())
 
 

@@ -82,7 +82,7 @@ class Processes:
         return items[self.rank :: self.count]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process. Where it raises there, the others exit without a word."""
+        """The result of ``make`` in the first process. Where it raises there, the others exit without a word."""
         if self.count == 1:
             return make()
         result, error = None, None

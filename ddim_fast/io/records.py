@@ -1,4 +1,4 @@
-"""What is called the same wherever a command leaves a record of what it did."""
+"""The names of the files that commands leave beside their results."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def ddim_step_reference(
     out_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
-    """What the operator means, in plain PyTorch: differentiable, any device, any layout. Arguments as :func:`ddim_step`."""
+    """The reference in plain PyTorch: differentiable, any device, any layout. Arguments as :func:`ddim_step`."""
     defaults = {"unconditional": None, "guidance": None, "seeds": None, "step": 0}
     return _reference(
         _Step(sample, model_output, coefficients, clip, noise, **(defaults | options), out_dtype=out_dtype or sample.dtype)
@@ -225,7 +225,7 @@ def _why_not_triton(request: _Request) -> str | None:
 
 
 def _why_not_compiled(request: _Request, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What the native module's two functions have in common."""
+    """The arguments that the native functions for CPU and CUDA share."""
     call, out = request
     sample, noise, unconditional = call.sample, call.noise, call.unconditional
     if sample.device.type != device or not {sample.dtype, call.model_output.dtype, call.out_dtype} <= set(dtypes):
@@ -239,7 +239,7 @@ def _why_not_compiled(request: _Request, device: str, dtypes: tuple[torch.dtype,
 
 
 def _why_not_one_pass(call: _Step, out: Tensor | None) -> str | None:
-    """What every kernel needs: the same dense memory order throughout, plain numbers, and no gradient to record."""
+    """The requirements of every kernel: one dense memory order throughout, plain numbers, and no gradient to record."""
     sample = call.sample
     if _has_loose_tensors(call.coefficients):
         return "it takes the noise levels as numbers or as a table, not as tensors"

@@ -66,7 +66,7 @@ class PowerAverages:
 
 
 class Average(NamedTuple):
-    """What :func:`average_of_length` makes.
+    """The result of :func:`average_of_length`.
 
     Attributes:
         weights: by the network's names, float32.

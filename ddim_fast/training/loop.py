@@ -92,7 +92,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one step reports. ``loss`` and ``grad_norm`` are 0-dim tensors on the device: reading them waits for it."""
+    """The report of one step. ``loss`` and ``grad_norm`` are 0-dim tensors on the device: reading them waits for it."""
 
     step: int
     loss: Tensor

@@ -1,4 +1,4 @@
-"""What is minimised: the denoising loss of a diffusion model, and that of an autoencoder for one."""
+"""The losses of training: denoising for a diffusion model, reconstruction for an autoencoder."""
 
 from __future__ import annotations
 

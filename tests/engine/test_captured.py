@@ -10,10 +10,10 @@ import torch
 
 from ddim_fast.engine.captured import Captured
 
+_recording = []
+
 
 class _Graph:
-    recording: list[_Graph] = []
-
     def __init__(self) -> None:
         self.replays = 0
 
@@ -24,9 +24,9 @@ class _Graph:
 
 @contextlib.contextmanager
 def _record(graph, **options):
-    _Graph.recording.append(graph)
+    _recording.append(graph)
     yield
-    _Graph.recording.pop()
+    _recording.pop()
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def loop(engine, inputs, plan):
     x, (shift, nothing) = inputs
     assert nothing is None
     result = plan * x + shift
-    if _Graph.recording:
-        _Graph.recording[-1].work = lambda: result.copy_(plan * x + shift)
+    if _recording:
+        _recording[-1].work = lambda: result.copy_(plan * x + shift)
     return result
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddim_fast.evaluation.inception import NAME, FeatureNetwork, Inception, load_inception, resize_bilinear
 from ddim_fast.evaluation import inception
+from ddim_fast.evaluation.inception import NAME, FeatureNetwork, Inception, load_inception, resize_bilinear
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from ddim_fast.evaluation import measures
 from ddim_fast.evaluation.results import Results
 from ddim_fast.evaluation.run import EvaluationRun
 from ddim_fast.io.processes import Processes
-from ddim_fast.evaluation import measures
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast.evaluation.precision_recall import precision_recall
 from ddim_fast.evaluation import precision_recall as module
+from ddim_fast.evaluation.precision_recall import precision_recall
 
 
 def features(seed: int, count: int, scale: float = 1.0) -> torch.Tensor:

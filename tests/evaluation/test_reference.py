@@ -3,11 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ddim_fast.evaluation import reference as module
 from ddim_fast.evaluation.frechet import FeatureStatistics, frechet_distance
 from ddim_fast.evaluation.pictures import survey
 from ddim_fast.evaluation.reference import load_reference
 from ddim_fast.io.processes import Processes
-from ddim_fast.evaluation import reference as module
 
 
 def folder(path, count: int, *sizes: tuple[int, ...]):
