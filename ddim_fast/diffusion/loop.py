@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,22 +15,9 @@ from ..ops.scalars import is_whole
 from .denoiser import Conditions, Denoiser, Prepared
 from .guidance import ClassifierGuidance
 from .request import Request
-from .solvers import Solver
+from .solvers import Solver, State, StepFunction
 
-__all__ = ["Inputs", "Loop", "Run", "StepFunction", "calibrate", "initial_noise"]
-
-State = tuple[Tensor, ...]
-
-
-class StepFunction(Protocol):
-    """A solver's part of a step: see :class:`ddim_fast.diffusion.solvers.Solver`."""
-
-    stochastic: bool
-    clip: float | None
-
-    def start(self, x: Tensor) -> State: ...
-
-    def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State: ...
+__all__ = ["Inputs", "Loop", "Run", "calibrate", "initial_noise"]
 
 
 class Inputs(NamedTuple):

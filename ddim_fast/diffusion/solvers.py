@@ -15,7 +15,7 @@ import numpy as np
 from .prediction import prediction_coefficients
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
-__all__ = ["SOLVERS", "DDIMUpdate", "Solver", "make_solver"]
+__all__ = ["SOLVERS", "DDIMUpdate", "Solver", "StepFunction", "make_solver"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,22 +23,16 @@ if TYPE_CHECKING:
 State = tuple[Any, ...]
 
 
-class Solver(Protocol):
-    """A solver of the sampling ODE or SDE, as samplers use it.
+class StepFunction(Protocol):
+    """A solver's part of a step, as the sampling loop uses it.
 
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.
-        takes_eta: whether eta may be other than 0.
-        needs_distinct_timesteps: whether every step must change the noise level.
-        table: (S, ...) float32, the coefficients of each step.
-        memory: how many tensors like x the state holds beside it; before the first step each may be x itself.
+        clip: the predicted x_0 is clipped to [-clip, clip]; None does not.
     """
 
     stochastic: bool
-    takes_eta: ClassVar[bool]
-    needs_distinct_timesteps: ClassVar[bool]
-    table: np.ndarray
-    memory: int
+    clip: float | None
 
     def start(self, x: Tensor) -> State:
         """The state before the first step: ``x``, (N, C, H, W) float32, and whatever the solver remembers."""
@@ -50,7 +44,7 @@ class Solver(Protocol):
         Args:
             state: its first tensor is x at timestep ``index`` of the run.
             output: the network's output there, like x.
-            table: :attr:`table` on the device of x.
+            table: the coefficients of all steps, on the device of x.
             index: () int64 beside it, the number of the step.
             seeds: (N,) int64, one an image, where ``stochastic``; not read otherwise.
 
@@ -58,6 +52,22 @@ class Solver(Protocol):
             The state at the next timestep.
         """
         ...
+
+
+class Solver(StepFunction, Protocol):
+    """A solver of the sampling ODE or SDE.
+
+    Attributes:
+        takes_eta: whether eta may be other than 0.
+        needs_distinct_timesteps: whether every step must change the noise level.
+        table: (S, ...) float32, the coefficients of each step.
+        memory: how many tensors like x the state holds beside it; before the first step each may be x itself.
+    """
+
+    takes_eta: ClassVar[bool]
+    needs_distinct_timesteps: ClassVar[bool]
+    table: np.ndarray
+    memory: int
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         """:meth:`step` as arithmetic, on whatever multiplies and adds and has a method ``clip``: tensors, arrays, and the
