@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # By name the module that defines it, from lines "from MODULE import NAME as NAME".
 _MODULES = {

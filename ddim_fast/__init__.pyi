@@ -1,5 +1,6 @@
 """The public names, for type checkers and for ``__getattr__`` in __init__.py, which reads each line "from ... import NAME"."""
 
+from .diffusion.denoiser import Denoiser as Denoiser
 from .diffusion.fast_step import fast_ddim_step as fast_ddim_step
 from .diffusion.latent import LatentSampler as LatentSampler
 from .diffusion.sampler import Sampler as Sampler
