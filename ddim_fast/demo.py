@@ -6,6 +6,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,27 +51,37 @@ def _parser() -> CommandParser:
     return p
 
 
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the options say."""
+
+    model: str
+    device: str
+    host: str
+    port: int
+
+
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    if not 0 <= arguments.port < 2**16:
-        parser.error(f"--port must be in 0..65535; got {arguments.port}")
+    settings = DemoSettings(**vars(parser.parse_args()))
+    if not 0 <= settings.port < 2**16:
+        parser.error(f"--port must be in 0..65535; got {settings.port}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that a page was opened
     with parser.usage_errors():
-        _check_address(arguments.host, arguments.port)
+        _check_address(settings.host, settings.port)
     try:
         import gradio
     except ImportError:
         raise RuntimeError("the page needs Gradio: pip install 'ddim_fast[demo]'") from None
     with parser.usage_errors():
-        device = pick_device(arguments.device)
-    load = functools.partial(load_sampler, parser, arguments.model, device)
+        device = pick_device(settings.device)
+    load = functools.partial(load_sampler, parser, settings.model, device)
     studio = DemoModel(load)
-    require_pictures(parser, arguments.model, studio.sampler_of(20), "the page shows images")
-    page = make_page(studio, arguments.model)
+    require_pictures(parser, settings.model, studio.sampler_of(20), "the page shows images")
+    page = make_page(studio, settings.model)
     # Gradio's own fonts would be fetched from the network.
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")
-    where = {"server_name": arguments.host, "server_port": arguments.port or None}
+    where = {"server_name": settings.host, "server_port": settings.port or None}
     _, url, _ = page.launch(**where, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
     print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
+from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
 from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
@@ -53,53 +53,64 @@ def _parser() -> CommandParser:
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    _check(parser, arguments)
-    sampler = make_sampler(parser, arguments)
-    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restyle")
+    settings = _settings(parser)
+    sampler = make_sampler(parser, settings)
+    require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
-        start = start_timestep(arguments.strength, sampler.config.num_train_timesteps)
+        start = start_timestep(settings.strength, sampler.config.num_train_timesteps)
         if start is not None:
             sampler.starting_at(start)
-        images, labels = load_labelled(arguments.images, arguments.label, sampler)
-        seeds = range(arguments.seed, arguments.seed + len(images))
-        target = labels if arguments.to is None else arguments.to
+        images, labels = load_labelled(settings.images, settings.label, sampler)
+        seeds = range(settings.seed, settings.seed + len(images))
+        target = labels if settings.to is None else settings.to
         sampler.check(seeds=seeds, labels=labels)
-        sampler.check(seeds=seeds, labels=target, guidance=arguments.guidance)
-        if arguments.to is not None and labels is None and arguments.label is None:
+        sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
+        if settings.to is not None and labels is None and settings.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
-        examples = [load_labelled([spec], arguments.label, sampler) for spec in arguments.direction or ()]
-    with new_folder(parser, arguments.out) as out:
-        direction = _direction(sampler, examples, arguments)
-        edited = _edit(sampler, images, labels, direction, arguments)
-        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-        write_comparison(medium_of(sampler), out, images, edited, how, EDITING)
-    if not arguments.quiet:
-        print(f"{len(images)} images edited; see {arguments.out}")
+        examples = [load_labelled([spec], settings.label, sampler) for spec in settings.direction or ()]
+    with new_folder(parser, settings.out) as out:
+        direction = _direction(sampler, examples, settings)
+        edited = _edit(sampler, images, labels, direction, settings)
+        write_comparison(medium_of(sampler), out, images, edited, settings.record(), EDITING)
+    if not settings.quiet:
+        print(f"{len(images)} images edited; see {settings.out}")
 
 
-def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """See that the options belong to one way of editing, and fill in their defaults."""
-    encodes = arguments.to is not None or arguments.direction is not None
-    if not encodes and arguments.strength is None:
+@dataclass(frozen=True, kw_only=True)
+class EditSettings(SamplerSettings):
+    """What the options say."""
+
+    images: list[str]
+    strength: float
+    seed: int
+    label: str | None
+    to: int | None
+    direction: list[str] | None
+    amount: float
+    exact: bool
+
+
+def _settings(parser: CommandParser) -> EditSettings:
+    """The settings; options that do not belong to one way of editing are a usage error."""
+    options = vars(parser.parse_args())
+    encodes = options["to"] is not None or options["direction"] is not None
+    if not encodes and options["strength"] is None:
         parser.error("say how to edit: --strength for SDEdit, --to for another class, or --direction for an attribute")
     for option, given, ways, fits in (
-        ("--seed", arguments.seed is not None, "SDEdit, without --to and --direction", not encodes),
-        ("--exact", arguments.exact, "--to and --direction, which encode the images", encodes),
-        ("--amount", arguments.amount is not None, "--direction", arguments.direction is not None),
+        ("--seed", options["seed"] is not None, "SDEdit, without --to and --direction", not encodes),
+        ("--exact", options["exact"], "--to and --direction, which encode the images", encodes),
+        ("--amount", options["amount"] is not None, "--direction", options["direction"] is not None),
     ):
         if given and not fits:
             parser.error(f"{option} belongs to {ways}")
-    if arguments.amount is not None and not math.isfinite(arguments.amount):
-        parser.error(f"--amount must be a finite number; got {arguments.amount}")
+    if options["amount"] is not None and not math.isfinite(options["amount"]):
+        parser.error(f"--amount must be a finite number; got {options['amount']}")
     for name, default in (("strength", 1.0), ("seed", 0), ("amount", 1.0)):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
+        options[name] = default if options[name] is None else options[name]
+    return EditSettings(**settle_sampler(parser, options))
 
 
-def _direction(
-    sampler: AnySampler, examples: list[tuple[Tensor, list[int] | None]], arguments: argparse.Namespace
-) -> Tensor | None:
+def _direction(sampler: AnySampler, examples: list[tuple[Tensor, list[int] | None]], settings: EditSettings) -> Tensor | None:
     """The direction from images without an attribute to images with it, or None where there is no question of one."""
     if not examples:
         return None
@@ -109,29 +120,29 @@ def _direction(
         with_it,
         without_it,
         labels=(with_labels, without_labels),
-        strength=arguments.strength,
-        exact=arguments.exact,
-        batch_size=arguments.batch_size,
+        strength=settings.strength,
+        exact=settings.exact,
+        batch_size=settings.batch_size,
     )
 
 
 def _edit(
-    sampler: AnySampler, images: Tensor, labels: list[int] | None, direction: Tensor | None, arguments: argparse.Namespace
+    sampler: AnySampler, images: Tensor, labels: list[int] | None, direction: Tensor | None, settings: EditSettings
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    seeds = range(arguments.seed, arguments.seed + len(images))
-    common = {"strength": arguments.strength, "guidance": arguments.guidance, "batch_size": arguments.batch_size}
+    seeds = range(settings.seed, settings.seed + len(images))
+    common = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": settings.batch_size}
 
     def edit(part: slice) -> Tensor:
         batch, classes = images[part], None if labels is None else labels[part]
-        if arguments.to is not None:
-            return swap_class(sampler, batch, source=classes, target=arguments.to, exact=arguments.exact, **common)
+        if settings.to is not None:
+            return swap_class(sampler, batch, source=classes, target=settings.to, exact=settings.exact, **common)
         if direction is not None:
-            amount = arguments.amount
-            return move_along(sampler, batch, direction, amount, labels=classes, exact=arguments.exact, **common)
+            amount = settings.amount
+            return move_along(sampler, batch, direction, amount, labels=classes, exact=settings.exact, **common)
         return sdedit(sampler, batch, labels=classes, seeds=seeds[part], **common)
 
-    return change_images(edit, len(images), arguments.batch_size, noun="images", quiet=arguments.quiet, result="edited images")
+    return change_images(edit, len(images), settings.batch_size, noun="images", quiet=settings.quiet, result="edited images")
 
 
 if __name__ == "__main__":

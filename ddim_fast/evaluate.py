@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,67 @@ _OUT_HELP = "where evaluation.json, its tables and pictures go; settings that ar
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
+    arguments = _settings(parser)
     with Processes() as processes:
         _main(parser, arguments, processes)
 
 
-def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Processes) -> None:
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What the options say."""
+
+    reference: str | None
+    trajectory_error: bool
+    reconstruction: bool
+    loss: bool
+    fit_timesteps: bool
+    fetch_inception: bool
+    model: str
+    images: str | None
+    num_images: int | None
+    first_seed: int
+    data: str | None
+    steps: list[int]
+    solver: list[str]
+    spacing: list[str]
+    eta: list[float | str]
+    tolerance: list[float]
+    classes: str
+    guidance: float | None
+    guidance_interval: list[int] | None
+    guide: str | None
+    batch_size: int
+    compile: bool
+    device: str
+    dtype: str
+    inception: tuple[str | None, Path] | None
+    out: Path
+    quiet: bool
+
+
+def _settings(parser: CommandParser) -> EvaluateSettings:
+    """The settings; options that do not fit together are a usage error."""
+    arguments = EvaluateSettings(**vars(parser.parse_args()))
+    kinds = ("reference", "trajectory_error", "reconstruction", "loss", "fit_timesteps", "fetch_inception")
+    asked = [kind for kind in kinds if getattr(arguments, kind)]
+    if not asked:
+        parser.error("nothing to measure: give --" + ", --".join(kind.replace("_", "-") for kind in kinds))
+    if arguments.images is not None and set(asked) - {"fetch_inception"} != {"reference"}:
+        parser.error("--images can be measured against --reference only; the rest needs a --model")
+    if (arguments.reconstruction or arguments.loss) and arguments.data is None:
+        parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
+    if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
+        parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
+    check_guidance_options(parser, vars(arguments))
+    if arguments.reference is not None and arguments.num_images == 1:
+        parser.error("--num-images 1: a distribution of images needs at least 2")
+    if arguments.first_seed < 0:
+        parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
+    return arguments
+
+
+def _main(parser: CommandParser, arguments: EvaluateSettings, processes: Processes) -> None:
     """Check everything, then measure what is not there yet."""
-    _check(parser, arguments)
     with parser.usage_errors():
         device = pick_device(processes.device_name(arguments.device))
     if device.type == "cuda":
@@ -174,25 +228,7 @@ def _main(parser: CommandParser, arguments: argparse.Namespace, processes: Proce
             print(path)
 
 
-def _check(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    kinds = ("reference", "trajectory_error", "reconstruction", "loss", "fit_timesteps", "fetch_inception")
-    asked = [kind for kind in kinds if getattr(arguments, kind)]
-    if not asked:
-        parser.error("nothing to measure: give --" + ", --".join(kind.replace("_", "-") for kind in kinds))
-    if arguments.images is not None and set(asked) - {"fetch_inception"} != {"reference"}:
-        parser.error("--images can be measured against --reference only; the rest needs a --model")
-    if (arguments.reconstruction or arguments.loss) and arguments.data is None:
-        parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
-    if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
-        parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
-    check_guidance_options(parser, vars(arguments))
-    if arguments.reference is not None and arguments.num_images == 1:
-        parser.error("--num-images 1: a distribution of images needs at least 2")
-    if arguments.first_seed < 0:
-        parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
-
-
-def _measure_images(parser: CommandParser, arguments: argparse.Namespace, evaluation: EvaluationRun) -> None:
+def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
     with parser.usage_errors():
         pictures = read_pictures(arguments.images)
         count = arguments.num_images or _NUM
@@ -212,7 +248,7 @@ def _measure_images(parser: CommandParser, arguments: argparse.Namespace, evalua
     measure_pictures(evaluation, settings, pictures, network, reference)
 
 
-def _measure_model(parser: CommandParser, arguments: argparse.Namespace, evaluation: EvaluationRun) -> None:
+def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
     folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
     model = UNet.from_pretrained(folder)
     weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
@@ -256,7 +292,7 @@ def _measure_model(parser: CommandParser, arguments: argparse.Namespace, evaluat
             measure_samples(evaluation, {**weights, **settings, **drawn}, make, draws, network, reference)
 
 
-def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
+def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
     """See that what is to be measured is something that a sampler of these settings has.
 
     Raises:
@@ -270,7 +306,7 @@ def _check_settings(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 def _reference(
-    arguments: argparse.Namespace, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
+    arguments: EvaluateSettings, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
 ) -> tuple[FeatureNetwork, Reference]:
     name, path = arguments.inception or (None, default_weights())
     if not path.exists():
@@ -283,7 +319,7 @@ def _reference(
     return network, reference
 
 
-def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
+def _data(arguments: EvaluateSettings, model: UNet) -> ImageSet:
     config = model.config
     classes = config.num_classes
     options = {"num_classes": classes, "labelled": classes is not None}
@@ -296,14 +332,14 @@ def _data(arguments: argparse.Namespace, model: UNet) -> ImageSet:
     return ImageSet(data.images[: arguments.num_images], None if labels is None else labels[: arguments.num_images])
 
 
-def _held_out(arguments: argparse.Namespace, data: ImageSet) -> Settings:
+def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
     content = hashlib.sha256(data.images.numpy().tobytes())
     if data.labels is not None:  # the network is told them
         content.update(data.labels.numpy().tobytes())
     return {"data": arguments.data, "data content": content.hexdigest(), "num": len(data)}
 
 
-def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[SampleSet, Settings]:
+def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
     seeds, classes = (
         range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count)),
@@ -317,7 +353,7 @@ def _draws(arguments: argparse.Namespace, model: UNet, count: int) -> tuple[Samp
     }
 
 
-def _guidance(arguments: argparse.Namespace) -> Settings:
+def _guidance(arguments: EvaluateSettings) -> Settings:
     """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
     interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
     return {"guidance": arguments.guidance, **interval}
@@ -327,7 +363,7 @@ def _guidance(arguments: argparse.Namespace) -> Settings:
 _MakeSampler = Callable[..., Sampler]
 
 
-def _samplers(arguments: argparse.Namespace, model: UNet, guide: UNet | None) -> Iterator[tuple[Settings, _MakeSampler]]:
+def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> Iterator[tuple[Settings, _MakeSampler]]:
     """The samplers that the user names, each with its settings."""
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -87,63 +88,90 @@ _CLASS_HELP = "of a class-conditional model, one class alone, or 'none' for its 
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    with parser.usage_errors():
-        for name in sorted({name for names in _OPTIONS.values() for name in names} - {*_OPTIONS[arguments.to]}):
-            if getattr(arguments, name) != parser.get_default(name):
-                targets = " and ".join(f"--to {to}" for to, names in _OPTIONS.items() if name in names)
-                raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
-        if arguments.to == "checkpoint" and arguments.dtype == "int8":
-            raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
-    arguments.steps, arguments.spacing = settle_steps(parser, arguments.steps, arguments.spacing)
-    if arguments.to == "checkpoint":
+    settings = _settings(parser)
+    if settings.to == "checkpoint":
         with parser.usage_errors():
-            resolve_model(arguments.model)
-        path = local_model(arguments.model)
+            resolve_model(settings.model)
+        path = local_model(settings.model)
     else:
-        path = pixel_model(parser, arguments.model, "other programs' formats have no place for its autoencoder")
+        path = pixel_model(parser, settings.model, "other programs' formats have no place for its autoencoder")
     model = UNet.from_pretrained(path)
-    if arguments.ema_length is not None:
+    if settings.ema_length is not None:
         with parser.usage_errors():
-            average = average_of_length(path / SNAPSHOTS, arguments.ema_length)
+            average = average_of_length(path / SNAPSHOTS, settings.ema_length)
         model.load_state_dict(average.weights)
         print(
-            f"average of length {arguments.ema_length:g} over {average.steps} steps of training; "
+            f"average of length {settings.ema_length:g} over {average.steps} steps of training; "
             f"its profile is {average.error:.1%} off the one asked for"
         )
-    if arguments.label is not None:
+    if settings.label is not None:
         with parser.usage_errors():
             config, state = fold_class(
-                model.config, model.state_dict(), None if arguments.label == "none" else int(arguments.label)
+                model.config, model.state_dict(), None if settings.label == "none" else int(settings.label)
             )
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
         model.audio = None if audio is None else dataclasses.replace(audio, labels=None)
     try:
-        if arguments.to == "checkpoint":
-            _to_checkpoint(arguments, model, path)
+        if settings.to == "checkpoint":
+            _to_checkpoint(settings, model, path)
         else:
-            (_to_onnx if arguments.to == "onnx" else _to_diffusers)(parser, arguments, model)
+            (_to_onnx if settings.to == "onnx" else _to_diffusers)(parser, settings, model)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
 
 
-def _to_checkpoint(arguments: argparse.Namespace, model: UNet, path: Path) -> None:
-    state = {name: tensor.to(getattr(torch, arguments.dtype)) for name, tensor in model.state_dict().items()}
-    with atomic_folder(arguments.out) as new:
-        save_checkpoint(new, model.config, state, model.audio, arguments.max_shard_size)
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the options say."""
+
+    to: str
+    model: str
+    label: str | None
+    out: Path
+    dtype: str
+    max_shard_size: str | None
+    ema_length: float | None
+    steps: int
+    eta: float | str
+    spacing: str
+    solver: str
+    clip: float | None
+    unroll: bool
+    opset: int | None
+    optimize: str | None
+
+
+def _settings(parser: CommandParser) -> ExportSettings:
+    """The settings; options that are not for what is exported to are a usage error."""
+    options = vars(parser.parse_args())
+    with parser.usage_errors():
+        for name in sorted({name for names in _OPTIONS.values() for name in names} - {*_OPTIONS[options["to"]]}):
+            if options[name] != parser.get_default(name):
+                targets = " and ".join(f"--to {to}" for to, names in _OPTIONS.items() if name in names)
+                raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
+        if options["to"] == "checkpoint" and options["dtype"] == "int8":
+            raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
+    options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
+    return ExportSettings(**options)
+
+
+def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
+    state = {name: tensor.to(getattr(torch, settings.dtype)) for name, tensor in model.state_dict().items()}
+    with atomic_folder(settings.out) as new:
+        save_checkpoint(new, model.config, state, model.audio, settings.max_shard_size)
         fitted = timesteps_file(path)
         # They are fitted to all classes, and to these weights.
-        if arguments.label is None and arguments.ema_length is None and fitted.is_file():
+        if settings.label is None and settings.ema_length is None and fitted.is_file():
             shutil.copyfile(fitted, timesteps_file(new))
         if (path / AUTOENCODER).is_dir():
             shutil.copytree(path / AUTOENCODER, new / AUTOENCODER)
-    print(f"wrote {arguments.out}; python -m ddim_fast.sample --model {arguments.out} samples from it")
+    print(f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out} samples from it")
 
 
-def _to_diffusers(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
-    save_diffusers(arguments.out, model.config, model.state_dict())
-    print(f"wrote {arguments.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(arguments.out)!r})")
+def _to_diffusers(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
+    save_diffusers(settings.out, model.config, model.state_dict())
+    print(f"wrote {settings.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(settings.out)!r})")
     classes = model.config.num_classes
     if classes is not None:
         print(
@@ -152,29 +180,29 @@ def _to_diffusers(parser: CommandParser, arguments: argparse.Namespace, model: U
         )
 
 
-def _to_onnx(parser: CommandParser, arguments: argparse.Namespace, model: UNet) -> None:
+def _to_onnx(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
     try:
         from .deploy.onnx_export import export_onnx
     except ModuleNotFoundError as error:
         raise RuntimeError(f"exporting to ONNX needs {error.name}: pip install 'ddim_fast[onnx]'") from None
     with parser.usage_errors():
         export_onnx(
-            arguments.out,
+            settings.out,
             model,
-            steps=None if isinstance(parse_spacing(arguments.spacing), list) else arguments.steps,
-            eta=arguments.eta,
-            spacing=parse_spacing(arguments.spacing),
-            solver=arguments.solver,
-            clip_sample_range=arguments.clip,
-            dtype=arguments.dtype,
-            opset=arguments.opset,
-            unroll=arguments.unroll,
-            optimize=arguments.optimize,
-            source=arguments.model,
+            steps=None if isinstance(parse_spacing(settings.spacing), list) else settings.steps,
+            eta=settings.eta,
+            spacing=parse_spacing(settings.spacing),
+            solver=settings.solver,
+            clip_sample_range=settings.clip,
+            dtype=settings.dtype,
+            opset=settings.opset,
+            unroll=settings.unroll,
+            optimize=settings.optimize,
+            source=settings.model,
             command=shlex.join(["python", "-m", "ddim_fast.export", *sys.argv[1:]]),
         )
-    print(f"wrote {arguments.out}; python -m ddim_fast.sample --engine onnx --model {arguments.out} samples from it")
-    if arguments.optimize == "cuda":
+    print(f"wrote {settings.out}; python -m ddim_fast.sample --engine onnx --model {settings.out} samples from it")
+    if settings.optimize == "cuda":
         print("It has operators that only ONNX Runtime's CUDA provider has.")
 
 

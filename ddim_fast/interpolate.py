@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import __version__
 from .cli.comparison import new_folder, require_finite
 from .cli.modality import Medium, Pictures, medium_of
-from .cli.options import CONVERT_HELP, EXACT_HELP, add_sampler_options
+from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, sampler_settings
@@ -72,86 +72,113 @@ def _parser() -> CommandParser:
 
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    if arguments.video is not None:
-        _interpolate_video(parser, arguments)
+    settings = _settings(parser)
+    if settings.video is not None:
+        _interpolate_video(parser, settings)
         return
-    for option in ("factor", "fps"):
-        if getattr(arguments, option) is not None:
-            parser.error(f"--{option} is an option of --video")
-    arguments.frames = 9 if arguments.frames is None else arguments.frames
-    if len(arguments.ends) not in (2, 4):
-        parser.error(f"give two ends, or four corners; got {len(arguments.ends)}")
-    if arguments.frames < 2:
-        parser.error(f"--frames must be at least 2, for both ends; got {arguments.frames}")
-    sampler = make_sampler(parser, arguments)
-    medium = medium_of(sampler, arguments.convert)
+    sampler = make_sampler(parser, settings)
+    medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
-        arguments.label = _label(arguments.label, medium)
-    with new_folder(parser, arguments.out) as out:
+        label = _label(settings.label, medium)
+    with new_folder(parser, settings.out) as out:
         with parser.usage_errors():
-            noise = torch.stack([_noise(end, sampler, medium, arguments) for end in arguments.ends])
-        images = _between(noise, sampler, arguments)
-        _write(out, images, medium, arguments)
-    if not arguments.quiet:
-        print(f"{len(images)} {medium.noun}, {' to '.join(arguments.ends)}; see {arguments.out}")
+            noise = torch.stack([_noise(end, sampler, medium, settings, label) for end in settings.ends])
+        images = _between(noise, sampler, settings, label)
+        _write(out, images, medium, settings, label)
+    if not settings.quiet:
+        print(f"{len(images)} {medium.noun}, {' to '.join(settings.ends)}; see {settings.out}")
 
 
-def _interpolate_video(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """Check everything, then make the frames that are not there yet."""
+@dataclass(frozen=True, kw_only=True)
+class InterpolateSettings(SamplerSettings):
+    """What the options say."""
+
+    ends: list[str]
+    frames: int
+    video: Path | None
+    factor: int
+    fps: float | None
+    exact: bool
+    label: str | None
+    convert: bool
+
+
+def _settings(parser: CommandParser) -> InterpolateSettings:
+    """The settings; options that do not fit together are a usage error."""
+    options = vars(parser.parse_args())
+    ends, video, frames, factor, fps = (options[name] for name in ("ends", "video", "frames", "factor", "fps"))
+    options["frames"] = 9 if frames is None else frames
+    options["factor"] = 2 if factor is None else factor
     with parser.usage_errors():
-        if arguments.ends or arguments.frames is not None:
-            raise ValueError("--video takes the place of the ends and of --frames")
-        factor = 2 if arguments.factor is None else arguments.factor
-        if factor < 2:
-            raise ValueError(f"--factor must be at least 2, for a new frame between each two; got {factor}")
-        if arguments.fps is not None and not 0 < arguments.fps < float("inf"):
-            raise ValueError(f"--fps must be a positive number; got {arguments.fps}")
-        if arguments.out.suffix and arguments.out.suffix.lower() not in VIDEO_SUFFIXES:
-            raise ValueError(f"--out: a film is a folder, or a file {' or '.join(VIDEO_SUFFIXES)}; got {str(arguments.out)!r}")
-        count, checksum = scan_frames(arguments.video)
-    sampler = make_sampler(parser, arguments)
+        if video is None:
+            for name, given in (("factor", factor), ("fps", fps)):
+                if given is not None:
+                    raise ValueError(f"--{name} is an option of --video")
+            if len(ends) not in (2, 4):
+                raise ValueError(f"give two ends, or four corners; got {len(ends)}")
+            if options["frames"] < 2:
+                raise ValueError(f"--frames must be at least 2, for both ends; got {frames}")
+        else:
+            if ends or frames is not None:
+                raise ValueError("--video takes the place of the ends and of --frames")
+            if options["factor"] < 2:
+                raise ValueError(f"--factor must be at least 2, for a new frame between each two; got {factor}")
+            if fps is not None and not 0 < fps < float("inf"):
+                raise ValueError(f"--fps must be a positive number; got {fps}")
+            out = options["out"]
+            if out.suffix and out.suffix.lower() not in VIDEO_SUFFIXES:
+                raise ValueError(f"--out: a film is a folder, or a file {' or '.join(VIDEO_SUFFIXES)}; got {str(out)!r}")
+    return InterpolateSettings(**settle_sampler(parser, options))
+
+
+def _interpolate_video(parser: CommandParser, settings: InterpolateSettings) -> None:
+    """Make the frames that are not there yet."""
+    with parser.usage_errors():
+        count, checksum = scan_frames(settings.video)
+    sampler = make_sampler(parser, settings)
     with parser.usage_errors():
         medium = medium_of(sampler)
         if not isinstance(medium, Pictures):
-            raise ValueError(f"--video: {arguments.model} is a model of {medium.noun}")
-        label = _label(arguments.label, medium)
-        sampler.check(seeds=[0], labels=label, guidance=arguments.guidance)
-    job = VideoJob(sampler, arguments.video, count, factor, arguments.batch_size, arguments.exact, label, arguments.guidance)
-    settings = {
+            raise ValueError(f"--video: {settings.model} is a model of {medium.noun}")
+        label = _label(settings.label, medium)
+        sampler.check(seeds=[0], labels=label, guidance=settings.guidance)
+    job = VideoJob(
+        sampler, settings.video, count, settings.factor, settings.batch_size, settings.exact, label, settings.guidance
+    )
+    decisive = {
         "video": f"sha256:{checksum}",
-        "factor": factor,
-        "exact": arguments.exact,
+        "factor": settings.factor,
+        "exact": settings.exact,
         "class": label,
-        **sampler_settings(arguments, sampler),
+        **sampler_settings(settings, sampler),
     }
     with parser.usage_errors():
-        if arguments.out.suffix:
-            rate = arguments.fps or _rate(arguments, factor)
-            output = VideoFile(arguments.out, job.batches, rate)
-        elif arguments.fps is not None:
+        if settings.out.suffix:
+            rate = settings.fps or _rate(settings)
+            output = VideoFile(settings.out, job.batches, rate)
+        elif settings.fps is not None:
             raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
         else:
-            output = PngFolder(arguments.out, job.batches, record_name=VIDEO)
+            output = PngFolder(settings.out, job.batches, record_name=VIDEO)
     there = output.record()
     with parser.usage_errors():
-        output.check(there, settings)
-    missing = output.prepare(there, {"settings": settings, "model": arguments.model, "ddim_fast": __version__})
+        output.check(there, decisive)
+    missing = output.prepare(there, {"settings": decisive, "model": settings.model, "ddim_fast": __version__})
     frames = len(job.batches.seeds)
     if missing is not None:
-        with job_progress(output, missing, "frames", arguments.quiet) as made:
+        with job_progress(output, missing, "frames", settings.quiet) as made:
             job.run(missing, output, made)
             output.finish()
-    if not arguments.quiet:
-        print(f"{frames} frames, {frames - count} of them new; see {arguments.out}")
+    if not settings.quiet:
+        print(f"{frames} frames, {frames - count} of them new; see {settings.out}")
 
 
-def _rate(arguments: argparse.Namespace, factor: int) -> float:
+def _rate(settings: InterpolateSettings) -> float:
     """Frames a second with which a film lasts as long as before, or as many as its file can have."""
-    rate = factor * (frame_rate(arguments.video) or _RATE)
-    if arguments.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
+    rate = settings.factor * (frame_rate(settings.video) or _RATE)
+    if settings.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
         return rate
-    if not arguments.quiet:
+    if not settings.quiet:
         print(
             f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
         )
@@ -162,38 +189,38 @@ def _label(named: str | None, medium: Medium) -> int | None:
     return None if named in (None, "none") else medium.label(named)
 
 
-def _between(noise: Tensor, sampler: AnySampler, arguments: argparse.Namespace) -> Tensor:
+def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, label: int | None) -> Tensor:
     """The images from one of two ends to the other, or of the square between four corners."""
-    frames = arguments.frames
+    frames = settings.frames
     x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
-    images = sampler.sample(x_T=x_T, labels=arguments.label, guidance=arguments.guidance, batch_size=arguments.batch_size)
+    images = sampler.sample(x_T=x_T, labels=label, guidance=settings.guidance, batch_size=settings.batch_size)
     return require_finite(images.cpu(), "images")
 
 
-def _noise(end: str, sampler: AnySampler, medium: Medium, arguments: argparse.Namespace) -> Tensor:
+def _noise(end: str, sampler: AnySampler, medium: Medium, settings: InterpolateSettings, label: int | None) -> Tensor:
     """(C, H, W) on the host: what the sampler makes the end from."""
     if end.startswith("seed:"):
         if not end[5:].isdecimal():
             raise ValueError(f"{end!r} is no seed: write it as seed:7")
-        sampler.check(seeds=[int(end[5:])], labels=arguments.label, guidance=arguments.guidance)
+        sampler.check(seeds=[int(end[5:])], labels=label, guidance=settings.guidance)
         return sampler.noise([int(end[5:])])[0].cpu()
     found = medium.load(end)
     if len(found) != 1:
         raise ValueError(f"an end is one file or a seed; {end!r} holds {len(found)}")
-    return sampler.encode(found, labels=arguments.label, guidance=arguments.guidance, exact=arguments.exact)[0].cpu()
+    return sampler.encode(found, labels=label, guidance=settings.guidance, exact=settings.exact)[0].cpu()
 
 
-def _write(out: Path, images: Tensor, medium: Medium, arguments: argparse.Namespace) -> None:
+def _write(out: Path, images: Tensor, medium: Medium, settings: InterpolateSettings, label: int | None) -> None:
     """A numbered file each, all in one picture, and of two ends a film that goes there and back."""
     medium.write(out, images)
     shown = medium.shown(images)
     scale = max(1, 64 // shown.shape[-1])
-    save_image(out / GRID, image_grid(shown, columns=arguments.frames), scale)
-    if len(arguments.ends) == 2:
+    save_image(out / GRID, image_grid(shown, columns=settings.frames), scale)
+    if len(settings.ends) == 2:
         pictures = to_uint8(shown)
         save_gif(out / FILM, [*pictures, *pictures[-2::-1]], scale, hold=800)
     names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
-    write_json(out / INTERPOLATION, {name: getattr(arguments, name) for name in names})
+    write_json(out / INTERPOLATION, {name: getattr(settings, name) for name in names} | {"label": label})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
-from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, add_sampler_options
+from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
 from .io.files import write_json
@@ -40,47 +40,56 @@ def _parser() -> CommandParser:
     return p
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReconstructSettings(SamplerSettings):
+    """What the options say."""
+
+    images: list[str]
+    exact: bool
+    label: str | None
+
+
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    sampler = make_sampler(parser, arguments)
-    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restyle")
+    settings = ReconstructSettings(**settle_sampler(parser, vars(parser.parse_args())))
+    sampler = make_sampler(parser, settings)
+    require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
-        images, labels = load_labelled(arguments.images, arguments.label, sampler)
-        sampler.check(seeds=range(len(images)), labels=labels, guidance=arguments.guidance)
-    with new_folder(parser, arguments.out) as out:
-        errors = _reconstruct(sampler, images, labels, arguments, out)
-    if not arguments.quiet:
-        how = f"in {len(sampler.timesteps)} steps{', exactly' if arguments.exact else ''}"
+        images, labels = load_labelled(settings.images, settings.label, sampler)
+        sampler.check(seeds=range(len(images)), labels=labels, guidance=settings.guidance)
+    with new_folder(parser, settings.out) as out:
+        errors = _reconstruct(sampler, images, labels, settings, out)
+    if not settings.quiet:
+        how = f"in {len(sampler.timesteps)} steps{', exactly' if settings.exact else ''}"
         print(
             f"{len(images)} images encoded and decoded {how}: "
-            f"mean squared error {errors.mean():.2g} a pixel in [0, 1] (largest {errors.max():.2g}); see {arguments.out}"
+            f"mean squared error {errors.mean():.2g} a pixel in [0, 1] (largest {errors.max():.2g}); see {settings.out}"
         )
 
 
 def _reconstruct(
-    sampler: AnySampler, images: Tensor, labels: Sequence[int] | None, arguments: argparse.Namespace, out: Path
+    sampler: AnySampler, images: Tensor, labels: Sequence[int] | None, settings: ReconstructSettings, out: Path
 ) -> Tensor:
     """Writes the latents, the error of each image and a picture; returns the errors."""
     latents = []
 
     def reconstruct(part: slice) -> Tensor:
-        request = {"labels": None if labels is None else labels[part], "guidance": arguments.guidance}
-        latents.append(sampler.encode(images[part], **request, exact=arguments.exact).cpu())
-        return sampler.sample(x_T=latents[-1], **request, batch_size=arguments.batch_size)
+        request = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
+        latents.append(sampler.encode(images[part], **request, exact=settings.exact).cpu())
+        return sampler.sample(x_T=latents[-1], **request, batch_size=settings.batch_size)
 
     again = change_images(
-        reconstruct, len(images), arguments.batch_size, noun="images", quiet=arguments.quiet, result="reconstructions"
+        reconstruct, len(images), settings.batch_size, noun="images", quiet=settings.quiet, result="reconstructions"
     )
     noise = torch.cat(latents)
     errors = ((again - images) / 2).double().square().mean(dim=(1, 2, 3))
-    settings = {name: getattr(arguments, name) for name in ("model", "steps", "spacing", "exact", "guidance")}
+    record = {name: getattr(settings, name) for name in ("model", "steps", "spacing", "exact", "guidance")}
     save_file(
         {"x_T": noise} | ({} if labels is None else {"labels": torch.tensor(labels)}),
         out / "latents.safetensors",
-        {name: str(value) for name, value in settings.items()},
+        {name: str(value) for name, value in record.items()},
     )
-    write_json(out / RECONSTRUCTION, {**settings, "mean": float(errors.mean()), "errors": errors.tolist()})
+    write_json(out / RECONSTRUCTION, {**record, "mean": float(errors.mean()), "errors": errors.tolist()})
     # Noise of three standard deviations is black or white; that of latents is no picture.
     rows = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
     save_comparison(medium_of(sampler), out, *rows)

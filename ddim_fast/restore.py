@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .cli.options import IMAGE_CLASS_HELP, add_sampler_options, image_labels
+from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
 from .cli.parser import CommandParser, list_integers, parse_class, parse_integers, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, require_pictures, sampler_settings
@@ -97,115 +98,137 @@ def _parser() -> CommandParser:
 def main() -> None:
     """Check everything, then restore what is not there yet."""
     parser = _parser()
-    arguments = parser.parse_args()
+    settings = _settings(parser)
+    sampler = make_sampler(parser, settings, settings.engine)
+    require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restore_sounds")
     with parser.usage_errors():
-        _check(arguments)
-    sampler = make_sampler(parser, arguments, arguments.engine)
-    require_pictures(parser, arguments.model, sampler, "see python -m ddim_fast.restore_sounds")
-    with parser.usage_errors():
-        job, settings = _job(arguments, sampler)
-        output = PngFolder(arguments.out, job.batches, job.names, RESTORATION)
+        job, decisive = _job(settings, sampler)
+        output = PngFolder(settings.out, job.batches, job.names, RESTORATION)
         if Path(_PICTURE).stem in job.names:
             raise ValueError(f"an image is called {_PICTURE}, as is the picture of all images in --out; rename it")
     there = output.record()
     with parser.usage_errors():
-        output.check(there, settings)
-    record = {"settings": settings, "model": arguments.model, "ddim_fast": __version__, "torch": torch.__version__}
+        output.check(there, decisive)
+    record = {"settings": decisive, "model": settings.model, "ddim_fast": __version__, "torch": torch.__version__}
     missing = output.prepare(there, {**record, "images": {}})
     if missing is not None:
-        _run(job, output, missing, arguments.quiet)
-    elif not arguments.quiet:
+        _run(job, output, missing, settings.quiet)
+    elif not settings.quiet:
         print(f"{output.path} is finished: it holds these {len(job.names)} images, made with these settings")
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """See that the options fit together; what is left open gets its default."""
-    for task, options in _TASKS.items():
-        for option in options:
-            if task != arguments.task and getattr(arguments, option) is not None:
-                raise ValueError(f"--{option} is an option of --task {task}, not of {arguments.task}")
-    if arguments.task == "inpaint" and (arguments.mask is None) == (arguments.rectangle is None):
-        raise ValueError("--task inpaint needs either --mask or --rectangle, for what is to be filled in")
-    if arguments.task == "deblur" and arguments.sigma is None:
-        raise ValueError("--task deblur needs --sigma, the standard deviation of the blur in pixels")
-    if arguments.task == "compressed-sensing" and not arguments.degrade:
-        raise ValueError("--task compressed-sensing needs --degrade: there are no files of such measurements")
-    if not 0 <= arguments.eta <= 1:
-        raise ValueError(f"--eta must lie in [0, 1]; got {arguments.eta:g}")
-    if arguments.noise_std is None:
-        arguments.noise_std = _ROUNDING if arguments.task == "deblur" and not arguments.degrade else 0.0
-    arguments.factor = arguments.factor or 2
-    arguments.ratio = 0.25 if arguments.ratio is None else arguments.ratio
+@dataclass(frozen=True, kw_only=True)
+class RestoreSettings(SamplerSettings):
+    """What the options say."""
+
+    images: list[str]
+    task: str
+    mask: Path | None
+    rectangle: list[tuple[int, int, int, int]] | None
+    factor: int
+    sigma: float | None
+    ratio: float
+    degrade: bool
+    num_images: int | None
+    noise_std: float
+    eta: float
+    travel: list[int] | None
+    seeds: list[int]
+    label: str | None
+    engine: str
 
 
-def _job(arguments: argparse.Namespace, sampler: Sampler) -> tuple[RestorationJob, dict[str, str | float | None]]:
+def _settings(parser: CommandParser) -> RestoreSettings:
+    """The settings; options that do not fit together are a usage error."""
+    options = vars(parser.parse_args())
+    task = options["task"]
+    with parser.usage_errors():
+        for other, names in _TASKS.items():
+            for name in names:
+                if other != task and options[name] is not None:
+                    raise ValueError(f"--{name} is an option of --task {other}, not of {task}")
+        if task == "inpaint" and (options["mask"] is None) == (options["rectangle"] is None):
+            raise ValueError("--task inpaint needs either --mask or --rectangle, for what is to be filled in")
+        if task == "deblur" and options["sigma"] is None:
+            raise ValueError("--task deblur needs --sigma, the standard deviation of the blur in pixels")
+        if task == "compressed-sensing" and not options["degrade"]:
+            raise ValueError("--task compressed-sensing needs --degrade: there are no files of such measurements")
+        if not 0 <= options["eta"] <= 1:
+            raise ValueError(f"--eta must lie in [0, 1]; got {options['eta']:g}")
+    rounded = task == "deblur" and not options["degrade"]
+    for name, default in (("noise_std", _ROUNDING if rounded else 0.0), ("factor", 2), ("ratio", 0.25)):
+        options[name] = default if options[name] is None else options[name]
+    return RestoreSettings(**settle_sampler(parser, options))
+
+
+def _job(settings: RestoreSettings, sampler: Sampler) -> tuple[RestorationJob, dict[str, str | float | None]]:
     """What the options describe, and what of them decides the result.
 
     Raises:
         ValueError: an option or an image does not fit.
     """
-    shape, seeds = sampler.image_shape, arguments.seeds
+    shape, seeds = sampler.image_shape, settings.seeds
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds names one twice: {list_integers(seeds)}")
-    operator = _operator(arguments, shape)
-    travel = None if arguments.travel is None else TimeTravel(*arguments.travel)
-    steps = {"eta": arguments.eta, "noise_std": arguments.noise_std, "travel": travel}
+    operator = _operator(settings, shape)
+    travel = None if settings.travel is None else TimeTravel(*settings.travel)
+    steps = {"eta": settings.eta, "noise_std": settings.noise_std, "travel": travel}
     sampler.restoration_steps(operator, **steps)
-    if arguments.degrade:
+    if settings.degrade:
         check_similarity(shape[1:])
-    names, pictures, own = _read(arguments, operator, shape, sampler.config.num_classes)
+    names, pictures, own = _read(settings, operator, shape, sampler.config.num_classes)
     measurement = to_unit_range(pictures).contiguous()
-    if arguments.degrade:
-        measurement = measure(operator, measurement, arguments.noise_std, range(len(names)))
-    elif arguments.task == "inpaint":
+    if settings.degrade:
+        measurement = measure(operator, measurement, settings.noise_std, range(len(names)))
+    elif settings.task == "inpaint":
         measurement = operator(measurement)  # whatever the files have where they are to be filled in
     image = [i for i in range(len(names)) for _ in seeds]
-    labels = image_labels(arguments.label, own, sampler.config.num_classes)
+    labels = image_labels(settings.label, own, sampler.config.num_classes)
     batches = Batches(
         seeds * len(names),
         None if labels is None else [labels[i] for i in image],
-        min(arguments.batch_size, len(image)),
+        min(settings.batch_size, len(image)),
         (*shape[1:], shape[0]),
     )
-    sampler.check(seeds=batches.seeds, labels=batches.labels, guidance=arguments.guidance)
+    sampler.check(seeds=batches.seeds, labels=batches.labels, guidance=settings.guidance)
     job = RestorationJob(
         sampler,
         operator,
         steps,
-        arguments.guidance,
+        settings.guidance,
         measurement,
-        np.moveaxis(pictures.numpy(), 1, -1) if arguments.degrade else None,
+        np.moveaxis(pictures.numpy(), 1, -1) if settings.degrade else None,
         image,
         [names[i] if len(seeds) == 1 else f"{names[i]}-{seed}" for i, seed in zip(image, batches.seeds, strict=True)],
         batches,
     )
     return job, {
         "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
-        "task": arguments.task,
-        "degrade": arguments.degrade,
+        "task": settings.task,
+        "degrade": settings.degrade,
         "mask": f"sha256:{_checksum(operator.known.cpu().numpy())}" if isinstance(operator, Mask) else None,
-        **{name: getattr(arguments, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[arguments.task]},
-        "noise-std": arguments.noise_std,
-        "eta": arguments.eta,
-        "travel": arguments.travel,
+        **{name: getattr(settings, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[settings.task]},
+        "noise-std": settings.noise_std,
+        "eta": settings.eta,
+        "travel": settings.travel,
         "seeds": list_integers(seeds),
         "class": None if labels is None else ",".join(map(str, labels)),
-        **sampler_settings(arguments, sampler),
+        **sampler_settings(settings, sampler),
     }
 
 
-def _operator(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) -> LinearOperator:
+def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> LinearOperator:
     """What has happened to images of ``image_shape``."""
     channels, *size = image_shape
-    if arguments.task == "inpaint":
-        return Mask.outside(size, arguments.rectangle) if arguments.mask is None else Mask(_known(arguments.mask, size))
-    if arguments.task == "super-resolution":
-        return Downscale(arguments.factor)
-    if arguments.task == "colorize":
+    if settings.task == "inpaint":
+        return Mask.outside(size, settings.rectangle) if settings.mask is None else Mask(_known(settings.mask, size))
+    if settings.task == "super-resolution":
+        return Downscale(settings.factor)
+    if settings.task == "colorize":
         return Grey(channels)
-    if arguments.task == "deblur":
-        return Blur(size, arguments.sigma)
-    return CompressedSensing(size, arguments.ratio)
+    if settings.task == "deblur":
+        return Blur(size, settings.sigma)
+    return CompressedSensing(size, settings.ratio)
 
 
 def _known(mask: Path, size: list[int]) -> Tensor:
@@ -223,25 +246,25 @@ def _known(mask: Path, size: list[int]) -> Tensor:
 
 
 def _read(
-    arguments: argparse.Namespace, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
+    settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """Of each image a name, (N, C, H, W) uint8 pixels, and its class label or None."""
-    channels, height, width = image_shape if arguments.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
-    labelled = arguments.label is None and num_classes is not None
-    rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in arguments.images)
+    channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
+    labelled = settings.label is None and num_classes is not None
+    rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in settings.images)
     names, pictures, labels = [], [], []
-    for i, (place, image, label) in enumerate(itertools.islice(rows, arguments.num_images)):
-        if not arguments.degrade and image.size != (width, height):
+    for i, (place, image, label) in enumerate(itertools.islice(rows, settings.num_images)):
+        if not settings.degrade and image.size != (width, height):
             raise ValueError(
-                f"{place} is {_size(image.size)} pixels; --task {arguments.task} restores images of {_size((width, height))}"
-                + (f" with --factor {arguments.factor}" if arguments.task == "super-resolution" else "")
+                f"{place} is {_size(image.size)} pixels; --task {settings.task} restores images of {_size((width, height))}"
+                + (f" with --factor {settings.factor}" if settings.task == "super-resolution" else "")
             )
         # Images of a data set have no names of their own.
         names.append(Path(place).stem if Path(place).is_file() else f"{i:06d}")
         pictures.append(fit_image(image, channels, height))
         labels.append(label)
     if not pictures:
-        raise ValueError(f"no images in {', '.join(arguments.images)}")
+        raise ValueError(f"no images in {', '.join(settings.images)}")
     return names, torch.from_numpy(np.stack(pictures)), labels
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .audio.restoration import band_limit, gap
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, add_sampler_options
+from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.degradations import Mask
@@ -41,36 +41,49 @@ def _parser() -> CommandParser:
     return p
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestoreSoundsSettings(SamplerSettings):
+    """What the options say."""
+
+    sounds: list[str]
+    gap: list[float] | None
+    cutoff: float | None
+    label: str | None
+    seed: int
+    convert: bool
+
+
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    sampler = make_sampler(parser, arguments)
+    settings = RestoreSoundsSettings(**settle_sampler(parser, vars(parser.parse_args())))
+    sampler = make_sampler(parser, settings)
     audio = sampler.model.audio
     if audio is None:
-        parser.error(f"--model {arguments.model} makes images, not sounds")
-    medium = medium_of(sampler, arguments.convert)
+        parser.error(f"--model {settings.model} makes images, not sounds")
+    medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
-        operator = band_limit(audio, arguments.cutoff) if arguments.gap is None else gap(audio, *arguments.gap)
-        images, labels = medium.load_labelled(arguments.sounds, arguments.label)
-        sampler.check(seeds=range(arguments.seed, arguments.seed + len(images)), labels=labels, guidance=arguments.guidance)
+        operator = band_limit(audio, settings.cutoff) if settings.gap is None else gap(audio, *settings.gap)
+        images, labels = medium.load_labelled(settings.sounds, settings.label)
+        sampler.check(seeds=range(settings.seed, settings.seed + len(images)), labels=labels, guidance=settings.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
-    with new_folder(parser, arguments.out) as out:
-        restored = _restore(sampler, operator, images, labels, arguments)
-        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
-        write_comparison(medium, out, damaged, restored, how)
-    if not arguments.quiet:
-        print(f"{len(images)} sounds restored; see {arguments.out}")
+    with new_folder(parser, settings.out) as out:
+        restored = _restore(sampler, operator, images, labels, settings)
+        write_comparison(medium, out, damaged, restored, settings.record())
+    if not settings.quiet:
+        print(f"{len(images)} sounds restored; see {settings.out}")
 
 
-def _restore(sampler: Sampler, operator: Mask, images: Tensor, labels: Tensor | None, arguments: argparse.Namespace) -> Tensor:
+def _restore(
+    sampler: Sampler, operator: Mask, images: Tensor, labels: Tensor | None, settings: RestoreSoundsSettings
+) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    seeds = range(arguments.seed, arguments.seed + len(images))
+    seeds = range(settings.seed, settings.seed + len(images))
 
     def restore(part: slice) -> Tensor:
-        request = {"labels": None if labels is None else labels[part], "guidance": arguments.guidance}
+        request = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
         return sampler.restore(operator(images[part]), operator, seeds=seeds[part], **request)
 
-    return change_images(restore, len(images), arguments.batch_size, noun="sounds", quiet=arguments.quiet)
+    return change_images(restore, len(images), settings.batch_size, noun="sounds", quiet=settings.quiet)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +11,15 @@ from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import CONVERT_HELP, EXACT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, add_sampler_options
+from .cli.options import (
+    CONVERT_HELP,
+    EXACT_HELP,
+    SOUND_CLASS_HELP,
+    SOUNDS_HELP,
+    SamplerSettings,
+    add_sampler_options,
+    settle_sampler,
+)
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import make_sampler
 from .diffusion.sampler import Sampler
@@ -41,33 +49,46 @@ def _parser() -> CommandParser:
     return p
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestyleSettings(SamplerSettings):
+    """What the options say."""
+
+    sounds: list[str]
+    source: str | None
+    target: str
+    control: str | None
+    loudness_std: float
+    convert: bool
+    exact: bool
+
+
 def main() -> None:
     parser = _parser()
-    arguments = parser.parse_args()
-    sampler = make_sampler(parser, arguments)
+    settings = RestyleSettings(**settle_sampler(parser, vars(parser.parse_args())))
+    sampler = make_sampler(parser, settings)
     if sampler.model.audio is None:
-        parser.error(f"--model {arguments.model} makes images, not sounds; see python -m ddim_fast.edit")
-    medium = medium_of(sampler, arguments.convert)
+        parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
+    medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
-        target = medium.label(arguments.target)
-        images, source = medium.load_labelled(arguments.sounds, arguments.source)
-        if source is None and arguments.source is None:
+        target = medium.label(settings.target)
+        images, source = medium.load_labelled(settings.sounds, settings.source)
+        if source is None and settings.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
-        sampler.check(x_T=images, labels=target, guidance=arguments.guidance)
-        curve = medium.codec.loudness(images if arguments.control is None else medium.load(arguments.control))
-        if arguments.control is not None and len(curve) != 1:
-            raise ValueError(f"--control is one recording; {arguments.control!r} holds {len(curve)}")
+        sampler.check(x_T=images, labels=target, guidance=settings.guidance)
+        curve = medium.codec.loudness(images if settings.control is None else medium.load(settings.control))
+        if settings.control is not None and len(curve) != 1:
+            raise ValueError(f"--control is one recording; {settings.control!r} holds {len(curve)}")
         curve = curve.expand(len(images), -1)
-        loudness_guidance(sampler, medium.codec, curve, arguments.loudness_std)  # for its errors
-    with new_folder(parser, arguments.out) as out:
-        restyled = _restyle(sampler, medium.codec, images, source, target, curve, arguments)
+        loudness_guidance(sampler, medium.codec, curve, settings.loudness_std)  # for its errors
+    with new_folder(parser, settings.out) as out:
+        restyled = _restyle(sampler, medium.codec, images, source, target, curve, settings)
         errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
-        how = {name: value for name, value in vars(arguments).items() if name not in ("out", "quiet")}
+        how = settings.record()
         if how["loudness_std"] == float("inf"):  # which JSON has no number for
             how["loudness_std"] = "inf"
         write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
-    if not arguments.quiet:
-        print(f"{len(images)} sounds restyled, their loudness {errors.mean():.2g} dB from the curve; see {arguments.out}")
+    if not settings.quiet:
+        print(f"{len(images)} sounds restyled, their loudness {errors.mean():.2g} dB from the curve; see {settings.out}")
 
 
 def _restyle(
@@ -77,17 +98,17 @@ def _restyle(
     source: Tensor | None,
     target: int,
     curve: Tensor,
-    arguments: argparse.Namespace,
+    settings: RestyleSettings,
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    options = {"std": arguments.loudness_std, "guidance": arguments.guidance, "exact": arguments.exact}
+    options = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
 
     def change(part: slice) -> Tensor:
         labels = None if source is None else source[part]
         return restyle(sampler, codec, images[part], source=labels, target=target, curve=curve[part], **options)
 
     remedy = "--dtype float32, or a larger --loudness-std"
-    return change_images(change, len(images), arguments.batch_size, noun="sounds", quiet=arguments.quiet, remedy=remedy)
+    return change_images(change, len(images), settings.batch_size, noun="sounds", quiet=settings.quiet, remedy=remedy)
 
 
 if __name__ == "__main__":

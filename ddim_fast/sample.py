@@ -135,7 +135,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SampleSettings:
     """What the options say; where they leave the steps open, as the model was exported, or the usual ones."""
 
     model: str
@@ -163,7 +163,7 @@ class Settings:
     quiet: bool
 
 
-def _settings(parser: CommandParser) -> Settings:
+def _settings(parser: CommandParser) -> SampleSettings:
     """The settings; options that contradict each other are a usage error."""
     options = vars(parser.parse_args())
     number = options.pop("num_images")
@@ -175,7 +175,7 @@ def _settings(parser: CommandParser) -> Settings:
     usual = _exported(parser, options) if options["engine"] == "onnx" else {"eta": 0.0, "solver": "ddim"}
     options |= {name: value for name, value in usual.items() if options[name] is None}
     options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
-    return Settings(**options)
+    return SampleSettings(**options)
 
 
 def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
     return {**exported, "spacing": listed, "steps": None if own_list else exported["steps"] or len(exported["spacing"])}
 
 
-def _main(parser: CommandParser, settings: Settings, processes: Processes) -> None:
+def _main(parser: CommandParser, settings: SampleSettings, processes: Processes) -> None:
     """Check everything, then sample what is not there yet."""
     if settings.engine == "onnx":
         sampler, checksum, made_on = _onnx_sampler(parser, settings)
@@ -244,7 +244,7 @@ def _main(parser: CommandParser, settings: Settings, processes: Processes) -> No
         print(f"{path} is finished: it holds these {len(settings.seeds)} {output.noun}, made with these settings")
 
 
-def _check_some_guided(timesteps: np.ndarray, settings: Settings) -> None:
+def _check_some_guided(timesteps: np.ndarray, settings: SampleSettings) -> None:
     if not guided_steps(timesteps, settings.guidance, settings.guidance_interval).any() and settings.guidance != 1:
         low, high = settings.guidance_interval
         raise ValueError(
@@ -253,7 +253,9 @@ def _check_some_guided(timesteps: np.ndarray, settings: Settings) -> None:
         )
 
 
-def _torch_sampler(parser: CommandParser, settings: Settings, processes: Processes) -> tuple[AnySampler, str, dict[str, str]]:
+def _torch_sampler(
+    parser: CommandParser, settings: SampleSettings, processes: Processes
+) -> tuple[AnySampler, str, dict[str, str]]:
     """The sampler, the checksum of its weights, and what it runs on."""
     try:
         import torch
@@ -289,7 +291,7 @@ def _torch_sampler(parser: CommandParser, settings: Settings, processes: Process
     return sampler, weights_checksum(*sampler.networks), {"device": name, "torch": torch.__version__}
 
 
-def _onnx_sampler(parser: CommandParser, settings: Settings) -> tuple[OnnxSampler, str, dict[str, str]]:
+def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[OnnxSampler, str, dict[str, str]]:
     """The same by ONNX Runtime."""
     from .deploy.cache import ready_export
     from .deploy.onnx_sampler import OnnxSampler
@@ -310,7 +312,7 @@ def _onnx_sampler(parser: CommandParser, settings: Settings) -> tuple[OnnxSample
 
 
 def _decisive(
-    settings: Settings, sampler: AnySampler | OnnxSampler, labels: list[int] | None, checksum: str
+    settings: SampleSettings, sampler: AnySampler | OnnxSampler, labels: list[int] | None, checksum: str
 ) -> dict[str, str | float | list[int] | None]:
     """What decides the images, by option: the record that an unfinished output is compared with."""
     return {
@@ -336,7 +338,7 @@ def _decisive(
 
 
 def _prepare(
-    parser: CommandParser, settings: Settings, batches: Batches, audio: AudioConfig | None, record: dict[str, Any]
+    parser: CommandParser, settings: SampleSettings, batches: Batches, audio: AudioConfig | None, record: dict[str, Any]
 ) -> tuple[Path, list[int] | None]:
     """The place of the output, made ready, and the batches that it lacks; None when it is finished."""
     with parser.usage_errors():
@@ -362,7 +364,7 @@ def _prepare(
 
 
 def _run(
-    sampler: AnySampler | OnnxSampler, output: Output, missing: list[int], settings: Settings, processes: Processes
+    sampler: AnySampler | OnnxSampler, output: Output, missing: list[int], settings: SampleSettings, processes: Processes
 ) -> None:
     """Sample the missing batches, write the files, and say what was done."""
     batches, steps, share = output.batches, len(sampler.timesteps), processes.share(missing)
@@ -418,7 +420,7 @@ def _finish(output: Output, grid: Path | None) -> list[Path]:
 
 
 def _summary(
-    sampler: AnySampler | OnnxSampler, noun: str, count: int, seconds: float, warm_up: float, settings: Settings
+    sampler: AnySampler | OnnxSampler, noun: str, count: int, seconds: float, warm_up: float, settings: SampleSettings
 ) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     if sampler.tolerance is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
@@ -27,10 +30,12 @@ __all__ = [
     "SOUND_CLASS_HELP",
     "SPACING_HELP",
     "STEPS_HELP",
+    "SamplerSettings",
     "add_sampler_options",
     "check_guidance_options",
     "image_labels",
     "seed_labels",
+    "settle_sampler",
     "settle_steps",
 ]
 
@@ -115,8 +120,36 @@ def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int
     return None if chosen == "none" or num_classes is None or None in own else list(own)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """The settings that commands which encode and decode share: :func:`add_sampler_options`, and where the results go."""
+
+    model: str
+    steps: int
+    spacing: str
+    guidance: float | None
+    batch_size: int
+    device: str
+    dtype: str
+    out: Path
+    quiet: bool
+
+    def record(self) -> dict[str, Any]:
+        """What made the images, for the record beside them: the command's own options, then those of the sampler."""
+        shared = [field.name for field in dataclasses.fields(SamplerSettings)]
+        own = [name for name in vars(self) if name not in shared]
+        return {name: getattr(self, name) for name in (*own, *shared) if name not in ("out", "quiet")}
+
+
+def settle_sampler(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command with those of :func:`add_sampler_options`, where nothing is open any more."""
+    steps, spacing = settle_steps(parser, options["steps"], options["spacing"])
+    dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
+    return {**options, "steps": steps, "spacing": spacing, "dtype": dtype}
+
+
 def add_sampler_options(parser: CommandParser) -> None:
-    """The options of a command that encodes and decodes, which :func:`make_sampler` reads."""
+    """The options of a command that encodes and decodes, for :func:`settle_sampler`."""
     parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     parser.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..diffusion.timesteps import ADAPTIVE
 from ..models.checkpoint import AUTOENCODER, local_model, resolve_model
 from ..models.checksum import weights_checksum
-from .options import image_labels, settle_steps
+from .options import SamplerSettings, image_labels
 from .parser import CommandParser, list_integers, parse_spacing
 
 if TYPE_CHECKING:
@@ -73,21 +72,21 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     return images, image_labels(chosen, own, num_classes)
 
 
-def make_sampler(parser: CommandParser, arguments: argparse.Namespace, engine: str = "auto") -> AnySampler:
-    """The deterministic DDIM sampler that the options of :func:`add_sampler_options` describe."""
+def make_sampler(parser: CommandParser, settings: SamplerSettings, engine: str = "auto") -> AnySampler:
+    """The deterministic DDIM sampler of a command's settings."""
+    import torch
+
     from ..ops.devices import pick_device
 
-    arguments.steps, arguments.spacing = settle_steps(parser, arguments.steps, arguments.spacing)
-    arguments.dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
     with parser.usage_errors():
-        device = pick_device(arguments.device)
+        device = pick_device(settings.device)
     return load_sampler(
         parser,
-        arguments.model,
+        settings.model,
         device,
-        steps=arguments.steps,
-        spacing=parse_spacing(arguments.spacing),
-        dtype=select_dtype(arguments.dtype, compiled=False, device=device),
+        steps=settings.steps,
+        spacing=parse_spacing(settings.spacing),
+        dtype=getattr(torch, settings.dtype),
         engine=engine,
     )
 
@@ -154,16 +153,16 @@ def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
     return path
 
 
-def sampler_settings(arguments: argparse.Namespace, sampler: AnySampler) -> dict[str, str | int | float | None]:
-    """What the options of :func:`add_sampler_options` say of the images that ``sampler`` makes, for the record of a job."""
+def sampler_settings(settings: SamplerSettings, sampler: AnySampler) -> dict[str, str | int | float | None]:
+    """What the settings say of the images that ``sampler`` makes, for the record of a job."""
     return {
         "model": f"sha256:{weights_checksum(*sampler.networks)}",
-        "steps": arguments.steps,
+        "steps": settings.steps,
         # A fit can be made anew: then these are other timesteps.
-        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if arguments.spacing == ADAPTIVE else arguments.spacing,
-        "guidance": arguments.guidance,
-        "batch-size": arguments.batch_size,
+        "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,
+        "guidance": settings.guidance,
+        "batch-size": settings.batch_size,
         "engine": sampler.engine,
-        "dtype": arguments.dtype,
+        "dtype": settings.dtype,
         "device": sampler.device.type,
     }

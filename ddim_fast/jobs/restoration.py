@@ -19,7 +19,7 @@ from .outputs import Batches, PngFolder
 
 __all__ = ["RestorationJob"]
 
-# A picture of more is no longer one to look at.
+# More images are unreadable in one grid.
 _SHOWN = 20
 
 
