@@ -309,13 +309,13 @@ def _why_not_triton(call: _Call) -> str | None:
         return "it takes images of less than 2**31 elements"
     if (reason := why_not_triton(call.x.device)) is not None:
         return reason
-    from ..kernels.group_norm_silu import why_not_group
+    from ..kernels.group_norm_tiles import why_not_group
 
     return why_not_group(call.channels // call.num_groups)
 
 
 def _run_triton_backward(request: _Backward) -> list[Tensor]:
-    from ..kernels.group_norm_silu import group_norm_silu_backward
+    from ..kernels.group_norm_silu_backward import group_norm_silu_backward
 
     arguments = request.call._asdict()
     del arguments["residual"]

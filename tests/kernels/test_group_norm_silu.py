@@ -59,7 +59,8 @@ CASES = [
 
 
 def check(case: Case, capability: int) -> None:
-    from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu
+    from ddim_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
 
     def image(channels):
         values = torch.empty(1, channels, case.side, case.side, dtype=getattr(torch, case.dtype))
@@ -87,7 +88,8 @@ def check(case: Case, capability: int) -> None:
 
 def check_units(capability: int) -> None:
     """That the widest group of an odd number of channels compiles, and many narrow ones of small images, which share tiles."""
-    from ddim_fast.kernels.group_norm_silu import group_norm_silu, why_not_group
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu
+    from ddim_fast.kernels.group_norm_tiles import why_not_group
 
     assert why_not_group(127) is None and why_not_group(129) is not None
     for channels, groups, side in ((127, 1, 4), (1536, 512, 1)):
@@ -120,7 +122,8 @@ SMALLER_CHIPS = SHAPES[:4]
 
 def check_numbers(capability: int) -> None:
     """That the compiled kernels give what the definition gives, forward and backward."""
-    from ddim_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from ddim_fast.kernels.group_norm_silu import group_norm_silu
+    from ddim_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
     from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
 
     layouts, dtypes = (torch.channels_last, torch.contiguous_format), (torch.float32, torch.bfloat16)
@@ -174,7 +177,7 @@ def test_what_is_compiled_computes_what_is_meant(capability):
 def test_totals_beyond_32_bits():
     """The 129th image's sums start 2**31 numbers after the first one's."""
     pytest.importorskip("triton")
-    from ddim_fast.kernels.group_norm_silu import TOTAL, totals_kernel
+    from ddim_fast.kernels.group_norm_silu_backward import TOTAL, totals_kernel
 
     images, channels, (rows, block_c) = 129, 1 << 23, TOTAL
     # One byte a number, and pages that nobody writes take no memory. An offset that wraps around reads zeros before the sums.
