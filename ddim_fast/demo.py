@@ -19,6 +19,8 @@ from .cli.parser import CommandParser, run_command
 from .cli.samplers import load_sampler, require_pictures
 from .diffusion.degradations import Mask
 from .diffusion.interpolation import slerp
+from .diffusion.latent import LatentSampler
+from .diffusion.sampler import Sampler
 from .io.decoding import opaque
 from .io.pictures import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
@@ -26,6 +28,8 @@ from .ops.devices import pick_device
 
 if TYPE_CHECKING:
     import gradio
+
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.demo
@@ -75,8 +79,7 @@ def main() -> None:
         raise RuntimeError("the page needs Gradio: pip install 'ddim_fast[demo]'") from None
     with parser.usage_errors():
         device = pick_device(settings.device)
-    load = functools.partial(load_sampler, parser, settings.model, device)
-    studio = DemoModel(load)
+    studio = DemoModel(load_sampler(parser, settings.model, device))
     require_pictures(parser, settings.model, studio.sampler_of(20), "the page shows images")
     page = make_page(studio, settings.model)
     # Gradio's own fonts would be fetched from the network.
@@ -100,18 +103,23 @@ def _check_address(host: str, port: int) -> None:
 
 
 class DemoModel:
-    """What the page computes: pictures, (height, width, channels) uint8.
+    """The pictures of the page, (height, width, channels) uint8.
 
     Args:
-        load: makes a sampler of the model, given options of :class:`ddim_fast.Sampler`.
+        sampler: of the model, for images or for latents.
     """
 
-    def __init__(self, load: Any) -> None:
-        # Steps are few in a visit; each sampler is a copy of the network.
-        self.sampler_of = functools.lru_cache(maxsize=4)(lambda steps: load(steps=steps))
-        sampler = self.sampler_of(20)
+    def __init__(self, sampler: AnySampler) -> None:
+        self._sampler = sampler
+        self.sampler_of = functools.cache(self._make_sampler)
         self.num_classes: int | None = sampler.config.num_classes
         self.image_shape: tuple[int, int, int] = sampler.image_shape
+
+    def _make_sampler(self, steps: int) -> AnySampler:
+        """The sampler of so many steps; all share one network."""
+        sampler = Sampler(self._sampler.denoiser, steps=steps)
+        is_latent = isinstance(self._sampler, LatentSampler)
+        return LatentSampler(sampler, self._sampler.codec.autoencoder) if is_latent else sampler
 
     def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
         """``count`` images of consecutive seeds, in a grid."""

@@ -22,6 +22,7 @@ from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive
 from .cli.samplers import load_model, pixel_model, select_dtype
 from .data.images import ImageSet, load_images
 from .diffusion.adaptive import fit_timesteps
+from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import check_interval
 from .diffusion.sampler import Sampler
 from .diffusion.solvers import SOLVERS
@@ -368,11 +369,14 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)
     engine = fastest_engine(device) if arguments.compile else "eager"
+    denoiser_of = functools.cache(lambda chosen: Denoiser(model, dtype=chosen, guide=guide))
 
     def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
         def make(chosen: torch.dtype = dtype) -> Sampler:
             named = {name: value for name, value in options.items() if value is not None}
-            return Sampler(model, guide=guide, engine=engine, dtype=chosen, **named)
+            if chosen == torch.int8:  # whose scales are found for the sampler's own timesteps
+                return Sampler(model, guide=guide, engine=engine, dtype=chosen, **named)
+            return Sampler(denoiser_of(chosen), engine=engine, **named)
 
         # A fit can be made anew: then these are other timesteps.
         fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}

@@ -1,5 +1,4 @@
 import contextlib
-import functools
 import io
 import re
 import shutil
@@ -26,7 +25,7 @@ def small(picture: np.ndarray, scale: int = SCALE) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def studio() -> DemoModel:
-    return DemoModel(functools.partial(Sampler, UNet.from_pretrained("fashion-mnist")))
+    return DemoModel(Sampler(UNet.from_pretrained("fashion-mnist")))
 
 
 def painted(background: np.ndarray, *boxes: tuple[int, int, int, int]) -> dict:
