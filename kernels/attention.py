@@ -1,7 +1,7 @@
-"""softmax(Q K^T scale) V without the matrix of weights ever leaving the chip, forward and backward.
+"""Fused scaled dot-product attention, forward and backward: the attention matrix stays on the chip.
 
-The softmax is taken block by block of keys with running maxima and sums, the backward pass computes the weights again from the
-saved log-sum-exp: Dao et al. 2022 (FlashAttention), Dao 2023.
+The forward pass is an online softmax over blocks of keys, with running maxima and sums. The backward pass recomputes the
+weights from the saved log-sum-exp. Dao et al. 2022 (FlashAttention), Dao 2023.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = [
     "new_output",
 ]
 
-# Compute capabilities with 227 KiB of shared memory a block. What the others run fits the 99 KiB of 8.6, 8.9 and 12.0.
+# Compute capabilities with 227 KiB of shared memory a block. The rows for the others fit the 99 KiB of 8.6, 8.9 and 12.0.
 LARGE_CHIPS = (90, 100, 103)
 
 ANY = math.inf
 
 # (bytes an element, large chips only, largest head dimension, most queries and keys, queries and keys a block, warps, stages);
-# the first row that fits serves. The rows are fixed, not timed at first use: timing could choose, and round, differently on
-# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows
-# for every four warps, where there are so many tokens. fp32 stays exact, without them; a thread then holds whole rows, so
-# blocks are small. fp64 is for checking gradients.
+# the first row that fits is used. The rows are fixed, not timed at first use: timing could choose, and round, differently on
+# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers; Hopper's need 64 rows
+# for every four warps. fp32 stays exact, without tensor cores; a thread then holds whole rows, so blocks are small. fp64 is for
+# checking gradients.
 FORWARD = (
     (2, False, 128, 16, 16, 16, 1, 2),
     (2, False, 256, 16, 16, 16, 2, 2),
@@ -65,9 +65,9 @@ DKDV = (
 
 
 @triton.jit
-def _locate(blocks, heads, BLOCK: tl.constexpr):
-    """The image, the head and the rows of this program. Programs of one head follow each other, so that what they share
-    stays in the L2 cache."""
+def _program_coordinates(blocks, heads, BLOCK: tl.constexpr):
+    """The image, head and rows of this program. Programs of one head are neighbours, so its keys and values stay in the L2
+    cache."""
     program = tl.program_id(0)
     head = program // blocks
     rows = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -84,12 +84,12 @@ def _pointers(base, image, head, rows, strides, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _advance(pointers, strides, BLOCK: tl.constexpr):
-    """To the next block of rows."""
+    """The pointers to the next block of rows."""
     return pointers + tl.full((), BLOCK, tl.int64) * strides[2]
 
 
 @triton.jit
-def _inside(rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _row_mask(rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return (rows < num_rows)[:, None] & (tl.arange(0, BLOCK_D) < DIM)[None, :]
 
 
@@ -99,7 +99,7 @@ def _load(pointers, rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WH
     if WHOLE:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=_inside(rows, num_rows, DIM, BLOCK_D), other=0.0)
+        return tl.load(pointers, mask=_row_mask(rows, num_rows, DIM, BLOCK_D), other=0.0)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _store(base, image, head, rows, num_rows, strides, values, DIM: tl.constexpr
     if WHOLE:
         tl.store(pointers, values)
     else:
-        tl.store(pointers, values, mask=_inside(rows, num_rows, DIM, BLOCK_D))
+        tl.store(pointers, values, mask=_row_mask(rows, num_rows, DIM, BLOCK_D))
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def attention_kernel(
     WHOLE_QUERIES: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,
 ):
-    image, head, rows = _locate(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
+    image, head, rows = _program_coordinates(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
     q = _load(_pointers(q_ptr, image, head, rows, q_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     maximum = tl.full((BLOCK_M,), float("-inf"), ACC)
@@ -217,7 +217,7 @@ def attention_dq_kernel(
     WHOLE_KEYS: tl.constexpr,
 ):
     """The gradient of the queries, and delta = rowsum(grad * out) for attention_dkdv_kernel."""
-    image, head, rows = _locate(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
+    image, head, rows = _program_coordinates(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
     row_numbers = (image * heads + head) * queries + rows
     grad = _load(_pointers(grad_ptr, image, head, rows, grad_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
     out = _load(_pointers(out_ptr, image, head, rows, out_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
@@ -276,7 +276,7 @@ def attention_dkdv_kernel(
 ):
     """The gradients of the keys and values. Everything is transposed, keys by queries: the weights are then the left factor
     of both products, which tensor cores take from registers."""
-    image, head, columns = _locate(tl.cdiv(keys, BLOCK_N), heads, BLOCK_N)
+    image, head, columns = _program_coordinates(tl.cdiv(keys, BLOCK_N), heads, BLOCK_N)
     k = _load(_pointers(k_ptr, image, head, columns, k_strides, BLOCK_D), columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
     v = _load(_pointers(v_ptr, image, head, columns, v_strides, BLOCK_D), columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -307,7 +307,7 @@ def attention_dkdv_kernel(
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query key^T scale) value, and the sums that :func:`attention_backward` needs. Logits, weights and sums are fp32.
+    """softmax(query key^T scale) value, and the log-sum-exp for :func:`attention_backward`. Logits, weights and sums are fp32.
 
     Args:
         query: (N, heads, queries, dim) with dim from 1 to 256; fp32, bf16 or fp16, of any strides. fp64 is computed in fp64
@@ -348,8 +348,8 @@ def attention_backward(
 
     Args:
         grad: the gradient of ``out``, in its shape and dtype, of any strides.
-        query, key, value, scale: what :func:`attention` was given.
-        out, lse: what it returned.
+        query, key, value, scale: the arguments of :func:`attention`.
+        out, lse: its results.
 
     Returns:
         tensors like query, key and value, lying in memory as (N, tokens, heads, dim).
@@ -385,21 +385,21 @@ def attention_backward(
 
 
 def new_output(like: torch.Tensor) -> torch.Tensor:
-    """Room for (N, heads, tokens, dim) in which the heads of a token follow each other, as a linear layer wants them."""
+    """An uninitialised (N, heads, tokens, dim), laid out as (N, tokens, heads, dim) for the linear layer that follows."""
     n, heads, tokens, dim = like.shape
     return torch.empty((n, tokens, heads, dim), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 def new_lse(query: torch.Tensor) -> torch.Tensor:
-    """Room for one number a query, in the precision that sums have."""
+    """An uninitialised (N, heads, queries) in the dtype of the sums: float32, or float64 for float64."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return torch.empty(query.shape[:3], dtype=dtype, device=query.device)
 
 
 def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
-    """What the kernels are specialised for, from the first row of ``tuning`` that fits."""
+    """The kernels' compile-time constants, with the block sizes of the first row of ``tuning`` that fits."""
     dim, tokens = query.shape[3], max(query.shape[2], key.shape[2])
-    # In its interpreter, Triton knows no chip.
+    # Triton's interpreter has no target chip.
     large = not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().arch in LARGE_CHIPS
     block_m, block_n, num_warps, num_stages = next(
         row
@@ -424,7 +424,7 @@ def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor, key: torc
 def _check_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **outputs: torch.Tensor
 ) -> tuple[int, int, int, int]:
-    """The shape of ``query``, when every tensor fits."""
+    """Raises ValueError, naming the tensor, where shapes, dtypes or devices differ; returns the shape of ``query``."""
     if query.ndim != 4 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"query must be a floating-point tensor of 4 dimensions; got {query.dtype} of {tuple(query.shape)}")
     n, heads, queries, dim = query.shape
