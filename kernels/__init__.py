@@ -1,1 +1,1 @@
-"""Triton kernels, one file an operator. Importable as ddim_fast.kernels once the package is installed."""
+"""Triton kernels, one module or family of modules an operator; installed as ddim_fast.kernels."""

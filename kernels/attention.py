@@ -1,7 +1,7 @@
-"""softmax(Q K^T scale) V without the matrix of weights ever leaving the chip, forward and backward.
+"""Fused scaled dot-product attention, forward and backward: the attention matrix stays on the chip.
 
-The softmax is taken block by block of keys with running maxima and sums, the backward pass computes the weights again from the
-saved log-sum-exp: Dao et al. 2022 (FlashAttention), Dao 2023.
+The forward pass is an online softmax over blocks of keys, with running maxima and sums. The backward pass recomputes the
+weights from the saved log-sum-exp. Dao et al. 2022 (FlashAttention), Dao 2023.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = [
     "new_output",
 ]
 
-# Compute capabilities with 227 KiB of shared memory a block. What the others run fits the 99 KiB of 8.6, 8.9 and 12.0.
+# Compute capabilities with 227 KiB of shared memory a block. The rows for the others fit the 99 KiB of 8.6, 8.9 and 12.0.
 LARGE_CHIPS = (90, 100, 103)
 
 ANY = math.inf
 
 # (bytes an element, large chips only, largest head dimension, most queries and keys, queries and keys a block, warps, stages);
-# the first row that fits serves. The rows are fixed, not timed at first use: timing could choose, and round, differently on
-# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers, on Hopper with 64 rows
-# for every four warps, where there are so many tokens. fp32 stays exact, without them; a thread then holds whole rows, so
-# blocks are small. fp64 is for checking gradients.
+# the first row that fits is used. The rows are fixed, not timed at first use: timing could choose, and round, differently on
+# another run, and is impossible while a CUDA graph is captured. Tensor cores multiply 16-bit numbers; Hopper's need 64 rows
+# for every four warps. fp32 stays exact, without tensor cores; a thread then holds whole rows, so blocks are small. fp64 is for
+# checking gradients.
 FORWARD = (
     (2, False, 128, 16, 16, 16, 1, 2),
     (2, False, 256, 16, 16, 16, 2, 2),
@@ -65,9 +65,9 @@ DKDV = (
 
 
 @triton.jit
-def _locate(blocks, heads, BLOCK: tl.constexpr):
-    """The image, the head and the rows of this program. Programs of one head follow each other, so that what they share
-    stays in the L2 cache."""
+def _program_coordinates(blocks, heads, BLOCK: tl.constexpr):
+    """The image, head and rows of this program. Programs of one head are neighbours, so its keys and values stay in the L2
+    cache."""
     program = tl.program_id(0)
     head = program // blocks
     rows = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -83,21 +83,49 @@ def _pointers(base, image, head, rows, strides, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _inside(rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _advance(pointers, strides, BLOCK: tl.constexpr):
+    """The pointers to the next block of rows."""
+    return pointers + tl.full((), BLOCK, tl.int64) * strides[2]
+
+
+@triton.jit
+def _row_mask(rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return (rows < num_rows)[:, None] & (tl.arange(0, BLOCK_D) < DIM)[None, :]
 
 
 @triton.jit
-def _load(base, image, head, rows, num_rows, strides, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load(pointers, rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
     """Rows of one head, with zeros beyond the last one and beyond the head dimension."""
-    pointers = _pointers(base, image, head, rows, strides, BLOCK_D)
-    return tl.load(pointers, mask=_inside(rows, num_rows, DIM, BLOCK_D), other=0.0)
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=_row_mask(rows, num_rows, DIM, BLOCK_D), other=0.0)
 
 
 @triton.jit
-def _store(base, image, head, rows, num_rows, strides, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(base, image, head, rows, num_rows, strides, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
     pointers = _pointers(base, image, head, rows, strides, BLOCK_D)
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=_inside(rows, num_rows, DIM, BLOCK_D))
+    values = values.to(base.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=_row_mask(rows, num_rows, DIM, BLOCK_D))
+
+
+@triton.jit
+def _load_per_row(pointers, rows, num_rows, other: tl.constexpr, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=rows < num_rows, other=other)
+
+
+@triton.jit
+def _store_per_row(pointers, rows, num_rows, values, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=rows < num_rows)
 
 
 @triton.jit
@@ -126,29 +154,37 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WHOLE_QUERIES: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
 ):
-    image, head, rows = _locate(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
-    q = _load(q_ptr, image, head, rows, queries, q_strides, DIM, BLOCK_D)
+    image, head, rows = _program_coordinates(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
+    q = _load(_pointers(q_ptr, image, head, rows, q_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     maximum = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
+    k_pointers = _pointers(k_ptr, image, head, tl.arange(0, BLOCK_N), k_strides, BLOCK_D)
+    v_pointers = _pointers(v_ptr, image, head, tl.arange(0, BLOCK_N), v_strides, BLOCK_D)
     for start in range(0, keys, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, image, head, columns, keys, k_strides, DIM, BLOCK_D)
+        k = _load(k_pointers, columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
         s = _dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), ACC)) * scale_log2e
-        s = tl.where((columns < keys)[None, :], s, float("-inf"))
+        if not WHOLE_KEYS:
+            s = tl.where((columns < keys)[None, :], s, float("-inf"))
         higher = tl.maximum(maximum, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(maximum - higher)
         total = total * shrink + tl.sum(p, 1)
-        v = _load(v_ptr, image, head, columns, keys, v_strides, DIM, BLOCK_D)
+        v = _load(v_pointers, columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
         acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
         maximum = higher
+        k_pointers = _advance(k_pointers, k_strides, BLOCK_N)
+        v_pointers = _advance(v_pointers, v_strides, BLOCK_N)
 
     # Without keys the sum is empty and the result 0; otherwise the largest logit has put a 1 into it.
     out = acc / tl.where(total == 0, 1, total)[:, None]
-    _store(out_ptr, image, head, rows, queries, out_strides, out, DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * heads + head) * queries + rows, maximum + tl.log2(total), mask=rows < queries)
+    _store(out_ptr, image, head, rows, queries, out_strides, out, DIM, BLOCK_D, WHOLE_QUERIES)
+    row_numbers = (image * heads + head) * queries + rows
+    _store_per_row(lse_ptr + row_numbers, rows, queries, maximum + tl.log2(total), WHOLE_QUERIES)
 
 
 @triton.jit
@@ -177,28 +213,36 @@ def attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WHOLE_QUERIES: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
 ):
     """The gradient of the queries, and delta = rowsum(grad * out) for attention_dkdv_kernel."""
-    image, head, rows = _locate(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
+    image, head, rows = _program_coordinates(tl.cdiv(queries, BLOCK_M), heads, BLOCK_M)
     row_numbers = (image * heads + head) * queries + rows
-    grad = _load(grad_ptr, image, head, rows, queries, grad_strides, DIM, BLOCK_D)
-    out = _load(out_ptr, image, head, rows, queries, out_strides, DIM, BLOCK_D)
+    grad = _load(_pointers(grad_ptr, image, head, rows, grad_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
+    out = _load(_pointers(out_ptr, image, head, rows, out_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
     delta = tl.sum(grad.to(ACC) * out.to(ACC), 1)
-    tl.store(delta_ptr + row_numbers, delta, mask=rows < queries)
+    _store_per_row(delta_ptr + row_numbers, rows, queries, delta, WHOLE_QUERIES)
 
-    q = _load(q_ptr, image, head, rows, queries, q_strides, DIM, BLOCK_D)
-    lse = tl.load(lse_ptr + row_numbers, mask=rows < queries, other=float("inf"))
+    q = _load(_pointers(q_ptr, image, head, rows, q_strides, BLOCK_D), rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
+    lse = _load_per_row(lse_ptr + row_numbers, rows, queries, float("inf"), WHOLE_QUERIES)
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    k_pointers = _pointers(k_ptr, image, head, tl.arange(0, BLOCK_N), k_strides, BLOCK_D)
+    v_pointers = _pointers(v_ptr, image, head, tl.arange(0, BLOCK_N), v_strides, BLOCK_D)
     for start in range(0, keys, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, image, head, columns, keys, k_strides, DIM, BLOCK_D)
+        k = _load(k_pointers, columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
         s = _dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), ACC)) * scale_log2e
-        p = tl.where((columns < keys)[None, :], tl.exp2(s - lse[:, None]), 0)
-        v = _load(v_ptr, image, head, columns, keys, v_strides, DIM, BLOCK_D)
+        p = tl.exp2(s - lse[:, None])
+        if not WHOLE_KEYS:
+            p = tl.where((columns < keys)[None, :], p, 0)
+        v = _load(v_pointers, columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
         dp = _dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), ACC))
         ds = p * (dp - delta[:, None])
         dq = _dot(ds.to(k.dtype), k, dq)
-    _store(dq_ptr, image, head, rows, queries, dq_strides, dq * scale, DIM, BLOCK_D)
+        k_pointers = _advance(k_pointers, k_strides, BLOCK_N)
+        v_pointers = _advance(v_pointers, v_strides, BLOCK_N)
+    _store(dq_ptr, image, head, rows, queries, dq_strides, dq * scale, DIM, BLOCK_D, WHOLE_QUERIES)
 
 
 @triton.jit
@@ -227,33 +271,43 @@ def attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WHOLE_QUERIES: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
 ):
     """The gradients of the keys and values. Everything is transposed, keys by queries: the weights are then the left factor
     of both products, which tensor cores take from registers."""
-    image, head, columns = _locate(tl.cdiv(keys, BLOCK_N), heads, BLOCK_N)
-    k = _load(k_ptr, image, head, columns, keys, k_strides, DIM, BLOCK_D)
-    v = _load(v_ptr, image, head, columns, keys, v_strides, DIM, BLOCK_D)
+    image, head, columns = _program_coordinates(tl.cdiv(keys, BLOCK_N), heads, BLOCK_N)
+    k = _load(_pointers(k_ptr, image, head, columns, k_strides, BLOCK_D), columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
+    v = _load(_pointers(v_ptr, image, head, columns, v_strides, BLOCK_D), columns, keys, DIM, BLOCK_D, WHOLE_KEYS)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    q_pointers = _pointers(q_ptr, image, head, tl.arange(0, BLOCK_M), q_strides, BLOCK_D)
+    grad_pointers = _pointers(grad_ptr, image, head, tl.arange(0, BLOCK_M), grad_strides, BLOCK_D)
+    lse_pointers = lse_ptr + (image * heads + head) * queries + tl.arange(0, BLOCK_M)
+    delta_pointers = delta_ptr + (image * heads + head) * queries + tl.arange(0, BLOCK_M)
     for start in range(0, queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        row_numbers = (image * heads + head) * queries + rows
-        q = _load(q_ptr, image, head, rows, queries, q_strides, DIM, BLOCK_D)
+        q = _load(q_pointers, rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
         s = _dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), ACC)) * scale_log2e
-        lse = tl.load(lse_ptr + row_numbers, mask=rows < queries, other=float("inf"))  # weights of 0 beyond the last query
+        # Weights of 0 beyond the last query.
+        lse = _load_per_row(lse_pointers, rows, queries, float("inf"), WHOLE_QUERIES)
         p = tl.exp2(s - lse[None, :])
-        grad = _load(grad_ptr, image, head, rows, queries, grad_strides, DIM, BLOCK_D)
+        grad = _load(grad_pointers, rows, queries, DIM, BLOCK_D, WHOLE_QUERIES)
         dv = _dot(p.to(grad.dtype), grad, dv)
         dp = _dot(v, tl.trans(grad), tl.zeros((BLOCK_N, BLOCK_M), ACC))
-        delta = tl.load(delta_ptr + row_numbers, mask=rows < queries, other=0.0)
+        delta = _load_per_row(delta_pointers, rows, queries, 0.0, WHOLE_QUERIES)
         ds = p * (dp - delta[None, :])
         dk = _dot(ds.to(q.dtype), q, dk)
-    _store(dk_ptr, image, head, columns, keys, dk_strides, dk * scale, DIM, BLOCK_D)
-    _store(dv_ptr, image, head, columns, keys, dv_strides, dv, DIM, BLOCK_D)
+        q_pointers = _advance(q_pointers, q_strides, BLOCK_M)
+        grad_pointers = _advance(grad_pointers, grad_strides, BLOCK_M)
+        lse_pointers += BLOCK_M
+        delta_pointers += BLOCK_M
+    _store(dk_ptr, image, head, columns, keys, dk_strides, dk * scale, DIM, BLOCK_D, WHOLE_KEYS)
+    _store(dv_ptr, image, head, columns, keys, dv_strides, dv, DIM, BLOCK_D, WHOLE_KEYS)
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query key^T scale) value, and the sums that :func:`attention_backward` needs. Logits, weights and sums are fp32.
+    """softmax(query key^T scale) value, and the log-sum-exp for :func:`attention_backward`. Logits, weights and sums are fp32.
 
     Args:
         query: (N, heads, queries, dim) with dim from 1 to 256; fp32, bf16 or fp16, of any strides. fp64 is computed in fp64
@@ -294,8 +348,8 @@ def attention_backward(
 
     Args:
         grad: the gradient of ``out``, in its shape and dtype, of any strides.
-        query, key, value, scale: what :func:`attention` was given.
-        out, lse: what it returned.
+        query, key, value, scale: the arguments of :func:`attention`.
+        out, lse: its results.
 
     Returns:
         tensors like query, key and value, lying in memory as (N, tokens, heads, dim).
@@ -331,33 +385,37 @@ def attention_backward(
 
 
 def new_output(like: torch.Tensor) -> torch.Tensor:
-    """Room for (N, heads, tokens, dim) in which the heads of a token follow each other, as a linear layer wants them."""
+    """An uninitialised (N, heads, tokens, dim), laid out as (N, tokens, heads, dim) for the linear layer that follows."""
     n, heads, tokens, dim = like.shape
     return torch.empty((n, tokens, heads, dim), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 def new_lse(query: torch.Tensor) -> torch.Tensor:
-    """Room for one number a query, in the precision that sums have."""
+    """An uninitialised (N, heads, queries) in the dtype of the sums: float32, or float64 for float64."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return torch.empty(query.shape[:3], dtype=dtype, device=query.device)
 
 
 def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
-    """What the kernels are specialised for, from the first row of ``tuning`` that fits."""
+    """The kernels' compile-time constants, with the block sizes of the first row of ``tuning`` that fits."""
     dim, tokens = query.shape[3], max(query.shape[2], key.shape[2])
-    # In its interpreter, Triton knows no chip.
+    # Triton's interpreter has no target chip.
     large = not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().arch in LARGE_CHIPS
     block_m, block_n, num_warps, num_stages = next(
         row
         for size, only_large, largest_dim, most_tokens, *row in tuning
         if size == query.element_size() and large >= only_large and dim <= largest_dim and tokens <= most_tokens
     )
+    block_d = max(16, triton.next_power_of_2(dim))  # the least that tl.dot takes
     return {
         "DIM": dim,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),  # the least that tl.dot takes
+        "BLOCK_D": block_d,
         "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32,
+        # Tiles without padding need no masks.
+        "WHOLE_QUERIES": dim == block_d and query.shape[2] % block_m == 0,
+        "WHOLE_KEYS": dim == block_d and key.shape[2] % block_n == 0,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
@@ -366,7 +424,7 @@ def _options(tuning: tuple[tuple[Any, ...], ...], query: torch.Tensor, key: torc
 def _check_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **outputs: torch.Tensor
 ) -> tuple[int, int, int, int]:
-    """The shape of ``query``, when every tensor fits."""
+    """Raises ValueError, naming the tensor, where shapes, dtypes or devices differ; returns the shape of ``query``."""
     if query.ndim != 4 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"query must be a floating-point tensor of 4 dimensions; got {query.dtype} of {tuple(query.shape)}")
     n, heads, queries, dim = query.shape

@@ -1,4 +1,4 @@
-"""One DDIM update in a single pass over memory, with guidance, noise made on the spot and the result in any precision."""
+"""The fused DDIM update: guidance, clipping, the step and seeded noise in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 
 __all__ = ["ddim_step", "ddim_step_kernel"]
 
-# (up to this many elements, elements a program, warps). Small steps need programs for every multiprocessor more than
-# they need long ones; large ones are bound by memory and want several 16-byte accesses in flight in each thread.
+# (up to this many elements, elements a program, warps). Small steps need a program for every multiprocessor; large ones are
+# bound by memory and need several 16-byte accesses in flight in each thread.
 TUNING = ((1 << 17, 256, 2), (1 << 22, 1024, 4), (float("inf"), 2048, 4))
 
 # With seeds a program stays within one image: the largest power of two that divides the 3 x 32 x 32 values of CIFAR-10.
@@ -46,7 +46,7 @@ def ddim_step_kernel(
     guidance,
     BLOCK: tl.constexpr,
 ):
-    # What is absent arrives as None, a constant, and its branch is not compiled.
+    # Absent tensors arrive as None, a compile-time constant; their branches are not compiled.
     image = tl.program_id(0) // blocks_an_image
     first = (tl.program_id(0) % blocks_an_image).to(tl.int64) * BLOCK
     element = first + tl.arange(0, BLOCK)
@@ -84,7 +84,7 @@ def ddim_step_kernel(
 
 @triton.jit
 def _seeded_noise(seed, step, first_block, BLOCK: tl.constexpr):
-    """BLOCK normals of an image from its Philox block number `first_block` on: ddim_fast.ops.noise.seeded_noise."""
+    """BLOCK standard normals of an image, from Philox block `first_block` on: ddim_fast.ops.noise.seeded_noise."""
     block = (first_block + tl.arange(0, BLOCK // 4)).to(tl.int32)
     zero = tl.zeros_like(block)
     w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.int32), zero, zero)
@@ -136,7 +136,7 @@ def ddim_step(
     step: int | torch.Tensor = 0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x_t and the network's output -> x_{t'}, computed in fp32 and rounded once, to the dtype of the result.
+    """The DDIM step from x_t and the network's output to x_{t'}, computed in fp32 and rounded once, to the dtype of the result.
 
         m   = unconditional + guidance * (model_output - unconditional)
         x0  = clamp(p * sample + q * m, -clip, clip)
@@ -145,12 +145,12 @@ def ddim_step(
 
     Args:
         sample: x_t; fp32, bf16 or fp16, dense in any order of dimensions (contiguous, with seeds).
-        model_output: what the network returned; like the other tensors, in sample's shape and strides.
+        model_output: the network's output; like the other tensors, in sample's shape and strides.
         coefficients: the seven numbers (p, q, r, s, u, v, sigma), or an fp32 table of (S, 7) on the device, of which the kernel
             reads row `step`; a step that is not in it gives NaN.
         clip: bound on |x0|, or None for no bound. NaN stays NaN.
         noise: fresh noise, or None to leave its term out.
-        out: where the result goes, possibly one of the inputs; by default a new tensor like sample.
+        out: the tensor that receives the result, possibly one of the inputs; by default a new tensor like sample.
         unconditional: the network's output without the condition; None leaves the first line out.
         seeds: (N,) int64 on the device: the noise is made in the kernel, see ddim_fast.ops.noise. Instead of noise.
         step: number of the sampling step, for seeds and for the table; with a table, an int64 tensor of one element there.

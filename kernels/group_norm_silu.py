@@ -33,7 +33,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def gain_and_bias(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, image, c, has_channel, UNIT):
-    """Of y = normalised * gain + bias, one number a channel."""
+    """The per-channel gain and bias of y = normalised * gain + bias, FiLM included."""
     gain = load_per_channel(weight_ptr, c, has_channel, UNIT)
     bias = load_per_channel(bias_ptr, c, has_channel, UNIT)
     if scale_ptr is not None:

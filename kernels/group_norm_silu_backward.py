@@ -1,4 +1,4 @@
-"""The gradients of group_norm_silu, with the statistics computed again from the inputs."""
+"""The backward pass of group_norm_silu; it recomputes the statistics from the inputs."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def group_norm_silu_backward_kernel(
         s = sigmoid(y)
         dy *= s * (1.0 + y * (1.0 - s))
 
-    # The other gradients follow from two sums over the positions. They are those of this tile where it is a whole image;
-    # otherwise one launch writes those of each chunk, and the next one reads their totals.
+    # The other gradients follow from two sums over the positions. Where a tile is a whole image, they are its own sums;
+    # otherwise a first launch writes each chunk's sums, and a second one reads their totals.
     if statistics_ptr is None or x_grad_ptr is None:
         dy_sum, product_sum = sum_over_positions(dy), sum_over_positions(dy * normalised)
         first = sums_ptr + (image * chunks + chunk) * 2 * channels
@@ -102,11 +102,11 @@ def group_norm_silu_backward_kernel(
         product_sum = load_per_channel(first + channels, c, has_channel, UNIT)
 
     if x_grad_ptr is not None:
-        # The norm takes out of the gradient what would move a group's mean or its spread.
+        # Project out the components of the gradient that move a group's mean or its spread.
         count = positions * GROUP_SIZE
-        of_mean = sum_over_groups(gain * dy_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
-        of_spread = sum_over_groups(gain * product_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
-        dv = (dy * gain - of_mean - normalised * of_spread) * rstd
+        mean_part = sum_over_groups(gain * dy_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+        spread_part = sum_over_groups(gain * product_sum, GROUP_SIZE, UNIT, CHANNELS_LAST) / count
+        dv = (dy * gain - mean_part - normalised * spread_part) * rstd
         pointers = joined_pointers(x_grad_ptr, skip_grad_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST)
         store_tile(pointers, dv, inside, WHOLE)
         if pre_shift_grad_ptr is not None:
@@ -116,7 +116,7 @@ def group_norm_silu_backward_kernel(
 
 @triton.jit
 def totals_kernel(sums_ptr, bias_grad_ptr, weight_grad_ptr, images, channels, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sums of all images, (images, 2, channels), added up: the gradients of bias and weight."""
+    """The gradients of bias and weight: (images, 2, channels) summed over the images, in a fixed order."""
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)  # with 2**30 channels in all images together, offsets reach 2**31
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dy_sums = tl.zeros([ROWS, BLOCK_C], sums_ptr.dtype.element_ty)
@@ -131,7 +131,7 @@ def totals_kernel(sums_ptr, bias_grad_ptr, weight_grad_ptr, images, channels, RO
 
 
 class Gradients(NamedTuple):
-    """Of the inputs of :func:`group_norm_silu`; None where there was no such input."""
+    """The gradients of the inputs of :func:`group_norm_silu`; None for an absent input."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -158,7 +158,7 @@ def group_norm_silu_backward(
     """The gradients of :func:`group_norm_silu`, each in the dtype of its input, given that of the result. The residual's is
     ``grad`` itself.
 
-    The statistics are computed again, so that the forward pass need keep nothing but its inputs.
+    The statistics are recomputed, so the forward pass saves nothing but its inputs.
     """
     inputs = Inputs(x, num_groups, weight, bias, pre_shift, scale, shift, skip, BACKWARD)
     geometry = inputs.geometry

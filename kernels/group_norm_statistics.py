@@ -1,4 +1,7 @@
-"""The mean and the variance of each group: of one tile in registers, or merged from an image's chunks in a fixed order."""
+"""Group statistics (mean and reciprocal standard deviation), of a tile in registers or merged from an image's chunks.
+
+The merge has a fixed order and no atomics: the same input gives the same bits on every run.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ MERGE = (4, 256)
 
 @triton.jit
 def _rounded_quotient(sums, count):
-    """A number to store and to subtract. What `/` stands for is a product with a reciprocal, which may be fused with a
-    subtraction: then what is subtracted has more digits than what is stored."""
+    """sums / count, correctly rounded. Triton's `/` is a product with a reciprocal, which the compiler may fuse with a
+    subtraction; the value subtracted would then have more digits than the value stored."""
     if sums.dtype == tl.float64:
         return sums / count
     else:
@@ -26,8 +29,8 @@ def _rounded_quotient(sums, count):
 
 @triton.jit
 def _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE, STORED: tl.constexpr):
-    """Each group's mean, provisionally, what that lacks of the mean, and the sum of squared deviations from the mean, each
-    (1, units, 1); and the tile's deviations from the provisional mean. That is good for nothing else unless `STORED`.
+    """Each group's provisional mean, its correction, and the sum of squared deviations from the corrected mean, each
+    (1, units, 1); and the tile's deviations from the provisional mean. Only if `STORED` may the mean be stored.
 
     The second pass sums about the provisional mean and corrects both (Chan, Golub and LeVeque 1983). The mean stays in two
     parts, because rounding their sum may cost more digits than a small spread has.
@@ -45,7 +48,7 @@ def _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOL
 def group_statistics(
     v, inside, statistics_ptr, image, group, has_group, groups, positions, eps, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE
 ):
-    """v less a provisional mean; for each unit what that lacks of its group's mean, and 1 / sqrt(var + eps)."""
+    """v less a provisional mean; for each unit the correction of its group's mean, and 1 / sqrt(var + eps)."""
     if statistics_ptr is None:
         _, correction, squares, d = _tile_statistics(v, inside, positions, GROUP_SIZE, UNIT, CHANNELS_LAST, WHOLE, False)
         rstd = tl.rsqrt(squares / (positions * GROUP_SIZE) + eps)
@@ -79,7 +82,7 @@ def chunk_statistics_kernel(
     BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """What :func:`_tile_statistics` finds in each chunk, to (images, chunks, 3, groups)."""
+    """The statistics of each chunk, from :func:`_tile_statistics`, stored as (images, chunks, 3, groups)."""
     image, chunk, group, has_group, c, p, has_channel, inside = tile_coordinates(
         blocks, chunks, x_channels + skip_channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P, BLOCK_C
     )
@@ -96,7 +99,7 @@ def chunk_statistics_kernel(
 
 @triton.jit
 def _partial_statistics(partials_ptr, image, chunks, first, group, groups, positions, GROUP_SIZE, BLOCK_P, ROWS: tl.constexpr):
-    """The next `ROWS` chunks' statistics: pointers, which exist, and the number of elements they are of."""
+    """The next `ROWS` chunks' statistics: pointers, mask, and the number of elements in each chunk."""
     chunk = first + tl.arange(0, ROWS)[:, None]
     size = tl.minimum(positions - chunk * BLOCK_P, BLOCK_P) * GROUP_SIZE
     pointers = partials_ptr + (image * chunks + chunk) * 3 * groups + group[None, :]
@@ -116,8 +119,8 @@ def merge_kernel(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The chunks' statistics -> each image's provisional mean, what that lacks of the mean, and 1 / sqrt(var + eps), to
-    (images, 3, groups). Two passes again, over the chunks' means."""
+    """Merges the chunks' statistics into each image's provisional mean, its correction and 1 / sqrt(var + eps), stored as
+    (images, 3, groups). Two passes over the chunks' means."""
     blocks = tl.cdiv(groups, GROUPS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)
@@ -148,7 +151,7 @@ def merge_kernel(
 
 
 def chunked_statistics(inputs: Inputs, eps: float) -> torch.Tensor | None:
-    """What :func:`merge_kernel` writes, or None where a tile is a whole image."""
+    """The statistics of each image, (images, 3, groups), or None where a tile is a whole image."""
     geometry, images = inputs.geometry, len(inputs.x)
     if geometry.chunks == 1:
         return None

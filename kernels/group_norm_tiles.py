@@ -1,4 +1,4 @@
-"""The tiles of images that the kernels of group_norm_silu work on: their size, and how they are loaded, summed and stored.
+"""The tiles of group_norm_silu's kernels: how their sizes are chosen, and how they are loaded, reduced and stored.
 
 A tile is `BLOCK_P` positions of one image by `BLOCK_C` channels, of which the first `GROUPS * GROUP_SIZE` are in use: whole
 groups. `UNIT`, the largest power of two that divides a group, makes units of its channels: mostly the group is one unit.
@@ -20,11 +20,7 @@ import triton.language as tl
 __all__ = [
     "BACKWARD",
     "FORWARD",
-    "Geometry",
     "Inputs",
-    "by_channel",
-    "by_unit",
-    "choose_geometry",
     "joined_pointers",
     "load_input",
     "load_per_channel",
@@ -40,8 +36,8 @@ __all__ = [
     "why_not_group",
 ]
 
-# (up to this many elements a tile, warps). A thread has 32 or 64 elements, in the backward pass, which holds two tiles, too: an
-# H100 was fastest so. The last entry is the largest tile that a multiprocessor holds; a quarter of it leaves room for other
+# (up to this many elements a tile, warps): 32 or 64 elements a thread, which was fastest on an H100, also in the backward pass,
+# which holds two tiles. The last entry is the largest tile that a multiprocessor holds; a quarter of it leaves room for other
 # programs, which read while this one computes.
 FORWARD = ((2048, 2), (4096, 4), (8192, 4), (16384, 8), (32768, 16))
 BACKWARD = ((2048, 2), (4096, 4), (8192, 4), (16384, 8))
@@ -52,21 +48,20 @@ ROW = 64
 SECTOR = 32
 ACCESS = 16
 
-# Rows of so many bytes cost less than reading an image twice.
+# A row of at least this many bytes is cheaper than reading an image twice.
 NARROWEST = 24
 
-# Tiles of fewer elements get more groups.
+# Tiles of fewer elements take more groups.
 SMALL = 2048
 
-# The widest group, in channels, and the most units of a tile whose groups have several: their sums are added over a matrix of
-# units by units. With 256 units that takes Triton 3.7 up to a minute to compile, and registers spill; 2048 exceed its largest
-# tensor.
+# The widest group, in channels, and the most units of a tile whose groups have several units, which are summed through a matrix
+# of units by units. With 256 units Triton 3.7 compiles for up to a minute and registers spill; 2048 exceed its largest tensor.
 MOST_CHANNELS = 1 << 14
 MOST_UNITS = 128
 
 
 class Geometry(NamedTuple):
-    """How the images of one shape are cut into tiles.
+    """The tiling of images of one shape.
 
     Attributes:
         channels: of an image, with the skip's.
@@ -96,7 +91,7 @@ def choose_geometry(
     channels_last: bool,
     tuning: tuple[tuple[int, int], ...],
 ) -> Geometry:
-    """The tiles for images of one shape, dtype and memory format; ``tuning`` is FORWARD or BACKWARD."""
+    """The tiling of images of one shape, dtype and memory format; ``tuning`` is FORWARD or BACKWARD."""
     channels = x_channels + skip_channels
     group_size = channels // num_groups
     groups, block_p, block_c, num_warps = _choose_tile(positions, group_size, num_groups, dtype.itemsize, channels_last, tuning)
@@ -116,7 +111,7 @@ def choose_geometry(
 
 
 class Inputs:
-    """The inputs of a norm as the kernels take them, and the geometry of its images.
+    """The inputs of a norm in the layouts that the kernels take, and the geometry of its images.
 
     Attributes:
         x, skip: in the memory format of ``x``; the others are copied into it.
@@ -150,7 +145,7 @@ class Inputs:
 
 @functools.cache
 def why_not_group(group_size: int) -> str | None:
-    """Why no tile that Triton compiles holds a group of this many channels, or None."""
+    """Why the kernels cannot take groups of this many channels, or None."""
     if group_size > MOST_CHANNELS:
         return f"it takes groups of up to {MOST_CHANNELS} channels, not {group_size}"
     if _units_of_tile(group_size) > MOST_UNITS:
@@ -160,7 +155,7 @@ def why_not_group(group_size: int) -> str | None:
 
 
 def _units_of_tile(group_size: int, groups: int = 1) -> int:
-    """Of a tile of so many groups. Where a group is one unit, no sums are added over units, and they count for nothing."""
+    """The units of a tile of ``groups`` groups whose sums are added over units: 0 where a group is one unit."""
     unit = group_size & -group_size
     return 0 if unit == group_size else triton.next_power_of_2(groups * group_size) // unit
 
@@ -168,7 +163,7 @@ def _units_of_tile(group_size: int, groups: int = 1) -> int:
 def _choose_tile(
     positions: int, group_size: int, num_groups: int, itemsize: int, channels_last: bool, tuning: tuple[tuple[int, int], ...]
 ) -> tuple[int, int, int, int]:
-    """Of a tile: groups, positions and channels, all powers of two, and warps."""
+    """A tile's groups, positions and channels, all powers of two, and its warps."""
     largest = tuning[-1][0]
     usual = largest // 4
     block_p = triton.next_power_of_2(positions)
@@ -208,9 +203,8 @@ def _choose_tile(
 def tile_coordinates(
     blocks, chunks, channels, positions, groups, GROUPS, GROUP_SIZE, UNIT, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The image and the chunk of this program; the group of each unit, and whether it exists; the channels and positions, and
-    which of them exist. Programs that share the rows of a channels_last image are neighbours, so that what one leaves of a
-    cache line the next finds in the cache."""
+    """The image and chunk of this program; the group of each unit and its mask; channels and positions, the channels' mask
+    and the tile's. Programs that share the rows of a channels_last image are neighbours, so that they share its cache lines."""
     program = tl.program_id(0)
     chunk = program // blocks % chunks
     image = (program // blocks // chunks).to(tl.int64)
@@ -226,6 +220,7 @@ def tile_coordinates(
 
 @triton.jit
 def tile_pointers(ptr, image, c, p, channels, positions, CHANNELS_LAST):
+    # 64 bits between images, 32 within one: images of 2**31 elements are refused by the operator.
     first = ptr + image * channels * positions
     if CHANNELS_LAST:
         return first + (p[:, None] * channels + c[None, :])
@@ -234,36 +229,35 @@ def tile_pointers(ptr, image, c, p, channels, positions, CHANNELS_LAST):
 
 @triton.jit
 def joined_pointers(x_ptr, skip_ptr, image, c, p, x_channels, skip_channels, positions, CHANNELS_LAST):
-    """Into x and the skip that continues it along the channels; a group may lie in both."""
+    """Pointers into x and into the skip that continues it along the channels; a group may lie in both."""
     pointers = tile_pointers(x_ptr, image, c, p, x_channels, positions, CHANNELS_LAST)
     if skip_ptr is not None:
-        of_skip = tile_pointers(skip_ptr, image, c - x_channels, p, skip_channels, positions, CHANNELS_LAST)
-        pointers = tl.where((c < x_channels)[None, :], pointers, of_skip)
+        skip_pointers = tile_pointers(skip_ptr, image, c - x_channels, p, skip_channels, positions, CHANNELS_LAST)
+        pointers = tl.where((c < x_channels)[None, :], pointers, skip_pointers)
     return pointers
 
 
 @triton.jit
 def to_accumulator(values):
-    """In the precision of sums and arithmetic."""
+    """Values in the dtype of sums and arithmetic: float32, or float64 for float64."""
     return values.to(tl.float64 if values.dtype == tl.float64 else tl.float32)
 
 
 @triton.jit
 def by_unit(values, UNIT: tl.constexpr):
-    """(rows, channels of the tile) -> (rows, units, channels of a unit): the shape that all arithmetic is in. It moves nothing
-    from register to register."""
+    """(rows, channels) -> (rows, units, channels of a unit), the shape of all arithmetic. No value changes its register."""
     return tl.reshape(values, (values.shape[0], values.shape[1] // UNIT, UNIT))
 
 
 @triton.jit
 def by_channel(values):
-    """Back again."""
+    """(rows, units, channels of a unit) -> (rows, channels)."""
     return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]))
 
 
 @triton.jit
 def load_tile(pointers, inside, UNIT, WHOLE: tl.constexpr):
-    """A tile by unit, 0 outside the image."""
+    """A tile by unit, with 0 outside the image."""
     return by_unit(tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0.0), UNIT)
 
 
@@ -277,7 +271,7 @@ def store_tile(pointers, values, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def masked(values, inside, UNIT, WHOLE: tl.constexpr):
-    """The values of a tile by unit, 0 outside the image."""
+    """The values of a tile by unit, with 0 outside the image."""
     if WHOLE:
         return values
     else:
@@ -286,13 +280,13 @@ def masked(values, inside, UNIT, WHOLE: tl.constexpr):
 
 @triton.jit
 def load_per_channel(ptr, c, has_channel, UNIT):
-    """One number a channel, (1, units, channels of a unit)."""
+    """One value per channel, (1, units, channels of a unit)."""
     return by_unit(to_accumulator(tl.load(ptr + c, mask=has_channel, other=0.0))[None, :], UNIT)
 
 
 @triton.jit
 def store_per_channel(ptr, c, values, has_channel):
-    """What :func:`load_per_channel` reads."""
+    """Stores (1, units, channels of a unit), one value per channel."""
     tl.store(ptr + c[None, :], by_channel(values), mask=has_channel[None, :])
 
 
@@ -307,13 +301,13 @@ def load_input(pointers, pre_shift_ptr, pre_shift_stride, image, c, has_channel,
 
 @triton.jit
 def sum_over_positions(values):
-    """The sums, one number a channel: (1, units, channels of a unit)."""
+    """The sum of each channel: (1, units, channels of a unit)."""
     return tl.sum(values, axis=0)[None, :, :]
 
 
 @triton.jit
 def sum_over_groups(values, GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The sums of each group, beside each of its units: (1, units, 1)."""
+    """The sum of each group, repeated for each of its units: (1, units, 1)."""
     units: tl.constexpr = values.shape[1]
     # First along the axis that a thread has most of. One axis at a time: over both at once, which is one axis after a
     # permutation and a reshape, Triton 3.6 and 3.7 add the wrong lanes where the units between them are in lanes as well.
