@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..ops.dispatch import is_observed
 from ..ops.noise import check_seeds
 from .dlpack import imported, is_foreign, like
 from .step import check_eta, step_coefficients
@@ -157,6 +156,8 @@ def _on_host(level: Any) -> Any:
     if isinstance(level, (float, np.ndarray)):
         return level
     import torch
+
+    from ..ops.torch_private import is_observed
 
     if level.device.type != "cpu" or is_observed() or torch.compiler.is_compiling():
         return None

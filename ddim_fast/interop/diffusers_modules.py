@@ -26,7 +26,7 @@ from ..ops import torch_private
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import conv3x3_cached
-from ..ops.dispatch import is_transformed
+from ..ops.torch_private import is_transformed
 from ..ops.weight_cache import converted, forget
 
 __all__ = [

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
-from ..ops.dispatch import is_observed
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.torch_private import is_observed
 from .config import UNetConfig
 
 __all__ = [

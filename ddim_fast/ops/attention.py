@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from .dispatch import Implementation, choose, is_observed, why_not_triton
+from .dispatch import Implementation, choose, why_not_triton
+from .torch_private import is_observed
 
 __all__ = ["attention", "attention_reference"]
 

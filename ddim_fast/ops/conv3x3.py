@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose, is_observed
+from .dispatch import Implementation, choose
 from .measured import bf16_products, is_faster_in_cpp
+from .torch_private import is_observed
 from .weight_cache import cached, converted, forget
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_cached", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]

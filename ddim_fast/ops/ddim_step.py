@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import native
 from .ddim_step_numpy import check_settings
-from .dispatch import Implementation, choose, is_observed, why_not_triton
+from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
 from .noise import seeded_noise
+from .torch_private import is_observed
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
 

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "is_observed", "is_transformed", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
+
+# Every module with operators on tensors imports it; programs that sample without torch do not.
+_TORCH_PRIVATE = f"{__package__}.torch_private"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -36,12 +39,13 @@ class Implementation:
 
 def choose(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
     """The first implementation that can serve ``request`` and is faster there, or the one named by DDIM_FAST_BACKEND; the
-    reference where :func:`is_observed` holds.
+    reference where :func:`ddim_fast.ops.torch_private.is_observed` holds.
 
     Raises:
         ValueError: DDIM_FAST_BACKEND names none, or one that cannot serve; the message says why.
     """
-    if sys.modules.get("torch") is not None and is_observed():
+    torch_private = sys.modules.get(_TORCH_PRIVATE)
+    if torch_private is not None and torch_private.is_observed():
         return next(i for i in implementations if i.backend == "reference")
     forced = os.environ.get("DDIM_FAST_BACKEND")
     if not forced:
@@ -57,28 +61,6 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
                 raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: {reason}")
             return implementation
     raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: it has no such implementation")
-
-
-def is_observed() -> bool:
-    """Whether PyTorch's operators are being recorded or transformed, so that nothing may be computed without them: under
-    torch.export, torch.jit.trace, make_fx, fake tensors, and where :func:`is_transformed` holds."""
-    import torch  # not above: programs that sample without torch import this module
-
-    from . import torch_private
-
-    if torch_private.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and (torch_private.is_recording() or torch_private.is_transforming())
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is active, in code that is not
-    compiled."""
-    import torch
-
-    from . import torch_private
-
-    return not torch.compiler.is_compiling() and torch_private.is_transforming()
 
 
 def why_not_triton(device: Any) -> str | None:

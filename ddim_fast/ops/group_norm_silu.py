@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import Implementation, choose, is_observed, is_transformed, why_not_triton
+from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
+from .torch_private import is_observed, is_transformed
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
 

@@ -24,9 +24,8 @@ __all__ = [
     "has_avx512_bf16",
     "has_hooks",
     "is_compiled",
-    "is_exporting",
-    "is_recording",
-    "is_transforming",
+    "is_observed",
+    "is_transformed",
     "remove_pre_hooks",
     "storage_id",
     "tree_leaves",
@@ -37,15 +36,16 @@ __all__ = [
 ]
 
 
-def is_exporting() -> bool:
-    """Whether torch.export traces. Before torch 2.13, torch.compiler.is_exporting() holds under torch.compile, too."""
-    return torch.compiler._is_exporting_flag
-
-
-def is_recording() -> bool:
-    """Whether torch.jit.trace or make_fx records operators, or they run on fake tensors."""
+def is_observed() -> bool:
+    """Whether PyTorch's operators are being recorded or transformed, so that nothing may be computed without them: under
+    torch.export, torch.jit.trace, make_fx, fake tensors, and where :func:`is_transformed` holds."""
+    # Not torch.compiler.is_exporting(): before torch 2.13 it holds under torch.compile, too.
+    if torch.compiler._is_exporting_flag:
+        return True
+    if torch.compiler.is_compiling():
+        return False
     c = torch._C
-    if c._is_tracing():
+    if c._is_tracing() or _is_transforming():
         return True
     if not c._len_torch_dispatch_stack():
         return False
@@ -53,8 +53,13 @@ def is_recording() -> bool:
     return any(c._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
 
 
-def is_transforming() -> bool:
-    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is active."""
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, jvp, grad) or forward-mode differentiation is active, in code that is not
+    compiled."""
+    return not torch.compiler.is_compiling() and _is_transforming()
+
+
+def _is_transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import torch_private
-from .dispatch import is_observed
+from .torch_private import is_observed
 
 __all__ = ["cached", "converted", "forget"]
 

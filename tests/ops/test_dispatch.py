@@ -1,6 +1,6 @@
 import torch
 
-from ddim_fast.ops.dispatch import is_observed
+from ddim_fast.ops.torch_private import is_observed
 
 
 class _Flag(torch.nn.Module):
