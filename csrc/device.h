@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -32,6 +33,21 @@ __device__ __forceinline__ void write_global(void* to, const void* from) {
 #pragma unroll
     for (int i = 0; i < kBytes / int(sizeof(U)); ++i) __stwb(static_cast<U*>(to) + i, static_cast<const U*>(from)[i]);
 }
+
+// The same to shared memory, without waiting for it where the bytes are many enough: see __pipeline_commit.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+    if constexpr (kBytes >= 4)
+        __pipeline_memcpy_async(shared, global, kBytes);
+    else
+        copy<kBytes>(shared, global);
+}
+
+// kWidth values that move together.
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Vector {
+    T value[kWidth];
+};
 
 __device__ __forceinline__ void* dynamic_shared() {
     extern __shared__ uint4 shared_memory[];

@@ -8,8 +8,6 @@
 // Every sum is taken in an order that depends on the sizes, the alignment and the GPU alone: no atomics.
 #include "group_norm_silu.h"
 
-#include <cuda_pipeline.h>
-
 #include <algorithm>
 
 #include "device.h"
@@ -40,19 +38,6 @@ enum class Stage { whole, statistics, apply };
 struct Partial {
     double mean;
     double squares;  // the sum of squared deviations from the mean
-};
-
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    if constexpr (kBytes >= 4)
-        __pipeline_memcpy_async(shared, global, kBytes);
-    else
-        copy<kBytes>(shared, global);
-}
-
-template <typename T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Vector {
-    T value[kWidth];
 };
 
 template <typename T, int kWidth, bool kChannelsLast>
