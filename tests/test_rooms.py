@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,11 +51,31 @@ def _imports(module: str, path: Path, modules: dict[str, Path]) -> set[str]:
 def imports() -> dict[str, set[str]]:
     modules = _modules()
     # Names of the package itself are loaded when they are first used, so `from .. import __version__` imports nothing.
-    return {m: _imports(m, p, modules) - {"ddim_fast"} for m, p in modules.items() if m != "ddim_fast"}
+    return {
+        m: _imports(m, p, modules) - {"ddim_fast"}
+        for m, p in modules.items()
+        if m.removeprefix("ddim_fast.") not in {"ddim_fast", *FORMER}
+    }
+
+
+# Documented in version 0.1.
+FORMER = {
+    "media": "image_grid",
+    "training.data": "load_images",
+    "audio.reading": "load_sounds",
+    "diffusion.operators": "Downscale",
+}
 
 
 def test_only_commands_lie_at_the_top():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == COMMANDS
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} - FORMER.keys() == COMMANDS
+
+
+@pytest.mark.parametrize("module,name", FORMER.items())
+def test_former_modules_still_serve_and_say_their_new_name(module, name):
+    sys.modules.pop(f"ddim_fast.{module}", None)
+    with pytest.warns(FutureWarning, match=rf"ddim_fast\.{module} is now ddim_fast\."):
+        assert hasattr(importlib.import_module(f"ddim_fast.{module}"), name)
 
 
 def test_nothing_imports_a_command(imports):

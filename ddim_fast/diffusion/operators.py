@@ -2,6 +2,6 @@
 
 import warnings
 
-from .degradations import *  # noqa: F403
+from ..diffusion.degradations import *  # noqa: F403
 
 warnings.warn("ddim_fast.diffusion.operators is now ddim_fast.diffusion.degradations", FutureWarning, stacklevel=2)
