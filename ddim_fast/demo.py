@@ -57,7 +57,7 @@ def _parser() -> CommandParser:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the options say."""
+    """The command's settings, from its options."""
 
     model: str
     device: str
@@ -175,7 +175,7 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
     import gradio as gr
 
     def told(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        """What a person did wrong is shown on the page."""
+        """Shows a user's mistakes on the page."""
 
         def call(*values: Any) -> np.ndarray:
             if any(value is None for value in values):

@@ -78,7 +78,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     images: list[str]
     strength: float

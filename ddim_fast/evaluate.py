@@ -143,7 +143,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What the options say."""
+    """The command's settings, from its options."""
 
     reference: str | None
     trajectory_error: bool

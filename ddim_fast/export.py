@@ -123,7 +123,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the options say."""
+    """The command's settings, from its options."""
 
     to: str
     model: str

@@ -91,7 +91,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     ends: list[str]
     frames: int

@@ -42,7 +42,7 @@ def _parser() -> CommandParser:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     images: list[str]
     exact: bool

@@ -119,7 +119,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     images: list[str]
     task: str
@@ -162,7 +162,7 @@ def _settings(parser: CommandParser) -> RestoreSettings:
 
 
 def _job(settings: RestoreSettings, sampler: Sampler) -> tuple[RestorationJob, dict[str, str | float | None]]:
-    """What the options describe, and what of them decides the result.
+    """The job that the settings describe, and the settings that decide its result.
 
     Raises:
         ValueError: an option or an image does not fit.
@@ -218,7 +218,7 @@ def _job(settings: RestoreSettings, sampler: Sampler) -> tuple[RestorationJob, d
 
 
 def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> LinearOperator:
-    """What has happened to images of ``image_shape``."""
+    """The degradation of images of ``image_shape``."""
     channels, *size = image_shape
     if settings.task == "inpaint":
         return Mask.outside(size, settings.rectangle) if settings.mask is None else Mask(_known(settings.mask, size))
@@ -248,7 +248,7 @@ def _known(mask: Path, size: list[int]) -> Tensor:
 def _read(
     settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
 ) -> tuple[list[str], Tensor, list[int | None]]:
-    """Of each image a name, (N, C, H, W) uint8 pixels, and its class label or None."""
+    """The images' names, (N, C, H, W) uint8 pixels, and class labels or None."""
     channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
     labelled = settings.label is None and num_classes is not None
     rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in settings.images)
@@ -290,12 +290,12 @@ def _rectangle(text: str) -> tuple[int, int, int, int]:
 
 
 def _checksum(array: np.ndarray, names: list[str] | None = None) -> str:
-    """Of an array, and the names of what is in it."""
+    """The checksum of an array and of the names of its images."""
     return hashlib.sha256(repr((array.shape, names)).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _size(size: tuple[int, int]) -> str:
-    """Of width and height."""
+    """Width and height as WxH."""
     return "x".join(map(str, size))
 
 

@@ -43,7 +43,7 @@ def _parser() -> CommandParser:
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreSoundsSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     sounds: list[str]
     gap: list[float] | None

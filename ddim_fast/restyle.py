@@ -51,7 +51,7 @@ def _parser() -> CommandParser:
 
 @dataclass(frozen=True, kw_only=True)
 class RestyleSettings(SamplerSettings):
-    """What the options say."""
+    """The command's settings, from its options."""
 
     sounds: list[str]
     source: str | None

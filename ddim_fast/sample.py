@@ -136,7 +136,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What the options say; where they leave the steps open, as the model was exported, or the usual ones."""
+    """The command's settings. Steps that the options leave open are those of the export, or the usual ones."""
 
     model: str
     steps: int
@@ -314,7 +314,7 @@ def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[Onnx
 def _decisive(
     settings: SampleSettings, sampler: AnySampler | OnnxSampler, labels: list[int] | None, checksum: str
 ) -> dict[str, str | float | list[int] | None]:
-    """What decides the images, by option: the record that an unfinished output is compared with."""
+    """The options that decide the images: the record that an unfinished output is compared with."""
     return {
         "model": f"sha256:{checksum}",
         "seeds": list_integers(settings.seeds),
@@ -410,7 +410,7 @@ def _run(
 
 
 def _finish(output: Output, grid: Path | None) -> list[Path]:
-    """What is left to do when every batch is there; returns what there is to look at."""
+    """Completes an output whose batches are all there; returns the files to look at."""
     if grid is None and isinstance(output, FileFolder):
         grid = output.path / output.overview
     if grid is not None:

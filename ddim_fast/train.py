@@ -145,7 +145,7 @@ def _parser() -> CommandParser:
 
 
 def _absolute(text: str) -> str:
-    """What is here and would be something else, or nothing, from another working directory."""
+    """A path from here made absolute, so that it is the same from another working directory."""
     return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
 
 

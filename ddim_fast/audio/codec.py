@@ -17,8 +17,8 @@ __all__ = ["Codec", "make_codec"]
 
 
 class Codec(abc.ABC):
-    """What an :class:`AudioConfig` describes. Sounds are (N, length) float32 arrays in [-1, 1] on the host, images (N, C, H, W)
-    float32 tensors in [-1, 1].
+    """The transform that an :class:`AudioConfig` describes. Sounds are (N, length) float32 arrays in [-1, 1] on the host,
+    images (N, C, H, W) float32 tensors in [-1, 1].
 
     Attributes:
         silence: what images are where there is no sound.

@@ -1,4 +1,4 @@
-"""What a damaged recording still says of the model's images, as operators that :meth:`ddim_fast.Sampler.restore` inverts."""
+"""Gaps and missing bandwidth of recordings, as degradations that :meth:`ddim_fast.Sampler.restore` inverts."""
 
 from __future__ import annotations
 

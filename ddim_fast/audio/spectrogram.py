@@ -62,6 +62,6 @@ def _filters(config: AudioConfig) -> np.ndarray:
 
 
 def _scale(config: AudioConfig) -> float:
-    """What makes of one-sided powers |STFT|^2 the mean square of the samples."""
+    """The weights whose products with one-sided powers |STFT|^2 give the mean square of the samples."""
     window = librosa.filters.get_window("hann", config.n_fft)
     return 2 / (config.n_fft * float((window**2).sum()))

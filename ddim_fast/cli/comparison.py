@@ -43,7 +43,7 @@ def change_images(
     result: str | None = None,
     remedy: str = "--dtype float32",
 ) -> Tensor:
-    """What ``change`` makes of ``count`` images, called with a slice of them at a time, under a progress bar.
+    """The images that ``change`` makes of ``count`` images, called with a slice of them at a time, under a progress bar.
 
     Args:
         noun: what the images are called.

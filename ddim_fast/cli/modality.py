@@ -1,4 +1,4 @@
-"""What the images of a network are to people: pictures, or sounds. Read from files and written to them."""
+"""The modality of a network's images: pictures or sounds, read from files and written to them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Medium(Protocol):
         ...
 
     def shown(self, images: Tensor) -> Tensor:
-        """What people are shown of them, (N, C', H', W') in [-1, 1]."""
+        """A picture of each image for people, (N, C', H', W') in [-1, 1]."""
         ...
 
     def write(self, folder: Path, images: Tensor) -> None:
@@ -76,7 +76,7 @@ class Pictures:
 
 
 def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
-    """That of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`."""
+    """The modality of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`."""
     if sampler.model.audio is None:
         return Pictures(sampler.image_shape)
     from .sounds import Sounds

@@ -135,7 +135,7 @@ class SamplerSettings:
     quiet: bool
 
     def record(self) -> dict[str, Any]:
-        """What made the images, for the record beside them: the command's own options, then those of the sampler."""
+        """The settings that made the images, for the record beside them: the command's own, then the sampler's."""
         shared = [field.name for field in dataclasses.fields(SamplerSettings)]
         own = [name for name in vars(self) if name not in shared]
         return {name: getattr(self, name) for name in (*own, *shared) if name not in ("out", "quiet")}

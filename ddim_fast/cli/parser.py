@@ -70,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _FormerName(argparse.Action):
-    """What :meth:`CommandParser.add_former_name` adds."""
+    """The action of an option that :meth:`CommandParser.add_former_name` adds."""
 
     def __init__(self, *place: Any, option: argparse.Action, values: dict[str, str] | None, **settings: Any) -> None:
         super().__init__(*place, **settings)

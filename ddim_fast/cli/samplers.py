@@ -36,7 +36,7 @@ __all__ = [
 
 
 def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
-    """What ``--dtype`` means: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
+    """The dtype that ``--dtype`` names: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
     import torch
 
     from ..ops.devices import bf16_is_fast
@@ -154,7 +154,7 @@ def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
 
 
 def sampler_settings(settings: SamplerSettings, sampler: AnySampler) -> dict[str, str | int | float | None]:
-    """What the settings say of the images that ``sampler`` makes, for the record of a job."""
+    """The settings that decide the images of ``sampler``, for the record of a job."""
     return {
         "model": f"sha256:{weights_checksum(*sampler.networks)}",
         "steps": settings.steps,

@@ -34,7 +34,7 @@ __all__ = ["TrainSettings", "find_start", "grid_sampler", "make_trainer"]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the options of train say; those of a run that goes on, where they are not given again."""
+    """The settings of train; those of a run that goes on, where options do not give them again."""
 
     data: str
     convert: bool
@@ -104,8 +104,7 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
-    """What training begins with: the settings, where they leave open what depends on the model, and the model that ``--init``
-    names."""
+    """The settings with what depends on the model filled in, and the model that ``--init`` names."""
     with parser.usage_errors():
         start = None if settings.init is None else _load_start(parser, settings)
         audio = AudioConfig.preset(settings.preset) if start is None else start.audio
@@ -151,8 +150,8 @@ def _latents(settings: TrainSettings) -> str | None:
 def make_trainer(
     parser: CommandParser, settings: TrainSettings, start: UNet | None
 ) -> tuple[Trainer, LatentCodec | None, DataRecord]:
-    """What trains the network, from the last checkpoint of a run that goes on; the autoencoder whose latents it learns, if it
-    does; and the record of its data.
+    """The trainer, from the last checkpoint of a run that goes on; the autoencoder of a network of latents; and the record of
+    the data.
 
     Args:
         settings, start: of :func:`find_start`.
@@ -251,7 +250,7 @@ def _load(
 
 
 def grid_sampler(model: UNet) -> Sampler:
-    """What makes the grids of samples of a training."""
+    """The sampler of a training's sample grids."""
     return Sampler(model, steps=min(20, model.config.num_train_timesteps))
 
 
@@ -276,7 +275,7 @@ def _overrides(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _set_fields(settings: TrainSettings) -> dict[str, Any]:
-    """What ``--set`` says."""
+    """The fields that ``--set`` names, with their values."""
     fields: dict[str, Any] = {}
     for item in settings.set:
         key, equals, value = item.partition("=")

@@ -34,7 +34,7 @@ class DataRecord:
 
     @classmethod
     def of(cls, spec: str, data: ImageSet, class_names: Sequence[str] | None = None) -> DataRecord:
-        """That of data which was read from ``spec``.
+        """The record of data that was read from ``spec``.
 
         Args:
             class_names: by their numbers; None names a class as its folder, or by its number where it has none.
@@ -60,7 +60,7 @@ class DataRecord:
 
     @classmethod
     def load(cls, folder: Path) -> DataRecord | None:
-        """That in a run's folder; None in one of earlier versions, which remember nothing.
+        """The record in a run's folder; None in folders of earlier versions, which have none.
 
         Raises:
             ValueError: it is damaged.

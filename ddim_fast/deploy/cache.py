@@ -56,7 +56,7 @@ def ready_export(model: str | Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """Of a checkpoint's files, and of this package's version."""
+    """The checksum of a checkpoint's files and of this package's version."""
     digest = hashlib.sha256(__version__.encode())
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

@@ -174,7 +174,7 @@ class Value:
     __rand__, __rxor__ = __and__, __xor__
 
     def __rshift__(self, other: int) -> Value:
-        """Of int64, and logical: zeros come in from the left. ONNX shifts unsigned numbers only."""
+        """A logical shift of int64: zeros come in from the left. ONNX shifts unsigned numbers only."""
         shifted = self.graph.op("BitShift", self.cast(np.uint64), self.graph.constant(other, np.uint64), direction="RIGHT")
         return shifted.cast(np.int64)
 

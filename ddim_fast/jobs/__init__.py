@@ -1,2 +1,2 @@
-"""What the commands do batch by batch, so that a job that was killed goes on: images sampled, restored or put between frames,
-and the files that they go to."""
+"""Long work, batch by batch, so that a job that was killed goes on: sampling, restoring, interpolating between frames, and the
+files that images go to."""

@@ -70,7 +70,7 @@ class Batches:
 
 
 class Output(abc.ABC):
-    """What both forms of output share.
+    """The base of both forms of output.
 
     Attributes:
         path: what the user named.
@@ -94,7 +94,7 @@ class Output(abc.ABC):
         """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
 
     def convert(self, images: Tensor | np.ndarray) -> np.ndarray:
-        """What is written of a sampler's images, (n, C, H, W) in [-1, 1]: here (n, H, W, C) uint8 pictures."""
+        """A sampler's images, (n, C, H, W) in [-1, 1], as they are written: here (n, H, W, C) uint8 pictures."""
         return to_uint8(images)
 
     @abc.abstractmethod
@@ -103,7 +103,7 @@ class Output(abc.ABC):
 
     @abc.abstractmethod
     def read(self, k: int) -> np.ndarray:
-        """What :meth:`write` has written for batch k."""
+        """The items that :meth:`write` has written for batch k."""
 
     def shown(self, images: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1]: what people are shown of a sampler's images."""
@@ -126,7 +126,7 @@ class Output(abc.ABC):
         """Remove half-written files of a process that was killed."""
 
     def record(self) -> dict[str, Any] | None:
-        """What the record says, or None where nothing has begun.
+        """The contents of the record, or None where nothing has begun.
 
         Raises:
             ValueError: it is damaged; the message names the file.

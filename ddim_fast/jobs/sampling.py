@@ -155,7 +155,7 @@ class Job:
         return report
 
     def _within_memory(self, compute: Callable[[], T]) -> T:
-        """What ``compute`` returns, tried again with half as many images at once each time that memory runs out."""
+        """The result of ``compute``, tried again with half as many images at once each time that memory runs out."""
         while True:
             try:
                 return compute()

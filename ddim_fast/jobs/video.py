@@ -107,7 +107,7 @@ class VideoJob:
 
     @property
     def _pairs(self) -> int:
-        """Of frames given that follow each other, in a batch."""
+        """The number of consecutive given frames in a batch."""
         return max(1, self.batch_size // self.factor)
 
     def _encoded(self, frames: list[np.ndarray]) -> Tensor:

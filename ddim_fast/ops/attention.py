@@ -63,7 +63,7 @@ class _Call(NamedTuple):
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-    """What the operator means, by PyTorch's own: differentiable, on any device. Arguments as :func:`attention`."""
+    """The reference by PyTorch's own operator: differentiable, on any device. Arguments as :func:`attention`."""
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 

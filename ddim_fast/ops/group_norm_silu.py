@@ -97,7 +97,7 @@ def _with_parameters(call: _Call) -> _Call:
 def group_norm_silu_reference(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, **options
 ) -> Tensor:
-    """What the operator means, in plain PyTorch: differentiable, on any device and layout. Arguments as
+    """The reference in plain PyTorch: differentiable, on any device and layout. Arguments as
     :func:`group_norm_silu`."""
     defaults = dict.fromkeys(("pre_shift", "scale", "shift", "residual", "skip")) | {"silu": True}
     return _reference(_with_parameters(_Call(x, num_groups, weight, bias, eps, **(defaults | options))))
@@ -355,8 +355,8 @@ def _why_no_gradient(call: _Call) -> str | None:
 
 
 def _arrays(call: _Call) -> tuple[list[int], list[int], int, Tensor, list[Tensor | None]]:
-    """What the native module's functions take: pointers, sizes and the stride of pre_shift's rows; the result; and what must
-    stay alive until they return."""
+    """The arguments of the native module's functions: pointers, sizes and the stride of pre_shift's rows; the result; and what
+    must stay alive until they return."""
     x, skip, residual, pre_shift = call.x, call.skip, call.residual, call.pre_shift
     layout = _format(x)
     n, x_channels, height, width = x.shape
