@@ -1,6 +1,7 @@
 """Threads that share a sampler get the images that each would get alone."""
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,8 +55,20 @@ def test_a_compiled_sampler_leaves_other_compiled_functions_alone(fake_network):
     sampler = Sampler(fake_network(), steps=50, engine="compiled")
     sampler.sample(seeds=[0])
     own = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    enough = threading.Event()
+
+    def sample() -> int:
+        runs = 0
+        while not enough.is_set():
+            sampler.sample(seeds=[runs])
+            runs += 1
+        return runs
+
     with ThreadPoolExecutor(1) as thread:
-        sampling = thread.submit(lambda: [sampler.sample(seeds=[k]) for k in range(40)])
-        for size in range(1, 7):
-            assert not sampling.done() and torch.equal(own(torch.zeros(size)), torch.ones(size))
-        sampling.result()
+        sampling = thread.submit(sample)
+        try:
+            for size in range(1, 7):
+                assert torch.equal(own(torch.zeros(size)), torch.ones(size))
+        finally:
+            enough.set()
+        assert sampling.result() > 0
