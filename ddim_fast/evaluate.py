@@ -342,10 +342,8 @@ def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
 
 def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
-    seeds, classes = (
-        range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count)),
-        model.config.num_classes,
-    )
+    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count))
+    classes = model.config.num_classes
     draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
     return draws, {
         "class": arguments.classes if classes is not None else None,

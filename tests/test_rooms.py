@@ -10,19 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddim_fast"
-COMMANDS = {
-    "demo",
-    "edit",
-    "evaluate",
-    "export",
-    "interpolate",
-    "reconstruct",
-    "restore",
-    "restore_sounds",
-    "restyle",
-    "sample",
-    "train",
-}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()}
 
 
 def _modules() -> dict[str, Path]:

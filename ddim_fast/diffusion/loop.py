@@ -110,7 +110,7 @@ class Loop:
                 output = run.correction(state[0], output, index)
                 state = self.solver.step(state, output, inputs.table, index, inputs.seeds)
             if renews and features is not None:
-                # How they change is not known at first.
+                # Their change is not known at first.
                 deep = features, torch.zeros_like(features) if deep is None else features - deep[0]
             yield state, output
 
