@@ -16,6 +16,7 @@ from .denoiser import Conditions, Denoiser, Prepared
 from .guidance import ClassifierGuidance
 from .request import Request
 from .solvers import Solver, State, StepFunction
+from .trajectory import SamplerState
 
 __all__ = ["Inputs", "Loop", "Run", "calibrate", "initial_noise"]
 
@@ -113,6 +114,15 @@ class Loop:
                 # Their change is not known at first.
                 deep = features, torch.zeros_like(features) if deep is None else features - deep[0]
             yield state, output
+
+    @inference()
+    def trajectory(self, engine: Engine, request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
+        """The state after each step of a solver that has a table of its own; arguments as of :meth:`prepare`."""
+        run = self.prepare(request, timesteps, self.solver.table)
+        before = run.inputs.x
+        for i, (state, output) in enumerate(self.states(engine, run)):
+            yield SamplerState(i, int(timesteps[i]), state[0], (self.solver, before, output))
+            before = state[0]
 
     def step(
         self, state: State, inputs: Inputs, index: Tensor, deep: tuple[Tensor, Tensor] | None = None

@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -33,6 +32,15 @@ __all__ = ["Sampler", "SamplerState"]
 Labels = int | Sequence[int] | Tensor | None
 
 
+class _Latest(threading.local):
+    """What this thread's last call left behind. A copy of a sampler starts without."""
+
+    evaluations: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
 class Sampler:
     """Turns noise into images and back. Threads may share a sampler: each gets the images that it would get alone.
 
@@ -48,17 +56,16 @@ class Sampler:
             CUDA graph, for GPUs; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype, guide, batch_invariant: of the :class:`Denoiser` that is made of a model.
-        reuse: compute the U-Net's deep features in every ``reuse``-th step and extrapolate them in the steps between, which
-            cost about a tenth then: see :class:`ddim_fast.diffusion.loop.Loop`. An approximation, but for 1.
+        reuse: compute the U-Net's deep features in every ``reuse``-th step only, an approximation: see
+            :class:`ddim_fast.diffusion.loop.Loop`.
         tolerance: the largest estimated error of a step, which controls the step size instead of ``steps`` and ``spacing``: see
-            :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own, so nothing is compiled or captured, and
-            there is no common trajectory and no :meth:`encode`.
+            :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own: there is no trajectory and no encoding.
 
     Attributes:
         denoiser: the network, its guide, and what they compute in.
+        image_shape: (C, H, W) of the images.
         timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
-        evaluations: (N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None
-            before. Evaluations of a guide are not counted.
+        runs_whole: whether all steps are one call, unless somebody watches them.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -94,8 +101,9 @@ class Sampler:
             spacing = choose_fitted(getattr(self.model, "fitted_timesteps", None), solver, steps)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
         self._solver, self._clip, self.eta, self.reuse, self.tolerance = solver, clip_sample_range, eta, reuse, tolerance
-        self.engine = select_engine(engine, self.device)
-        self._engine = make_engine(engine, self.device)
+        self.image_shape = self.config.image_shape
+        self.engine, self._engine = select_engine(engine, self.device), make_engine(engine, self.device)
+        self.runs_whole = self.engine == "captured" or tolerance is not None
         self._visit(select_timesteps(self.schedule, self._steps, spacing))
         self._later: dict[int, Sampler] = {}
         if denoiser.needs_calibration:
@@ -109,18 +117,18 @@ class Sampler:
         self._loop = Loop(self.denoiser, self.solver, self.reuse)
         self._inverter = Inverter(self.denoiser, timesteps, self._engine)
         self._restorer = Restorer(self.denoiser, timesteps, self._engine, self._clip)
+        self._latest = _Latest()
 
     def starting_at(self, timestep: int) -> Sampler:
-        """This sampler for the last part of the way, in as many steps, from an image in the noise of ``timestep``, 0 to T - 1.
-        Spacings are made as if the noise schedule ended there; listed and adaptive timesteps beyond it are left out. The same
-        sampler is returned for the same timestep.
+        """This sampler for the last part of the way, in as many steps, from an image in the noise of ``timestep``, 0 to T - 1;
+        the same for the same timestep. Spacings are made as if the noise schedule ended there; listed and adaptive timesteps
+        beyond it are left out.
 
         Raises:
             ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
         """
         timestep = plain(timestep)
-        if self.tolerance is not None:
-            raise ValueError("with a tolerance sampling starts from noise alone; name steps instead")
+        self._require_steps("to start at")
         if timestep not in self._later:
             steps = self._steps and min(self._steps, timestep + 1)
             later = copy.copy(self)
@@ -130,22 +138,14 @@ class Sampler:
 
     @property
     def evaluations(self) -> Tensor | None:
-        return getattr(_of_thread, "evaluations", {}).get(self)
+        """(N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None before.
+        Evaluations of a guide are not counted."""
+        return self._latest.evaluations
 
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
         return self.denoiser.device
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return self.config.image_shape
-
-    @property
-    def runs_whole(self) -> bool:
-        """Whether all steps are one call, unless somebody watches them."""
-        return self.engine == "captured" or self.tolerance is not None
 
     def sample(
         self,
@@ -166,14 +166,13 @@ class Sampler:
                 and the noise of stochastic sampling.
             x_T: (N, C, H, W) noise or latents to start from.
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
-            guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_label - eps_none) (Ho and Salimans 2022), or
-                of guidance away from the ``guide``, with the same label or none; None or 1 for none.
-            guidance_interval: (t_low, t_high), the timesteps of the steps that are guided, both included; outside, the network
-                is evaluated once (Kynkaanniemi et al. 2024, arXiv 2404.07724). None for all steps.
-            gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`;
-                :func:`ddim_fast.diffusion.guidance.likelihood_gradient` makes one from a function of x_0.
+            guidance: scale w of classifier-free guidance, eps_none + w (eps_label - eps_none) (Ho and Salimans 2022), or of
+                guidance away from the ``guide``, with the same label or none; None or 1 for none.
+            guidance_interval: (t_low, t_high), both included, the timesteps of the guided steps (Kynkaanniemi et al. 2024,
+                arXiv 2404.07724); None for all.
+            gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`.
             batch_size: images a network call.
-            on_step: called with the state after each step of each batch, for a progress bar or a film.
+            on_step: called with the state after each step of each batch.
 
         Returns:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
@@ -184,8 +183,8 @@ class Sampler:
         """
         asked = {"seeds": seeds, "labels": labels, "guidance": guidance, "guidance_interval": guidance_interval}
         request = self._request(x_T, gradient, **asked)
-        if self.tolerance is not None and on_step is not None:
-            raise ValueError(_NO_STEPS)
+        if on_step is not None:
+            self._require_steps("to look at")
         counts = [torch.empty(0, dtype=torch.int64)]
 
         def compute(batch: Request) -> Tensor:
@@ -195,9 +194,7 @@ class Sampler:
 
         none = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
         images = request.compute(compute, batch_size, none, padded=self._engine.needs_one_batch_size)
-        if not hasattr(_of_thread, "evaluations"):
-            _of_thread.evaluations = WeakKeyDictionary()
-        _of_thread.evaluations[self] = torch.cat(counts)[: len(request)]  # only the last batch may be padded
+        self._latest.evaluations = torch.cat(counts)[: len(request)]  # only the last batch may be padded
         return images
 
     def trajectory(self, **request: Any) -> Iterator[SamplerState]:
@@ -206,9 +203,8 @@ class Sampler:
         Raises:
             ValueError: as there, or the sampler has a tolerance: its images have no steps in common.
         """
-        if self.tolerance is not None:
-            raise ValueError(_NO_STEPS)
-        return self._states(self._request(**request))
+        self._require_steps("to look at")
+        return self._loop.trajectory(self._engine, self._request(**request), self.timesteps)
 
     def check(self, **request: Any) -> None:
         """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
@@ -226,7 +222,7 @@ class Sampler:
             ValueError: the images do not fit the network or the seeds.
         """
         request, level = self._request(seeds=seeds, x_T=images), float(self._levels[0])
-        noise = seeded_noise(request.seeds, INITIAL_NOISE, self.config.image_shape, self.device)
+        noise = seeded_noise(request.seeds, INITIAL_NOISE, self.image_shape, self.device)
         return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
 
     def encode(self, images: Tensor, *, exact: bool = False, batch_size: int = 64, **condition: Any) -> Tensor:
@@ -237,8 +233,9 @@ class Sampler:
         Raises:
             ValueError: the images do not fit the network, or the sampler has no inverse.
         """
-        if self.solver.stochastic or self.tolerance is not None:
-            raise ValueError("encode needs a deterministic sampler of fixed steps; use solver ddim, eta=0 and no tolerance")
+        self._require_steps("to invert")
+        if self.solver.stochastic:
+            raise ValueError("encode needs a deterministic sampler; use solver ddim and eta=0")
         request = self._request(x_T=images, **condition)
         if exact and (self._solver != "ddim" or self._clip is not None or self.reuse > 1):
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
@@ -247,22 +244,25 @@ class Sampler:
     def restore(self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], **options: Any) -> Tensor:
         """Images of which ``operator`` makes ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
         and errors as of :meth:`Restorer.restore`. Timesteps are the sampler's; its solver and eta are not used."""
-        return self._restoring.restore(measurement, operator, seeds=seeds, **options)
+        self._require_steps("to restore in")
+        return self._restorer.restore(measurement, operator, seeds=seeds, **options)
 
     def restoration_steps(self, operator: LinearOperator, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; see :meth:`Restorer.steps`."""
-        return self._restoring.steps(operator, **options)
+        self._require_steps("to restore in")
+        return self._restorer.steps(operator, **options)
 
-    @property
-    def _restoring(self) -> Restorer:
+    def _require_steps(self, purpose: str) -> None:
         if self.tolerance is not None:
-            raise ValueError("restoring takes fixed steps, and with a tolerance each image takes its own; name steps instead")
-        return self._restorer
+            raise ValueError(f"with a tolerance each image takes steps of its own: there are none {purpose}; use fixed steps")
 
     def _request(self, x_T: Any = None, gradient: Gradient | None = None, **request: Any) -> Request:
         """The arguments of :meth:`sample`, checked, on the device."""
         if gradient is not None and self.runs_whole:
-            raise ValueError(_NOTHING_BETWEEN)
+            raise ValueError(
+                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
+                "use engine eager or compiled, and fixed steps"
+            )
         x_T, has_guide = None if x_T is None else as_tensor(x_T), self.guide is not None
         options = {"stochastic": self.solver.stochastic, "has_guide": has_guide, "x_T": x_T, "gradient": gradient}
         request = Request.check(self.config, **options, **request)
@@ -280,26 +280,8 @@ class Sampler:
         if on_step is None:
             images = self._loop.last(self._engine, self._loop.prepare(request, self.timesteps, self.solver.table))
         else:
-            for state in self._states(request):
+            for state in self._loop.trajectory(self._engine, request, self.timesteps):
                 on_step(state)
             images = state.x
         evaluations = self.denoiser.evaluations(self.timesteps, request.guidance, request.guidance_interval)
         return images, torch.full((len(request),), evaluations)
-
-    @inference()
-    def _states(self, request: Request) -> Iterator[SamplerState]:
-        run = self._loop.prepare(request, self.timesteps, self.solver.table)
-        before = run.inputs.x
-        for i, (state, output) in enumerate(self._loop.states(self._engine, run)):
-            yield SamplerState(i, int(self.timesteps[i]), state[0], (self.solver, before, output))
-            before = state[0]
-
-
-# By sampler, what this thread's last calls left behind.
-_of_thread = threading.local()
-
-_NOTHING_BETWEEN = (
-    "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
-    "use engine eager or compiled, and fixed steps"
-)
-_NO_STEPS = "with a tolerance each image takes steps of its own, so there are no common states to look at; name steps instead"
