@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tones import MEL, WAVEFORM
 from torch import nn
+
+from tests.helpers.tones import MEL, WAVEFORM
 
 # Before anything imports Triton: without a GPU, kernels that a test asks for by name run in its interpreter.
 if not torch.cuda.is_available():
@@ -22,6 +23,13 @@ from ddim_fast.ops import native
 
 # What is compared in float32 is computed in float32, by convolutions on a GPU too.
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a GPU, what needs one is left out."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 class Backend(NamedTuple):
@@ -51,8 +59,6 @@ def _parameter(name: str):
 def backend(request, monkeypatch) -> Backend:
     """Each fast implementation in turn, forced by DDIM_FAST_BACKEND; what it allocates is full of NaN until it is written."""
     backend = BACKENDS[request.param]
-    if backend.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     if backend.name in ("native", "cuda") and native.module is None:
         pytest.skip(native.why_not)
     if backend.name == "cuda" and not native.has_cuda:
@@ -133,7 +139,8 @@ def small_unet(small_config) -> UNet:
 def recordings(tmp_path):
     """A folder of two words by two speakers, three recordings each."""
     import soundfile
-    from tones import RATE, tone
+
+    from tests.helpers.tones import RATE, tone
 
     folder = tmp_path / "recordings"
     for i, (word, speaker) in enumerate((w, s) for w in ("0", "1") for s in ("ann", "bob")):

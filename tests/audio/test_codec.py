@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tones import MEL, WAVEFORM, tone
 
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.audio.spectrogram import griffin_lim, log_mel
+from tests.helpers.tones import MEL, WAVEFORM, tone
 
 
 def test_images_have_the_networks_shape_and_range(config):

@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 import torch
-from tones import MEL, tone
 from torch import nn
 
 from ddim_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.audio.control import loudness_guidance, restyle
+from tests.helpers.tones import MEL, tone
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from tones import MEL, RATE, WAVEFORM, tone
 
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.audio.restoration import band_limit, gap
+from tests.helpers.tones import MEL, RATE, WAVEFORM, tone
 
 
 def test_a_gap_hides_all_that_it_changes(config):

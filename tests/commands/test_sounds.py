@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from tones import RATE, tone
 
 from ddim_fast import UNet, edit, export, interpolate, reconstruct, restore, restore_sounds, restyle, sample, train
 from ddim_fast.models import audio, config
+from tests.helpers.tones import RATE, tone
 
 NETWORKS = {
     "mel": {"sample_size": (8, 8), "in_channels": 4},

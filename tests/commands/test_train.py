@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from small_runs import NETWORK, RUN, assert_one_line
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli.parser import run_command
+from tests.helpers.small_runs import NETWORK, RUN, assert_one_line
 
 FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "data.json", "samples"}
 

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from PIL import Image
-from small_runs import NETWORK, RUN, assert_one_line
-from tones import RATE, tone
 
 from ddim_fast import UNet, train
 from ddim_fast.models import audio, config
+from tests.helpers.small_runs import NETWORK, RUN, assert_one_line
+from tests.helpers.tones import RATE, tone
 
 RESUME = ("--resume", "--device=cpu", "--quiet")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from winograd import int8_by_hand
 
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3_components
+from tests.helpers.winograd import int8_by_hand
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-mavx2", "-mfma", f"-I{HERE.parents[1] / 'csrc'}"]

@@ -6,6 +6,7 @@ import torch
 
 from ddim_fast import seeded_noise
 from ddim_fast.ops import native
+from tests.helpers.pairs import every_pair
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.why_not))
 
@@ -47,10 +48,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 # The last size is more than three grains of work, so three threads take part.
-@pytest.mark.parametrize("numel", [0, 1, 15, 17, 1023, 300_001, 2_000_003])
-@pytest.mark.parametrize("clip", [INF, 1.0])
-@pytest.mark.parametrize("with_noise", [False, True])
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@every_pair(numel=[0, 1, 15, 17, 1023, 300_001, 2_000_003], num_threads=[1, 2, 3], clip=[INF, 1.0], with_noise=[False, True])
 def test_same_bits_as_numpy(numel, clip, with_noise, num_threads):
     sample, model_output, noise = make_inputs(numel)
     noise = noise if with_noise else None
@@ -155,10 +153,12 @@ def torch_reference(sample, model_output, noise=None, unconditional=None, guidan
     return torch.from_numpy(reference(x, m, z, clip))
 
 
-@pytest.mark.parametrize("numel", [0, 1, 17, 1023, 1_200_001])
-@pytest.mark.parametrize("dtypes", [(0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1)], ids=str)
-@pytest.mark.parametrize("with_noise", [False, True])
-@pytest.mark.parametrize("guided", [False, True])
+@every_pair(
+    numel=[0, 1, 17, 1023, 1_200_001],
+    dtypes=[(0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1)],
+    with_noise=[False, True],
+    guided=[False, True],
+)
 def test_bf16_and_guidance(numel, dtypes, with_noise, guided):
     state, network, result = ((torch.float32, torch.bfloat16)[code] for code in dtypes)
     generator = torch.Generator().manual_seed(0)

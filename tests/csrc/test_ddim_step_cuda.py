@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddim_fast import seeded_noise
+from tests.helpers.pairs import every_pair
 
 COEFFICIENTS = (1.25, -0.75, 0.3, 1.1, 0.9, 0.43, 0.2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,10 +67,12 @@ def assert_untouched(memory, offset=0):
     assert memory[: GUARD + offset].isnan().all() and memory[-GUARD:].isnan().all()
 
 
-@pytest.mark.parametrize("numel", [0, 1, 7, 17, 1023, 4096])
-@pytest.mark.parametrize("dtypes", [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 1, 0), (0, 2, 1), (1, 0, 2)], ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 4], ids=["aligned", "unaligned", "half-aligned"])
-@pytest.mark.parametrize("extras", [(), ("noise",), ("unconditional", "noise")], ids=["plain", "noise", "guided"])
+@every_pair(
+    numel=[0, 1, 7, 17, 1023, 4096],
+    dtypes=[(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 1, 0), (0, 2, 1), (1, 0, 2)],
+    offset={"aligned": 0, "unaligned": 1, "half-aligned": 4},
+    extras={"plain": (), "noise": ("noise",), "guided": ("unconditional", "noise")},
+)
 def test_same_bits_as_plain_tensor_operations(cuda, numel, dtypes, offset, extras):
     (sample, model_output, unconditional, noise, out), memory = make_arrays(numel, dtypes, cuda.device, offset)
     options = {name: t for name, t in (("unconditional", unconditional), ("noise", noise)) if name in extras}
@@ -107,9 +110,7 @@ def test_nan_stays_nan_and_where_it_was(cuda, which):
 
 
 # Widths of eight, four and one element a thread.
-@pytest.mark.parametrize("shape", [(1, 4, 6), (3, 2, 2), (3, 5, 7), (1, 1, 2)], ids=str)
-@pytest.mark.parametrize("dtypes", [(0, 0, 0), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("number", [0, 7, 2**32 - 1])
+@every_pair(shape=[(1, 4, 6), (3, 2, 2), (3, 5, 7), (1, 1, 2)], dtypes=[(0, 0, 0), (1, 1, 1)], number=[0, 7, 2**32 - 1])
 def test_noise_of_seeds(cuda, shape, dtypes, number):
     seeds = torch.tensor([5, 0, 2**40 + 3, 2**63 - 1, 5], device=cuda.device)
     z = seeded_noise(seeds.cpu(), number, shape).flatten().to(cuda.device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
+from tests.helpers.pairs import every_pair
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,39 +97,48 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mean,std", [(0.0, 1.0), (-2.3, 0.5), (100.0, 1e-3)])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(str(v) for v in (s["channels"], *s["size"], s["groups"])))
-def test_as_exact_as_pytorch(cuda, shape, mean, std, dtype, layout):
+@every_pair(
+    shape={"x".join(str(v) for v in (s["channels"], *s["size"], s["groups"])): s for s in SHAPES},
+    values=[(0.0, 1.0), (-2.3, 0.5), (100.0, 1e-3)],
+    dtype=DTYPES,
+    layout=list(LAYOUTS),
+)
+def test_as_exact_as_pytorch(cuda, shape, values, dtype, layout):
+    mean, std = values
     arguments, options = make_call(cuda.device, **shape, layout=layout, dtype=dtype, mean=mean, std=std)
     assert_exact(run(cuda, arguments, options, layout), arguments, options)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
-@pytest.mark.parametrize(
-    "extras,skip",
-    [(("pre_shift",), 0), (("scale", "shift"), 0), (("residual",), 0), ((), 16), (EXTRAS, 16), (EXTRAS, 10)],
-    ids=["pre_shift", "film", "residual", "skip", "everything", "odd"],
+@every_pair(
+    additions={
+        "pre_shift": {"extras": ("pre_shift",)},
+        "film": {"extras": ("scale", "shift")},
+        "residual": {"extras": ("residual",)},
+        "skip": {"skip": 16},
+        "everything": {"extras": EXTRAS, "skip": 16},
+        "odd": {"extras": EXTRAS, "skip": 10},
+    },
+    silu={"silu": True, "linear": False},
+    dtype=DTYPES,
+    layout=list(LAYOUTS),
 )
-def test_with_the_additions_of_a_residual_block(cuda, extras, skip, silu, dtype, layout):
+def test_with_the_additions_of_a_residual_block(cuda, additions, silu, dtype, layout):
     # Three groups of sixteen channels: those of skip start within a group.
     arguments, options = make_call(
-        cuda.device, channels=48, size=(4, 8), groups=3, layout=layout, dtype=dtype, extras=extras, skip=skip, silu=silu
+        cuda.device, channels=48, size=(4, 8), groups=3, layout=layout, dtype=dtype, silu=silu, **additions
     )
     assert_exact(run(cuda, arguments, options, layout), arguments, options)
 
 
 # 52 and 104 KiB in fp32 for each of two groups.
-@pytest.mark.parametrize("size", [(40, 40), (57, 57)], ids=["40x40", "57x57"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(
-    "multiprocessors,shared", [(132, 227 << 10), (1, 227 << 10), (1, 40 << 10)], ids=["idle", "fits", "split"]
+@every_pair(
+    chip={"idle": (132, 227 << 10), "fits": (1, 227 << 10), "split": (1, 40 << 10)},
+    size=[(40, 40), (57, 57)],
+    dtype=DTYPES,
+    layout=list(LAYOUTS),
 )
-def test_large_groups_whole_and_in_parts(cuda, multiprocessors, shared, dtype, layout, size):
+def test_large_groups_whole_and_in_parts(cuda, chip, dtype, layout, size):
+    multiprocessors, shared = chip
     if cuda.set_emulation:
         cuda.set_emulation(multiprocessors, shared, False)
     n = 1 if cuda.set_emulation or multiprocessors > 1 else 200

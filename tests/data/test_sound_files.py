@@ -7,10 +7,10 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from tones import MEL, RATE, tone
 
 from ddim_fast.data.sound_files import load_sounds
 from ddim_fast.data.sounds import load_sound_images
+from tests.helpers.tones import MEL, RATE, tone
 
 LABELS = ["0/ann"] * 3 + ["0/bob"] * 3 + ["1/ann"] * 3 + ["1/bob"] * 3
 

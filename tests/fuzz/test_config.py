@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from driver import Fuzzer, main, mutate_json
 
 from ddim_fast import Autoencoder, NoiseSchedule, UNet, UNetConfig
 from ddim_fast.models.audio import AudioConfig
 from ddim_fast.models.checkpoint import save_checkpoint, save_timesteps
 from ddim_fast.models.config import AutoencoderConfig
 from ddim_fast.models.formats.diffusers import save_diffusers
+from tests.helpers.fuzzing import Fuzzer, main, mutate_json
 
 SMALL = UNetConfig(
     sample_size=8,

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from driver import Fuzzer, main, mutate_bytes
 from PIL import Image
 
 from ddim_fast.data.images import load_images
@@ -17,6 +16,7 @@ from ddim_fast.evaluation.inception import FeatureNetwork
 from ddim_fast.evaluation.pictures import read_pictures
 from ddim_fast.evaluation.reference import load_reference
 from ddim_fast.io.processes import Processes
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes
 
 NETWORK = FeatureNetwork(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(12, 6)), "tiny", 6, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from driver import Fuzzer, main, mutate_bytes, mutate_json
 
 from ddim_fast import UNet, UNetConfig
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes, mutate_json
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

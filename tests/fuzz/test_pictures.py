@@ -5,11 +5,11 @@ import struct
 import zlib
 
 import numpy as np
-from driver import Fuzzer, main, mutate_bytes
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from ddim_fast.data.images import load_images
 from ddim_fast.jobs.video_files import frame_rate, read_frames
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F")
 

@@ -4,12 +4,12 @@ import contextlib
 import io
 import sys
 
-from driver import Fuzzer, main, mutate_bytes, mutate_json
 from PIL import Image
-from test_weights import mutate_pickle
 
 from ddim_fast import train
 from ddim_fast.cli.parser import run_command
+from tests.fuzz.test_weights import mutate_pickle
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes, mutate_json
 
 NETWORK = "sample_size=8 base_channels=8 channel_multipliers=[1] layers_per_block=1 attention_resolutions=[] norm_num_groups=4"
 OPTIONS = ("--preset=grey-32", "--set", *NETWORK.split(), "--batch-size=4", "--sample-every=9", "--class-conditional")

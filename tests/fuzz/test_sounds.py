@@ -2,10 +2,10 @@
 
 import numpy as np
 import soundfile
-from driver import Fuzzer, main, mutate_bytes
 
 from ddim_fast.data.sound_files import load_sounds
 from ddim_fast.models.audio import AudioConfig
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes
 
 RATE = 8000
 CONFIG = AudioConfig(kind="mel", sample_rate=RATE // 2, length=2048, fold=2, n_fft=256, hop=128, mels=16)

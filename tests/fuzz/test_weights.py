@@ -7,14 +7,14 @@ import zipfile
 
 import pytest
 import torch
-from driver import Fuzzer, main, mutate_bytes, mutate_json
 from safetensors.torch import save_file
-from test_config import SMALL
 
 from ddim_fast import UNet
 from ddim_fast.models.checkpoint import save_checkpoint
 from ddim_fast.models.formats.diffusers import save_diffusers
 from ddim_fast.models.formats.ermongroup import _stored_name
+from tests.fuzz.test_config import SMALL
+from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes, mutate_json
 
 
 def load(path):

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_networks import ATTENTION, BLOCKS, CROSS
 from torch import nn
 
 import ddim_fast
 from ddim_fast import UNet, UNetConfig, accelerate, unaccelerate
+from tests.helpers.small_networks import ATTENTION, BLOCKS, CROSS
 
 diffusers = pytest.importorskip("diffusers")
 

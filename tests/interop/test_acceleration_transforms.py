@@ -7,12 +7,12 @@ import io
 
 import pytest
 import torch
-from small_networks import ATTENTION, BLOCKS, CROSS
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddim_fast import accelerate, unaccelerate
+from tests.helpers.small_networks import ATTENTION, BLOCKS, CROSS
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -302,7 +302,6 @@ class TestDevice:
             scheduler.step(images(1), scheduler.timesteps[:1].to(torch.int32), images())
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     @pytest.mark.parametrize("prediction_type", TYPES)
     def test_steps_do_not_wait_for_a_gpu(self, prediction_type):
         scheduler, expected = FastDDIMScheduler(prediction_type=prediction_type), DDIMScheduler(prediction_type=prediction_type)

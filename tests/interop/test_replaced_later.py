@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import ATTENTION, BLOCKS, CROSS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ddim_fast import accelerate, unaccelerate
+from tests.helpers.small_networks import ATTENTION, BLOCKS, CROSS
 
 diffusers = pytest.importorskip("diffusers")
 

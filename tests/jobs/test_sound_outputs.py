@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tones import RATE, tone
 
 from ddim_fast.audio.codec import make_codec
 from ddim_fast.jobs.outputs import Batches
 from ddim_fast.jobs.sound_outputs import WavFolder
+from tests.helpers.tones import RATE, tone
 
 BATCHES = Batches([3, 1, 12], None, 2, (1, 1, 1))
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from ahead_of_time import assert_fits, compile_ahead, compile_alone
-from ptx_on_cpu import run_ptx
+
+from tests.helpers.ahead_of_time import assert_fits, compile_ahead, compile_alone
+from tests.helpers.ptx_on_cpu import run_ptx
 
 # (dtype, heads, tokens, head dimension), for all block sizes but those of float64.
 CASES = (

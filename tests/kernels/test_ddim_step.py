@@ -4,8 +4,9 @@ tests/ops."""
 import sys
 
 import pytest
-from ahead_of_time import assert_fits, compile_ahead, compile_alone
-from ptx_on_cpu import run_ptx
+
+from tests.helpers.ahead_of_time import assert_fits, compile_ahead, compile_alone
+from tests.helpers.ptx_on_cpu import run_ptx
 
 COEFFICIENTS = (1.25, -0.75, 0.3, 1.1, 0.9, 0.43, 0.2)
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from ahead_of_time import assert_fits, compile_ahead, compile_alone
-from ptx_on_cpu import run_ptx
+
+from tests.helpers.ahead_of_time import assert_fits, compile_ahead, compile_alone
+from tests.helpers.ptx_on_cpu import run_ptx
 
 
 class Case(NamedTuple):

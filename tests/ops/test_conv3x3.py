@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from winograd import int8_by_hand
 
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import (
@@ -12,6 +11,8 @@ from ddim_fast.ops.conv3x3 import (
     conv3x3_reference,
     prepare_conv3x3,
 )
+from tests.helpers.pairs import every_pair
+from tests.helpers.winograd import int8_by_hand
 
 HAS_BF16 = native.module is not None and native.module.conv3x3_has_bf16()
 
@@ -60,10 +61,8 @@ def rms(error):
 
 
 @needs_native
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@every_pair(shape=SHAPES, upsample=[False, True], with_residual=[False, True])
 def test_is_as_exact_as_pytorch(dtype, shape, upsample, with_residual):
     x, weight, bias = make(*shape, dtype)
     exact = conv3x3_reference(x.double(), weight.double(), bias.double(), upsample=upsample)

@@ -9,6 +9,7 @@ from ddim_fast import coefficient_table, ddim_step, fast_ddim_step, seeded_noise
 from ddim_fast.diffusion.step import step_coefficients
 from ddim_fast.ops import native
 from ddim_fast.ops.ddim_step import _registered, ddim_step_reference
+from tests.helpers.pairs import every_pair
 
 A, B = 0.23, 0.61
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -42,10 +43,9 @@ def formula(sample, output, a=A, b=B, *, eta=0.0, noise=None, prediction_type="e
     return b.sqrt() * x0 + direction + (sigma * noise.double() if noise is not None else 0)
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("eta", ETAS)
-@pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@every_pair(
+    dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16], prediction_type=TYPES, eta=ETAS, clip=[None, 1.0]
+)
 def test_equals_the_formula(dtype, prediction_type, eta, clip):
     sample, output, noise = make_inputs(dtype=dtype)
     noise = noise if eta else None
@@ -197,10 +197,7 @@ def served(backend, dtype):
     return dtype != torch.float16 or backend.name != "native"
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("eta", [0.0, 0.5, "sigma-hat"])
-@pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (4, 3, 64, 64)])
+@every_pair(prediction_type=TYPES, eta=[0.0, 0.5, "sigma-hat"], clip=[None, 1.0], shape=[(3, 2, 5, 7), (4, 3, 64, 64)])
 def test_every_implementation_equals_the_reference_bit_for_bit(backend, shape, prediction_type, eta, clip):
     tensors = [t.to(backend.device) for t in make_inputs(shape)]
     sample, output, noise = tensors
@@ -213,11 +210,10 @@ def test_every_implementation_equals_the_reference_bit_for_bit(backend, shape, p
 @pytest.mark.parametrize("sample_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("output_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [5, 1037])
-def test_sample_output_and_result_may_each_have_a_dtype(backend, sample_dtype, output_dtype, out_dtype, numel):
+def test_sample_output_and_result_may_each_have_a_dtype(backend, sample_dtype, output_dtype, out_dtype):
     if not all(served(backend, dtype) for dtype in (sample_dtype, output_dtype, out_dtype)):
         pytest.skip("float16 is for GPUs")
-    sample, output, noise = (t.to(backend.device) for t in make_inputs((1, numel)))
+    sample, output, noise = (t.to(backend.device) for t in make_inputs((1, 1037)))
     unconditional = output.flip(1)
     sample, noise, output, unconditional = (
         *(t.to(sample_dtype) for t in (sample, noise)),
@@ -228,8 +224,8 @@ def test_sample_output_and_result_may_each_have_a_dtype(backend, sample_dtype, o
     expected = ddim_step_reference(sample, output, coefficients, 1.0, noise, **options)
     assert_same_bits(ddim_step(sample, output, coefficients, 1.0, noise, **options), expected, backend)
     # The same written into a tensor that is given, and into none of its neighbours.
-    buffer = torch.full((numel + 2,), 7.0, dtype=out_dtype, device=backend.device)
-    out = buffer[1:-1].view(1, numel)
+    buffer = torch.full((output.numel() + 2,), 7.0, dtype=out_dtype, device=backend.device)
+    out = buffer[1:-1].view(output.shape)
     del options["out_dtype"]
     assert ddim_step(sample, output, coefficients, 1.0, noise, out, **options) is out
     assert_same_bits(out, expected, backend)
@@ -244,8 +240,9 @@ def test_guidance_is_the_step_with_both_outputs_combined(backend, guidance):
     torch.testing.assert_close(actual.double(), formula(sample, combined), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 1, 3), (2, 3, 32, 32), (4, 1), (3,)])
-@pytest.mark.parametrize("step", [0, 1, 16, 2**31])
+@pytest.mark.parametrize(
+    "shape,step", [((3, 2, 5, 7), 0), ((3, 1, 3), 1), ((2, 3, 32, 32), 16), ((4, 1), 2**31), ((3,), 1), ((2, 3, 32, 32), 2**31)]
+)
 def test_noise_from_seeds_is_that_of_seeded_noise(backend, shape, step):
     sample, output, _ = (t.to(backend.device) for t in make_inputs(shape))
     seeds = [5, 0, 2**63 - 1, 2**40 + 3][: shape[0]]

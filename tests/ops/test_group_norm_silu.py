@@ -9,6 +9,7 @@ from ddim_fast.ops.group_norm_silu import (
     group_norm_silu,
     group_norm_silu_reference,
 )
+from tests.helpers.pairs import every_pair
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,24 +117,26 @@ def test_pre_shift_is_read_where_it_lies(backend):
         assert torch.equal(group_norm_silu(*arguments, pre_shift=pre_shift), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mean,std", [(0.0, 1.0), (-2.3, 0.5), (100.0, 1e-3), (1e-3, 1e-4)])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"channels": 24, "size": (5, 7), "groups": 4},
-        {"channels": 32, "size": (8, 8), "groups": 8},  # four channels a group
-        {"channels": 130, "size": (3, 3), "groups": 2},  # wider than a strip, and not a multiple of one
-        {"channels": 7, "size": (33, 17), "groups": 7},
-        {"channels": 96, "size": (4, 4), "groups": 1},
-        {"channels": 96, "size": (1, 1), "groups": 8},
-        {"n": 1, "channels": 16, "size": (48, 48), "groups": 8},
-        {"n": 1, "channels": 5, "size": (83, 97), "groups": 1},  # several tiles on a GPU
-    ],
-    ids=lambda s: "x".join(str(v) for v in (s["channels"], *s["size"], s["groups"])),
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)  # all with all, since no backend serves each
+@every_pair(
+    shape={
+        "x".join(str(v) for v in (s["channels"], *s["size"], s["groups"])): s
+        for s in (
+            {"channels": 24, "size": (5, 7), "groups": 4},
+            {"channels": 32, "size": (8, 8), "groups": 8},  # four channels a group
+            {"channels": 130, "size": (3, 3), "groups": 2},  # wider than a strip, and not a multiple of one
+            {"channels": 7, "size": (33, 17), "groups": 7},
+            {"channels": 96, "size": (4, 4), "groups": 1},
+            {"channels": 96, "size": (1, 1), "groups": 8},
+            {"n": 1, "channels": 16, "size": (48, 48), "groups": 8},
+            {"n": 1, "channels": 5, "size": (83, 97), "groups": 1},  # several tiles on a GPU
+        )
+    },
+    values=[(0.0, 1.0), (-2.3, 0.5), (100.0, 1e-3), (1e-3, 1e-4)],
+    layout=list(LAYOUTS),
 )
-def test_as_exact_as_pytorch(backend, shape, mean, std, dtype, layout):
+def test_as_exact_as_pytorch(backend, shape, values, dtype, layout):
+    mean, std = values
     call = make_call(**shape, layout=layout, dtype=dtype, mean=mean, std=std, device=backend.device)
     assert_as_exact_as_pytorch(backend, *call)
 
@@ -149,21 +152,20 @@ def test_a_large_mean_costs_no_digits(backend, size, layout):
     assert error <= 8 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize(
-    "extras,skip",
-    [
-        (("pre_shift",), 0),
-        (("scale", "shift"), 0),
-        (("residual",), 0),
-        ((), 8),
-        (("pre_shift", "scale", "shift", "residual"), 10),  # the border cuts a group of twelve channels
-    ],
-    ids=["pre_shift", "film", "residual", "skip", "everything"],
+@every_pair(
+    additions={
+        "pre_shift": {"extras": ("pre_shift",)},
+        "film": {"extras": ("scale", "shift")},
+        "residual": {"extras": ("residual",)},
+        "skip": {"skip": 8},
+        # The border cuts a group of twelve channels.
+        "everything": {"extras": ("pre_shift", "scale", "shift", "residual"), "skip": 10},
+    },
+    silu=[True, False],
+    layout=list(LAYOUTS),
 )
-def test_the_additions_of_a_residual_block(backend, extras, skip, silu, layout):
-    arguments, options = make_call(channels=36, groups=3, layout=layout, extras=extras, skip=skip, device=backend.device)
+def test_the_additions_of_a_residual_block(backend, additions, silu, layout):
+    arguments, options = make_call(channels=36, groups=3, layout=layout, **additions, device=backend.device)
     out = assert_as_exact_as_pytorch(backend, arguments, {**options, "silu": silu})
     assert out.is_contiguous(memory_format=LAYOUTS[layout])
 
@@ -187,20 +189,25 @@ def test_other_strides_and_dtypes_of_the_inputs(backend, layout):
 
 
 @differentiable
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mean,std", [(-2.3, 0.5), (100.0, 1e-3)])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"channels": 24, "size": (5, 7), "groups": 4, "silu": False},
-        {"channels": 32, "size": (8, 8), "groups": 8, "skip": 16},
-        {"channels": 36, "size": (5, 7), "groups": 3, "skip": 10, "extras": ("pre_shift", "scale", "shift", "residual")},
-        {"n": 1, "channels": 6, "size": (50, 57), "groups": 1, "skip": 1, "extras": ("pre_shift",)},  # several tiles
-    ],
-    ids=["plain", "skip", "everything", "tiles"],
+@every_pair(
+    shape={
+        "plain": {"channels": 24, "size": (5, 7), "groups": 4, "silu": False},
+        "skip": {"channels": 32, "size": (8, 8), "groups": 8, "skip": 16},
+        "everything": {
+            "channels": 36,
+            "size": (5, 7),
+            "groups": 3,
+            "skip": 10,
+            "extras": ("pre_shift", "scale", "shift", "residual"),
+        },
+        "tiles": {"n": 1, "channels": 6, "size": (50, 57), "groups": 1, "skip": 1, "extras": ("pre_shift",)},
+    },
+    values=[(-2.3, 0.5), (100.0, 1e-3)],
+    layout=list(LAYOUTS),
 )
-def test_gradients_are_as_exact_as_pytorchs(backend, shape, mean, std, dtype, layout):
+def test_gradients_are_as_exact_as_pytorchs(backend, shape, values, dtype, layout):
+    mean, std = values
     skip_what_it_cannot(backend, dtype)
     shape = dict(shape)
     silu = shape.pop("silu", True)
@@ -388,7 +395,6 @@ def test_the_registered_operator_compiles_with_its_gradient(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_compiles_without_a_graph_break_on_a_gpu():
     (x, *rest), options = make_call(
         channels=32, groups=8, layout="channels_last", extras=("pre_shift",), dtype=torch.bfloat16, device="cuda"

@@ -2,8 +2,8 @@
 
 A module of this folder has a :class:`Fuzzer` a reader. pytest runs a few hundred inputs of each; more are run by hand::
 
-    python tests/fuzz/test_config.py --count 20000 --seed 0
-    python tests/fuzz/test_config.py --first 1234 --count 1     # input 1234 again
+    python -m tests.fuzz.test_config --count 20000 --seed 0
+    python -m tests.fuzz.test_config --first 1234 --count 1     # input 1234 again
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from ahead_of_time import instead_of_launching
+
+from tests.helpers.ahead_of_time import instead_of_launching
 
 SHARED = 227 * 1024
 WARP = 32

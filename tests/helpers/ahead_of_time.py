@@ -101,8 +101,8 @@ def assert_fits(kernel: Compiled, capability: int) -> None:
 
 def compile_alone(test_file: str, capability: int, *arguments: str) -> None:
     """Runs ``test_file`` as a program, ``test_file CAPABILITY ARGUMENTS``, where Triton compiles instead of interpreting."""
-    folder = str(Path(__file__).parent)
-    path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     environment.pop("DDIM_FAST_BACKEND", None)
     command = [sys.executable, test_file, str(capability), *arguments]

@@ -1,9 +1,10 @@
 """The driver itself: what it takes for a fault."""
 
-import driver
 import pytest
 import torch
-from driver import Fuzzer, mutate_bytes, mutate_json
+
+from tests.helpers import fuzzing
+from tests.helpers.fuzzing import Fuzzer, mutate_bytes, mutate_json
 
 
 def write(folder):
@@ -54,7 +55,7 @@ def test_a_refusal_of_one_line_with_the_files_name_is_no_fault():
     ],
 )
 def test_anything_else_is_a_fault(fail, why, monkeypatch):
-    monkeypatch.setattr(driver, "SECONDS", 0.05)
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.05)
     outcome = Fuzzer("name", write, reader(fail), lambda random, data: b"changed").run(1)
     assert not outcome.read and not outcome.refused and why in outcome.faults[0].splitlines()[0]
 
