@@ -19,6 +19,7 @@ def model():
     return model.eval().requires_grad_(False).to(peers.DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peer", "precision"), PRECISIONS)
 @torch.no_grad()
 def test_a_peer_evaluates_the_same_network(model, peer, precision):

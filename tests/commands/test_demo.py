@@ -120,6 +120,7 @@ def inpainted(page, panel, timeout: type[Exception]) -> np.ndarray:
     raise AssertionError("nothing was inpainted")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_page_in_a_browser(studio):
     pytest.importorskip("gradio")

@@ -320,6 +320,7 @@ def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, smal
     assert code == 1 and f"{tmp_path / 'broken'}: the samples are not finite" in err
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(checkpoint, photos, tmp_path):
     launch = [sys.executable, "-m"]
     torchrun = [*launch, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

@@ -53,6 +53,7 @@ def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fas
     assert code == 0 and f", {dtype}: " in out
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_fastest_execution_is_a_slower_one(checkpoint, tmp_path):
     """Where torch.compile would serve, because the native operators do not."""
     out = tmp_path / "out"
@@ -340,6 +341,7 @@ print(moment, status)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
     options, suffix, whole = job
     out = tmp_path / f"killed-#{suffix}"
@@ -391,6 +393,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeyp
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(job, tmp_path):
     options, suffix, whole = job
     out = tmp_path / f"two{suffix}"

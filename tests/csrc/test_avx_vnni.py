@@ -17,6 +17,7 @@ FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-mavx2", "-mfma", f"-I{
 STRIPS = {"avx512": 64, "avx2": 16, "baseline": 8}  # output channels whose weights lie together
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(native.module is None, reason=str(native.why_not)),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found"),
 ]

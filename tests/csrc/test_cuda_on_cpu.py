@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles
+
 # Each kernel adds up the squares of the thread numbers in shared memory; 0 is right and the others are not.
 SOURCE = r"""
 #include "cuda_on_cpu.h"

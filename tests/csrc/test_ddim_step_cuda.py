@@ -8,6 +8,8 @@ import torch
 from ddim_fast import seeded_noise
 from tests.helpers.pairs import every_pair
 
+pytestmark = pytest.mark.slow  # the emulated module is compiled first
+
 COEFFICIENTS = (1.25, -0.75, 0.3, 1.1, 0.9, 0.43, 0.2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32, BF16, FP16 = range(3)

@@ -6,6 +6,8 @@ import torch
 from ddim_fast.ops.group_norm_silu import group_norm_silu_reference
 from tests.helpers.pairs import every_pair
 
+pytestmark = pytest.mark.slow  # the emulated module is compiled first
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUARD = 64  # values on either side of an array that must stay as they are

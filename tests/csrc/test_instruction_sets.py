@@ -16,7 +16,7 @@ OPERATORS = {
     "ddim_step": [TESTS / "csrc" / "test_ddim_step.py"],
 }
 
-pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.why_not))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(native.module is None, reason=str(native.why_not))]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -18,7 +18,7 @@ FLAGS = ["-O3", "-std=c++17", "-fmad=false"]  # as setup.py has them
 TOOLKITS = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
 NVCC = shutil.which("nvcc", path=os.pathsep.join([*TOOLKITS, os.environ.get("PATH", "")]))
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc was not found")]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow  # the emulated module is compiled first
+
 ONES = 0xFFFFFFFF
 
 

@@ -18,6 +18,8 @@ from ddim_fast.deploy import OnnxSampler
 from ddim_fast.deploy.onnx_export import export_onnx
 from ddim_fast.io.pictures import to_uint8
 
+pytestmark = pytest.mark.slow  # servers under load
+
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")

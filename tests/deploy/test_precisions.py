@@ -77,6 +77,7 @@ def rounded(model):
     return wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,opset", [("float16", 20), ("bfloat16", 22)])
 def test_half_precision_errs_no_more_than_pytorch(name, opset, exported, images_of, torch_images):
     dtype = getattr(torch, name)
@@ -165,6 +166,7 @@ def test_an_export_for_cuda_is_a_graph_that_onnx_runtime_takes(options, use_expo
             onnxruntime.InferenceSession(tmp_path / "onnx" / name, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 def test_a_network_that_diffusers_saved_is_exported(make_unet, tmp_path):
     small = {"sample_size": 16, "base_channels": 8, "norm_num_groups": 4, "channel_multipliers": (1, 2, 2)}
     small["layers_per_block"] = 1

@@ -148,6 +148,7 @@ def test_images_of_another_size_are_refused(sampler):
         sampler.encode(torch.zeros(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_restoration_keeps_to_what_was_measured(engine, network):
     """Of images that the network makes itself, by an autoencoder that loses nothing."""

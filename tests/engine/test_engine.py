@@ -77,6 +77,7 @@ def test_a_guide_is_part_of_the_step(engine, fake_network):
         torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_requests_that_differ_in_layout_or_mode_follow_each_other(engine, small_unet):
     network = on_device_of(engine, small_unet)

@@ -126,6 +126,7 @@ class TestTheSameResult:
         assert error(result, exact) <= 2 * error(plain, exact)
         assert len(report.replaced) > 30 and any(r.by == "group_norm_silu, conv3x3" for r in report.replaced)
 
+    @pytest.mark.slow
     def test_compiled(self, make):
         model, call = make("conditional")
         exact, plain = in_dtype(model, torch.float64), in_dtype(model, torch.bfloat16)
@@ -137,6 +138,7 @@ class TestTheSameResult:
         changed = call(compiled)
         assert error(changed, call(copy.deepcopy(model)).double()) < 2e-2 < error(changed, exact)
 
+    @pytest.mark.slow
     def test_by_the_engine(self, make):
         model, call = make("unet")
         plain = call(model)

@@ -382,6 +382,7 @@ def test_what_was_taken_out_is_given_back_too(network, dtype):
     assert torch.equal(call(model), call(network()))
 
 
+@pytest.mark.slow
 @DTYPES
 def test_compiled_networks_too(network, dtype):
     model = network()

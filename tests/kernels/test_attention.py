@@ -46,6 +46,7 @@ def check_machine_code(capability: int) -> None:
             assert "tf32" not in kernel.ptx, case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code(capability):
     pytest.importorskip("triton")
@@ -112,6 +113,7 @@ def check_numbers(capability: int) -> None:
             assert error < 8 * torch.finfo(dtype).eps, f"{name}, {dtype}, {tokens} tokens, head dimension {dim}: {error}"
 
 
+@pytest.mark.slow
 def test_what_is_compiled_computes_what_is_meant():
     pytest.importorskip("triton")
     compile_alone(__file__, 80, "numbers")

@@ -43,6 +43,7 @@ def check(capability: int) -> None:
         assert "fma." not in kernel.ptx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code(capability):
     pytest.importorskip("triton")
@@ -72,6 +73,7 @@ def check_numbers(capability: int) -> None:
             torch.testing.assert_close(actual, expected, atol=4 * tolerance, rtol=tolerance, msg=f"{dtype}, {list(options)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_is_compiled_computes_what_is_meant(capability):
     pytest.importorskip("triton")

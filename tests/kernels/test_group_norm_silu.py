@@ -99,6 +99,7 @@ def check_units(capability: int) -> None:
             assert_fits(kernel, capability)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code(capability):
     pytest.importorskip("triton")
@@ -169,6 +170,7 @@ def check_large_mean(capability: int) -> None:
         assert error <= 8 * torch.finfo(torch.float32).eps * exact.abs().max(), f"{channels}, {size}, {layout}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_is_compiled_computes_what_is_meant(capability):
     pytest.importorskip("triton")

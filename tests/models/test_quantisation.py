@@ -84,6 +84,7 @@ def test_each_error_is_that_of_its_convolution(small_unet):
     assert error.item() == pytest.approx(errors[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiles(small_unet):
     request = {"seeds": range(2), "labels": 3}
     eager = Sampler(small_unet, steps=2, dtype=torch.int8).sample(**request)

@@ -191,6 +191,7 @@ def test_dropout_is_for_training_only():
         assert not torch.equal(model(x, t), model(x, t))
 
 
+@pytest.mark.slow
 def test_training_compiles_without_graph_breaks():
     model = make_unet(channel_multipliers=(1, 2), layers_per_block=1, num_classes=4).train()
     arguments = torch.randn(2, 3, 16, 16), torch.tensor([1, 900]), torch.tensor([0, 4])

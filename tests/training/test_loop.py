@@ -324,6 +324,7 @@ def test_bf16_trains_float32_weights():
     assert float(step.loss) == pytest.approx(float(exact[-1].loss), rel=0.05)
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager(monkeypatch):
     data = make_data(8, labels=[0, 1] * 4)
     options = {"steps": 2, "min_snr_gamma": 5.0}

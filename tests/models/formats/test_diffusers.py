@@ -590,6 +590,7 @@ def test_an_empty_folder_is_filled_and_readable_as_the_umask_says(small_unet, tm
     assert stat.S_IMODE((tmp_path / "saved" / "unet" / WEIGHTS).stat().st_mode) == 0o640
 
 
+@pytest.mark.slow
 def test_diffusers_need_not_be_installed(pipeline, tmp_path):
     code = (
         "import sys; sys.modules['diffusers'] = None; from pathlib import Path; from ddim_fast import UNet; "
