@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_fast import evaluate
+from ddim_fast import UNet, evaluate
 from ddim_fast.evaluation.inception import NAME, FeatureNetwork
 
 
@@ -28,6 +29,16 @@ def tiny_inception(monkeypatch):
 def checkpoint(small_unet, tmp_path):
     small_unet.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def coarse_checkpoint(small_unet, small_config, tmp_path):
+    """Of a network with a tenth of the timesteps, in which its ODE is solved for comparison."""
+    config = dataclasses.replace(small_config, num_train_timesteps=100, beta_start=1e-3, beta_end=0.2)
+    coarse = UNet(config)
+    coarse.load_state_dict(small_unet.state_dict())
+    coarse.save_pretrained(tmp_path / "coarse")
+    return tmp_path / "coarse"
 
 
 @pytest.fixture
@@ -89,31 +100,29 @@ def test_a_grid_of_settings_is_measured_once(run, checkpoint, photos, tmp_path, 
     assert len(rows(tmp_path, "quality")) == 8
 
 
-def test_guidance_in_an_interval(run, checkpoint, tmp_path):
-    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--spacing", "linear"]
-    for options in ([], ["--guidance", 2], ["--guidance", 2, "--guidance-interval", 400, 600]):
+def test_guidance_in_an_interval(run, coarse_checkpoint, tmp_path):
+    command = ["--model", coarse_checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--spacing", "linear"]
+    for options in ([], ["--guidance", 2], ["--guidance", 2, "--guidance-interval", 40, 60]):
         code, _, err = run(*command, *options)
         assert code == 0, err
     none, everywhere, between = rows(tmp_path, "trajectory")
     assert [row["evaluations"] for row in (none, everywhere, between)] == [3, 6, 4]
     assert len({row["error"] for row in (none, everywhere, between)}) == 3
-    assert between["settings"]["guidance_interval"] == [400, 600] and "guidance_interval" not in everywhere["settings"]
+    assert between["settings"]["guidance_interval"] == [40, 60] and "guidance_interval" not in everywhere["settings"]
 
 
-def test_num_images_by_its_former_name(run, checkpoint, tmp_path):
-    code, _, err = run("--model", checkpoint, "--trajectory-error", "--num", 2, "--steps", 1, "--quiet")
+def test_num_images_by_its_former_name(run, coarse_checkpoint, tmp_path):
+    code, _, err = run("--model", coarse_checkpoint, "--trajectory-error", "--num", 2, "--steps", 1, "--quiet")
     assert (code, err) == (0, "warning: --num is now --num-images\n")
     assert rows(tmp_path, "trajectory")[0]["settings"]["seeds"] == "0-1"
     assert "--num " not in run("--help")[1]
 
 
-def test_a_guide_is_part_of_the_settings(run, checkpoint, small_config, tmp_path):
-    from ddim_fast import UNet
-
+def test_a_guide_is_part_of_the_settings(run, coarse_checkpoint, tmp_path):
     torch.manual_seed(1)
-    UNet(small_config).save_pretrained(tmp_path / "guide")
-    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--guidance", 2]
-    for options in ([], ["--guide", tmp_path / "guide"], ["--guide", checkpoint]):
+    UNet(UNet.from_pretrained(coarse_checkpoint).config).save_pretrained(tmp_path / "guide")
+    command = ["--model", coarse_checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 3, "--guidance", 2]
+    for options in ([], ["--guide", tmp_path / "guide"], ["--guide", coarse_checkpoint]):
         code, _, err = run(*command, *options)
         assert code == 0, err
     itself, guided, nowhere = rows(tmp_path, "trajectory")
@@ -123,8 +132,8 @@ def test_a_guide_is_part_of_the_settings(run, checkpoint, small_config, tmp_path
     assert guided["settings"]["guide weights"] != nowhere["settings"]["guide weights"] == nowhere["settings"]["weights"]
 
 
-def test_another_batch_size_does_not_read_the_solutions_of_this_one(run, checkpoint, tmp_path):
-    command = ["--model", checkpoint, "--trajectory-error", "--num-images", 6, "--steps", 2]
+def test_another_batch_size_does_not_read_the_solutions_of_this_one(run, coarse_checkpoint, tmp_path):
+    command = ["--model", coarse_checkpoint, "--trajectory-error", "--num-images", 6, "--steps", 2]
     errors = []
     for size in (2, 4, 2):
         assert run(*command, "--batch-size", size)[0] == 0
@@ -260,8 +269,6 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
 
 def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, monkeypatch):
     import dataclasses
-
-    from ddim_fast import UNet
 
     torch.manual_seed(0)
     config = dataclasses.replace(small_config, num_train_timesteps=25, beta_end=0.3, sample_size=8, attention_resolutions=())
