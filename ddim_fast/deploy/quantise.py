@@ -58,7 +58,7 @@ def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._inputs = iter(inputs)
 
