@@ -38,8 +38,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.config import DiffusionModel
 from .denoiser import Denoiser
 from .prediction import prediction_coefficients
 from .sampler import Sampler
@@ -71,7 +72,7 @@ _MEASURED = (*range(1, 11), 15, 20)
 
 
 def fit_timesteps(
-    model: nn.Module,
+    model: DiffusionModel,
     *,
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.config import DiffusionModel
 from .guidance import ClassifierGuidance, Gradient, apply_guidance, check_guide, guided_steps
 from .network import Network, NetworkConditions, with_labels
 from .schedule import NoiseSchedule
@@ -67,10 +68,10 @@ class Denoiser:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DiffusionModel,
         *,
         dtype: torch.dtype = torch.float32,
-        guide: nn.Module | None = None,
+        guide: DiffusionModel | None = None,
         batch_invariant: bool = True,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -91,7 +92,7 @@ class Denoiser:
         return self._network.device
 
     @property
-    def networks(self) -> tuple[nn.Module, ...]:
+    def networks(self) -> tuple[DiffusionModel, ...]:
         """All that decides a prediction."""
         return (self.model,) if self.guide is None else (self.model, self.guide)
 

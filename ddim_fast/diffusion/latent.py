@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import inference
+from ..models.config import DiffusionModel
 from ..models.unet_blocks import batch_invariant
 from .degradations import LinearOperator
 from .request import as_tensor
@@ -91,7 +92,7 @@ class LatentSampler:
         return getattr(self.sampler, name)
 
     @property
-    def networks(self) -> tuple[nn.Module, ...]:
+    def networks(self) -> tuple[DiffusionModel | nn.Module, ...]:
         """All that decides what an image is made of."""
         return (*self.sampler.networks, self.codec.autoencoder)
 

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine import inference
+from ..models.config import DiffusionModel
 from ..models.quantisation import quantise
 from ..models.unet import UNet
 from ..ops.devices import bf16_is_fast, keep_memory
@@ -35,7 +36,7 @@ class Network:
         ValueError: the model has no 8-bit convolutions here.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
+    def __init__(self, model: DiffusionModel, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
         self._converts = hasattr(model, "for_inference")
         if dtype == torch.int8:
             device = next(model.parameters()).device

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine import inference, make_engine, select_engine
+from ..models.config import DiffusionModel
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import plain
 from .controlled import check_tolerance, sample_controlled
@@ -73,7 +74,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: nn.Module | Denoiser,
+        model: DiffusionModel | Denoiser,
         *,
         steps: int | None = 20,
         eta: float | str = 0.0,
@@ -84,7 +85,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         reuse: int = 1,
         tolerance: float | None = None,
-        guide: nn.Module | None = None,
+        guide: DiffusionModel | None = None,
         batch_invariant: bool | None = None,
     ) -> None:
         steps, eta, clip_sample_range, reuse, tolerance = map(plain, (steps, eta, clip_sample_range, reuse, tolerance))
