@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 from ..io.files import one_line
 from ..io.processes import cpu_threads
 
-__all__ = ["Session", "pick_provider"]
+__all__ = ["Session", "onnxruntime", "pick_provider"]
 
 # Those that are chosen where nobody names one, the fastest first. TensorRT and the like compile for minutes: by name only.
 _PREFERRED = ("CUDA", "ROCM", "Dml", "CPU")
