@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
 from .cli.comparison import change_images, new_folder, write_comparison
-from .cli.modality import medium_of
 from .cli.options import (
     CONVERT_HELP,
     EXACT_HELP,
@@ -21,8 +21,11 @@ from .cli.options import (
     settle_sampler,
 )
 from .cli.parser import CommandParser, run_command
-from .cli.samplers import make_sampler
-from .diffusion.sampler import Sampler
+from .cli.samplers import audio_of, make_sampler
+from .cli.sounds import Sounds
+
+if TYPE_CHECKING:
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
@@ -66,9 +69,10 @@ def main() -> None:
     parser = _parser()
     settings = RestyleSettings(**settle_sampler(parser, vars(parser.parse_args())))
     sampler = make_sampler(parser, settings)
-    if sampler.model.audio is None:
+    audio = audio_of(sampler)
+    if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
-    medium = medium_of(sampler, settings.convert)
+    medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
         target = medium.label(settings.target)
         images, source = medium.load_labelled(settings.sounds, settings.source)
@@ -92,7 +96,7 @@ def main() -> None:
 
 
 def _restyle(
-    sampler: Sampler,
+    sampler: AnySampler,
     codec: Codec,
     images: Tensor,
     source: Tensor | None,
@@ -101,7 +105,7 @@ def _restyle(
     settings: RestyleSettings,
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    options = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
+    options: dict[str, Any] = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
 
     def change(part: slice) -> Tensor:
         labels = None if source is None else source[part]
