@@ -120,7 +120,7 @@ def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         raise FileNotFoundError(f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason}") from error
 
 
-def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:
+def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[assignment]
     """The configuration in ``folder``.
 
     Raises:
