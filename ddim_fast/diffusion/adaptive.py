@@ -235,7 +235,8 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
         By S, the S places before the end, rising.
     """
     places = len(start)
-    best, came_from, paths = start, [], {}
+    came_from: list[np.ndarray] = []
+    best, paths = start, {}
     for steps in range(1, most + 1):
         last = int((best + cost[:, places]).argmin())
         path = [last]

@@ -8,6 +8,7 @@ many steps as the sampler has, where there are so many timesteps; of listed or a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -180,9 +181,9 @@ def _part(sampler: Sampler, strength: float) -> Sampler | None:
     return None if start is None else sampler.starting_at(start)
 
 
-def _encode(part: Sampler | None, images: Tensor, **request) -> Tensor:
+def _encode(part: Sampler | None, images: Tensor, **request: Any) -> Tensor:
     return as_tensor(images) if part is None else part.encode(images, **request)
 
 
-def _decode(part: Sampler | None, latents: Tensor, **request) -> Tensor:
+def _decode(part: Sampler | None, latents: Tensor, **request: Any) -> Tensor:
     return latents if part is None else part.sample(x_T=latents, **request)
