@@ -199,8 +199,7 @@ def main() -> None:
     seen.save(out)
     write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
     if codec is not None:
-        autoencoder: Any = codec.autoencoder  # one of ours or of diffusers', which are saved alike
-        autoencoder.save_pretrained(out / AUTOENCODER)
+        codec.autoencoder.save_pretrained(out / AUTOENCODER)
     stopped = run_training(
         trainer,
         out,

@@ -202,10 +202,7 @@ class OnnxSampler:
 
     def _start(self, batch: Request) -> np.ndarray:
         """The noise to start from; not drawn before it is needed, for a request may be large."""
-        if batch.x_T is not None:
-            return batch.x_T
-        assert batch.seeds is not None  # of every request
-        return seeded_noise_numpy(batch.seeds, INITIAL_NOISE, self.config.image_shape)
+        return seeded_noise_numpy(batch.seeds, INITIAL_NOISE, self.config.image_shape) if batch.x_T is None else batch.x_T
 
 
 def _as_array(x_T: Any) -> np.ndarray:
