@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..io.files import atomic_write, errors_name_file, read_json, write_json
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
+from .json_dataclass import JsonDataclass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ __all__ = [
     "timesteps_file",
 ]
 
-C = TypeVar("C", UNetConfig, AutoencoderConfig)
+C = TypeVar("C", bound=JsonDataclass)
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "cifar10-64"
