@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +23,7 @@ from .cli.options import (
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import audio_of, make_sampler
 from .cli.sounds import Sounds
-
-if TYPE_CHECKING:
-    from .cli.samplers import AnySampler
+from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
@@ -79,6 +77,7 @@ def main() -> None:
         if source is None and settings.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
         sampler.check(x_T=images, labels=target, guidance=settings.guidance)
+        assert isinstance(sampler, Sampler)  # that of latents has refused images
         curve = medium.codec.loudness(images if settings.control is None else medium.load(settings.control))
         if settings.control is not None and len(curve) != 1:
             raise ValueError(f"--control is one recording; {settings.control!r} holds {len(curve)}")
@@ -96,7 +95,7 @@ def main() -> None:
 
 
 def _restyle(
-    sampler: AnySampler,
+    sampler: Sampler,
     codec: Codec,
     images: Tensor,
     source: Tensor | None,

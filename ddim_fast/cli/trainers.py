@@ -79,8 +79,7 @@ def _check_same_network(parser: CommandParser, settings: TrainSettings, config: 
     """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
     if not _goes_on(settings):
         return
-    kind: type[Any] = type(config)
-    own = load_config(settings.out, kind).to_dict()
+    own = load_config(settings.out, type(config)).to_dict()
     for name, value in config.to_dict().items():
         if name != "dropout" and own.get(name) != value:
             parser.error(
