@@ -118,8 +118,9 @@ class DemoModel:
     def _make_sampler(self, steps: int) -> AnySampler:
         """The sampler of so many steps; all share one network."""
         sampler = Sampler(self._sampler.denoiser, steps=steps)
-        is_latent = isinstance(self._sampler, LatentSampler)
-        return LatentSampler(sampler, self._sampler.codec.autoencoder) if is_latent else sampler
+        if isinstance(self._sampler, LatentSampler):
+            return LatentSampler(sampler, self._sampler.codec.autoencoder)
+        return sampler
 
     def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
         """``count`` images of consecutive seeds, in a grid."""
@@ -129,7 +130,8 @@ class DemoModel:
     def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
         """The images from one seed's to another's."""
         sampler = self.sampler_of(int(steps))
-        x_T = slerp(*sampler.noise([int(first), int(second)]), torch.linspace(0, 1, int(frames)))
+        noise = sampler.noise([int(first), int(second)])
+        x_T = slerp(noise[0], noise[1], torch.linspace(0, 1, int(frames)))
         return self._picture(sampler.sample(x_T=x_T, **self._condition(label, guidance)))
 
     def example(self, seed: int, label: int) -> np.ndarray:

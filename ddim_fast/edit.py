@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -131,7 +131,7 @@ def _edit(
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
     seeds = range(settings.seed, settings.seed + len(images))
-    common = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": settings.batch_size}
+    common: dict[str, Any] = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": settings.batch_size}
 
     def edit(part: slice) -> Tensor:
         batch, classes = images[part], None if labels is None else labels[part]

@@ -230,13 +230,15 @@ def _main(parser: CommandParser, arguments: EvaluateSettings, processes: Process
 
 
 def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
+    assert arguments.images is not None and arguments.reference is not None  # checked among the options
     with parser.usage_errors():
         pictures = read_pictures(arguments.images)
         count = arguments.num_images or _NUM
         if len(pictures) < count:
             raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
         pictures = pictures[:count]
-        network, reference = _reference(arguments, evaluation, tuple(pictures.shape[1:]))
+        channels, height, width = pictures.shape[1:]
+        network, reference = _reference(arguments, arguments.reference, evaluation, (channels, height, width))
     settings = {
         "model": None,
         "images": arguments.images,
@@ -270,14 +272,16 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         for settings, make in samplers:
             make(torch.float32)
             _check_settings(arguments, settings)
-        data = None if arguments.data is None else _data(arguments, model)
+        data = None if arguments.data is None else _data(arguments, arguments.data, model)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (_NUM, _TRAJECTORIES))
         if arguments.reference is not None:
-            network, reference = _reference(arguments, evaluation, model.config.image_shape)
+            network, reference = _reference(arguments, arguments.reference, evaluation, model.config.image_shape)
     if arguments.loss:
+        assert data is not None  # checked among the options, as below
         measure_loss(evaluation, {**weights, **held_out, "dtype": "float32"}, model, data)
     if arguments.reconstruction:
+        assert data is not None
         for settings, make in samplers:
             measure_reconstruction(evaluation, {**weights, **settings, **held_out}, make, data)
     if arguments.trajectory_error:
@@ -307,7 +311,7 @@ def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
 
 
 def _reference(
-    arguments: EvaluateSettings, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
+    arguments: EvaluateSettings, spec: str, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
 ) -> tuple[FeatureNetwork, Reference]:
     name, path = arguments.inception or (None, default_weights())
     if not path.exists():
@@ -316,20 +320,19 @@ def _reference(
         )
     network = load_inception(path, name).to(evaluation.device)
     with evaluation.progress("reference", 1) as bar:
-        reference = load_reference(arguments.reference, image_shape, network, evaluation.processes, bar.of)
+        reference = load_reference(spec, image_shape, network, evaluation.processes, bar.of)
     return network, reference
 
 
-def _data(arguments: EvaluateSettings, model: UNet) -> ImageSet:
+def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
     config = model.config
     classes = config.num_classes
-    options = {"num_classes": classes, "labelled": classes is not None}
-    data = load_images(arguments.data, config.in_channels, config.sample_size, **options)
+    data = load_images(spec, config.in_channels, config.sample_size, num_classes=classes, labelled=classes is not None)
     if arguments.num_images is not None and len(data) < arguments.num_images:
-        raise ValueError(f"{arguments.data} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
+        raise ValueError(f"{spec} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
     labels = data.labels
-    if labels is not None and int(labels.max()) >= classes:
-        raise ValueError(f"{arguments.data}: class {int(labels.max())} is not one of the model's {classes}")
+    if labels is not None and classes is not None and int(labels.max()) >= classes:
+        raise ValueError(f"{spec}: class {int(labels.max())} is not one of the model's {classes}")
     return ImageSet(data.images[: arguments.num_images], None if labels is None else labels[: arguments.num_images])
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     parser = _parser()
     settings = _settings(parser)
     if settings.video is not None:
-        _interpolate_video(parser, settings)
+        _interpolate_video(parser, settings, settings.video)
         return
     sampler = make_sampler(parser, settings)
     medium = medium_of(sampler, settings.convert)
@@ -131,10 +131,10 @@ def _settings(parser: CommandParser) -> InterpolateSettings:
     return InterpolateSettings(**settle_sampler(parser, options))
 
 
-def _interpolate_video(parser: CommandParser, settings: InterpolateSettings) -> None:
+def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, video: Path) -> None:
     """Make the frames that are not there yet."""
     with parser.usage_errors():
-        count, checksum = scan_frames(settings.video)
+        count, checksum = scan_frames(video)
     sampler = make_sampler(parser, settings)
     with parser.usage_errors():
         medium = medium_of(sampler)
@@ -142,9 +142,7 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings) -> 
             raise ValueError(f"--video: {settings.model} is a model of {medium.noun}")
         label = _label(settings.label, medium)
         sampler.check(seeds=[0], labels=label, guidance=settings.guidance)
-    job = VideoJob(
-        sampler, settings.video, count, settings.factor, settings.batch_size, settings.exact, label, settings.guidance
-    )
+    job = VideoJob(sampler, video, count, settings.factor, settings.batch_size, settings.exact, label, settings.guidance)
     decisive = {
         "video": f"sha256:{checksum}",
         "factor": settings.factor,
@@ -154,8 +152,8 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings) -> 
     }
     with parser.usage_errors():
         if settings.out.suffix:
-            rate = settings.fps or _rate(settings)
-            output = VideoFile(settings.out, job.batches, rate)
+            rate = settings.fps or _rate(settings, video)
+            output: PngFolder = VideoFile(settings.out, job.batches, rate)
         elif settings.fps is not None:
             raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
         else:
@@ -173,9 +171,9 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings) -> 
         print(f"{frames} frames, {frames - count} of them new; see {settings.out}")
 
 
-def _rate(settings: InterpolateSettings) -> float:
+def _rate(settings: InterpolateSettings, video: Path) -> float:
     """Frames a second with which a film lasts as long as before, or as many as its file can have."""
-    rate = settings.factor * (frame_rate(settings.video) or _RATE)
+    rate = settings.factor * (frame_rate(video) or _RATE)
     if settings.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
         return rate
     if not settings.quiet:
@@ -192,7 +190,7 @@ def _label(named: str | None, medium: Medium) -> int | None:
 def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, label: int | None) -> Tensor:
     """The images from one of two ends to the other, or of the square between four corners."""
     frames = settings.frames
-    x_T = slerp(*noise, torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
+    x_T = slerp(noise[0], noise[1], torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
     images = sampler.sample(x_T=x_T, labels=label, guidance=settings.guidance, batch_size=settings.batch_size)
     return require_finite(images.cpu(), "images")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -74,7 +74,7 @@ def _reconstruct(
     latents = []
 
     def reconstruct(part: slice) -> Tensor:
-        request = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
+        request: dict[str, Any] = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
         latents.append(sampler.encode(images[part], **request, exact=settings.exact).cpu())
         return sampler.sample(x_T=latents[-1], **request, batch_size=settings.batch_size)
 

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from .cli.samplers import make_sampler, require_pictures, sampler_settings
 from .data.images import fit_image, read_images, to_unit_range
 from .diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
 from .diffusion.restoration import TimeTravel, measure
-from .diffusion.sampler import Sampler
 from .engine import ENGINES
 from .evaluation.fidelity import check_similarity
 from .io.pictures import save_image
 from .io.records import PICTURES, RESTORATION
 from .jobs.outputs import Batches, PngFolder
 from .jobs.restoration import RestorationJob
+
+if TYPE_CHECKING:
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --mask mask.png
@@ -161,7 +164,7 @@ def _settings(parser: CommandParser) -> RestoreSettings:
     return RestoreSettings(**settle_sampler(parser, options))
 
 
-def _job(settings: RestoreSettings, sampler: Sampler) -> tuple[RestorationJob, dict[str, str | float | None]]:
+def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob, dict[str, Any]]:
     """The job that the settings describe, and the settings that decide its result.
 
     Raises:
@@ -219,24 +222,25 @@ def _job(settings: RestoreSettings, sampler: Sampler) -> tuple[RestorationJob, d
 
 def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> LinearOperator:
     """The degradation of images of ``image_shape``."""
-    channels, *size = image_shape
-    if settings.task == "inpaint":
-        return Mask.outside(size, settings.rectangle) if settings.mask is None else Mask(_known(settings.mask, size))
+    channels, height, width = image_shape
+    if settings.mask is not None:
+        return Mask(_known(settings.mask, height, width))
+    if settings.rectangle is not None:
+        return Mask.outside((height, width), settings.rectangle)
+    if settings.sigma is not None:
+        return Blur((height, width), settings.sigma)
     if settings.task == "super-resolution":
         return Downscale(settings.factor)
     if settings.task == "colorize":
         return Grey(channels)
-    if settings.task == "deblur":
-        return Blur(size, settings.sigma)
-    return CompressedSensing(size, settings.ratio)
+    return CompressedSensing((height, width), settings.ratio)
 
 
-def _known(mask: Path, size: list[int]) -> Tensor:
+def _known(mask: Path, height: int, width: int) -> Tensor:
     """(H, W), False where a picture is white; where it is transparent, nothing is marked."""
     pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False, background="black")]
     if len(pictures) != 1:
         raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
-    height, width = size
     if pictures[0].size != (width, height):
         raise ValueError(f"--mask: {mask} is {_size(pictures[0].size)} pixels; the model's images are {_size((width, height))}")
     known = torch.from_numpy(np.asarray(pictures[0].convert("L")) < 128)
@@ -286,7 +290,8 @@ def _rectangle(text: str) -> tuple[int, int, int, int]:
     numbers = text.split(",")
     if len(numbers) != 4 or not all(number.strip().isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is no rectangle: write left, top, width and height, as 8,8,16,16")
-    return tuple(map(int, numbers))
+    left, top, width, height = map(int, numbers)
+    return left, top, width, height
 
 
 def _checksum(array: np.ndarray, names: list[str] | None = None) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .audio.restoration import band_limit, gap
 from .cli.comparison import change_images, new_folder, write_comparison
-from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, run_command
-from .cli.samplers import make_sampler
+from .cli.samplers import audio_of, make_sampler
+from .cli.sounds import Sounds
 from .diffusion.degradations import Mask
-from .diffusion.sampler import Sampler
+
+if TYPE_CHECKING:
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.restore_sounds seven.wav --model runs/digits --class 7/jackson --gap 0.45 0.55
@@ -57,12 +60,16 @@ def main() -> None:
     parser = _parser()
     settings = RestoreSoundsSettings(**settle_sampler(parser, vars(parser.parse_args())))
     sampler = make_sampler(parser, settings)
-    audio = sampler.model.audio
+    audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds")
-    medium = medium_of(sampler, settings.convert)
+    medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
-        operator = band_limit(audio, settings.cutoff) if settings.gap is None else gap(audio, *settings.gap)
+        if settings.gap is not None:
+            operator = gap(audio, *settings.gap)
+        else:
+            assert settings.cutoff is not None  # one of the two is required
+            operator = band_limit(audio, settings.cutoff)
         images, labels = medium.load_labelled(settings.sounds, settings.label)
         sampler.check(seeds=range(settings.seed, settings.seed + len(images)), labels=labels, guidance=settings.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
@@ -74,13 +81,13 @@ def main() -> None:
 
 
 def _restore(
-    sampler: Sampler, operator: Mask, images: Tensor, labels: Tensor | None, settings: RestoreSoundsSettings
+    sampler: AnySampler, operator: Mask, images: Tensor, labels: Tensor | None, settings: RestoreSoundsSettings
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
     seeds = range(settings.seed, settings.seed + len(images))
 
     def restore(part: slice) -> Tensor:
-        request = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
+        request: dict[str, Any] = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
         return sampler.restore(operator(images[part]), operator, seeds=seeds[part], **request)
 
     return change_images(restore, len(images), settings.batch_size, noun="sounds", quiet=settings.quiet)

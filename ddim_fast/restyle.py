@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .audio.codec import Codec
 from .audio.control import loudness_guidance, restyle
 from .cli.comparison import change_images, new_folder, write_comparison
-from .cli.modality import medium_of
 from .cli.options import (
     CONVERT_HELP,
     EXACT_HELP,
@@ -21,7 +21,8 @@ from .cli.options import (
     settle_sampler,
 )
 from .cli.parser import CommandParser, run_command
-from .cli.samplers import make_sampler
+from .cli.samplers import audio_of, make_sampler
+from .cli.sounds import Sounds
 from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
@@ -66,15 +67,17 @@ def main() -> None:
     parser = _parser()
     settings = RestyleSettings(**settle_sampler(parser, vars(parser.parse_args())))
     sampler = make_sampler(parser, settings)
-    if sampler.model.audio is None:
+    audio = audio_of(sampler)
+    if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
-    medium = medium_of(sampler, settings.convert)
+    medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
         target = medium.label(settings.target)
         images, source = medium.load_labelled(settings.sounds, settings.source)
         if source is None and settings.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
         sampler.check(x_T=images, labels=target, guidance=settings.guidance)
+        assert isinstance(sampler, Sampler)  # that of latents has refused images
         curve = medium.codec.loudness(images if settings.control is None else medium.load(settings.control))
         if settings.control is not None and len(curve) != 1:
             raise ValueError(f"--control is one recording; {settings.control!r} holds {len(curve)}")
@@ -101,7 +104,7 @@ def _restyle(
     settings: RestyleSettings,
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
-    options = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
+    options: dict[str, Any] = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
 
     def change(part: slice) -> Tensor:
         labels = None if source is None else source[part]

@@ -26,7 +26,7 @@ from .cli.options import (
 )
 from .cli.parser import CommandParser, list_integers, parse_eta, parse_integers, parse_positive, parse_spacing, run_command
 from .cli.progress import StepProgress, progress_of
-from .cli.samplers import load_sampler, select_dtype
+from .cli.samplers import audio_of, load_sampler, select_dtype
 from .diffusion.guidance import guided_steps
 from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
@@ -204,11 +204,13 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
 
 def _main(parser: CommandParser, settings: SampleSettings, processes: Processes) -> None:
     """Check everything, then sample what is not there yet."""
+    sampler: AnySampler | OnnxSampler
+    audio = None
     if settings.engine == "onnx":
         sampler, checksum, made_on = _onnx_sampler(parser, settings)
     else:
         sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
-    audio = None if settings.engine == "onnx" else sampler.model.audio
+        audio = audio_of(sampler)
     with parser.usage_errors():
         labels = seed_labels(settings.classes, settings.seeds, sampler.config.num_classes, audio)
         # Before anything is written or computed.
@@ -219,7 +221,7 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
             guidance_interval=settings.guidance_interval,
         )
         if settings.guidance_interval is not None and settings.tolerance is None:
-            _check_some_guided(sampler.timesteps, settings)
+            _check_some_guided(sampler.timesteps, settings.guidance, settings.guidance_interval)
         if settings.tolerance is not None and settings.trajectory is not None:
             parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
         if settings.trajectory is not None and settings.trajectory.suffix.lower() != ".gif":
@@ -244,9 +246,9 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
         print(f"{path} is finished: it holds these {len(settings.seeds)} {output.noun}, made with these settings")
 
 
-def _check_some_guided(timesteps: np.ndarray, settings: SampleSettings) -> None:
-    if not guided_steps(timesteps, settings.guidance, settings.guidance_interval).any() and settings.guidance != 1:
-        low, high = settings.guidance_interval
+def _check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: Sequence[int]) -> None:
+    low, high = interval
+    if not guided_steps(timesteps, guidance, (low, high)).any() and guidance != 1:
         raise ValueError(
             f"--guidance-interval {low} {high}: no step is there, so nothing would be guided; they are at "
             + ", ".join(map(str, timesteps))
@@ -333,7 +335,7 @@ def _decisive(
         "reuse": settings.reuse,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
-        **({"provider": sampler.provider} if sampler.engine == "onnx" else {}),
+        **({"provider": sampler.provider} if hasattr(sampler, "provider") else {}),
     }
 
 
@@ -373,14 +375,14 @@ def _run(
     film = Film(settings.trajectory, steps, output.shown) if settings.trajectory is not None else None
 
     def watch(k: int) -> Callable[[JobStep], None] | None:
-        filmed = film is not None and k == 0
-        if sampler.runs_whole and not filmed:
+        filmed = film if k == 0 else None
+        if sampler.runs_whole and filmed is None:
             return None  # one graph of all steps is faster than a bar that moves with each; or there are none in common
 
         def on_step(step: JobStep) -> None:
             progress.step(step)
-            if filmed:
-                film.add(step)
+            if filmed is not None:
+                filmed.add(step)
 
         return on_step
 
@@ -424,12 +426,14 @@ def _summary(
 ) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     if sampler.tolerance is not None:
+        spent: Any = getattr(sampler, "evaluations", None)
         return (
             f"{count} {noun} to tolerance {sampler.tolerance:g} in {seconds:.1f} s, {sampler.engine}, {dtype}: "
-            f"{count / seconds:.2f} {noun}/s, those of the last batch by {sampler.evaluations.float().mean():.1f} network "
+            f"{count / seconds:.2f} {noun}/s, those of the last batch by {spent.float().mean():.1f} network "
             f"evaluations each (warm-up {warm_up:.1f} s)"
         )
-    guided = guided_steps(sampler.timesteps, settings.guidance, settings.guidance_interval)
+    interval = settings.guidance_interval
+    guided = guided_steps(sampler.timesteps, settings.guidance, None if interval is None else (interval[0], interval[1]))
     evaluations = count * (steps + guided.sum())
     named = settings.spacing in SPACINGS and steps != settings.steps
     note = f"{settings.spacing} makes {steps} timesteps of {settings.steps} steps\n" if named else ""

@@ -10,7 +10,7 @@ import glob
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from .models.autoencoder import Autoencoder
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
 from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
+
+if TYPE_CHECKING:
+    from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
   python -m ddim_fast.train --data photos/ --preset cifar10-64 --out runs/photos
@@ -222,7 +225,7 @@ def _settings(parser: CommandParser) -> TrainSettings:
     """The settings of a run that may begin or go on in ``--out``; otherwise a usage error."""
     # These decide the defaults of the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = parser.error
+    first.error = parser.error  # type: ignore[method-assign]
     first.add_argument("--out", type=Path, default=Path())
     first.add_argument("--resume", action="store_true")
     first.add_argument("--recipe", default="ddpm")
@@ -272,7 +275,7 @@ def _holds_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "model_index.json", "model.safetensors", TRAINING_STATE))
 
 
-def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
+def _save_grid(trainer: Trainer[Any], codec: LatentCodec | None, path: Path) -> None:
     """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress. Of an
     autoencoder, the first images of the data above what it makes of them."""
     path.parent.mkdir(exist_ok=True)
@@ -284,9 +287,8 @@ def _save_grid(trainer: Trainer, codec: LatentCodec | None, path: Path) -> None:
         return
     seeds, num_classes = range(40), trainer.model.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    sampler = grid_sampler(trainer.averaged_model())
-    if codec is not None:
-        sampler = LatentSampler(sampler, codec.autoencoder)
+    own = grid_sampler(trainer.averaged_model())
+    sampler: AnySampler = own if codec is None else LatentSampler(own, codec.autoencoder)
     images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
     save_image(path, image_grid(medium_of(sampler).shown(images)))
 

@@ -58,10 +58,14 @@ def _without_filters(power: np.ndarray, filters: np.ndarray) -> np.ndarray:
 @functools.cache
 def _filters(config: AudioConfig) -> np.ndarray:
     """(mels, 1 + n_fft / 2) triangles of height 1."""
-    return librosa.filters.mel(sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.mels, norm=None)
+    from librosa.filters import mel
+
+    return mel(sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.mels, norm=None)
 
 
 def _scale(config: AudioConfig) -> float:
     """The weights whose products with one-sided powers |STFT|^2 give the mean square of the samples."""
-    window = librosa.filters.get_window("hann", config.n_fft)
+    from librosa.filters import get_window
+
+    window = get_window("hann", config.n_fft)
     return 2 / (config.n_fft * float((window**2).sum()))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..io.files import numbered
 from ..io.pictures import check_channels, save_image, to_uint8
+from .samplers import audio_of
 
 if TYPE_CHECKING:
     from .samplers import AnySampler
@@ -77,8 +78,9 @@ class Pictures:
 
 def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
     """The modality of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`."""
-    if sampler.model.audio is None:
+    audio = audio_of(sampler)
+    if audio is None:
         return Pictures(sampler.image_shape)
     from .sounds import Sounds
 
-    return Sounds(sampler.model.audio, convert)
+    return Sounds(audio, convert)

@@ -117,7 +117,8 @@ def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int
     """
     if chosen is not None and chosen != "none":
         return [int(chosen)] * len(own)  # one that the model has not is told by the sampler
-    return None if chosen == "none" or num_classes is None or None in own else list(own)
+    known = [label for label in own if label is not None]
+    return None if chosen == "none" or num_classes is None or len(known) < len(own) else known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,11 +53,17 @@ class CommandParser(argparse.ArgumentParser):
         Args:
             values: the former names of its values, and what they are now.
         """
-        kind = option.type if values is None else None
-        choices = None if values is None else list(values)
-        hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        kind: Any = option.type if values is None else None
         self.add_argument(
-            former, dest=option.dest, action=_FormerName, option=option, values=values, type=kind, choices=choices, **hidden
+            former,
+            dest=option.dest,
+            action=_FormerName,
+            option=option,
+            values=values,
+            type=kind,
+            choices=None if values is None else list(values),
+            help=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
         )
 
     @contextlib.contextmanager
@@ -114,9 +120,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 _format_others = warnings.formatwarning
 
 
-def _format_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     ours = Path(filename).is_relative_to(Path(__file__).parents[1])
-    return f"warning: {message}\n" if ours else _format_others(message, category, filename, *place)
+    return f"warning: {message}\n" if ours else _format_others(message, category, filename, lineno, line)
 
 
 def parse_integers(text: str) -> list[int]:

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
     from ..diffusion.latent import LatentSampler
     from ..diffusion.sampler import Sampler
+    from ..models.audio import AudioConfig
     from ..models.unet import UNet
 
     AnySampler = Sampler | LatentSampler
 
 __all__ = [
     "AnySampler",
+    "audio_of",
     "load_labelled",
     "load_model",
     "load_sampler",
@@ -65,8 +67,8 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     from ..data.images import load_images, to_unit_range
 
     num_classes = sampler.config.num_classes
-    options = {"num_classes": num_classes, "labelled": chosen is None and num_classes is not None}
-    data = [load_images(spec, *sampler.image_shape[:2], **options) for spec in specs]
+    labelled, (channels, size, _) = chosen is None and num_classes is not None, sampler.image_shape
+    data = [load_images(spec, channels, size, num_classes=num_classes, labelled=labelled) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
     return images, image_labels(chosen, own, num_classes)
@@ -128,13 +130,18 @@ def load_sampler(
     return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))
 
 
+def audio_of(sampler: AnySampler) -> AudioConfig | None:
+    """What a sampler's images mean where they are sounds; None where they are pictures."""
+    return getattr(sampler.model, "audio", None)
+
+
 def require_pictures(parser: CommandParser, name: str, sampler: AnySampler, instead: str) -> None:
     """A usage error where the images of model ``name`` are sounds.
 
     Args:
         instead: which command is for those.
     """
-    if sampler.model.audio is not None:
+    if audio_of(sampler) is not None:
         parser.error(f"--model {name} is a model of sounds, not of pictures: {instead}")
 
 

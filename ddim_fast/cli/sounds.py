@@ -56,13 +56,13 @@ class Sounds:
         unknown = self._audio.labels is None or any(part.labels is None for part in sets)
         if label == "none" or (label is None and unknown):
             return images, None
-        names = [label] * len(images) if label is not None else [name for part in sets for name in part.labels]
+        names = [label] * len(images) if label is not None else [name for part in sets for name in part.labels or ()]
         return images, torch.tensor([self.label(name) for name in names])
 
     def label(self, text: str) -> int:
-        numbers = self._audio.class_numbers(text)
+        numbers, labels = self._audio.class_numbers(text), self._audio.labels or ()
         if len(numbers) > 1:
-            names = ", ".join(self._audio.labels[number] for number in numbers)
+            names = ", ".join(labels[number] for number in numbers)
             raise ValueError(f"{text!r} means {len(numbers)} classes; name one of {names}")
         return numbers[0]
 

@@ -137,7 +137,10 @@ def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
 
 def _start_folder(settings: TrainSettings) -> Path:
     begun = settings.resume and (settings.out / "config.json").is_file()  # not before its first checkpoint
-    return settings.out if begun else local_model(settings.init)
+    if begun:
+        return settings.out
+    assert settings.init is not None  # otherwise nothing asks
+    return local_model(settings.init)
 
 
 def _latents(settings: TrainSettings) -> str | None:
@@ -149,7 +152,7 @@ def _latents(settings: TrainSettings) -> str | None:
 
 def make_trainer(
     parser: CommandParser, settings: TrainSettings, start: UNet | None
-) -> tuple[Trainer, LatentCodec | None, DataRecord]:
+) -> tuple[Trainer[Any], LatentCodec | None, DataRecord]:
     """The trainer, from the last checkpoint of a run that goes on; the autoencoder of a network of latents; and the record of
     the data.
 
@@ -162,6 +165,7 @@ def make_trainer(
         if settings.latents is not None and settings.preset == AUTOENCODER:
             raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
     torch.manual_seed(options.seed)
+    trainer: Trainer[Any]
     try:
         if settings.preset == AUTOENCODER:
             trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
@@ -176,7 +180,7 @@ def make_trainer(
 
 def _autoencoder_trainer(
     parser: CommandParser, settings: TrainSettings, device: torch.device, options: TrainingOptions
-) -> tuple[Trainer, None, DataRecord]:
+) -> tuple[Trainer[Autoencoder], None, DataRecord]:
     with parser.usage_errors():
         if settings.class_conditional:
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
@@ -199,7 +203,7 @@ def _unet_trainer(
     device: torch.device,
     options: TrainingOptions,
     start: UNet | None,
-) -> tuple[Trainer, LatentCodec | None, DataRecord]:
+) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
         overrides = _overrides(settings) if start is None else {}
@@ -220,9 +224,10 @@ def _unet_trainer(
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
         print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
-        config, weights = fold_class(config, weights, None)
+        config, weights = fold_class(config, start.state_dict(), None)
         audio = None if audio is None else dataclasses.replace(audio, labels=None)
     if settings.class_conditional:
+        assert data.labels is not None  # else it has been refused
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
     seen = DataRecord.of(settings.data, data, None if audio is None else audio.labels)
     _check_same_data(parser, settings, seen)

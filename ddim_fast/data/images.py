@@ -234,7 +234,7 @@ def _read_folder(folder: Path, num_classes: int | None, background: str) -> Iter
     if classes and empty:
         warn_once(f"{folder}: folders without images of their own are no classes: {', '.join(empty)}")
     for path in files:
-        yield str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path))
+        yield str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path, ""))
 
 
 def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:

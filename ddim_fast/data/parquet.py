@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..io.files import check_expansion, one_line, visible_files
 
@@ -28,7 +29,7 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted([path for path in inside if path.name.startswith("train")] or inside)
 
 
-def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple]:
+def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
     """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None where there is no
     such column.
 
@@ -48,7 +49,7 @@ def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[st
             yield f"{path}, row {row}", data, *others
 
 
-def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list]:
+def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list[Any]]:
     """The values of each row, in the order of what the columns are called."""
     try:
         import pyarrow.parquet as pq

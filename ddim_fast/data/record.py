@@ -99,8 +99,9 @@ class DataRecord:
                 f"{len(gone)} of the {len(self.files)} files of the run are gone from {now.path} or have changed, "
                 f"{gone[0]!r} among them"
             )
-        for name, count in {**(self.classes or {}), None: self.images}.items():
-            left = now.images if name is None else now.classes[name]
+        seen: list[tuple[str | None, int]] = [*(self.classes or {}).items(), (None, self.images)]
+        for name, count in seen:
+            left = now.images if name is None else (now.classes or {})[name]
             if left < count:
                 of_class = "" if name is None else f" of class {name!r}"
                 raise ValueError(f"the run has seen {count} images{of_class}, {now.path} has {left}")

@@ -66,7 +66,8 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
         places.append(name)
     if not waves:
         raise ValueError(f"no sounds in {spec!r}")
-    return SoundSet(np.stack(waves), None if None in labels else labels, places)
+    named = [label for label in labels if label is not None]
+    return SoundSet(np.stack(waves), named if len(named) == len(labels) else None, places)
 
 
 _Row = tuple[str, bytes, str | None]

@@ -53,9 +53,9 @@ class Graph:
             self._constants[key] = name
         return Value(self, name, array.dtype)
 
-    def op(self, kind: str, *inputs: Value | None, dtype: Any = None, **attributes: Any) -> Value:
+    def op(self, kind: str, first: Value, *others: Value | None, dtype: Any = None, **attributes: Any) -> Value:
         """The result of an operator of ONNX, of the first input's dtype unless ``dtype`` says otherwise."""
-        return self.ops(kind, *inputs, dtypes=[inputs[0].dtype if dtype is None else dtype], **attributes)[0]
+        return self.ops(kind, first, *others, dtypes=[first.dtype if dtype is None else dtype], **attributes)[0]
 
     def ops(self, kind: str, *inputs: Value | None, dtypes: Sequence[Any], **attributes: Any) -> list[Value]:
         """The results of an operator that has several, one for each of ``dtypes``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -47,6 +48,7 @@ def export_network(model: UNet, dtype: torch.dtype, opset: int) -> tuple[ModelPr
             verbose=False,
             custom_translation_table={torch.ops.aten.group_norm.default: _group_norm()},
         )
+    assert program is not None  # as of every export by dynamo
     whole = program.model_proto
     embeddings = _part(whole, [name for name in inputs if name != "x"], "condition")
     return embeddings, _part(whole, ["x", "condition"], "prediction")
@@ -58,7 +60,7 @@ class _Parts(nn.Module):
     def __init__(self, model: UNet, dtype: torch.dtype) -> None:
         super().__init__()
         # In the layout of ONNX: in the other one, some operators are exported as what is fast in PyTorch.
-        self.model = copy.deepcopy(model).for_inference(dtype).to(memory_format=torch.contiguous_format)
+        self.model = copy.deepcopy(model).for_inference(dtype).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.dtype = dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,13 +68,15 @@ class _Parts(nn.Module):
         return self.model.denoise(x.to(self.dtype), condition).float(), condition
 
 
-def _group_norm():
+def _group_norm() -> Callable[..., Any]:
     """How a GroupNorm is written: as InstanceNormalization of its groups, which ONNX Runtime computes in two passes over the
     numbers. What later opsets have for it is expanded into more than this; LayerNormalization subtracts squares of means."""
     from onnxscript import FLOAT
     from onnxscript import opset18 as op
 
-    def group_norm(x: FLOAT, num_groups: int, weight: FLOAT, bias: FLOAT, eps: float = 1e-5, cudnn_enabled: bool = True):
+    def group_norm(
+        x: FLOAT, num_groups: int, weight: FLOAT, bias: FLOAT, eps: float = 1e-5, cudnn_enabled: bool = True
+    ) -> FLOAT:
         groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
         ones, zeros = op.Constant(value_floats=[1.0] * num_groups), op.Constant(value_floats=[0.0] * num_groups)
         normalised = op.Reshape(op.InstanceNormalization(groups, ones, zeros, epsilon=eps), op.Shape(x))

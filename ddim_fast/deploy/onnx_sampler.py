@@ -14,7 +14,7 @@ import numpy as np
 from ..diffusion.guidance import apply_guidance, guided_steps
 from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import DDIMUpdate, make_solver
+from ..diffusion.solvers import DDIMUpdate, State, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
@@ -93,7 +93,7 @@ class OnnxSampler:
         given = {"steps": steps, "eta": eta, "spacing": spacing, "solver": solver, "clip": clip_sample_range}
         exported = self.folder.settings
         own = {name for name, value in given.items() if isinstance(value, str) and value == AS_EXPORTED}
-        chosen = {name: exported[name] if name in own else plain(value) for name, value in given.items()}
+        chosen: dict[str, Any] = {name: exported[name] if name in own else plain(value) for name, value in given.items()}
         if not isinstance(spacing := chosen["spacing"], str):
             listed = isinstance(spacing, Sequence) or hasattr(spacing, "tolist")
             chosen |= {"spacing": [plain(t) for t in spacing] if listed else spacing, "steps": None}
@@ -102,12 +102,12 @@ class OnnxSampler:
         # What is wrong with the export's own settings is its fault.
         with errors_name_file(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
-            spacing, steps = chosen["spacing"], chosen["steps"]
+            spacing, solver = chosen["spacing"], chosen["solver"]
             if isinstance(spacing, str) and spacing == ADAPTIVE:
-                spacing = choose_fitted(self.folder.fitted_timesteps(), chosen["solver"], steps)
-            self.timesteps = select_timesteps(schedule, steps, spacing)
+                spacing = choose_fitted(self.folder.fitted_timesteps(), solver, chosen["steps"])
+            self.timesteps = select_timesteps(schedule, chosen["steps"], spacing)
             levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
-            self.solver = make_solver(chosen["solver"], levels, chosen["eta"], config.prediction_type, chosen["clip"])
+            self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"])
 
     def sample(
         self, *, batch_size: int = 64, on_step: Callable[[SamplerState], None] | None = None, **request: Any
@@ -154,17 +154,17 @@ class OnnxSampler:
 
     def _whole(self, batch: Request) -> np.ndarray:
         x = self._start(batch)
-        inputs = {"seeds": batch.seeds, "x_T": x}
+        inputs: dict[str, Any] = {"seeds": batch.seeds, "x_T": x}
         if self.config.num_classes is not None:
             guidance = 1.0 if batch.guidance is None else batch.guidance
             inputs |= {"labels": batch.labels, "guidance": np.array(guidance, np.float32)}
         return self._sampler(inputs, x.shape)
 
     def _steps(self, batch: Request) -> Iterator[SamplerState]:
-        count, solver = len(batch.seeds), self.solver
-        inputs: dict[str, np.ndarray] = {}
+        count, solver = len(batch), self.solver
+        inputs: dict[str, Any] = {}
         guided_at = guided_steps(self.timesteps, batch.guidance, batch.guidance_interval)
-        state: tuple[np.ndarray, ...] = (self._start(batch),) * (1 + solver.memory)
+        state: State = (self._start(batch),) * (1 + solver.memory)
         for i, (timestep, guided) in enumerate(zip(self.timesteps.tolist(), guided_at, strict=True)):
             x = state[0]
             if self.config.num_classes is not None:
@@ -194,11 +194,11 @@ class OnnxSampler:
         """The arguments of :meth:`sample`, checked; without labels those of a class-conditional network are "no class", and
         without seeds, which nothing is drawn from then, they are 0."""
         x_T = None if x_T is None else _as_array(x_T)
-        request = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
-        count, classes, labels = len(request), self.config.num_classes, request.labels
+        checked = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
+        count, classes, labels = len(checked), self.config.num_classes, checked.labels
         if labels is None and classes is not None:
             labels = np.full(count, classes, np.int64)
-        return replace(request, seeds=np.zeros(count, np.int64) if request.seeds is None else request.seeds, labels=labels)
+        return replace(checked, seeds=np.zeros(count, np.int64) if checked.seeds is None else checked.seeds, labels=labels)
 
     def _start(self, batch: Request) -> np.ndarray:
         """The noise to start from; not drawn before it is needed, for a request may be large."""

@@ -32,9 +32,10 @@ def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
     """
     classes = sampler.config.num_classes
     seeds = [2**62 + i for i in range(IMAGES)]
-    labels = None if classes is None else np.arange(IMAGES) * classes // IMAGES
-    rows = np.zeros(IMAGES, np.int64) if classes is None else labels.copy()
+    labels, rows = None, np.zeros(IMAGES, np.int64)
     if classes is not None:
+        labels = np.arange(IMAGES) * classes // IMAGES
+        rows = labels.copy()
         rows[-1] = classes  # no class; its images come from that of the last one
     every = -(-len(sampler.timesteps) // STEPS)
     inputs = []
@@ -58,7 +59,7 @@ def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._inputs = iter(inputs)
 

@@ -65,8 +65,9 @@ def sampler_model(
     state = [run.x_T] * (1 + solver.memory)
     if unroll:
         for i in range(len(solver.table)):
-            of_step = (graph.constant(array[i]) for array in (np.arange(len(conditions)), conditions, solver.table))
-            state = run.step(graph, state, *of_step, f"step{i}/network", None if i == 0 else "step0/network")
+            tables = (np.arange(len(conditions)), conditions, solver.table)
+            index, condition, row = (graph.constant(table[i]) for table in tables)
+            state = run.step(graph, state, index, condition, row, f"step{i}/network", None if i == 0 else "step0/network")
     else:
         state = _loop(graph, run, conditions, state)
     graph.output("images", state[0], ("N", *config.image_shape))
@@ -137,8 +138,8 @@ def _loop(graph: Graph, run: _Run, conditions: np.ndarray, state: Sequence[Value
     index = body.input("step/index", np.int64, ())
     going_on = body.input("step/going_on", bool, ())
     inner = [body.input(f"step/state{k}", np.float32, shape) for k in range(len(state))]
-    of_step = (body.constant(table).gather(index) for table in (conditions, run.solver.table))
-    after = run.step(body, inner, index, *of_step, "network")
+    condition, row = (body.constant(table).gather(index) for table in (conditions, run.solver.table))
+    after = run.step(body, inner, index, condition, row, "network")
     body.output("step/still_going_on", going_on, ())
     for k, value in enumerate(after):
         body.output(f"step/next_state{k}", value, shape)

@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 from ..io.files import one_line
 from ..io.processes import cpu_threads
 
-__all__ = ["Session", "pick_provider"]
+__all__ = ["Session", "onnxruntime", "pick_provider"]
 
 # Those that are chosen where nobody names one, the fastest first. TensorRT and the like compile for minutes: by name only.
 _PREFERRED = ("CUDA", "ROCM", "Dml", "CPU")
@@ -99,7 +99,7 @@ class Session:
             raise ValueError(f"{path.name}: {provider} was asked for, but it does not start here (a library of it is missing)")
         self._path = path
         self._turn = threading.Lock()  # a call fills the tensors that it shares with the next one
-        self._shapes: tuple | None = None
+        self._shapes: tuple[tuple[int, ...], ...] | None = None
         self._graphs = 0
 
     def __call__(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

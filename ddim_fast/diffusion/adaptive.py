@@ -38,8 +38,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.config import DiffusionModel
 from .denoiser import Denoiser
 from .prediction import prediction_coefficients
 from .sampler import Sampler
@@ -71,7 +72,7 @@ _MEASURED = (*range(1, 11), 15, 20)
 
 
 def fit_timesteps(
-    model: nn.Module,
+    model: DiffusionModel,
     *,
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
@@ -234,7 +235,8 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
         By S, the S places before the end, rising.
     """
     places = len(start)
-    best, came_from, paths = start, [], {}
+    came_from: list[np.ndarray] = []
+    best, paths = start, {}
     for steps in range(1, most + 1):
         last = int((best + cost[:, places]).argmin())
         path = [last]

@@ -105,8 +105,8 @@ def solve_controlled(
     levels = schedule.alphas_cumprod[::-1]
     signal, sigma = (torch.from_numpy(np.sqrt(part)).to(device) for part in (levels, 1 - levels))
     where = torch.from_numpy(_half_log_snr(levels)).to(device)
-    prediction = [prediction_coefficients(float(level), prediction_type)[:2] for level in levels]
-    prediction = torch.tensor(prediction, dtype=torch.float64, device=device)
+    rows = [prediction_coefficients(float(level), prediction_type)[:2] for level in levels]
+    prediction = torch.tensor(rows, dtype=torch.float64, device=device)
     last = total - 1
     end = where[last]  # the image is what the network predicts at timestep 0
 

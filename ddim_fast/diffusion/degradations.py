@@ -56,6 +56,8 @@ class Mask(LinearOperator):
         ValueError: it has another number of dimensions.
     """
 
+    known: Tensor
+
     def __init__(self, known: Tensor) -> None:
         super().__init__()
         if known.ndim not in (2, 3):
@@ -169,6 +171,11 @@ class Blur(LinearOperator):
         ValueError: sigma is not positive.
     """
 
+    blur_rows: Tensor
+    blur_columns: Tensor
+    inverse_rows: Tensor
+    inverse_columns: Tensor
+
     def __init__(self, size: tuple[int, int], sigma: float, smallest: float = 0.03) -> None:
         super().__init__()
         sigma = plain(sigma)
@@ -205,6 +212,9 @@ class CompressedSensing(LinearOperator):
     Raises:
         ValueError: the size or the ratio does not serve.
     """
+
+    signs: Tensor
+    chosen: Tensor
 
     def __init__(self, size: tuple[int, int], ratio: float, seed: int = 0) -> None:
         super().__init__()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.config import DiffusionModel
 from .guidance import ClassifierGuidance, Gradient, apply_guidance, check_guide, guided_steps
 from .network import Network, NetworkConditions, with_labels
 from .schedule import NoiseSchedule
@@ -67,10 +68,10 @@ class Denoiser:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DiffusionModel,
         *,
         dtype: torch.dtype = torch.float32,
-        guide: nn.Module | None = None,
+        guide: DiffusionModel | None = None,
         batch_invariant: bool = True,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -91,7 +92,7 @@ class Denoiser:
         return self._network.device
 
     @property
-    def networks(self) -> tuple[nn.Module, ...]:
+    def networks(self) -> tuple[DiffusionModel, ...]:
         """All that decides a prediction."""
         return (self.model,) if self.guide is None else (self.model, self.guide)
 
@@ -124,10 +125,10 @@ class Denoiser:
         """
         timesteps = np.ascontiguousarray(timesteps)
         there = torch.from_numpy(timesteps).to(self.device)
-        by_guide = guidance is not None and self._guide is not None
+        guide = None if guidance is None else self._guide
         conditions = Conditions(
-            self._network.conditions(there, labels, guided=guidance is not None and not by_guide),
-            self._guide.conditions(there, labels, guided=False) if by_guide else (),
+            self._network.conditions(there, labels, guided=guidance is not None and guide is None),
+            () if guide is None else guide.conditions(there, labels, guided=False),
             None if guidance is None else torch.tensor(guidance, dtype=torch.float32, device=self.device),
         )
         correction = None
@@ -141,12 +142,12 @@ class Denoiser:
         self, timesteps: Tensor, labels: Tensor | None, guidance: float | None, guidance_interval: tuple[int, int] | None
     ) -> Conditions:
         """The conditions of a single step, number 0, in which each image has a timestep of its own, (N,) int64."""
-        by_guide = guidance is not None and self._guide is not None
-        own = self._network.conditions_each(timesteps, labels, guidance is not None and not by_guide)
+        guide = None if guidance is None else self._guide
+        own = self._network.conditions_each(timesteps, labels, guidance is not None and guide is None)
         if guidance is None:
             return Conditions(own)
         scale = torch.where(guided_steps(timesteps, guidance, guidance_interval), guidance, 1.0).float()[:, None, None, None]
-        return Conditions(own, self._guide.conditions_each(timesteps, labels, False) if by_guide else (), scale)
+        return Conditions(own, () if guide is None else guide.conditions_each(timesteps, labels, False), scale)
 
     def evaluations(self, timesteps: np.ndarray, guidance: float | None, guidance_interval: tuple[int, int] | None) -> int:
         """How often a run evaluates the network for each image; evaluations of a guide are not counted."""
@@ -161,7 +162,9 @@ class Denoiser:
         scale = conditions.scale
         if scale is None or conditions.guide:
             output, deep = self._network(x, conditions.network, index, deep)
-            return output if scale is None else apply_guidance(self._guide(x, conditions.guide, index)[0], output, scale), deep
+            guide: Any = self._guide
+            return output if scale is None else apply_guidance(guide(x, conditions.guide, index)[0], output, scale), deep
         # Without and with the labels, by one network call on both halves.
         output, deep = self._network(torch.cat([x, x]), conditions.network, index, deep)
-        return apply_guidance(*output.chunk(2), scale), deep
+        unlabelled, labelled = output.chunk(2)
+        return apply_guidance(unlabelled, labelled, scale), deep

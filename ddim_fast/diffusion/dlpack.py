@@ -76,10 +76,10 @@ def _by_numpy(arrays: dict[str, Any], written: str) -> dict[str, Any]:
 
 def _by_torch(arrays: dict[str, Any]) -> dict[str, Any]:
     import torch
+    from torch.utils.dlpack import from_dlpack
 
     return {
-        name: array if isinstance(array, torch.Tensor) else _shared(torch.from_dlpack, name, array)
-        for name, array in arrays.items()
+        name: array if isinstance(array, torch.Tensor) else _shared(from_dlpack, name, array) for name, array in arrays.items()
     }
 
 

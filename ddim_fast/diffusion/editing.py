@@ -8,15 +8,18 @@ many steps as the sampler has, where there are so many timesteps; of listed or a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..ops.scalars import is_finite, plain
+from .latent import LatentSampler
 from .request import as_tensor
 from .sampler import Sampler
 
 __all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
 
+AnySampler = Sampler | LatentSampler
 Labels = int | Sequence[int] | Tensor | None
 
 
@@ -34,7 +37,7 @@ def start_timestep(strength: float, num_train_timesteps: int) -> int | None:
 
 
 def sdedit(
-    sampler: Sampler,
+    sampler: AnySampler,
     images: Tensor,
     strength: float,
     *,
@@ -66,7 +69,7 @@ def sdedit(
 
 
 def swap_class(
-    sampler: Sampler,
+    sampler: AnySampler,
     images: Tensor,
     *,
     source: Labels,
@@ -100,7 +103,7 @@ def swap_class(
 
 
 def attribute_direction(
-    sampler: Sampler,
+    sampler: AnySampler,
     examples: Tensor,
     counterexamples: Tensor,
     *,
@@ -137,7 +140,7 @@ def attribute_direction(
 
 
 def move_along(
-    sampler: Sampler,
+    sampler: AnySampler,
     images: Tensor,
     direction: Tensor,
     amount: float = 1.0,
@@ -174,15 +177,15 @@ def move_along(
     return _decode(part, moved, labels=labels, guidance=guidance, batch_size=batch_size)
 
 
-def _part(sampler: Sampler, strength: float) -> Sampler | None:
+def _part(sampler: AnySampler, strength: float) -> AnySampler | None:
     """The sampler of an edit's way, None where there is none."""
     start = start_timestep(strength, sampler.schedule.num_train_timesteps)
     return None if start is None else sampler.starting_at(start)
 
 
-def _encode(part: Sampler | None, images: Tensor, **request) -> Tensor:
+def _encode(part: AnySampler | None, images: Tensor, **request: Any) -> Tensor:
     return as_tensor(images) if part is None else part.encode(images, **request)
 
 
-def _decode(part: Sampler | None, latents: Tensor, **request) -> Tensor:
+def _decode(part: AnySampler | None, latents: Tensor, **request: Any) -> Tensor:
     return latents if part is None else part.sample(x_T=latents, **request)

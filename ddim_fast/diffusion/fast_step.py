@@ -84,8 +84,15 @@ def fast_ddim_step(
         "out": out,
     }
     if any(is_foreign(array) for array in arrays.values()):
-        options = {"eta": eta, "step": step, "prediction_type": prediction_type, "clip_sample_range": clip_sample_range}
-        result = fast_ddim_step(**imported(arrays, "out"), **options, guidance=guidance, out_dtype=out_dtype)
+        result = fast_ddim_step(
+            **imported(arrays, "out"),
+            eta=eta,
+            step=step,
+            prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range,
+            guidance=guidance,
+            out_dtype=out_dtype,
+        )
         return like(result, sample) if out is None else out
     eta = check_eta(eta)
     stochastic = eta != 0
@@ -93,6 +100,9 @@ def fast_ddim_step(
         raise ValueError(f"eta = {eta} needs noise, or seeds to make it from")
     if clip_sample_range is not None and not clip_sample_range > 0:
         raise ValueError(f"clip_sample_range must be positive, or None; got {clip_sample_range}")
+    ddim_step: Any
+    as_level: Any
+    as_seeds: Any
     if isinstance(sample, np.ndarray):
         from ..ops.ddim_step_numpy import ddim_step_numpy as ddim_step
 

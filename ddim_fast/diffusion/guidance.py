@@ -95,8 +95,8 @@ def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
         own, other = getattr(config, name), getattr(guide, name)
         if own != other and (name, other) != ("num_classes", None):
             raise ValueError(f"the guide must be of the same kind as the network: its {name} is {other}, not {own}")
-    schedules = NoiseSchedule.from_config(config), NoiseSchedule.from_config(guide)
-    if not np.array_equal(*(schedule.alphas_cumprod for schedule in schedules)):
+    schedule, its_schedule = NoiseSchedule.from_config(config), NoiseSchedule.from_config(guide)
+    if not np.array_equal(schedule.alphas_cumprod, its_schedule.alphas_cumprod):
         raise ValueError("the guide must be of the same kind as the network: its noise schedule is another one")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..engine import inference
+from ..models.config import DiffusionModel
 from ..models.unet_blocks import batch_invariant
 from .degradations import LinearOperator
 from .request import as_tensor
@@ -35,7 +36,7 @@ class LatentCodec:
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:
-        self.autoencoder = autoencoder.eval()
+        self.autoencoder: Any = autoencoder.eval()
         config = getattr(autoencoder, "config", None)
         fields = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
         shift, scale, mean, std = (getattr(config, name, None) for name in fields)
@@ -81,7 +82,7 @@ class LatentSampler:
         self.codec = LatentCodec(autoencoder.to(sampler.device))
         shape = sampler.config.image_shape
         try:
-            self.image_shape = tuple(self.codec.decode(sampler.noise([0])).shape[1:])
+            self.image_shape = cast("tuple[int, int, int]", tuple(self.codec.decode(sampler.noise([0])).shape[1:]))
         except RuntimeError as error:
             raise ValueError(f"the autoencoder does not decode the network's latents, of shape {shape}: {error}") from None
 
@@ -91,7 +92,7 @@ class LatentSampler:
         return getattr(self.sampler, name)
 
     @property
-    def networks(self) -> tuple[nn.Module, ...]:
+    def networks(self) -> tuple[DiffusionModel | nn.Module, ...]:
         """All that decides what an image is made of."""
         return (*self.sampler.networks, self.codec.autoencoder)
 
@@ -99,11 +100,8 @@ class LatentSampler:
         self, *, batch_size: int = _AT_ONCE, on_step: Callable[[LatentState], None] | None = None, **request: Any
     ) -> Tensor:
         """Images (N, C, H, W), as :meth:`Sampler.sample` returns them. Its arguments; ``x_T`` is of the latents' shape."""
-
-        def report(state: SamplerState) -> None:
-            on_step(LatentState(state, self.decode))
-
-        latents = self.sampler.sample(batch_size=batch_size, on_step=None if on_step is None else report, **request)
+        report = None if on_step is None else (lambda state: on_step(LatentState(state, self.decode)))
+        latents = self.sampler.sample(batch_size=batch_size, on_step=report, **request)
         return self.decode(latents, batch_size)
 
     def trajectory(self, **request: Any) -> Iterator[LatentState]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from .solvers import Solver, State, StepFunction
 from .trajectory import SamplerState
 
 __all__ = ["Inputs", "Loop", "Run", "calibrate", "initial_noise"]
+
+F = TypeVar("F", bound=StepFunction)
 
 
 class Inputs(NamedTuple):
@@ -47,7 +49,7 @@ class Run(NamedTuple):
     correction: ClassifierGuidance | None = None
 
 
-class Loop:
+class Loop(Generic[F]):
     """Steps of one denoiser and one solver, executed by an engine.
 
     Args:
@@ -60,7 +62,7 @@ class Loop:
         ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
     """
 
-    def __init__(self, denoiser: Denoiser, solver: StepFunction, reuse: int = 1) -> None:
+    def __init__(self, denoiser: Denoiser, solver: F, reuse: int = 1) -> None:
         if not is_whole(reuse) or reuse < 1:
             raise ValueError(f"reuse must be a whole number of steps, 1 or more; got {reuse!r}")
         if reuse > 1 and not denoiser.has_deep_features:
@@ -116,7 +118,7 @@ class Loop:
             yield state, output
 
     @inference()
-    def trajectory(self, engine: Engine, request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
+    def trajectory(self: Loop[Solver], engine: Engine, request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
         """The state after each step of a solver that has a table of its own; arguments as of :meth:`prepare`."""
         run = self.prepare(request, timesteps, self.solver.table)
         before = run.inputs.x

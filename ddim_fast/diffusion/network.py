@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine import inference
+from ..models.config import DiffusionModel
 from ..models.quantisation import quantise
 from ..models.unet import UNet
 from ..ops.devices import bf16_is_fast, keep_memory
@@ -35,7 +37,7 @@ class Network:
         ValueError: the model has no 8-bit convolutions here.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
+    def __init__(self, model: DiffusionModel, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
         self._converts = hasattr(model, "for_inference")
         if dtype == torch.int8:
             device = next(model.parameters()).device
@@ -48,7 +50,7 @@ class Network:
             _warn_if_slow(dtype, next(model.parameters()).device)
         options = {"batch_invariant": batch_invariant} if isinstance(model, UNet) else {}
         with inference():
-            self._model = model.for_inference(dtype, **options) if self._converts else model
+            self._model: Any = model.for_inference(dtype, **options) if hasattr(model, "for_inference") else model
         self._dtype = dtype
         self._autocast = dtype != torch.float32 and not self._converts
         self._conditions_itself = hasattr(model, "condition") and hasattr(model, "denoise_reusing")
@@ -77,16 +79,18 @@ class Network:
             labels: (N,) or None; an unconditional network has no use for them.
             guided: whether each image is evaluated without its label as well: the unlabelled ones come first.
         """
-        labels = None if self.num_classes is None else labels
+        classes = self.num_classes
+        labels = None if classes is None else labels
         if guided:
-            labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
+            assert classes is not None and labels is not None
+            labels = torch.cat([torch.full_like(labels, classes), labels])
         if not self._conditions_itself:
             return (timesteps,) if labels is None else (timesteps, labels)
-        if labels is None:
+        if classes is None or labels is None:
             return (self._model.condition(timesteps)[:, None],)
         # One row a class where that is fewer than one an image. It depends on their numbers alone, so that the shapes do.
-        by_class = self.num_classes + 1 <= len(labels)
-        rows = torch.arange(self.num_classes + 1, device=labels.device) if by_class else labels
+        by_class = classes + 1 <= len(labels)
+        rows = torch.arange(classes + 1, device=labels.device) if by_class else labels
         table = self._model.condition(timesteps.repeat_interleave(len(rows)), rows.repeat(len(timesteps)))
         table = table.unflatten(0, (len(timesteps), len(rows)))
         return (table, labels) if by_class else (table,)
@@ -99,9 +103,11 @@ class Network:
             labels: (N,) or None.
             guided: as for :meth:`conditions`.
         """
-        labels = None if self.num_classes is None else labels
+        classes = self.num_classes
+        labels = None if classes is None else labels
         if guided:
-            timesteps, labels = timesteps.repeat(2), torch.cat([torch.full_like(labels, self.num_classes), labels])
+            assert classes is not None and labels is not None
+            timesteps, labels = timesteps.repeat(2), torch.cat([torch.full_like(labels, classes), labels])
         if not self._conditions_itself:
             return (timesteps[None],) if labels is None else (timesteps[None], labels)
         return (self._model.condition(timesteps, labels)[None],)

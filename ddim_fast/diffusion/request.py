@@ -34,9 +34,9 @@ class Request:
         gradient: of classifier guidance, or None.
     """
 
-    seeds: Any | None
-    x_T: Any | None = None
-    labels: Any | None = None
+    seeds: Any
+    x_T: Any = None
+    labels: Any = None
     guidance: float | None = None
     guidance_interval: tuple[int, int] | None = None
     gradient: Gradient | None = None

@@ -165,8 +165,8 @@ class Restoration:
     def __init__(
         self,
         operator: LinearOperator,
-        shape: tuple[int, int, int],
-        image_shape: tuple[int, int, int],
+        shape: tuple[int, ...],
+        image_shape: tuple[int, ...],
         clip: float | None = None,
         codec: Codec | None = None,
     ) -> None:
@@ -217,7 +217,7 @@ class Restorer:
         self, denoiser: Denoiser, timesteps: np.ndarray, engine: Engine, clip_sample_range: float | None = None
     ) -> None:
         self._denoiser, self._timesteps, self._engine, self._clip = denoiser, timesteps, engine, clip_sample_range
-        self._loop: Loop | None = None
+        self._loop: Loop[Restoration] | None = None
 
     @inference()
     def restore(
@@ -264,8 +264,9 @@ class Restorer:
         if codec is None and shape != expected:
             raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {expected}")
         has_guide = denoiser.guide is not None
-        options = {"labels": labels, "guidance": guidance, "has_guide": has_guide}
-        request = Request.check(denoiser.config, stochastic=True, seeds=seeds, **options).to(denoiser.device)
+        request = Request.check(
+            denoiser.config, stochastic=True, has_guide=has_guide, seeds=seeds, labels=labels, guidance=guidance
+        ).to(denoiser.device)
         loop = self._loop_of(operator, codec, shape)
         x = loop.solver.pack(initial_noise(request, denoiser), back_projection)
         return loop.last(self._engine, loop.prepare(request, timesteps, table, x))
@@ -276,14 +277,14 @@ class Restorer:
         """The timesteps at which :meth:`restore` evaluates the network, and its coefficients, as :func:`restoration_steps`."""
         schedule, prediction_type = self._denoiser.schedule, self._denoiser.config.prediction_type
         levels = np.append(schedule.alphas_cumprod[self._timesteps], 1.0)
-        options = {"eta": eta, "noise_std": noise_std, "travel": travel}
-        return restoration_steps(self._timesteps, levels, prediction_type, operator, **options)
+        return restoration_steps(
+            self._timesteps, levels, prediction_type, operator, eta=eta, noise_std=noise_std, travel=travel
+        )
 
-    def _loop_of(self, operator: LinearOperator, codec: Codec | None, shape: tuple[int, int, int]) -> Loop:
+    def _loop_of(self, operator: LinearOperator, codec: Codec | None, shape: tuple[int, ...]) -> Loop[Restoration]:
         """The loop of restorations, kept for more measurements by the same operator: an engine may have compiled its step."""
         loop = self._loop
-        solver = None if loop is None else loop.solver
-        if solver is None or (solver.operator, solver.codec, solver.image_shape) != (operator, codec, shape):
+        if loop is None or (loop.solver.operator, loop.solver.codec, loop.solver.image_shape) != (operator, codec, shape):
             solver = Restoration(operator, self._denoiser.config.image_shape, shape, self._clip, codec)
             loop = self._loop = Loop(self._denoiser, solver)
         return loop

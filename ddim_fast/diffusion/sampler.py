@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine import inference, make_engine, select_engine
+from ..models.config import DiffusionModel
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import plain
 from .controlled import check_tolerance, sample_controlled
@@ -73,7 +74,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: nn.Module | Denoiser,
+        model: DiffusionModel | Denoiser,
         *,
         steps: int | None = 20,
         eta: float | str = 0.0,
@@ -84,13 +85,13 @@ class Sampler:
         dtype: torch.dtype | None = None,
         reuse: int = 1,
         tolerance: float | None = None,
-        guide: nn.Module | None = None,
+        guide: DiffusionModel | None = None,
         batch_invariant: bool | None = None,
     ) -> None:
         steps, eta, clip_sample_range, reuse, tolerance = map(plain, (steps, eta, clip_sample_range, reuse, tolerance))
         if tolerance is not None:
             check_tolerance(tolerance, eta, solver, engine, reuse)
-        options = {"dtype": dtype, "guide": guide, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"dtype": dtype, "guide": guide, "batch_invariant": batch_invariant}
         given = {name: value for name, value in options.items() if value is not None}
         if isinstance(model, Denoiser) and given:
             raise ValueError(f"{next(iter(given))} is an option of the Denoiser, which this sampler shares with others")
@@ -265,12 +266,12 @@ class Sampler:
             )
         x_T, has_guide = None if x_T is None else as_tensor(x_T), self.guide is not None
         options = {"stochastic": self.solver.stochastic, "has_guide": has_guide, "x_T": x_T, "gradient": gradient}
-        request = Request.check(self.config, **options, **request)
-        if request.guidance_interval is not None and self.reuse > 1 and self.guide is None:
+        checked = Request.check(self.config, **options, **request)
+        if checked.guidance_interval is not None and self.reuse > 1 and self.guide is None:
             raise ValueError(
                 f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {self.reuse}"
             )
-        return request.to(self.device)
+        return checked.to(self.device)
 
     @inference()
     def _sample(self, request: Request, on_step: Callable[[SamplerState], None] | None) -> tuple[Tensor, Tensor]:

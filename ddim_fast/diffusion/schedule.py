@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class NoiseSchedule:
     """
 
     betas: np.ndarray
+    _alphas_cumprod: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float32).astype(np.float64)

@@ -178,6 +178,9 @@ class _MultiStep:
     def predict_x0(self, i: int, x: Any, output: Any) -> Any:
         return _predict_x0(*self._prediction[i], x, output, self.clip)
 
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        raise NotImplementedError
+
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
         return self.combine(state, output, table.index_select(0, index.reshape(1))[0].unbind())
 
@@ -211,8 +214,8 @@ class DPMSolverPlusPlus2M(_MultiStep):
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         x, previous = state
-        *prediction, from_x, from_x0, from_previous = row
-        x0 = _predict_x0(*prediction, x, output, self.clip)
+        from_sample, from_output, from_x, from_x0, from_previous = row
+        x0 = _predict_x0(from_sample, from_output, x, output, self.clip)
         return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
 
@@ -252,7 +255,7 @@ class UniPC(_MultiStep):
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
         x, x_before, previous, older = state
-        x0 = _predict_x0(*row[:2], x, output, self.clip)
+        x0 = _predict_x0(row[0], row[1], x, output, self.clip)
         from_before, from_previous, from_older, from_x0 = row[2:6]
         x = from_before * x_before + from_previous * previous + from_older * older + from_x0 * x0
         from_x, from_x0, from_previous = row[6:]

@@ -62,7 +62,7 @@ def step_coefficients(
     """
     a, b = alphas_cumprod_t, alphas_cumprod_prev
     eta = check_eta(eta)
-    spread = 1.0 if eta == SIGMA_HAT else eta
+    spread: Any = 1.0 if eta == SIGMA_HAT else eta
     _check_levels(a, b, eta)
     prediction = prediction_coefficients(a, prediction_type)
     if spread == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch import Tensor
 from .compiled import Compiled, signature
 
 __all__ = ["Captured"]
-
-Nested = TypeVar("Nested")
 
 
 class Captured(Compiled):
@@ -74,7 +72,7 @@ class _Graph(NamedTuple):
     read: torch.cuda.Event
 
 
-def _cloned(value: Nested) -> Nested:
+def _cloned(value: Any) -> Any:
     """Copies of tensors nested in tuples and named tuples."""
     if isinstance(value, Tensor):
         return value.clone()

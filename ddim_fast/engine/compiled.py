@@ -24,7 +24,7 @@ class Compiled(Eager):
     needs_one_batch_size = True
 
     def __init__(self) -> None:
-        self._compiled: dict[tuple, Callable[..., Any]] = {}
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._compiling = threading.Lock()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -78,6 +78,7 @@ def _once() -> Callable[..., Any]:
         if graphs > 1:
             raise RuntimeError("the step of this sampler would be recompiled: something of it changed after its first run")
         # Where TORCHINDUCTOR_MAX_AUTOTUNE=1 has it tuned, which takes minutes, no table on the terminal for each operator.
-        return lookup_backend("inductor")(graph, inputs, config_patches={"autotune_num_choices_displayed": 0})
+        compile_graph: Any = lookup_backend("inductor")
+        return compile_graph(graph, inputs, config_patches={"autotune_num_choices_displayed": 0})
 
     return inductor

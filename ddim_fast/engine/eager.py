@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 __all__ = ["Eager"]
 
-Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 
 
@@ -29,7 +30,7 @@ class Eager:
         """
         return function(*arguments)
 
-    def run(self, loop: Callable[[Eager, Inputs, Any], Result], inputs: Inputs, plan: Hashable) -> Result:
+    def run(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Tensor:
         """``loop(self, inputs, plan)``, a function that executes its steps by :meth:`call`.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +121,17 @@ class Inception(nn.Module):
 class _Conv(nn.Module):
     """Convolution, BatchNorm, ReLU. The norm, which is fixed, becomes part of the convolution when :meth:`fold` is called."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], **options: int | tuple) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, bias=False, **options)
-        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        self.bn: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -132,6 +139,7 @@ class _Conv(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         bn = self.bn
+        assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         folded = nn.Conv2d(1, 1, 1)  # of whatever shape: both parameters are replaced
         folded.__dict__.update({k: v for k, v in self.conv.__dict__.items() if not k.startswith("_")})
@@ -215,7 +223,7 @@ class _MixedD(nn.Module):
 
 
 class _MixedE(nn.Module):
-    def __init__(self, channels: int, pool) -> None:
+    def __init__(self, channels: int, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.branch1x1 = _Conv(channels, 320, 1)
         self.branch3x3_1 = _Conv(channels, 384, 1)
@@ -274,14 +282,14 @@ def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
     for module in list(network.modules()):
         if isinstance(module, _Conv):
             module.fold()
-    return FeatureNetwork(network.to(memory_format=torch.channels_last), identity)
+    return FeatureNetwork(network.to(memory_format=torch.channels_last), identity)  # type: ignore[call-overload]
 
 
 def tensors_checksum(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of all names, shapes and values, in hexadecimal: the same whatever file they were read from."""
     digest = hashlib.sha256(json.dumps({name: list(t.shape) for name, t in sorted(tensors.items())}).encode())
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 

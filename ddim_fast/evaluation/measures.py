@@ -97,6 +97,7 @@ def measure_samples(
         if not torch.isfinite(images).all():
             raise ValueError(f"{settings['model']}: the samples are not finite; try --dtype float32")
         features = network.of(torch.from_numpy(to_uint8(images)).movedim(-1, 1))
+        assert sampler.evaluations is not None  # of these images
         return torch.cat([features.cpu(), sampler.evaluations[:, None].float()], dim=1)
 
     parts = run.rows("quality", settings, len(draws.seeds), network.features + 1, compute)
@@ -164,6 +165,7 @@ def measure_trajectories(
     def compute(numbers: range) -> Tensor:
         difference = draws.sample(sampler, numbers, run.batch_size).cpu() - solution[numbers.start : numbers.stop]
         errors = _mean_squares(difference), unit * _mean_squares(whiten(difference))
+        assert sampler.evaluations is not None  # of these images
         return torch.stack([*errors, sampler.evaluations.double()], dim=1)
 
     parts = run.rows("trajectory", settings, len(draws.seeds), 3, compute)
@@ -226,13 +228,13 @@ def _mean_squares(x: Tensor) -> Tensor:
     return x.double().square().mean(dim=(1, 2, 3))
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
+def _mean(name: str, values: np.ndarray) -> dict[str, Any]:
     values = values.astype(float)
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {name: float(values.mean()), f"{name} standard error": error}
 
 
-def _root_mean(name: str, values: np.ndarray) -> dict[str, float | None]:
+def _root_mean(name: str, values: np.ndarray) -> dict[str, Any]:
     """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
     mean = _mean(name, values)
     root, error = mean[name] ** 0.5, mean[f"{name} standard error"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ __all__ = ["Survey", "check_pictures", "describe", "open_archive", "read_array",
 Shape = tuple[int, ...]
 
 
-class Survey(NamedTuple):
+@dataclass(frozen=True)
+class Survey:
     """What there is to know of pictures before they are compared.
 
     Attributes:
@@ -37,12 +38,13 @@ class Survey(NamedTuple):
 
 def survey(pictures: Iterable[Tensor]) -> Survey:
     """Look at each of the (C, H, W) uint8 pictures once."""
-    digest, count, shapes = hashlib.sha256(), 0, set()
+    digest, count = hashlib.sha256(), 0
+    shapes: set[Shape] = set()
     for count, picture in enumerate(pictures, 1):  # noqa: B007
         shape = tuple(picture.shape)
         shapes.add(shape)
         digest.update(f"{shape} ".encode())
-        digest.update(picture.contiguous().numpy())
+        digest.update(picture.contiguous().numpy().data)
     return Survey(count, digest.hexdigest(), shapes)
 
 
@@ -136,6 +138,7 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
     """
     if name not in archive:
         raise ValueError(f"{path}: no array {name!r} (there are {', '.join(map(repr, archive.files)) or 'none'})")
+    assert archive.zip is not None  # it is open
     try:
         member = archive.zip.getinfo(f"{name}.npy")
         check_expansion(member.compress_size, member.file_size)

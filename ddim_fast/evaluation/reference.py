@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write it as a ``.npz`` file, which :func:`load_reference` reads."""
         rows, columns = np.triu_indices(len(self.statistics.mean))
-        arrays = {
+        arrays: dict[str, Any] = {
             "mu": self.statistics.mean,
             "sigma_upper": self.statistics.covariance[rows, columns],
             "count": self.images,
@@ -155,7 +156,7 @@ def _features(spec: str, network: FeatureNetwork) -> Callable[[range], Tensor]:
 
 
 def _finish(parts: Shards, spec: str, network: FeatureNetwork, found: Survey, path: Path) -> None:
-    sizes = {shape[1:] for shape in found.shapes}
+    sizes = {(height, width) for _, height, width in found.shapes}
     resolution = sizes.pop() if len(sizes) == 1 else None
     features = parts.some(KEPT_FEATURES)
     Reference(spec, parts.count, parts.statistics(network.features), features, network.name, resolution).save(path)

@@ -175,7 +175,7 @@ class Results:
             if max(values) < 5 * min(values):  # round numbers of a logarithmic axis would be two or three
                 axes.yaxis.set_major_locator(MaxNLocator(8))
                 axes.set_yticks([], minor=True)
-            axes.title.set_size(9)
+            axes.title.set_fontsize(9)
             axes.grid(alpha=0.3, which="both")
             figure.legend(fontsize=8, loc="outside right upper")
             name = next(n for i in range(1, 100) if (n := f"{kind}-{i}.png" if i > 1 else f"{kind}.png") not in used)
@@ -191,7 +191,7 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and row.get("kind") in _TITLES and isinstance(row.get("settings"), dict)
 
 
-def _setting(row: Row, *names: str) -> str | None:
+def _setting(row: Row, *names: str) -> Any:
     """The first of these settings that the row has."""
     return next((row["settings"][name] for name in names if row["settings"].get(name)), None)
 
@@ -208,7 +208,7 @@ def _told_apart(named: list[tuple[str, str | None]]) -> list[str]:
     ]
 
 
-def _order(row: Row) -> tuple:
+def _order(row: Row) -> tuple[Any, ...]:
     s = row["settings"]
     return s.get("model") or "", s.get("solver") or "", str(s.get("spacing")), str(s.get("eta")), s.get("steps") or 0
 

@@ -93,7 +93,7 @@ class Bar:
     """A progress bar, as a context."""
 
     def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
-        self._options = {
+        self._options: dict[str, Any] = {
             "total": total,
             "initial": initial,
             "unit": " images",

@@ -102,7 +102,7 @@ class _TensorsOnly(pickle.Unpickler):
             return lambda *values: values[0]
         raise pickle.UnpicklingError(f"{module}.{name} is not data")
 
-    def persistent_load(self, pid: tuple) -> Tensor:
+    def persistent_load(self, pid: tuple[Any, ...]) -> Tensor:
         _, kind, key, *_ = pid
         if kind != "FloatStorage":
             raise pickle.UnpicklingError(f"{kind} is not float32")

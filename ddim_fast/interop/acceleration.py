@@ -132,12 +132,12 @@ def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
                 forget(parameter)
     if isinstance(model_or_pipeline, DiffusionPipeline):
         for name, component in model_or_pipeline.components.items():
-            if isinstance(component, tuple(_SCHEDULERS.values())) and component.replaces is not None:
+            if isinstance(component, (FastDDIMScheduler, FastDDIMInverseScheduler)) and component.replaces is not None:
                 setattr(model_or_pipeline, name, component.replaces)
     return model_or_pipeline
 
 
-def _networks(given: nn.Module | DiffusionPipeline) -> dict[str, nn.Module]:
+def _networks(given: nn.Module | DiffusionPipeline) -> dict[str, Any]:
     """The networks served here, by their names in a pipeline; a model's own name is empty."""
     served = (*DENOISERS, *_AUTOENCODERS)
     if isinstance(given, DiffusionPipeline):
@@ -163,7 +163,7 @@ def _accelerate_model(name: str, model: nn.Module, dtype: torch.dtype | None, re
         return
     denoises = isinstance(model, DENOISERS)
     adopt_model(model, name, dtype if denoises else None, report)
-    model._fast_modules = list(model.modules())
+    vars(model)["_fast_modules"] = list(model.modules())
     if denoises and dtype is not None:
         model.register_forward_pre_hook(AdoptReplacements(model, dtype), prepend=True)
     if denoises and report.engine != "eager":
@@ -220,7 +220,7 @@ def _why_not_scheduler(scheduler: Any, fast: Any) -> str | None:
 
 def _set_engine(model: nn.Module, engine: str) -> None:
     """torch.compile of the model, in place."""
-    model._fast_engine = engine
+    vars(model)["_fast_engine"] = engine
     if engine == "compiled":
         model.compile(fullgraph=True)
         return

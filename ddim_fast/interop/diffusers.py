@@ -41,8 +41,8 @@ except ModuleNotFoundError as error:
         f"ddim_fast.interop.diffusers needs diffusers, which is not there ({error}): pip install diffusers"
     ) from error
 
-# A pipeline that loads a class looks for SchedulerMixin in the module of that class, to learn what it has before it.
-from diffusers import SchedulerMixin  # noqa: F401
+# A pipeline that loads a class also looks for SchedulerMixin in the module of that class, to learn what it has before it.
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
@@ -54,7 +54,7 @@ _COMPATS = ("diffusers", "exact")
 _DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
 
 
-class _FastScheduler:
+class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classes are not checked
     """The common part of the two schedulers: coefficients are computed once, on the host, and a step makes fewer passes over
     the images than diffusers'.
 
@@ -103,7 +103,8 @@ class _FastScheduler:
     def save_config(self, *args: Any, **kwargs: Any) -> None:
         """Saves the config as diffusers does; after ``accelerate`` that of the replaced scheduler, so that the folder loads
         without this package."""
-        (super() if self.replaces is None else self.replaces).save_config(*args, **kwargs)
+        saved: Any = super() if self.replaces is None else self.replaces
+        saved.save_config(*args, **kwargs)
 
     def set_timesteps(
         self,
@@ -167,7 +168,7 @@ class _FastScheduler:
         """The value of a timestep. An element of ``self.timesteps`` on a GPU is identified by its place in memory, because
         reading it would wait for the GPU."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_element(timestep):
-            return self._timestep_values[timestep.storage_offset()]
+            return self._timestep_values[int(timestep.storage_offset())]
         return operator.index(timestep)
 
     def _is_element(self, timestep: Tensor) -> bool:
@@ -229,7 +230,7 @@ class _FastScheduler:
         return _add(x0 * c.to_signal, eps * c.to_noise), x0
 
 
-class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
+class FastDDIMScheduler(_FastScheduler, DDIMScheduler):  # type: ignore[misc]
     """diffusers' DDIMScheduler (Song et al. 2021), with a faster ``step`` that does not wait for a GPU.
 
     Options and methods are those of ``diffusers.DDIMScheduler``, with one option more. In float32 on a CPU every option
@@ -345,7 +346,7 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):
         return c
 
 
-class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):
+class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):  # type: ignore[misc]
     """diffusers' DDIMInverseScheduler, from image to noise, with the changes of :class:`FastDDIMScheduler`.
 
     Args:

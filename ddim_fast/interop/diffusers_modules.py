@@ -136,10 +136,12 @@ class FastGroupNormSiLU(nn.GroupNorm):
         _fast_parent: the module whose ``conv_norm_out`` this is, in a tuple, so that it is not registered as a child.
     """
 
+    _fast_parent: tuple[nn.Module]
+
     def forward(self, x: Tensor) -> Tensor:
-        act = getattr(self._fast_parent[0], "conv_act", None)
+        act: Any = getattr(self._fast_parent[0], "conv_act", None)
         silu = is_untouched(self) and is_untouched(act, FusedSiLU)
-        out = norm_silu(self, _norm_input(self, x), silu=silu)
+        out: Any = norm_silu(self, _norm_input(self, x), silu=silu)
         if silu:
             out._fast_silu = True
         return out
@@ -152,12 +154,12 @@ class FusedSiLU(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         if not getattr(x, "_fast_silu", False):
             return super().forward(x)
-        x._fast_silu = False
+        x._fast_silu = False  # type: ignore[attr-defined]
         return x
 
 
 @_checks_class
-class FastResnetBlock2D(ResnetBlock2D):
+class FastResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
     """A residual block as two norms and two convolutions, fused with the first bias, the time embedding, both SiLUs, the
     shortcut's bias and the sum."""
 
@@ -198,19 +200,19 @@ _EMBEDDINGS = ("default", "scale_shift")
 
 
 @_checks_class
-class FastUpsample2D(Upsample2D):
+class FastUpsample2D(Upsample2D):  # type: ignore[misc]
     """Nearest-neighbour upsampling inside the convolution, which never writes the large image."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         doubled = tuple(2 * size for size in hidden_states.shape[2:])
         served = (output_size is None or tuple(output_size) == doubled) and why_not_upsample(self) is None
         conv = conv_of(self) if served else None
-        if args or kwargs or not served or _needs_original(hidden_states, conv.weight, conv.bias):
+        if args or kwargs or conv is None or _needs_original(hidden_states, conv.weight, conv.bias):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return conv3x3_cached(hidden_states.to(compute_dtype(conv)), conv.weight, conv.bias, upsample=True)
 
 
-class FastAttnProcessor(AttnProcessor2_0):
+class FastAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
     """Attention, and the norm before it, by the operators of this package.
 
     Args:
@@ -310,7 +312,7 @@ def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = 
             because a scheduler's step takes a single pass only over tensors of one layout.
     """
     module.__class__ = kind
-    module._fast_dtype, module._fast_is_last = dtype, is_last
+    vars(module).update(_fast_dtype=dtype, _fast_is_last=is_last)
 
 
 def give_back(module: nn.Module) -> None:
@@ -327,7 +329,7 @@ def give_back(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def compute_dtype(module: nn.Module) -> torch.dtype:
+def compute_dtype(module: FastConv2d | FastLinear) -> torch.dtype:
     """The dtype in which an adopted module computes."""
     return module._fast_dtype or module.weight.dtype
 
@@ -378,7 +380,7 @@ def why_not_attention(attn: Attention, processor: Any) -> str | None:
     return None
 
 
-def conv_of(upsample: Upsample2D) -> nn.Module:
+def conv_of(upsample: Upsample2D) -> Any:
     """The convolution of an Upsample2D, which has one of two names."""
     return upsample.conv if upsample.name == "conv" else upsample.Conv2d_0
 
@@ -423,9 +425,9 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters()) if torch.is_grad_enabled() else []
 
 
-def _needs_original(*tensors: Tensor | None) -> bool:
+def _needs_original(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a module has to compute as its original class: a gradient is recorded, or autocast or a transform of torch.func
-    is active. The first tensor is on the device in question."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    is active. ``x`` is on the device in question."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return True
-    return torch.is_autocast_enabled(tensors[0].device.type) or is_transformed()
+    return torch.is_autocast_enabled(x.device.type) or is_transformed()

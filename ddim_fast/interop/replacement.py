@@ -105,7 +105,8 @@ class AdoptReplacements:
             if module not in wrapped:
                 restore_module(module)
         adopt_model(self.model, "", self.dtype, Report(""), keep_processors=True)
-        self.model._fast_modules = list(dict.fromkeys([*self.model._fast_modules, *self.model.modules()]))
+        own = vars(self.model)
+        own["_fast_modules"] = list(dict.fromkeys([*own["_fast_modules"], *self.model.modules()]))
         self._remember()
 
     def _remember(self) -> None:
@@ -157,15 +158,14 @@ class _Walk:
             self._output_norm(module, name)
 
     def _layer(self, layer: nn.Module, name: str) -> None:
-        kind = type(layer)
-        if kind is nn.GroupNorm:
+        if isinstance(layer, nn.GroupNorm):
             self._adopt(layer, FastGroupNorm, name, "group_norm_silu")
-        elif kind is nn.Conv2d and layer.padding_mode != "zeros":
+        elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             self._leave(layer, name, f"its padding_mode is {layer.padding_mode}")
-        elif kind is nn.Conv2d:
+        elif isinstance(layer, nn.Conv2d):
             self._adopt(layer, FastConv2d, name, "conv3x3" if is_conv3x3(layer) else "PyTorch in channels_last")
         elif self.dtype is not None and layer.weight is not None:  # also if it is the weights' own: they may be moved later
-            self._adopt(layer, FastLinear if kind is nn.Linear else FastLayerNorm, name, f"PyTorch in {self.dtype}")
+            self._adopt(layer, FastLinear if isinstance(layer, nn.Linear) else FastLayerNorm, name, f"PyTorch in {self.dtype}")
 
     def _block(self, block: nn.Module, kind: type[nn.Module], name: str, by: str, reason: str | None) -> None:
         if reason is None:
@@ -207,9 +207,10 @@ class _Walk:
         dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
         if self.dtype is None or not dtypes or self.dtype in dtypes:
             return
-        while module is not None and type(module) not in FAST:  # a layer that LoRA wraps may be unwrapped again
-            module.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
-            module = getattr(module, "base_layer", None)
+        layer: nn.Module | None = module
+        while layer is not None and type(layer) not in FAST:  # a layer that LoRA wraps may be unwrapped again
+            layer.register_forward_pre_hook(CastInputs(max(dtypes, key=lambda d: d.itemsize)), with_kwargs=True)
+            layer = getattr(layer, "base_layer", None)
 
 
 def _join(name: str, child: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -15,7 +16,7 @@ __all__ = ["check_size", "decode_image", "image_suffixes", "opaque", "reason_of"
 _UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 # What each EXIF orientation does to a picture.
-_TURNS = {
+_TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +35,7 @@ _PLAIN = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
 _DEPTHS = {"L;2": 2, "L;4": 4}
 
 # How many times as much memory these decoders take for a pixel.
-_COPIES = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4, "ICNS": 4}
+_COPIES: dict[str | None, int] = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4, "ICNS": 4}
 
 
 def image_suffixes() -> set[str]:
@@ -57,7 +58,7 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
     """
     # Of a damaged file, Pillow's decoders of some forty formats raise whatever they run into.
     try:
-        image = Image.open(io.BytesIO(data), formats=_decoders())
+        image: Any = Image.open(io.BytesIO(data), formats=_decoders())
         check_size(image, _COPIES.get(image.format, 1))
         tiles = image.tile
         image.load()
@@ -130,7 +131,7 @@ def _fit_transparency(image: Image.Image) -> None:
         del image.info["transparency"]
 
 
-def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:
+def _keyed(image: Image.Image, tiles: list[Any], data: bytes) -> Image.Image:
     """A decoded PNG with an alpha channel in place of a transparent colour, which has as many bits as the file's pixels: Pillow
     compares it with pixels that it has brought to 8."""
     key = image.info.get("transparency")
@@ -139,7 +140,7 @@ def _keyed(image: Image.Image, tiles: list, data: bytes) -> Image.Image:
     stored, parts = tiles[0][3], [image]
     key = [key] if image.mode == "L" else key
     if stored == "RGB;16B":
-        lower = Image.open(io.BytesIO(data), formats=["PNG"])
+        lower: Any = Image.open(io.BytesIO(data), formats=["PNG"])
         lower.tile = [(*tile[:3], "RGB;16L") for tile in tiles]
         parts = [image, lower]
         key = [value >> 8 for value in key] + [value & 255 for value in key]
@@ -161,7 +162,8 @@ def _alpha(seen: np.ndarray) -> Image.Image:
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """Grey, of 32 bits a pixel."""
-    low, high = image.getextrema()
+    extrema: Any = image.getextrema()
+    low, high = extrema
     if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
         raise ValueError(
             f"its pixels are 32-bit numbers from {low:g} to {high:g}; save it with 8 or 16 bits, in 0..255 or 0..65535"

@@ -108,7 +108,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
     Links to folders are followed, but not to a folder around the link, nor into a folder a second time: a folder's files come
     once, from their own place if that is inside."""
     seen: set[str] = set()
-    folders, links = [folder], []
+    folders: list[Path] = [folder]
+    links: list[Path] = []
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         here = os.path.realpath(place)

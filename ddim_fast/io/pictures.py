@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
     Raises:
         ValueError: a number is infinite or none, as where a network overflows in float16.
     """
-    floats = images.astype(np.float32) if isinstance(images, np.ndarray) else images.detach().float()
+    floats: Any = images.astype(np.float32) if isinstance(images, np.ndarray) else images.detach().float()
     if not (abs(floats) < np.inf).all():
         raise ValueError("the images are not finite; try --dtype float32")
     if isinstance(floats, np.ndarray):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["Processes", "cpu_threads"]
 
@@ -44,8 +44,9 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.count > 1:
-            import torch.distributed as dist  # one process alone may do without torch
+            import torch.distributed  # one process alone may do without torch
 
+            dist: Any = torch.distributed  # not all of which it exports for mypy
             self._dist = dist
             store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
@@ -85,13 +86,14 @@ class Processes:
         """The result of ``make`` in the first process. Where it raises there, the others exit without a word."""
         if self.count == 1:
             return make()
-        result, error = None, None
+        result: T | None = None
+        error: BaseException | None = None
         if self.is_first:
             try:
                 result = make()
             except BaseException as raised:
                 error = raised
-        message = [result, error is not None]
+        message: list[Any] = [result, error is not None]
         self._dist.broadcast_object_list(message, src=0)
         if error is not None:
             raise error

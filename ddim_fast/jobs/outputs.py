@@ -93,8 +93,9 @@ class Output(abc.ABC):
     def is_whole(self, k: int, file: Path) -> bool:
         """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
 
-    def convert(self, images: Tensor | np.ndarray) -> np.ndarray:
-        """A sampler's images, (n, C, H, W) in [-1, 1], as they are written: here (n, H, W, C) uint8 pictures."""
+    def convert(self, images: Any) -> np.ndarray:
+        """A sampler's images, (n, C, H, W) in [-1, 1], a tensor or an array, as they are written: here (n, H, W, C) uint8
+        pictures."""
         return to_uint8(images)
 
     @abc.abstractmethod
@@ -137,6 +138,12 @@ class Output(abc.ABC):
         with errors_name_file(path):
             return _checked_record(json.loads(path.read_bytes()))
 
+    def begun(self) -> dict[str, Any]:
+        """The same of a job that has begun."""
+        record = self.record()
+        assert record is not None
+        return record
+
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder, with its record of an unfinished job."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +167,7 @@ class Output(abc.ABC):
 
     def note(self, **fields: Any) -> None:
         """Write these fields into the record."""
-        write_json(self.folder / self.record_name, {**self.record(), **fields})
+        write_json(self.folder / self.record_name, {**self.begun(), **fields})
 
     def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
         """See that images made with ``settings`` may be added to what is there.
@@ -310,11 +317,11 @@ class NpzFile(Output):
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
                     for k in range(len(batches)):
-                        member.write(self.read(k))
+                        member.write(self.read(k).data)
                 if batches.labels is not None:
                     with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.array(batches.labels, dtype=np.int64))
-                archive.writestr(zipfile.ZipInfo(SAMPLING), json.dumps({**self.record(), "finished": True}, indent=2))
+                archive.writestr(zipfile.ZipInfo(SAMPLING), json.dumps({**self.begun(), "finished": True}, indent=2))
             file.flush()
             os.fsync(file.fileno())
         os.replace(joined, self.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,9 @@ def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output
 
 def free_folder(batches: Batches, audio: AudioConfig | None, settings: dict[str, Any]) -> Path:
     """The folder of a run that names none: an unfinished one with these settings, or else the next that holds no images."""
-    for number in itertools.count(1):
+    number = 0
+    while True:
+        number += 1
         folder = output_at(Path("samples" if number == 1 else f"samples-{number}"), batches, audio)
         with contextlib.suppress(ValueError):
             record = folder.record()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.degradations import LinearOperator
+from ..diffusion.latent import LatentSampler
 from ..diffusion.restoration import inconsistency
 from ..diffusion.sampler import Sampler
 from ..evaluation.fidelity import peak_signal_to_noise, structural_similarity
@@ -39,7 +40,7 @@ class RestorationJob:
         batches: their seeds and labels.
     """
 
-    sampler: Sampler
+    sampler: Sampler | LatentSampler
     operator: LinearOperator
     steps: dict[str, Any]
     guidance: float | None
@@ -83,12 +84,13 @@ class RestorationJob:
             **self._fidelity(k, pictures),
         }
         rows = (dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True))
-        output.note(images={**output.record()["images"], **dict(zip(names, rows, strict=True))})
+        output.note(images={**output.begun()["images"], **dict(zip(names, rows, strict=True))})
         output.write(k, pictures)
 
     def finish(self, output: PngFolder) -> dict[str, float]:
         """Note that all is there, and the mean of each figure, of inconsistencies the largest; returns these."""
-        rows = [output.record()["images"][name] for name in self.names]
+        images = output.begun()["images"]
+        rows = [images[name] for name in self.names]
         means = {name: (max if name.startswith("inconsistency") else np.mean)([row[name] for row in rows]) for name in rows[0]}
         means = {name: float(mean) for name, mean in means.items()}
         output.note(overall=means, finished=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -17,9 +17,8 @@ from ..io.pictures import to_uint8
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..deploy.onnx_sampler import OnnxSampler
+    from ..diffusion.latent import LatentSampler, LatentState
     from ..diffusion.sampler import Sampler
 
 __all__ = ["Job", "JobStep"]
@@ -41,7 +40,7 @@ class JobStep:
     batch: int
     call: int
     calls: int
-    state: SamplerState
+    state: SamplerState | LatentState
 
 
 class Job:
@@ -60,15 +59,15 @@ class Job:
 
     def __init__(
         self,
-        sampler: Sampler | OnnxSampler,
+        sampler: Sampler | LatentSampler | OnnxSampler,
         batches: Batches,
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
         guidance_interval: Sequence[int] | None = None,
-        convert: Callable[[Tensor | np.ndarray], np.ndarray] = to_uint8,
+        convert: Callable[[Any], np.ndarray] = to_uint8,
     ) -> None:
         self.sampler, self.batches, self.watch, self.convert = sampler, batches, watch, convert
-        self._guidance = {"guidance": guidance, "guidance_interval": guidance_interval}
+        self._guidance: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval}
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
@@ -83,10 +82,11 @@ class Job:
                 self.sampler.sample(**request, batch_size=self._at_once)
             else:
                 next(self.sampler.trajectory(**request))
-            if self.sampler.device.type == "cuda":
+            device: Any = self.sampler.device
+            if device.type == "cuda":
                 import torch
 
-                torch.cuda.synchronize(self.sampler.device)
+                torch.cuda.synchronize(device)
 
         self._within_memory(compute)
 
@@ -100,7 +100,7 @@ class Job:
 
         def compute() -> np.ndarray:
             seeds, labels = self._filled(k)
-            images = self.sampler.sample(
+            images: Any = self.sampler.sample(  # a tensor or an array
                 seeds=seeds,
                 labels=labels,
                 **self._guidance,
@@ -141,13 +141,13 @@ class Job:
         missing = 0 if self.sampler.engine == "eager" else max(0, self._at_once - len(seeds))
         return [*seeds, *[seeds[-1]] * missing], None if labels is None else [*labels, *[labels[-1]] * missing]
 
-    def _reporter(self, k: int, count: int) -> Callable[[SamplerState], None] | None:
+    def _reporter(self, k: int, count: int) -> Callable[[SamplerState | LatentState], None] | None:
         on_step = self.watch(k)
         if on_step is None:
             return None
         calls, call = -(-count // self._at_once), -1
 
-        def report(state: SamplerState) -> None:
+        def report(state: SamplerState | LatentState) -> None:
             nonlocal call
             call += state.step == 0
             on_step(JobStep(k, call, calls, state))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,7 @@ __all__ = ["run_training"]
 
 
 def run_training(
-    trainer: Trainer,
+    trainer: Trainer[Any],
     out: Path,
     save_grid: Callable[[Path], None],
     *,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.images import fit_image, to_unit_range
 from ..diffusion.interpolation import between_all
+from ..diffusion.latent import LatentSampler
 from ..diffusion.sampler import Sampler
 from ..io.pictures import to_uint8
 from .outputs import Batches, PngFolder
@@ -59,7 +60,7 @@ class VideoJob:
         guidance: scale of classifier-free guidance, or None.
     """
 
-    sampler: Sampler
+    sampler: Sampler | LatentSampler
     source: Path
     count: int
     factor: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -143,7 +143,7 @@ def _write_mp4(path: Path, frames: Iterable[np.ndarray], image_shape: Sequence[i
     writer.close()
 
 
-def _decoded(source: Path) -> tuple[Iterator[bytes], dict[str, Any]]:
+def _decoded(source: Path) -> tuple[Generator[bytes, None, None], dict[str, Any]]:
     """The frames of a video file as RGB bytes, and what is known of them."""
     decoded = _ffmpeg().read_frames(str(source), pix_fmt="rgb24")
     try:

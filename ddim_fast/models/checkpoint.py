@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..io.files import atomic_write, errors_name_file, read_json, write_json
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
+from .json_dataclass import JsonDataclass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ __all__ = [
     "timesteps_file",
 ]
 
-C = TypeVar("C", UNetConfig, AutoencoderConfig)
+C = TypeVar("C", bound=JsonDataclass)
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "cifar10-64"
@@ -120,7 +121,7 @@ def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         raise FileNotFoundError(f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason}") from error
 
 
-def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:
+def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[assignment]
     """The configuration in ``folder``.
 
     Raises:

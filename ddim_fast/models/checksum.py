@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .config import DiffusionModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -12,13 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["weights_checksum"]
 
 
-def weights_checksum(*models: nn.Module) -> str:
+def weights_checksum(*models: DiffusionModel | nn.Module) -> str:
     """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
     import torch  # here, because commands that know of this function also run without torch
 
     digest = hashlib.sha256()
     for model in models:
-        config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+        given: Any = model.config
+        config = given.to_dict() if hasattr(given, "to_dict") else dict(given)
         # Private keys of diffusers' configs name the network's origin.
         digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
         for name, tensor in sorted(model.state_dict().items()):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .json_dataclass import JsonDataclass
 
-__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "UNetConfig", "preset_names"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "DiffusionModel", "UNetConfig", "preset_names"]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -131,6 +135,21 @@ class UNetConfig(JsonDataclass):
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls.from_dict({**_PRESETS[name], **overrides})
+
+
+class DiffusionModel(Protocol):
+    """A diffusion network: :class:`ddim_fast.UNet`, or any ``nn.Module`` with a config like its, called in the same way."""
+
+    @property
+    def config(self) -> UNetConfig: ...
+
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, /) -> Tensor: ...
+
+    def eval(self) -> DiffusionModel: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

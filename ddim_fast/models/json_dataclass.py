@@ -82,7 +82,7 @@ def _checked(name: str, expected: Any, value: Any) -> Any:
     raise ValueError(f"{name} must be {right}; got {value!r}")
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is(value: Any, kind: Any) -> bool:
     return type(value) is kind and (kind is not int or abs(value) < _LARGEST)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class _Inputs:
     def __init__(self) -> None:
         self.values: list[Tensor] = []
 
-    def add(self, module: Conv3x3, arguments: tuple[Tensor, ...], options: dict) -> None:
+    def add(self, module: Conv3x3, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
         """A forward pre-hook."""
         self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
         components = conv3x3_components(self.x, upsample=self.upsample)

@@ -26,6 +26,7 @@ from .unet_blocks import (
     ResnetBlock,
     TimeEmbedding,
     batch_invariant,
+    module_list,
     norm_silu,
     same_size,
     sinusoidal_embedding,
@@ -69,7 +70,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
 
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks: list[Level] = module_list([])
         skips = [widths[0]]
         channels = widths[0]
         for level, width in enumerate(widths):
@@ -81,7 +82,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             skips += [width] * (config.layers_per_block + (not last))
             channels = width
         self.mid_block = MidBlock(config, channels, time_dim)
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: list[Level] = module_list([])
         for level, width in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (channels if i == 0 else width) for i in range(config.layers_per_block + 1)]
             self.up_blocks.append(
@@ -157,20 +158,20 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     def _deep_features(self, h: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         """The layers between the first convolution and the last residual block."""
-        shifts = iter(shifts)
+        following = iter(shifts)
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = block.attend(i, resnet(h, next(shifts)))
+                h = block.attend(i, resnet(h, next(following)))
                 skips.append(h)
             if block.downsamplers is not None:
                 h = block.downsamplers[0](h)
                 skips.append(h)
-        h = self.mid_block(h, next(shifts), next(shifts))
+        h = self.mid_block(h, next(following), next(following))
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
                 if len(skips) > 1:  # the first one is left to the last residual block
-                    h = block.attend(i, resnet(h, next(shifts), skips.pop()))
+                    h = block.attend(i, resnet(h, next(following), skips.pop()))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
         return h
@@ -197,6 +198,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             batch_invariant: whether a single image is the same to the last bit as in a batch, in eager mode on a CPU.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
+        module: Any
         for module in model.modules():
             module.batch_invariant = batch_invariant
         for level, block in model._levels():
@@ -207,10 +209,10 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             if isinstance(module, nn.Conv2d):
                 if isinstance(module, Conv3x3) and module.prepared is None:
                     module.prepare(dtype)
-                module.to(dtype=dtype, memory_format=torch.channels_last)
+                module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             elif isinstance(module, Attention):
                 module.fold()
-                for linear in (module.to_q, module.to_k, module.to_v, module.to_out):
+                for linear in (module.to_q, module.to_k, module.to_v, *module.to_out):
                     if linear is not None:
                         linear.to(dtype)
         return model
@@ -245,8 +247,8 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         path = local_model(pretrained_model_name_or_path, **hub_options)
         checkpoint = load_checkpoint(path, config)
         model = checkpoint.network(cls)
-        model.fitted_timesteps = load_timesteps(path, checkpoint.config.num_train_timesteps)
-        model.audio = load_audio(path, checkpoint.config)
+        model.fitted_timesteps = load_timesteps(path, model.config.num_train_timesteps)
+        model.audio = load_audio(path, model.config)
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -258,9 +260,9 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         for module in self.modules():
             if isinstance(module, (ResnetBlock, Attention)):
                 last = module.conv2 if isinstance(module, ResnetBlock) else module.to_out[0]
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+                for parameter in last.parameters():
+                    nn.init.zeros_(parameter)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
         if self.config.num_classes is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +26,19 @@ __all__ = [
     "ResnetBlock",
     "TimeEmbedding",
     "batch_invariant",
+    "module_list",
     "norm_silu",
     "same_size",
     "sinusoidal_embedding",
 ]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def module_list(modules: Iterable[M]) -> list[M]:
+    """An ``nn.ModuleList``, whose own types do not say what the modules are."""
+    made: Any = nn.ModuleList(modules)
+    return made
 
 
 def sinusoidal_embedding(timesteps: Tensor, config: UNetConfig) -> Tensor:
@@ -66,7 +75,7 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
 
 
 # The answers of _depends_on_batch, by module, and by its arguments' shapes.
-_batch_dependence: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+_batch_dependence: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def _depends_on_batch(operator: Callable[..., Tensor], images: tuple[Tensor, ...], owner: nn.Module) -> bool:
@@ -104,6 +113,8 @@ def same_size(config: UNetConfig) -> dict[str, Any]:
 
 class Conv3x3(nn.Conv2d):
     """:func:`conv3x3` with its weight; :meth:`prepare` transforms the weight for inference."""
+
+    bias: nn.Parameter
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, **same_size(config))
@@ -153,7 +164,7 @@ class ResnetBlock(nn.Module):
         h = self.dropout(norm_silu(self.norm2, h, pre_shift=shift))
         if self.conv_shortcut is None:
             return self.conv2(h, self.conv2.bias, residual=x if skip is None else torch.cat([x, skip], dim=1))
-        weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias
+        weight, bias = self.conv_shortcut.weight, self.conv2.bias + self.conv_shortcut.bias  # type: ignore[operator]
         residual = conv1x1(x, weight[:, : x.shape[1]])
         if skip is not None:
             residual = conv1x1(skip, weight[:, x.shape[1] :], residual)
@@ -168,9 +179,9 @@ class Attention(nn.Module):
         self.heads = 1 if config.attention_head_dim is None else channels // config.attention_head_dim
         self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_k: nn.Linear | None = nn.Linear(channels, channels)
+        self.to_v: nn.Linear | None = nn.Linear(channels, channels)
+        self.to_out = module_list([nn.Linear(channels, channels)])
 
     def fold(self) -> None:
         """Makes two linear layers of the four, for inference with one head: the tokens are their own keys and values.
@@ -180,6 +191,7 @@ class Attention(nn.Module):
         """
         if self.heads > 1:
             return
+        assert self.to_k is not None and self.to_v is not None  # once
         wq, wk, wv, wo = (f.weight.double() for f in (self.to_q, self.to_k, self.to_v, self.to_out[0]))
         bq, bv, bo = (f.bias.double() for f in (self.to_q, self.to_v, self.to_out[0]))
         for linear, weight, bias in ((self.to_q, wk.T @ wq, wk.T @ bq), (self.to_out[0], wo @ wv, wo @ bv + bo)):
@@ -233,11 +245,11 @@ class Level(nn.Module):
         resampler: str | None,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, c, channels, time_dim) for c in in_channels)
-        self.attentions = nn.ModuleList(Attention(config, channels) for _ in in_channels) if has_attention else None
+        self.resnets = module_list(ResnetBlock(config, c, channels, time_dim) for c in in_channels)
+        self.attentions = module_list(Attention(config, channels) for _ in in_channels) if has_attention else None
         down, up = resampler == "downsamplers", resampler == "upsamplers"
-        self.downsamplers = nn.ModuleList([Downsample(config, channels)]) if down else None
-        self.upsamplers = nn.ModuleList([Upsample(config, channels)]) if up else None
+        self.downsamplers = module_list([Downsample(config, channels)]) if down else None
+        self.upsamplers = module_list([Upsample(config, channels)]) if up else None
 
     def attend(self, i: int, h: Tensor) -> Tensor:
         """The attention after residual block ``i``, where this level has any."""
@@ -247,8 +259,8 @@ class Level(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig, channels: int, time_dim: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(config, channels)])
-        self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, time_dim) for _ in range(2))
+        self.attentions = module_list([Attention(config, channels)])
+        self.resnets = module_list(ResnetBlock(config, channels, channels, time_dim) for _ in range(2))
 
     def forward(self, x: Tensor, first_shift: Tensor, second_shift: Tensor) -> Tensor:
         h = self.attentions[0](self.resnets[0](x, first_shift))

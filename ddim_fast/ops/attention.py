@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def _registered(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tupl
 
 
 @_registered.register_fake
-def _(query, key, value, scale) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import new_lse, new_output
 
     return new_output(query), new_lse(query)
@@ -93,20 +93,22 @@ def _registered_backward(
 
 
 @_registered_backward.register_fake
-def _(grad, query, key, value, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.attention import new_output
 
     return new_output(query), new_output(key), new_output(value)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(query, key, value, out, lse)
 
 
-def _backward(ctx, grad, _) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     return *_registered_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
@@ -114,12 +116,14 @@ _registered.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.ddim_fast.attention)
-def _flops(query_shape, key_shape, value_shape, scale, *, out_shape=None) -> int:
+def _flops(query_shape: Any, key_shape: Any, value_shape: Any, scale: float, *, out_shape: Any = None) -> int:
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
 @register_flop_formula(torch.ops.ddim_fast.attention_backward)
-def _backward_flops(grad_shape, query_shape, key_shape, value_shape, *rest, out_shape=None) -> int:
+def _backward_flops(
+    grad_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *rest: Any, out_shape: Any = None
+) -> int:
     return sdpa_backward_flop_count(grad_shape, query_shape, key_shape, value_shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def _registered(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual
 
 
 @_registered.register_fake
-def _(x, prepared, bias, residual, upsample) -> Tensor:
+def _(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     return _empty_result(x, prepared[0], upsample)
 
 
@@ -244,7 +244,7 @@ def _registered_cached(x: Tensor, weight: Tensor, bias: Tensor | None, residual:
 
 
 @_registered_cached.register_fake
-def _(x, weight, bias, residual, upsample) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     return _empty_result(x, weight.transpose(0, 1), upsample)
 
 
@@ -259,7 +259,7 @@ def _run_cached(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     def prepare() -> Prepared | None:
         return prepare_conv3x3(weight.detach(), x.dtype, size=size)
 
-    size = None if upsample else tuple(x.shape[2:])
+    size: Any = None if upsample else tuple(x.shape[2:])
     prepared = cached(weight, ("conv3x3", x.dtype, _Weight(weight, x.dtype, None, size).tile), prepare)
     if prepared is None:
         weight = converted(weight, x.dtype)

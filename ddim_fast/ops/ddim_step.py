@@ -135,7 +135,7 @@ def _reference(call: _Step) -> Tensor:
     return result.to(call.out_dtype)
 
 
-def _row(coefficients: Coefficients, step: int | Tensor) -> Sequence[float | Tensor]:
+def _row(coefficients: Coefficients, step: Any) -> Sequence[float | Tensor]:
     """The seven coefficients; of a table, without a word to the host."""
     if not isinstance(coefficients, Tensor):
         return coefficients
@@ -145,7 +145,7 @@ def _row(coefficients: Coefficients, step: int | Tensor) -> Sequence[float | Ten
     return torch.where(valid, row, math.nan).unbind()
 
 
-def _guided(output: Tensor, unconditional: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
+def _guided(output: Tensor, unconditional: Tensor | None, guidance: Any, dtype: torch.dtype) -> Tensor:
     """The network's outputs combined."""
     if unconditional is None:
         return output.to(dtype)
@@ -181,10 +181,11 @@ def _run_cuda(request: _Request) -> Tensor:
     out = _result(call, out)
     pointers, options = _addresses(call, out)
     coefficients = [0.0] * 7 if call.table is not None else call.coefficients
+    step: Any = call.step
     if call.table is None:
-        options["step"] = call.step
+        options["step"] = step
     else:
-        options |= {"table_ptr": call.table.data_ptr(), "table_rows": len(call.table), "index_ptr": call.step.data_ptr()}
+        options |= {"table_ptr": call.table.data_ptr(), "table_rows": len(call.table), "index_ptr": step.data_ptr()}
     with torch.cuda.device_of(call.sample):
         stream = torch.cuda.current_stream().cuda_stream
         native.module.ddim_step_cuda(*pointers, coefficients, _bound(call), stream, **options)
@@ -337,7 +338,7 @@ def _registered(
 
 
 @_registered.register_fake
-def _(sample: Tensor, *others) -> Tensor:
+def _(sample: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(sample, dtype=others[-1])
 
 

@@ -95,11 +95,11 @@ def _with_parameters(call: _Call) -> _Call:
 
 
 def group_norm_silu_reference(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, **options
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, **options: Any
 ) -> Tensor:
     """The reference in plain PyTorch: differentiable, on any device and layout. Arguments as
     :func:`group_norm_silu`."""
-    defaults = dict.fromkeys(("pre_shift", "scale", "shift", "residual", "skip")) | {"silu": True}
+    defaults: dict[str, Any] = dict.fromkeys(("pre_shift", "scale", "shift", "residual", "skip")) | {"silu": True}
     return _reference(_with_parameters(_Call(x, num_groups, weight, bias, eps, **(defaults | options))))
 
 
@@ -123,7 +123,19 @@ def _registered(
 
 
 @_registered.register_fake
-def _(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip) -> Tensor:
+def _(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    pre_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+) -> Tensor:
     return _empty_result(_Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip))
 
 
@@ -148,7 +160,19 @@ def _registered_backward(
 
 
 @_registered_backward.register_fake
-def _(grad, x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, skip) -> list[Tensor]:
+def _(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    pre_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+) -> list[Tensor]:
     numbers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _given(weight, bias, pre_shift, scale, shift)]
     return [_empty_image(x, x.shape[1]), *numbers, *(_empty_image(x, t.shape[1]) for t in _given(skip))]
 
@@ -160,7 +184,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.has_residual = call.residual is not None
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> _Call:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """A gradient for each argument of the operator, or None."""
     x, weight, bias, *optional = ctx.saved_tensors
     num_groups, eps, silu = ctx.settings
@@ -168,7 +192,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> _Call:
     dx, dweight, dbias = (next(gradients) for _ in range(3))
     pre_shift, scale, shift, skip = (None if t is None else next(gradients) for t in optional)
     residual = grad if ctx.has_residual else None
-    return _Call(dx, None, dweight, dbias, None, None, pre_shift, scale, shift, residual, skip)
+    return dx, None, dweight, dbias, None, None, pre_shift, scale, shift, residual, skip
 
 
 _registered.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -178,7 +202,8 @@ def _reference(call: _Call) -> Tensor:
     v = call.x if call.skip is None else torch.cat([call.x, call.skip], dim=1)
     if call.pre_shift is not None:
         v = v + call.pre_shift.to(v.dtype)[:, :, None, None]
-    weight, bias = call.weight, call.bias
+    weight: Any = call.weight  # not None after _with_parameters
+    bias: Any = call.bias
     if is_transformed() or (not v.requires_grad and (weight.requires_grad or bias.requires_grad)):
         # Of channels_last images PyTorch (2.13) has no forward-mode derivative, and reads beyond memory for the gradient of the
         # weights alone.
@@ -212,11 +237,11 @@ def _reference_backward(request: _Backward) -> list[Tensor]:
     wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32
     tensors = {name: t.to(wide) for name, t in call._asdict().items() if isinstance(t, Tensor)}
 
-    def numbers(name: str) -> Tensor | float:
+    def numbers(name: str) -> Any:
         return tensors[name].unflatten(-1, (-1, 1, 1)) if name in tensors else 0.0
 
     v = torch.cat([tensors[name] for name in ("x", "skip") if name in tensors], dim=1) + numbers("pre_shift")
-    sizes = (*v.shape[:2], v.shape[2] * v.shape[3], call.num_groups)
+    sizes = (v.shape[0], v.shape[1], v.shape[2] * v.shape[3], call.num_groups)
     v = v.contiguous()
     normalised, mean, rstd = torch.native_group_norm(v, None, None, *sizes, call.eps)
     affine = normalised * numbers("weight") + numbers("bias")
@@ -250,8 +275,8 @@ def _run_reference(call: _Call) -> Tensor:
 
 
 def _run_native(call: _Call) -> Tensor:
-    pointers, sizes, stride, out, alive = _arrays(call)
-    settings = call.eps, call.silu, _is_channels_last(alive[0]), out.dtype == torch.bfloat16
+    pointers, sizes, stride, out, _alive = _arrays(call)
+    settings = call.eps, call.silu, _is_channels_last(call.x), out.dtype == torch.bfloat16
     native.module.group_norm_silu(pointers, sizes, *settings, torch.get_num_threads(), pre_shift_stride=stride)
     return out
 

@@ -9,11 +9,11 @@ Attributes:
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __all__ = ["has_cuda", "module", "why_not"]
 
-module: ModuleType | None = None
+module: Any = None
 why_not: str | None = None
 try:
     module = importlib.import_module("ddim_fast._native")

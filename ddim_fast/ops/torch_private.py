@@ -109,7 +109,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 def call_compiled(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Puts ``wrap`` of the compiled call in its place, after ``module.compile()``."""
-    module._compiled_call_impl = wrap(module._compiled_call_impl)
+    call: Any = module._compiled_call_impl
+    module._compiled_call_impl = wrap(call)
 
 
 def undo_compile(module: nn.Module) -> None:

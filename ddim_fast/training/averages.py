@@ -123,7 +123,7 @@ def exponent_of_length(length: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
-def _inner_product(t: np.ndarray, a: np.ndarray, u: np.ndarray | int, b: np.ndarray | float) -> np.ndarray:
+def _inner_product(t: np.ndarray | int, a: np.ndarray | float, u: np.ndarray | int, b: np.ndarray | float) -> np.ndarray:
     """The integral over tau of the product of two profiles: (a + 1) tau^a / t^(a + 1), which ends at t, and (b, u)'s."""
     later = np.where(t < u, b, a)  # its exponent: the earlier one's power of t cancels against the end of the integral
     ratio = np.minimum(t, u) / np.maximum(t, u)

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class Trainer(Generic[M]):
             low, high = int(data.labels.min()), int(data.labels.max())
             if low < 0 or high >= self._num_classes:
                 raise ValueError(f"labels must be in 0..{self._num_classes - 1}; the data has {low}..{high}")
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data.to(model.device)
         self.options = options
         self.step = 0
@@ -187,6 +187,7 @@ class Trainer(Generic[M]):
 
     def write_snapshot(self, folder: Path) -> None:
         """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
+        assert self._averages is not None
         self._averages.write_snapshot(folder, self.step)
 
     def load(self, folder: Path) -> None:
@@ -237,7 +238,7 @@ class Trainer(Generic[M]):
 
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
-        averaged = self.averaged_model()
+        averaged: Any = self.averaged_model()
         some = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:1000]  # data sets may be sorted
         averaged.fit_scale(to_unit_range(self.data.images[some.to(self.data.images.device)]))
         for name in ("latent_mean", "latent_std"):
@@ -276,7 +277,7 @@ class Trainer(Generic[M]):
         if self.options.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
             images = torch.where(mirrored, images.flip(3), images)
-        if labels is not None and self.options.label_dropout:
+        if labels is not None and self._num_classes is not None and self.options.label_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.options.label_dropout
             labels = torch.where(dropped, self._num_classes, labels)
         return images, labels

@@ -24,6 +24,10 @@ class DenoisingLoss(nn.Module):
             squared error in x_0 is min(SNR, gamma), expressed in terms of what is predicted.
     """
 
+    signal: Tensor
+    noise: Tensor
+    weight: Tensor
+
     def __init__(self, schedule: NoiseSchedule, prediction_type: str, min_snr_gamma: float | None = None) -> None:
         super().__init__()
         if min_snr_gamma is not None and not min_snr_gamma > 0:

@@ -115,7 +115,8 @@ def _convolution_shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]
         raise ValueError(f"missing tensor {name!r}")
     if tensors[name].ndim != 4 or not tensors[name].numel():
         raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, which is no convolution's")
-    return tuple(tensors[name].shape[:2])
+    outputs, inputs = tensors[name].shape[:2]
+    return outputs, inputs
 
 
 def _stored_name(name: str, levels: int) -> str:
