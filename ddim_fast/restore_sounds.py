@@ -14,7 +14,6 @@ from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import audio_of, make_sampler
-from .cli.sounds import Sounds
 from .diffusion.degradations import Mask
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds")
+    from .cli.sounds import Sounds  # which needs more than --help does
+
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
         if settings.gap is not None:

@@ -22,7 +22,6 @@ from .cli.options import (
 )
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import audio_of, make_sampler
-from .cli.sounds import Sounds
 from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
@@ -70,6 +69,8 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
+    from .cli.sounds import Sounds  # which needs more than --help does
+
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
         target = medium.label(settings.target)

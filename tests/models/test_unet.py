@@ -280,6 +280,12 @@ def test_attention_of_one_head_needs_two_linear_layers():
         torch.testing.assert_close(folded(x), model.mid_block.attentions[0](x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_copy_for_inference_can_be_copied_again():
+    model = make_unet().for_inference(torch.float32)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor(500)
+    assert torch.equal(model.for_inference(torch.float32)(x, t), model(x, t))
+
+
 def test_attention_of_several_heads_keeps_its_layers():
     model = make_unet(attention_head_dim=8)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor(500)
