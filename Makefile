@@ -5,13 +5,24 @@ BIN := $(VENV)/bin
 # What an installation depends on. The rest of the tree is installed in place, so edits need no new one.
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: sample test bench clean
+# Two processes of one thread each are faster than one of two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: sample check test test-all bench clean
 
 sample: $(VENV)/.installed
 	$(BIN)/python -m ddim_fast.sample --compile --steps 20
 
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check ddim_fast kernels benchmarks tests examples setup.py
+	$(BIN)/mypy
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
@@ -35,5 +46,5 @@ $(BIN)/pip:
 # Without their stamps, the next target installs again what is removed here.
 clean:
 	rm -rf build dist *.egg-info ddim_fast/_native*.so $(VENV)/.installed $(VENV)/.installed-dev
-	rm -rf .benchmarks .pytest_cache .ruff_cache
+	rm -rf .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +

@@ -1,12 +1,15 @@
 """The README's examples, as they stand there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -68,6 +71,22 @@ def test_the_example_of_acceleration(diffusers_folder, capsys):
     assert len(names["images"]) == 2 and not names["report"].left_alone
     assert "ResnetBlock2D by group_norm_silu, conv3x3" in capsys.readouterr().out
     assert type(names["pipe"].scheduler).__name__ == "DDIMScheduler"
+
+
+# What the examples take from their reader.
+GIVEN = "from torch import Tensor\nfolder: str\ndef your_network(x: Tensor, t: int) -> Tensor:\n    return x\n"
+
+
+@pytest.mark.slow
+def test_a_type_checker_accepts_the_examples(tmp_path):
+    pytest.importorskip("mypy")
+    whole = [EXAMPLES[0], EXAMPLES[1] + EXAMPLES[2], *EXAMPLES[3:]]
+    for i, example in enumerate(whole):
+        (tmp_path / f"example_{i}.py").write_text(GIVEN + example + "\nimages.undefined\n" * (i == 0))
+    command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path, *tmp_path.glob("example_*.py")]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    # The types are really there: a name that tensors lack is found.
+    assert re.fullmatch(r'.*example_0.py:\d+: error: "Tensor" has no attribute "undefined".*\nFound 1 error .*\n', output), output
 
 
 def test_the_commands_exist():
