@@ -1,12 +1,15 @@
 """What importing the package promises."""
 
+import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
 
 import ddim_fast
+from ddim_fast.__main__ import main
 
 _BLOCK_TORCH = "import sys; sys.modules['torch'] = None; sys.modules['triton'] = None; "
 
@@ -53,3 +56,45 @@ def test_no_public_name_is_a_module_too(name):
 def test_accelerating_and_the_command_restore_live_together():
     code = "import ddim_fast.restore; print(ddim_fast.unaccelerate.__name__, callable(ddim_fast.restore.main))"
     assert _python(code) == "unaccelerate True\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_package_lists_its_commands(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ddim_fast", *arguments])
+    main()
+    listed = re.findall(r"^  (\w+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert {"sample", "train", "doctor"} <= dict(listed).keys() and "media" not in dict(listed)
+
+
+def test_the_package_runs_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ddim_fast", "sample", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: python -m ddim_fast.sample ")
+
+
+def test_an_unknown_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ddim_fast", "sampel"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "ddim_fast: error: there is no command 'sampel'; did you mean sample?\n"
+
+
+def test_the_version_is_that_of_the_installation(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ddim_fast", "--version"])
+    main()
+    assert capsys.readouterr().out.strip() == ddim_fast.__version__ == importlib.metadata.version("ddim_fast")
+
+
+def test_importing_the_package_takes_no_time():
+    """50 ms on a machine at rest; a busy one is allowed four times as long. The shortest of a few is taken."""
+    code = "import time; t = time.perf_counter(); import ddim_fast; print(time.perf_counter() - t)"
+    assert min(float(_python(_BLOCK_TORCH + code)) for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("command", ["doctor", "sample"])
+def test_help_is_quick_and_needs_no_torch(command):
+    run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
+    code = f"import sys, runpy; sys.argv = [{command!r}, '--help']; {run}"
+    assert _python(_BLOCK_TORCH + code).startswith(f"usage: python -m ddim_fast.{command} ")

@@ -199,10 +199,14 @@ def _native_is_faster(request: _Weight) -> bool:
     return is_faster_in_cpp("conv3x3", request.dtype, "channels_last")
 
 
+def _prepare_nothing(request: _Weight) -> None:
+    """For PyTorch's convolution."""
+
+
 # PyTorch's convolution serves under each other name, on any device.
 IMPLEMENTATIONS = (
     Implementation("native", _prepare_native, _why_not_native, _native_is_faster),
-    *(Implementation(backend, lambda request: None, lambda request: None) for backend in ("triton", "cuda", "reference")),
+    *(Implementation(backend, _prepare_nothing, lambda request: None) for backend in ("triton", "cuda", "reference")),
 )
 
 

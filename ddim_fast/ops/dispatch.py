@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "explain", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -61,6 +61,21 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
                 raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: {reason}")
             return implementation
     raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: it has no such implementation")
+
+
+def explain(operator: str, implementations: Sequence[Implementation], request: Any) -> str:
+    """Which implementation :func:`choose` takes, and why none that is listed before it, in words for people.
+
+    Raises:
+        ValueError: as :func:`choose` does.
+    """
+    chosen, plain = choose(operator, implementations, request), implementations[-1].run
+    name = "PyTorch" if chosen.run is plain else chosen.backend
+    if os.environ.get("DDIM_FAST_BACKEND"):
+        return f"{name}, as DDIM_FAST_BACKEND says"
+    passed = [i for i in implementations[: implementations.index(chosen)] if i.run is not plain]
+    reasons = [f"not {i.backend}: {i.why_not(request) or 'no committed result says that it is faster here'}" for i in passed]
+    return "; ".join([name, *reasons])
 
 
 def why_not_triton(device: Any) -> str | None:

@@ -1,0 +1,44 @@
+"""The commands in one: ``python -m ddim_fast sample ...``, or ``ddim_fast sample ...``; without a name, a list of them."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+def main() -> None:
+    commands = _commands()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        print("usage: ddim_fast COMMAND [OPTIONS]\n\ncommands (ddim_fast COMMAND --help shows their options):")
+        print("\n".join(f"  {command:{width}}  {summary}" for command, summary in commands.items()))
+    elif name == "--version":
+        print(__version__)
+    elif name in commands:
+        del sys.argv[1]
+        runpy.run_module(f"ddim_fast.{name}", run_name="__main__", alter_sys=True)
+    else:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else "ddim_fast --help lists them"
+        print(f"ddim_fast: error: there is no command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _commands() -> dict[str, str]:
+    """The modules beside this one that are commands, and the first sentence of each; none is imported."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if path.stem[0] != "_" and 'if __name__ == "__main__":' in source:
+            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition(": ``")[0]
+    return found
+
+
+if __name__ == "__main__":
+    main()

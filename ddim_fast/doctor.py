@@ -1,0 +1,162 @@
+"""What this installation has and what serves here: ``python -m ddim_fast.doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .cli.parser import CommandParser, run_command
+from .ops.dispatch import explain
+
+if TYPE_CHECKING:
+    import torch
+
+_EXAMPLES = """\
+  python -m ddim_fast.doctor
+  DDIM_FAST_BACKEND=reference python -m ddim_fast.doctor
+"""
+
+_PACKAGES = ("torch", "triton", "numpy", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
+
+# Extras that are not for users, or the same for other machines.
+_OTHER_EXTRAS = {"dev", "peers", "onnx-gpu"}
+
+
+def main() -> None:
+    CommandParser(
+        "doctor", "Say what this installation has, and which implementation serves each operator.", _EXAMPLES
+    ).parse_args()
+    for title, lines in _sections():
+        print(f"{title}:")
+        width = max((len(name) for name, _ in lines), default=0)
+        for name, value in lines:
+            print(f"  {name:{width}}  {value}")
+
+
+def _sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Titles, and what stands under them as names and values."""
+    yield (
+        "versions",
+        [("ddim_fast", __version__), ("Python", platform.python_version())]
+        + [(name, found) for name in _PACKAGES if (found := _version(name))],
+    )
+    yield "processor", _processor()
+    if not _version("torch"):
+        yield "torch", [("torch", "not installed: models exported to ONNX can be sampled, nothing else")]
+    else:
+        yield "GPU", _gpu()
+        import torch
+
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            yield f"operators on {device}", _operators(device)
+    yield "extras that are missing", _missing_extras() or [("none", "")]
+
+
+def _missing_extras() -> list[tuple[str, str]]:
+    """By extra the packages that it would bring."""
+    missing: dict[str, list[str]] = {}
+    for requirement in importlib.metadata.requires("ddim_fast") or ():
+        if match := re.match(r"([\w.-]+).*extra == .([\w-]+)", requirement):
+            package, extra = match.groups()
+            if extra not in _OTHER_EXTRAS and not _version(package):
+                missing.setdefault(extra, []).append(package)
+    return [(extra, f"{', '.join(lacks)}: pip install 'ddim_fast[{extra}]'") for extra, lacks in missing.items()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> list[tuple[str, str]]:
+    from .ops import native
+
+    lines = [("machine", f"{platform.machine()}, {os.cpu_count()} cores"), ("model", _model_name())]
+    if native.module is None:
+        return [*lines, ("C++ operators", str(native.why_not))]
+    served = f"for {native.module.instruction_set()}"
+    if os.environ.get("DDIM_FAST_CPU"):
+        served += f" (DDIM_FAST_CPU={os.environ['DDIM_FAST_CPU']})"
+    if native.module.conv3x3_has_bf16():
+        served += ", with products of bfloat16"
+    return [*lines, ("C++ operators", served)]
+
+
+def _model_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def _gpu() -> list[tuple[str, str]]:
+    import torch
+
+    from .ops import native
+
+    if not torch.cuda.is_available():
+        return [("none", "torch sees no CUDA device")]
+    lines = [
+        (str(i), f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        for i in range(torch.cuda.device_count())
+    ]
+    return [*lines, ("CUDA", f"{torch.version.cuda}; csrc/ was built {'with' if native.has_cuda else 'without'} it")]
+
+
+def _operators(device: str) -> list[tuple[str, str]]:
+    """By operator and dtype, what serves a typical call, and why others do not."""
+    import torch
+
+    return [
+        (f"{operator} {str(dtype).removeprefix('torch.')}", _choice(module, call))
+        for dtype in (torch.float32, torch.bfloat16)
+        for operator, module, call in _calls(device, dtype)
+    ]
+
+
+def _calls(device: str, dtype: torch.dtype) -> list[tuple[str, ModuleType, Callable[[], object]]]:
+    """Operators, the modules that choose their implementations, and calls as a U-Net makes them in inference."""
+    import torch
+
+    from .ops import attention, conv3x3, ddim_step, group_norm_silu
+
+    x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight, ones = torch.zeros(64, 64, 3, 3, device=device), torch.ones(64, device=device)
+    tokens = torch.zeros(64, 1, 64, 128, device=device, dtype=dtype)
+    return [
+        ("conv3x3", conv3x3, lambda: conv3x3.prepare_conv3x3(weight, dtype)),
+        ("group_norm_silu", group_norm_silu, lambda: group_norm_silu.group_norm_silu(x, 32, ones, ones)),
+        ("attention", attention, lambda: attention.attention(tokens, tokens, tokens)),
+        ("ddim_step", ddim_step, lambda: ddim_step.ddim_step(x, x, [1.0] * 7)),
+    ]
+
+
+def _choice(module: Any, call: Callable[[], object]) -> str:
+    """What the choice of an implementation comes to when ``call`` makes it."""
+    choose, asked = module.choose, []
+
+    def note(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return choose(*arguments)
+
+    module.choose = note
+    try:
+        call()
+        return explain(*asked[0])
+    except ValueError as error:  # DDIM_FAST_BACKEND names what cannot serve
+        return f"none: {error}"
+    finally:
+        module.choose = choose
+
+
+if __name__ == "__main__":
+    run_command(main)
