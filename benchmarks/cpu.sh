@@ -7,7 +7,7 @@ out=${1:?usage: bash benchmarks/cpu.sh OUT}
 mkdir -p "$out"
 
 measure() { # NAME BASELINE
-    python -m pytest "benchmarks/test_$1.py" --benchmark-only --benchmark-json "$out/$1.json" -q
+    python -m pytest "benchmarks/test_$1.py" --full --benchmark-only --benchmark-json "$out/$1.json" -q
     python benchmarks/report.py "$out/$1.json" --baseline "$2" | tee "$out/$1.md"
 }
 measure unet "diffusers fp32"

@@ -8,6 +8,7 @@ kernels.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -16,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-__all__ = ["CALLS", "CPU_LIMITS", "DEVICE", "copy_rate", "machine", "matmul_rate", "repeated", "run", "run_in_turns"]
+__all__ = ["CALLS", "CPU_LIMITS", "DEVICE", "copy_rate", "full", "machine", "matmul_rate", "repeated", "run", "run_in_turns"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = 20 if DEVICE == "cuda" else 1
@@ -27,8 +29,15 @@ CALLS = 20 if DEVICE == "cuda" else 1
 CPU_LIMITS = ("DDIM_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 CPU_FLAGS = {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16"}
 
-# What run_in_turns takes: about so many seconds, and so many turns at least and at most.
+# What run_in_turns takes: about so many seconds (with --full, half of it without), and so many turns at least and at most.
 SECONDS, FEWEST, MOST = 20, 2, 50
+
+PACKAGES = ("ddim_fast", "torch", "triton", "diffusers", "onnxruntime", "openvino")
+
+
+def full(*values: Any) -> list[Any]:
+    """Parameters that are for --full alone; see conftest.py."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 def run(benchmark: Any, call: Callable[[], Any], dtype: torch.dtype, *, moved: int, operations: int = 0) -> None:
@@ -138,6 +147,13 @@ def machine() -> dict[str, Any]:
         "limits": {name: os.environ[name] for name in CPU_LIMITS if name in os.environ},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
     return facts | ({"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

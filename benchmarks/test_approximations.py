@@ -8,7 +8,7 @@ the same noise, so that what costs as much can be weighed against each other.
 
 import pytest
 import torch
-from measure import DEVICE, run_in_turns
+from measure import DEVICE, full, run_in_turns
 from peers import DTYPES, relative_error
 
 from ddim_fast import Sampler, UNet
@@ -38,7 +38,7 @@ def _runs():
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("solver", ["ddim", *full("dpm-solver++")])
 @torch.no_grad()
 def test_approximations(benchmark, solver):
     model = UNet.from_pretrained("fashion-mnist").to(DEVICE)

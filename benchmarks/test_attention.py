@@ -5,11 +5,11 @@ and what torch.compile makes of it. Correct first, then timed.
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, run
+from measure import DEVICE, full, run
 
 from ddim_fast.ops.attention import attention
 
-SHAPES = [(1, 256, 256), (1, 16, 256), (1, 64, 128)]  # heads, tokens, head dimension
+SHAPES = [(1, 256, 256), *full((1, 16, 256), (1, 64, 128))]  # heads, tokens, head dimension
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -26,7 +26,7 @@ OPERATORS = {
 }
 
 
-@pytest.fixture(params=[1, 64, 512] if DEVICE == "cuda" else [1, 8], ids=lambda n: f"batch{n}")
+@pytest.fixture(params=[512, *full(1, 64)] if DEVICE == "cuda" else [8, *full(1)], ids=lambda n: f"batch{n}")
 def batch(request):
     return request.param
 

@@ -3,7 +3,7 @@ first, then timed. The largest batch is beyond the caches, where a step can go n
 
 import pytest
 import torch
-from measure import DEVICE, run
+from measure import DEVICE, full, run
 
 from ddim_fast import NoiseSchedule, ddim_step, fast_ddim_step
 from ddim_fast.diffusion.step import step_coefficients
@@ -11,7 +11,7 @@ from ddim_fast.ops import native
 
 T, PREV = 500, 450
 A, B = (float(a) for a in NoiseSchedule.linear().alphas_cumprod[[T, PREV]])
-BATCHES = [1, 64, 512, 16384] if DEVICE == "cuda" else [1, 64, 2048]
+BATCHES = [64, 512, *full(1, 16384)] if DEVICE == "cuda" else [64, *full(1, 2048)]
 OURS = ["reference", "triton", "cuda"] if DEVICE == "cuda" else ["reference", "native"]
 
 

@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from measure import DEVICE, run, run_in_turns
+from measure import DEVICE, full, run, run_in_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 diffusers = pytest.importorskip("diffusers")
@@ -20,15 +20,15 @@ from ddim_fast.interop.diffusers import FastDDIMScheduler  # noqa: E402 - it nee
 from ddim_fast.ops.devices import bf16_is_fast  # noqa: E402
 
 SCHEDULERS = {"diffusers": diffusers.DDIMScheduler, "fast-scheduler": FastDDIMScheduler}
-BATCHES = [1, 64, 512, 16384] if DEVICE == "cuda" else [1, 64, 2048]
+BATCHES = [64, *full(1, 512, 16384)] if DEVICE == "cuda" else [64, *full(1, 2048)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 0 if DEVICE == "cpu" else 1e-5, "bf16": 0.05}
 T, STEPS = 500, 20
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("dtype", ["fp32", *full("bf16")])
+@pytest.mark.parametrize("prediction_type", ["epsilon", *full("v_prediction")])
 @pytest.mark.parametrize("implementation", SCHEDULERS)
 def test_step(benchmark, batch, dtype, prediction_type, implementation):
     """Both results of a step, as pipelines ask for them."""
@@ -58,7 +58,7 @@ def _unet():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a pipeline copies its images to the host, so no CUDA graph can hold it")
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, *full(8)])
 @pytest.mark.parametrize("implementation", SCHEDULERS)
 def test_pipeline(benchmark, batch, implementation):
     """A small network, so that what is not the network can be seen at all."""
@@ -126,7 +126,7 @@ def _text_to_image_unet() -> torch.nn.Module:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("batch", [1, 8], ids=lambda n: f"batch{n}")
+@pytest.mark.parametrize("batch", [8, *full(1)], ids=lambda n: f"batch{n}")
 def test_accelerated_pipeline(benchmark, subtests, batch):
     unet = _cifar10_unet().to(DEVICE)
     steps = STEPS if DEVICE == "cuda" else 2
@@ -152,6 +152,7 @@ def _sampled(pipe, batch: int, steps: int) -> torch.Tensor:
     return pipe(batch, generator, num_inference_steps=steps, output_type="pt").images.cpu()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("batch", [2], ids=lambda n: f"batch{n}")
 @torch.no_grad()

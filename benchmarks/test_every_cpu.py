@@ -23,6 +23,7 @@ AVX2 = dict(zip(CPU_LIMITS, ("avx2", "AVX2", "avx2"), strict=True))
 LEAST = {"cifar10-64": 0.95, "conv3x3": 0.95, "group_norm_silu": 0.5, "ddim_step": 0.5}
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE != "cpu" or native.module is None, reason="the C++ operators are for CPUs")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("limits", [{}, AVX2], ids=["own", "avx2"])

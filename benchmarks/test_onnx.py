@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from measure import DEVICE, run_in_turns
+from measure import DEVICE, full, run_in_turns
 from peers import network, relative_error
 
 from ddim_fast import Sampler, UNet
@@ -27,7 +27,7 @@ STEPS = {"fashion-mnist": 20, "cifar10-128": 4}  # a step of the large one takes
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.3}
 
 
-@pytest.fixture(scope="module", params=STEPS)
+@pytest.fixture(scope="module", params=["fashion-mnist", *full("cifar10-128")])
 def case(request, tmp_path_factory):
     """The network, the number of steps, and its exports by precision."""
     from ddim_fast.deploy.onnx_export import export_onnx

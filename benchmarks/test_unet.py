@@ -7,14 +7,14 @@ itself, are held to AVX2.
 
 import pytest
 import torch
-from measure import CALLS, DEVICE, matmul_rate, repeated, run_in_turns
+from measure import CALLS, DEVICE, full, matmul_rate, repeated, run_in_turns
 from peers import DTYPES, IMPLEMENTATIONS, PEERS, network, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim_fast.diffusion.network import Network
 
-NETWORKS = ["cifar10-128"] if DEVICE == "cuda" else ["cifar10-128", "cifar10-64"]
-BATCHES = [1, 8, 64, 512] if DEVICE == "cuda" else [1, 8]
+NETWORKS = ["cifar10-128"] if DEVICE == "cuda" else ["cifar10-128", *full("cifar10-64")]
+BATCHES = [512, *full(1, 8, 64)] if DEVICE == "cuda" else [8, *full(1)]
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "int8": 1e-1}
 T = torch.tensor(500, device=DEVICE)
 
