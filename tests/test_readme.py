@@ -86,7 +86,9 @@ def test_a_type_checker_accepts_the_examples(tmp_path):
     command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path, *tmp_path.glob("example_*.py")]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     # The types are really there: a name that tensors lack is found.
-    assert re.fullmatch(r'.*example_0.py:\d+: error: "Tensor" has no attribute "undefined".*\nFound 1 error .*\n', output), output
+    assert re.fullmatch(r'.*example_0.py:\d+: error: "Tensor" has no attribute "undefined".*\nFound 1 error .*\n', output), (
+        output
+    )
 
 
 def test_the_commands_exist():
