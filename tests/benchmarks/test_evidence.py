@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from report import table
 
 from ddim_fast import NoiseSchedule, select_timesteps
+from ddim_fast.evaluation.results import Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -698,3 +700,24 @@ def test_every_speed_in_the_readme_is_checked_or_listed():
         assert sentence in text
         text = text.replace(sentence, "")
     assert re.findall(r".{40}\b(?:[\d.]+|two|three|four|five|ten) (?:x|times|us|ms)\b", text) == []
+
+
+# The results' own pages
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/*/evaluation.md")), ids=lambda file: "-".join(file.parts[-3:-1]))
+def test_an_evaluations_page_is_made_of_its_rows(file):
+    assert Results(file.parent).markdown() == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["attention", "ddim_step", "group_norm_silu"])
+def test_a_benchmarks_page_is_made_of_its_file(name):
+    printed = (RESULTS / "h100" / f"{name}.md").read_text(encoding="utf-8")
+    baseline = printed.split(" | ")[1]
+    assert table(result(f"h100/{name}.json"), baseline) == printed.rstrip("\n")
+
+
+@pytest.mark.parametrize("readme", sorted(RESULTS.glob("*/README.md")), ids=lambda file: file.parent.name)
+def test_a_readme_names_each_file_beside_it(readme):
+    text = readme.read_text(encoding="utf-8")
+    assert [file.name for file in readme.parent.iterdir() if f"`{file.stem}" not in text and file != readme] == []
