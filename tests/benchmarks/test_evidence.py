@@ -1,0 +1,723 @@
+"""The figures of README.md and of docs/{engines,kernels,quality}.md are those of the files in benchmarks/results.
+
+Each table has a function here that makes its rows from the results, or a place in NOT_MEASURED or WITHOUT_DATA. Cells without
+data are None there. Where a page and a result differ, correct the page.
+"""
+
+import functools
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from report import table
+
+from ddim_fast import NoiseSchedule, select_timesteps
+from ddim_fast.evaluation.results import Results
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
+MODELS = ROOT / "ddim_fast" / "models" / "packaged"
+PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/quality.md")
+
+# Tables of words, of predictions and of other people's figures.
+NOT_MEASURED = {
+    "engines: How a sampling run is executed, 1",
+    "engines: The same bits, 1",
+    "kernels: The kernels: what was predicted, what was measured, 1",
+    "quality: Published values, 1",
+}
+
+# Measured, wholly or in part, but not committed: the page says so beside the table.
+WITHOUT_DATA = {
+    "engines: On a CPU, 3": "whole sampling runs, older than the kernels of now: to be measured again by benchmarks/cpu.sh",
+    "engines: What approximations cost, and what they bring, 1": "to be measured again by benchmarks/cpu.sh",
+    "engines: The same bits, 2": "there is no script for it",
+    "kernels: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
+    "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
+    "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
+    "quality: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
+    "quality: fashion-mnist, 3": "the row of other test images",
+    "quality: Adaptive timesteps and controlled steps, 1": "distances of the calibration, and FID of other lists",
+    "quality: Training recipes, 1": "models of some minutes, which were not kept",
+    "quality: Training recipes, 2": "models of some minutes, which were not kept",
+    "quality: Training recipes, 3": "the first stage's loss by timestep",
+    "quality: Training recipes, 4": "timesteps of an earlier fit to the second stage",
+    "quality: Training recipes, 5": "models of some minutes, which were not kept",
+}
+
+# What README.md says outside its tables and without data; it says so too.
+SENTENCES_WITHOUT_DATA = (
+    "on two cores three times as fast",
+    "other test images come out at 26.66",
+    "the step alone 1.4 to 5 times as fast",
+    "is 1.8 times as fast in float32 and 2.7 to 3.1 times in bfloat16",
+    "8-bit exports are 1.7 to 1.9 times as fast as float32 ones",
+)
+
+Rows = list[list[str]]
+Expected = list[list[str | None]]
+EXPECTED: dict[str, Callable[[Rows], Expected]] = {}
+
+
+class Table(NamedTuple):
+    """Its rows, the header first, and the paragraphs before and after it."""
+
+    rows: Rows
+    around: str
+
+
+def read_tables(page: str) -> dict[str, Table]:
+    """The tables of a page, without asterisks, each called by the page, its heading and its number under that."""
+    blocks = re.split(r"\n{2,}", (ROOT / page).read_text(encoding="utf-8").replace("**", ""))
+    found: dict[str, Table] = {}
+    heading, count = "", 0
+    for i, block in enumerate(blocks):
+        if block.startswith("#"):
+            heading, count = block.splitlines()[0].lstrip("# "), 0
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        if lines:
+            count += 1
+            rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+            around = "\n".join(blocks[max(i - 1, 0) : i + 2])
+            found[f"{Path(page).stem}: {heading}, {count}"] = Table([rows[0], *rows[2:]], " ".join(around.split()))
+    return found
+
+
+TABLES = {name: table for page in PAGES for name, table in read_tables(page).items()}
+
+
+def makes(name: str) -> Callable[[Callable[[Rows], Expected]], Callable[[Rows], Expected]]:
+    """Marks what makes the rows below the header, given all rows as they are printed: their labels say what is wanted."""
+
+    def register(function: Callable[[Rows], Expected]) -> Callable[[Rows], Expected]:
+        EXPECTED[name] = function
+        return function
+
+    return register
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+# Results of benchmarks
+
+
+@functools.cache
+def result(file: str) -> Any:
+    return json.loads((RESULTS / file).read_text())
+
+
+def unet(file: str, group: str) -> dict[str, float]:
+    """Evaluations a second by implementation."""
+    benchmarks = {benchmark["group"]: benchmark for benchmark in result(f"zen4-two-cores/{file}.json")["benchmarks"]}
+    return benchmarks[group]["extra_info"]["evaluations/s"]
+
+
+def h100(file: str, group: str) -> dict[str, dict[str, float]]:
+    """The figures by implementation."""
+    found = {}
+    for benchmark in result(f"h100/{file}.json")["benchmarks"]:
+        if benchmark["group"] == group:
+            parameters = benchmark["params"]
+            found[parameters.get("implementation") or parameters.get("backend") or "compiled"] = benchmark["extra_info"]
+    return found
+
+
+def h100_times(file: str, group: str) -> dict[str, float]:
+    """Microseconds by implementation."""
+    return {name: figures["microseconds"] for name, figures in h100(file, group).items()}
+
+
+def against_diffusers(headers: list[str], rates: dict[str, float]) -> list[str]:
+    """A cell for each implementation: its rate as a multiple of diffusers' in float32."""
+    in_file = {
+        "ONNX Runtime": "onnxruntime",
+        "OpenVINO": "openvino",
+        "diffusers compiled": "diffusers-compiled",
+        "ours compiled": "compiled",
+        "ours": "eager",
+    }
+    cells = []
+    for header in headers:
+        implementation, precision = header.rsplit(" ", 1)
+        rate = rates.get(f"{in_file.get(implementation, implementation)} {precision}")
+        cells.append("-" if rate is None else f"{rate / rates['diffusers fp32']:.2f}" if header != "diffusers fp32" else "1")
+    return cells
+
+
+@makes("README: How fast, 1")
+def _(rows: Rows) -> Expected:
+    files = {"AVX-512 (BF16, VNNI)": "unet-avx512", "AVX2": "unet-avx2"}
+    return [[row[0], *against_diffusers(rows[0][1:], unet(files[row[0]], "cifar10-128 batch 8"))] for row in rows[1:]]
+
+
+@makes("engines: On a CPU, 1")
+def unets(rows: Rows, file: str = "unet-avx512") -> Expected:
+    return [[row[0], *against_diffusers(rows[0][1:], unet(file, row[0].replace(",", " batch")))] for row in rows[1:]]
+
+
+@makes("engines: On a CPU, 2")
+def _(rows: Rows) -> Expected:
+    return unets(rows, "unet-avx2")
+
+
+def networks_on_h100() -> dict[tuple[int, str], tuple[float, float]]:
+    """Milliseconds and error of the 35.7M network by batch and implementation."""
+    pattern = r"cifar10-128 batch (\d+) (\w+) bf16 eager in a graph: ([\d.]+) ms, error ([\d.]+)"
+    lines = re.findall(pattern, (RESULTS / "h100" / "network.txt").read_text())
+    return {(int(batch), name): (float(ms), float(error)) for batch, name, ms, error in lines}
+
+
+@makes("engines: On a GPU, 1")
+def _(rows: Rows) -> Expected:
+    found = networks_on_h100()
+    expected = []
+    for batch in (64, 512):
+        (theirs, their_error), (ours, our_error) = found[batch, "diffusers"], found[batch, "ours"]
+        errors = f"{100 * our_error:.1f} % ({100 * their_error:.1f} %)"
+        expected.append([str(batch), f"{theirs:#.3g} ms", f"{ours:#.3g} ms", f"{theirs / ours:.1f} x", errors])
+    return expected
+
+
+@makes("kernels: Predicted, 1")
+def _(rows: Rows) -> Expected:
+    step = {batch: h100_times("ddim_step", f"ddim_step batch {batch}")["triton"] for batch in (512, 16384)}
+    everything = h100_times("ddim_step", "everything batch 512")["triton"]
+    norm = h100_times("group_norm_silu-corrected", "group_norm_silu bf16 channels_last 512x128x32x32")["triton"]
+    backward = min(us for line, us in tiles("tiles-2").items() if line.startswith("norm backward 512 128+0 32"))
+    attention = h100_times("attention", "attention torch.bfloat16 (512, 1, 256, 256)")
+    measured = [
+        f"{step[512]:.1f} us (from the L2 cache, when repeated)",
+        f"{step[16384]:.0f} us",
+        f"{everything:.1f} us",
+        f"{norm:.0f} us",
+        "not yet measured",
+        f"{backward:.0f} us",
+        "not yet measured",
+        f"{attention['triton']:.0f} us; PyTorch's, which serves, {attention['pytorch']:.0f} us",
+    ]
+    return [[*row[:-1], cell] for row, cell in zip(rows[1:], measured, strict=True)]
+
+
+@makes("kernels: Measured on a GPU, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, *_ in rows[1:]:
+        _, channels, height, _, groups = numbers(label)
+        group = f"group_norm_silu bf16 channels_last 512x{channels}x{height}x{groups}"
+        now, before = h100("group_norm_silu-corrected", group), h100_times("group_norm_silu", group)
+        compiled, triton = now["compiled"]["microseconds"], now["triton"]["microseconds"]
+        share = now["triton"]["GB/s"] / 2950
+        earlier = [f"{before['compiled'] / before[name]:.2f} x" for name in ("triton", "pytorch", "cuda")]
+        expected.append([label, f"{compiled:.1f} us", f"{compiled / triton:.2f} x", f"{100 * share:.0f} %", *earlier])
+    return expected
+
+
+def tiles(file: str) -> dict[str, float]:
+    """Microseconds by the line's beginning, without the lines of what failed."""
+    lines = re.findall(r"^(.+): ([\d.]+)$", (RESULTS / "h100" / f"{file}.txt").read_text(), re.MULTILINE)
+    return {line: float(us) for line, us in lines}
+
+
+@makes("kernels: Measured on a GPU, 2")
+def _(rows: Rows) -> Expected:
+    return [[label, attention_cell(*numbers(label))] for label, *_ in rows[1:]]
+
+
+def attention_cell(tokens: int, dim: int) -> str:
+    """For 1, 8 and 64 images by the tiles of then, for 512 by the best ones, or by the later benchmark of them."""
+    times = tiles("tiles-2")
+    ratios = [times[f"sdpa {n} {tokens} {dim}"] / times[f"ours {n} {tokens} {dim}"] for n in (1, 8, 64)]
+    last = h100_times("attention", f"attention torch.bfloat16 (512, 1, {tokens}, {dim})") or {
+        "pytorch": times[f"sdpa 512 {tokens} {dim}"],
+        "triton": min(us for line, us in times.items() if line.startswith(f"ours 512 {tokens} {dim}")),
+    }
+    ratios.append(last["pytorch"] / last["triton"])
+    faster = min(ratios) > 1
+    return ", ".join(f"{ratio:.{1 if faster else 2}f}" for ratio in ratios) + ("" if faster else ": PyTorch's serves")
+
+
+INSTRUCTIONS = {"avx512": "AVX-512", "avx2": "AVX2", "avx512_bf16": "AVX-512 BF16"}
+
+
+def operators(**wanted: Any) -> list[dict[str, Any]]:
+    """The rows of every_cpu.py, of all files, with these fields."""
+    rows = [row for name in ("avx512", "avx2") for row in result(f"zen4-two-cores/every_cpu-{name}.json")["rows"]]
+    return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
+
+
+@makes("kernels: Measured on a CPU, 1")
+def _(rows: Rows) -> Expected:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in operators():
+        key = (f"`{row['operator']}`", INSTRUCTIONS[row["instruction set"]], row["dtype"], row["memory format"])
+        groups.setdefault(key, []).append(row)
+    expected: Expected = []
+    for key, members in groups.items():
+        ratios = [row["ratio"] for row in members]
+        numbers = [f"{value:.2f}" for value in (min(ratios), statistics.median(ratios), max(ratios))]
+        if key[0] != "`cifar10-64`":
+            expected.append([*key, str(len(ratios)), *numbers, "C++" if members[0]["chosen"] else "PyTorch"])
+    return expected
+
+
+@makes("kernels: Measured on a CPU, 3")
+def _(rows: Rows) -> Expected:
+    return [[label, *(conv3x3_ratio(label, instructions) for instructions in INSTRUCTIONS), None] for label, *_ in rows[1:]]
+
+
+def conv3x3_ratio(label: str, instructions: str) -> str:
+    """PyTorch's time over ours for 8 images, the median of with and without a residual."""
+    channels, out_channels, height, width = numbers(label)[:4]
+    precision = {"dtype": "bfloat16" if instructions.endswith("bf16") else "float32", "instruction set": instructions}
+    ratios = []
+    for row in operators(operator="conv3x3", **precision):
+        images, weight, _, enlarged = row["shape"]
+        same = (images, weight) == ([8, channels, height, width], [out_channels, channels])
+        if same and enlarged == ("enlarged" in label):
+            ratios.append(row["ratio"])
+    return f"{statistics.median(ratios):.2f}"
+
+
+# Results of evaluations
+
+
+@functools.cache
+def evaluations() -> list[dict[str, Any]]:
+    """All rows, with the name of their folder as the model's."""
+    files = sorted(RESULTS.glob("*/*/evaluation.json"))
+    return [{**row, "model": file.parent.name} for file in files for row in json.loads(file.read_text())["rows"]]
+
+
+def found(kind: str, model: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with these settings; of the usual ones where they say nothing else."""
+    usual = {"tolerance": None, "guidance": None, "guidance_interval": None, "guide": None}
+    if "solver" in settings:
+        usual["eta"] = 0.0
+    wanted = usual | settings
+    rows = [row for row in evaluations() if (row["kind"], row["model"]) == (kind, model)]
+    return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]
+
+
+def quality(model: str, seeds: str | None = "0-511", **settings: Any) -> dict[str, Any]:
+    """The one row with these settings. Its FID is called that, from however many images it is."""
+    (row,) = found("quality", model, {"seeds": seeds, **settings})
+    return {**row, "FID": row[row["label"]]}
+
+
+@functools.cache
+def quadratic(steps: int) -> list[int]:
+    return select_timesteps(SCHEDULE, steps, "quadratic").tolist()
+
+
+@functools.cache
+def fitted(model: str, solver: str, steps: int) -> list[int]:
+    """The packaged model's adaptive timesteps."""
+    return json.loads((MODELS / model / "timesteps.json").read_text())["timesteps"][solver][str(steps)]
+
+
+def of_steps(kind: str, model: str, label: str, steps: int, seeds: str) -> dict[str, Any]:
+    """The one row of ``DDIM, quadratic, eta 0.5`` and the like. Adaptive timesteps are those of the packaged model; where they
+    are quadratic ones and have no row, that of the quadratic ones."""
+    solver, spacing, *eta = label.lower().replace(" spacing", "").split(", ")
+    settings: dict[str, Any] = {"solver": solver, "spacing": spacing, "steps": steps, "seeds": seeds}
+    if eta:
+        name = eta[0].removeprefix("eta ")
+        settings["eta"] = name if name == "sigma-hat" else float(name)
+    rows = found(kind, model, settings)
+    if spacing == "adaptive":
+        rows = [row for row in rows if row["settings"]["timesteps"] == fitted(model, solver, steps)]
+        if not rows and is_quadratic(model, label, steps):
+            return of_steps(kind, model, f"{solver}, quadratic", steps, seeds)
+    (row,) = rows
+    return row
+
+
+def is_quadratic(model: str, label: str, steps: int) -> bool:
+    """Whether these adaptive timesteps are quadratic ones."""
+    return fitted(model, label.lower().split(",")[0], steps) == quadratic(steps)
+
+
+def by_steps(rows: Rows, cell: Callable[[list[str], int], str | None], model: str = "", labels: int = 1) -> Expected:
+    """A row for each label, a cell for each number of steps in the header. ``as quadratic`` is true where it is."""
+    expected: Expected = []
+    for row in rows[1:]:
+        cells = []
+        for header, printed in zip(rows[0][labels:], row[labels:], strict=True):
+            steps = numbers(header)[-1]
+            same = printed == "as quadratic" and is_quadratic(model or named(row[0]), row[0].split(": ")[-1], steps)
+            cells.append(printed if same or not printed else cell(row[:labels], steps))
+        expected.append([*row[:labels], *cells])
+    return expected
+
+
+def named(label: str) -> str:
+    """The model that a label names in backquotes; ``fashion-mnist`` where it names none."""
+    return label.split("`")[1] if "`" in label else "fashion-mnist"
+
+
+def with_error(row: dict[str, Any], name: str, decimals: int, factor: float = 1) -> str:
+    return f"{factor * row[name]:.{decimals}f} ± {factor * row[f'{name} standard error']:.{decimals}f}"
+
+
+def kid(row: dict[str, Any]) -> str:
+    return with_error(row, "KID", 1, 1000)
+
+
+def fid_table(rows: Rows, model: str, decimals: int = 2) -> Expected:
+    return by_steps(
+        rows, lambda label, steps: f"{of_steps('quality', model, label[0], steps, '0-511')['FID-512']:.{decimals}f}", model
+    )
+
+
+@makes("README: How few steps, 1")
+def _(rows: Rows) -> Expected:
+    return fid_table(rows, "fashion-mnist", 1)
+
+
+@makes("quality: cifar10-64, 2")
+def _(rows: Rows) -> Expected:
+    return fid_table(rows, "cifar10-64")
+
+
+@makes("quality: fashion-mnist, 1")
+def _(rows: Rows) -> Expected:
+    return fid_table(rows, "fashion-mnist")
+
+
+@makes("quality: fashion-mnist, 2")
+def _(rows: Rows) -> Expected:
+    model = "fashion-mnist"
+    return by_steps(rows, lambda label, steps: kid(of_steps("quality", model, label[0], steps, "0-511")), model)
+
+
+def of_50000(label: str, steps: int) -> str:
+    """FID of ``UniPC, quadratic, guidance 2.5 in 100 to 700`` and the like."""
+    solver, spacing = label.lower().split(", ")[:2]
+    settings = {"solver": solver, "spacing": spacing.split()[0], "steps": steps, **guidance_in(label)}
+    return f"{quality('cifar10-64', '0-49999', **settings)['FID']:.2f}"
+
+
+def guidance_in(label: str) -> dict[str, Any]:
+    """Of ``guidance 3 away from `cifar10-small` in 300 to 900`` and the like; nothing where there is none."""
+    guide = re.search(r"away from `(.+?)`", label)
+    scale = re.search(r"([\d.]+)(?: away from \S+)? in (?:timesteps )?(\d+ to \d+)", label)
+    return {"guide": guide and guide[1], **guidance_settings(*scale.groups())} if scale else {}
+
+
+def guidance_settings(guidance: str, interval: str) -> dict[str, Any]:
+    """Of ``2.5`` and ``100 to 700``."""
+    return {
+        "guidance": None if guidance == "none" else float(guidance),
+        "guidance_interval": numbers(interval) or None,
+    }
+
+
+@makes("quality: cifar10-64, 1")
+def _(rows: Rows) -> Expected:
+    def cell(labels: list[str], steps: int) -> str:
+        return of_50000(labels[0].removeprefix("`cifar10-64`, "), steps)
+
+    *ours, published = rows
+    return [*by_steps(ours, cell), published]
+
+
+@makes("quality: cifar10-64, 3")
+def _(rows: Rows) -> Expected:
+    found = [(label, quality("cifar10-64", tolerance=float(label))) for label, *_ in rows[1:]]
+    return [[label, f"{row['evaluations']:.2f}", f"{row['FID']:.2f}"] for label, row in found]
+
+
+def solver_settings(label: str) -> dict[str, Any]:
+    """Of ``UniPC, 10``, in quadratic steps."""
+    solver, steps = label.lower().split(", ")
+    return {"solver": solver, "steps": int(steps), "spacing": "quadratic"}
+
+
+@makes("quality: Guidance, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, guidance, interval, *_ in rows[1:]:
+        row = quality("cifar10-64", **solver_settings(label), **guidance_settings(guidance, interval))
+        expected.append([label, guidance, interval, f"{row['evaluations']:.0f}", f"{row['FID']:.2f}"])
+    return expected
+
+
+def variety(row: dict[str, Any]) -> list[str]:
+    return [f"{row['FID']:.2f}", kid(row), f"{row['precision']:.3f}", f"{row['recall']:.3f}"]
+
+
+def of_2000(label: str) -> dict[str, Any]:
+    settings = {**solver_settings("UniPC, 10"), **guidance_in(label)}
+    return quality("cifar10-64", "0-1999", reference="cifar10-test-2000.npz", **settings)
+
+
+@makes("quality: Guidance, 2")
+def _(rows: Rows) -> Expected:
+    others = quality("cifar10-64", None, images="cifar10-test-others.npz")
+    expected: Expected = [["the next 2,000 test images", "", *variety(others)]]
+    for label, *_ in rows[2:]:
+        row = of_2000(label)
+        expected.append([label, f"{row['evaluations']:.0f}", *variety(row)])
+    return expected
+
+
+@makes("quality: A guide, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for guidance, interval, *_ in rows[1:]:
+        guide = None if guidance == "none" else "cifar10-small"
+        row = quality("cifar10-64", guide=guide, **solver_settings("UniPC, 10"), **guidance_settings(guidance, interval))
+        low, high = numbers(interval) or (0, 999)
+        of_guide = f", {sum(low <= t <= high for t in quadratic(10))}" if guide else ""
+        expected.append([guidance, interval, f"{row['evaluations']:.0f}{of_guide}", f"{row['FID']:.2f}"])
+    return expected
+
+
+@makes("quality: A guide, 2")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, guidance, interval, _ in rows[1:]:
+        settings = {**solver_settings(label), **guidance_settings(guidance, interval)}
+        row = quality("cifar10-64", "0-2047", guide="cifar10-small", **settings)
+        expected.append([label, guidance, interval, f"{row['FID']:.2f}"])
+    return expected
+
+
+@makes("quality: A guide, 3")
+def _(rows: Rows) -> Expected:
+    return [[label, *variety(of_2000(label))] for label, *_ in rows[1:]]
+
+
+def reconstructed(model: str, steps: int, decimals: int) -> str:
+    (row,) = found("reconstruction", model, {"solver": "ddim", "spacing": "quadratic", "steps": steps})
+    return re.sub(r"\b0\.", ".", with_error(row, "error", decimals))
+
+
+@makes("quality: Reconstruction and loss, 1")
+def _(rows: Rows) -> Expected:
+    decimals = dict(zip((10, 20, 50, 100, 200, 500, 1000), (4, 4, 5, 5, 6, 6, 7), strict=True))
+    ours = [reconstructed("cifar10-64", steps, decimals[steps]) for steps in map(int, rows[0][1:])]
+    return [[rows[1][0], *ours], rows[2]]  # the second row is published
+
+
+@makes("quality: fashion-mnist, 4")
+def _(rows: Rows) -> Expected:
+    return [["error", *(reconstructed("fashion-mnist", int(steps), 4) for steps in rows[0][1:])]]
+
+
+@makes("quality: fashion-mnist, 3")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, *_ in rows[1:]:
+        if label == "512 other test images":
+            expected.append([label, "", None, None, None, None])
+            continue
+        if label.startswith("`--tolerance"):
+            row = quality("fashion-mnist", tolerance=float(label.strip("`").split()[1]))
+            count = f"{row['evaluations']:.2f}"
+        else:
+            name, steps = label.removesuffix(" steps").rsplit(", ", 1)
+            row, count = of_steps("quality", "fashion-mnist", name, int(steps), "0-511"), steps
+        expected.append([label, count, *variety({**row, "FID": row["FID-512"]})])
+    return expected
+
+
+def distances(rows: Rows, model: str, seeds: str) -> Expected:
+    def cell(labels: list[str], steps: int) -> str:
+        row = of_steps("trajectory", model, f"ddim, {labels[0]}", steps, seeds)
+        return with_error(row, {"pixels": "error", "whitened": "whitened error"}[labels[1]], 4)
+
+    return by_steps(rows, cell, model, labels=2)
+
+
+@makes("quality: Distance to the solution, 1")
+def _(rows: Rows) -> Expected:
+    return distances(rows, "cifar10-64", "100-123")
+
+
+@makes("quality: Distance to the solution, 2")
+def _(rows: Rows) -> Expected:
+    return distances(rows, "fashion-mnist", "100-123")
+
+
+@makes("quality: Distance to the solution, 3")
+def _(rows: Rows) -> Expected:
+    return distances(rows, "fashion-mnist", "200-263")
+
+
+@makes("quality: Distance to the solution, 4")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for counts, errors in zip(rows[1::2], rows[2::2], strict=True):
+        cells: list[tuple[str, str]] = []
+        for tolerance, printed in zip(rows[0][1:], counts[1:], strict=True):
+            settings = {"tolerance": float(tolerance), "seeds": "100-123"}
+            (row,) = found("trajectory", named(counts[0]), settings) if printed else (None,)
+            cells.append((f"{row['evaluations']:.2f}", with_error(row, "error", 4)) if row else ("", ""))
+        expected += [[counts[0], *(count for count, _ in cells)], [errors[0], *(error for _, error in cells)]]
+    return expected
+
+
+@makes("quality: Distance to the solution, 5")
+def _(rows: Rows) -> Expected:
+    def cell(labels: list[str], steps: int) -> str:
+        row = of_steps("trajectory", named(labels[0]), labels[0].split(": ")[-1], steps, "100-123")
+        return f"{row['error']:.4f}"
+
+    return by_steps(rows, cell)
+
+
+@makes("quality: Adaptive timesteps and controlled steps, 1")
+def _(rows: Rows) -> Expected:
+    return [[solver, label, None, None, fid_of_timesteps(solver.lower(), label)] for solver, label, *_ in rows[1:]]
+
+
+def fid_of_timesteps(solver: str, label: str) -> str | None:
+    """Of adaptive timesteps that the results list, or of a spacing that the label names; None where there is no such row."""
+    timesteps = numbers(label)
+    spacing = label.split("`")[1] if "`" in label else "adaptive"
+    if spacing != "adaptive":
+        assert timesteps == select_timesteps(SCHEDULE, len(timesteps), spacing).tolist()
+    rows = found("quality", "cifar10-64", {"solver": solver, "spacing": spacing, "steps": len(timesteps), "seeds": "0-511"})
+    rows = [row for row in rows if row["settings"].get("timesteps", timesteps) == timesteps]
+    return f"{rows[0]['FID-512']:.2f}" if rows else None
+
+
+@makes("quality: Training recipes, 3")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, model in zip((row[0] for row in rows[1:]), ("fashion-mnist-stage-1", "fashion-mnist"), strict=True):
+        (row,) = found("loss", model, {})
+        by_timestep = row.get("loss by timestep", {})
+        cells = [f"{by_timestep[name]:#.3g}" if name in by_timestep else None for name in rows[0][2:]]
+        expected.append([label, with_error(row, "loss", 4), *cells])
+    return expected
+
+
+@makes("quality: Training recipes, 4")
+def _(rows: Rows) -> Expected:
+    def cell(labels: list[str], steps: int) -> str | None:
+        stage, solver, spacing = labels[0].lower().split(", ")
+        model = {"first stage": "fashion-mnist-stage-1", "second stage": "fashion-mnist"}[stage]
+        if spacing == "quadratic":
+            return f"{quality(model, solver=solver, spacing=spacing, steps=steps)['FID']:.2f}"
+        return f"{quality(model, solver=solver, spacing='adaptive', steps=steps)['FID']:.2f}" if "stage-1" in model else None
+
+    return by_steps(rows, cell)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_table_is_that_of_the_results(name):
+    header, *rows = TABLES[name].rows
+    expected = EXPECTED[name]([header, *rows])
+    assert [len(row) for row in rows] == [len(row) for row in expected] == [len(header)] * len(rows)
+    differences = {
+        f"{row[0]} | {title}": f"printed {cell!r}, measured {right!r}"
+        for row, wanted in zip(rows, expected, strict=True)
+        for title, cell, right in zip(header, row, wanted, strict=True)
+        if right not in (None, cell)
+    }
+    assert not differences
+
+
+def test_every_table_is_checked_or_listed():
+    assert not EXPECTED.keys() & NOT_MEASURED
+    assert set(TABLES) == EXPECTED.keys() | NOT_MEASURED | WITHOUT_DATA.keys()
+    in_part = {name for name, make in EXPECTED.items() if any(None in row for row in make(TABLES[name].rows))}
+    assert in_part == EXPECTED.keys() & WITHOUT_DATA.keys()
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_the_page_says_what_is_without_data(name):
+    assert "not committed" in TABLES[name].around
+
+
+# Sentences of README.md
+
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").split())
+
+
+def gpu_sentences() -> list[str]:
+    file = "group_norm_silu-corrected"
+    groups = {benchmark["group"] for benchmark in result(f"h100/{file}.json")["benchmarks"]}
+    norms = [times["compiled"] / times["triton"] for times in (h100_times(file, group) for group in groups)]
+    middle = [h100_times("attention", f"attention torch.bfloat16 (512, 1, {shape})") for shape in ("64, 128", "16, 256")]
+    attention = [times["compiled"] / times["triton"] for times in middle]
+    steps = [h100_times("ddim_step", f"ddim_step batch {batch}") for batch in (512, 16384)]
+    (step,) = {f"{times['compiled'] / times['triton']:.1f}" for times in steps}
+    everything = h100_times("ddim_step", "everything batch 512")["triton"]
+    networks = networks_on_h100()
+    ratios = [networks[batch, "diffusers"][0] / networks[batch, "ours"][0] for batch in (64, 512)]
+    return [
+        f"GroupNorm + SiLU {min(norms):.1f} to {max(norms):.1f},",
+        f"(16 and 64 tokens) {min(attention):.1f} to {max(attention):.1f}, the DDIM step {step},",
+        f"the step costs {everything:.0f} us.",
+        f"without torch.compile only ({min(ratios):.1f} to {max(ratios):.1f} x,",
+    ]
+
+
+def fid(label: str, steps: int, model: str = "cifar10-64") -> str:
+    return f"{of_steps('quality', model, label, steps, '0-511')['FID-512']:.1f}"
+
+
+def quality_sentences() -> list[str]:
+    ddim = [of_50000("ddim, quadratic", steps) for steps in (10, 20)]
+    best = of_50000("unipc, quadratic, 3 away from `cifar10-small` in 300 to 900", 10)
+    guided_steps = {4: "four"}[sum(300 <= t <= 900 for t in quadratic(10))]
+    return [
+        f"FID from 50,000 images is {ddim[0]} by DDIM in 10 quadratic steps and {ddim[1]} in 20,",
+        f"and {best} by UniPC in 10 of which {guided_steps} are guided",
+        f"its UniPC, without guidance, is at {fid('unipc, adaptive', 5)} in 5 steps and {fid('unipc, quadratic', 8)} in 8,",
+        f"DDIM at {fid('ddim, adaptive', 10)} in 10 adaptive steps and {fid('ddim, adaptive', 20)} in 20;",
+        f"in 50 quadratic steps they are at {fid('unipc, quadratic', 50)} and {fid('ddim, quadratic', 50)}.",
+    ]
+
+
+@pytest.mark.parametrize("sentences", [gpu_sentences, quality_sentences])
+def test_the_readmes_sentences_are_those_of_the_results(sentences):
+    assert [sentence for sentence in sentences() if sentence not in README] == []
+
+
+def test_so_many_evaluations_are_worth_as_many_of_ddim():
+    assert "five evaluations of UniPC are worth about fifteen of DDIM" in README
+    assert "and eight of either second-order solver about fifty" in README
+    ddim = {steps: float(fid("ddim, quadratic", steps, "fashion-mnist")) for steps in (15, 50)}
+    assert float(fid("unipc, adaptive", 5, "fashion-mnist")) < ddim[15] + 0.5
+    assert all(float(fid(f"{solver}, adaptive", 8, "fashion-mnist")) < ddim[50] + 0.5 for solver in ("unipc", "dpm-solver++"))
+
+
+def test_every_speed_in_the_readme_is_checked_or_listed():
+    assert "data of four others is not committed" in README
+    text = README
+    for sentence in (*gpu_sentences(), *SENTENCES_WITHOUT_DATA):
+        assert sentence in text
+        text = text.replace(sentence, "")
+    assert re.findall(r".{40}\b(?:[\d.]+|two|three|four|five|ten) (?:x|times|us|ms)\b", text) == []
+
+
+# The results' own pages
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/*/evaluation.md")), ids=lambda file: "-".join(file.parts[-3:-1]))
+def test_an_evaluations_page_is_made_of_its_rows(file):
+    assert Results(file.parent).markdown() == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["attention", "ddim_step", "group_norm_silu"])
+def test_a_benchmarks_page_is_made_of_its_file(name):
+    printed = (RESULTS / "h100" / f"{name}.md").read_text(encoding="utf-8")
+    baseline = printed.split(" | ")[1]
+    assert table(result(f"h100/{name}.json"), baseline) == printed.rstrip("\n")
+
+
+@pytest.mark.parametrize("readme", sorted(RESULTS.glob("*/README.md")), ids=lambda file: file.parent.name)
+def test_a_readme_names_each_file_beside_it(readme):
+    text = readme.read_text(encoding="utf-8")
+    assert [file.name for file in readme.parent.iterdir() if f"`{file.stem}" not in text and file != readme] == []
