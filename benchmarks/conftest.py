@@ -7,9 +7,11 @@ pytest benchmarks/ --benchmark-only -k batch1  # of all, those with that name
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -27,6 +29,9 @@ BASELINES = {
     "test_group_norm_silu": "pytorch",
     "test_attention": "pytorch",
 }
+
+# What takes hours to measure.
+FID = sorted(Path(__file__).parent.glob("results/*/fashion-mnist/evaluation.json"))
 
 # By file, in the form of --benchmark-json.
 _results: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -67,6 +72,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if file in BASELINES:
             terminalreporter.section(f"{file}: the time of {BASELINES[file]} over each time")
             terminalreporter.write_line(report.table({"benchmarks": results}, BASELINES[file]))
+    if _results:
+        terminalreporter.section("FID-512 of fashion-mnist: committed results, not of this run")
+        rows = [row for file in FID for row in json.loads(file.read_text())["rows"]]
+        terminalreporter.write_line(report.fid_table({"rows": rows}))
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

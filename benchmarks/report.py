@@ -1,11 +1,12 @@
-"""pytest-benchmark's JSON -> a table of ratios in Markdown.
+"""Results as tables in Markdown, and as a plot.
 
     pytest benchmarks/test_group_norm_silu.py --benchmark-only --benchmark-json run.json
-    python benchmarks/report.py run.json --baseline compiled
+    python benchmarks/report.py run.json --baseline compiled                    # pytest-benchmark's JSON: ratios
+    python benchmarks/report.py evaluation.json --plot fid.png                  # of ddim_fast.evaluate: FID by steps
 
-One row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and its share
-of the copy or matmul rate measured in the same run, or its error where the implementations differ in it. Absolute times, or
-rates, stand in the baseline's column; they mean something on a GPU only.
+Of ratios one row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and
+its share of the copy or matmul rate measured in the same run, or its error where the implementations differ in it. Absolute
+times, or rates, stand in the baseline's column; they mean something on a GPU only.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["table"]
+__all__ = ["fid_by_steps", "fid_table", "plot_fid", "table"]
 
 
-def table(run: dict[str, Any], baseline: str) -> str:
+def table(run: dict[str, Any], baseline: str | None) -> str:
     """The Markdown table of one run.
 
     Raises:
@@ -82,13 +84,57 @@ def _cell(result: _Result | None, baseline: _Result | None, is_baseline: bool) -
     return ", ".join(part for part in (result.absolute if is_baseline else ratio, result.remark) if part)
 
 
+def fid_by_steps(evaluation: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """FID-512 of deterministic samples without guidance: by solver and spacing, then by steps.
+
+    Args:
+        evaluation: the content of an ``evaluation.json`` of ``python -m ddim_fast.evaluate``.
+    """
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in evaluation["rows"]:
+        settings = row["settings"]
+        bent = any(settings.get(name) for name in ("eta", "guidance", "guide", "tolerance"))
+        if row.get("label") == "FID-512" and "solver" in settings and not bent:
+            found[f"{settings['solver']}, {settings['spacing']}"][settings["steps"]] = row["FID-512"]
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def fid_table(evaluation: dict[str, Any], columns: Sequence[int] = (5, 8, 10, 20, 50)) -> str:
+    """:func:`fid_by_steps` as a Markdown table, a column a number of steps."""
+    lines = [f"| steps | {' | '.join(map(str, columns))} |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in fid_by_steps(evaluation).items():
+        if cells := [f"{values[steps]:.1f}" if steps in values else "-" for steps in columns if values.keys() & set(columns)]:
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_fid(evaluation: dict[str, Any], path: Path) -> None:
+    """:func:`fid_by_steps` as a plot."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, values in fid_by_steps(evaluation).items():
+        axes.plot(*zip(*values.items(), strict=True), marker="o", markersize=3, label=name)
+    axes.set(xscale="log", xlabel="steps", ylabel="FID-512")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--baseline", required=True, metavar="NAME", help="the implementation to compare with")
+    parser.add_argument("json", type=Path, help="what --benchmark-json or ddim_fast.evaluate wrote")
+    parser.add_argument("--baseline", metavar="NAME", help="the implementation to compare with")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="FID against steps")
     arguments = parser.parse_args()
     try:
-        print(table(json.loads(arguments.json.read_text()), arguments.baseline))
+        content = json.loads(arguments.json.read_text())
+        if "rows" not in content:
+            print(table(content, arguments.baseline))
+            return
+        print(fid_table(content))
+        if arguments.plot is not None:
+            plot_fid(content, arguments.plot)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import report
 from report import table
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "report.py"
@@ -65,3 +66,22 @@ def test_the_command(tmp_path):
     path.write_text("{")
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def evaluation():
+    def row(steps, fid, **settings):
+        settings = {"solver": "ddim", "spacing": "linear", "eta": 0.0, "guidance": None, "steps": steps, **settings}
+        return {"kind": "quality", "label": "FID-512", "FID-512": fid, "settings": settings}
+
+    return {"rows": [row(10, 40.04), row(5, 50), row(5, 60, eta=1.0), row(5, 30, guidance=2.0), row(20, 9, solver="unipc")]}
+
+
+def test_fid_by_steps_is_of_plain_deterministic_runs(evaluation):
+    assert report.fid_by_steps(evaluation) == {"ddim, linear": {5: 50, 10: 40.04}, "unipc, linear": {20: 9}}
+    assert report.fid_table(evaluation, [5, 10]).splitlines()[2:] == ["| ddim, linear | 50.0 | 40.0 |"]
+
+
+def test_the_plot_of_fid(evaluation, tmp_path):
+    report.plot_fid(evaluation, tmp_path / "fid.png")
+    assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
