@@ -93,7 +93,9 @@ def test_importing_the_package_takes_no_time():
     assert min(float(_python(_BLOCK_TORCH + code)) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "edit", "export", "reconstruct", "restore_sounds", "restyle", "sample"])
+@pytest.mark.parametrize(
+    "command", ["demo", "doctor", "edit", "export", "interpolate", "reconstruct", "restore_sounds", "restyle", "sample"]
+)
 def test_help_is_quick_and_needs_no_torch(command):
     run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
     code = f"import sys, runpy; sys.argv = [{command!r}, '--help']; {run}"
