@@ -95,7 +95,19 @@ def test_importing_the_package_takes_no_time():
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "doctor", "edit", "export", "interpolate", "reconstruct", "restore", "restore_sounds", "restyle", "sample"],
+    [
+        "demo",
+        "doctor",
+        "edit",
+        "export",
+        "interpolate",
+        "reconstruct",
+        "restore",
+        "restore_sounds",
+        "restyle",
+        "sample",
+        "train",
+    ],
 )
 def test_help_is_quick_and_needs_no_torch(command):
     run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
