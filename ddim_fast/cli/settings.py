@@ -5,7 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TrainSettings"]
+__all__ = ["NUM_IMAGES", "NUM_TRAJECTORIES", "EvaluateSettings", "TrainSettings"]
+
+# FID's usual number, and what is enough for a mean over trajectories.
+NUM_IMAGES, NUM_TRAJECTORIES = 50_000, 64
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The settings of evaluate, from its options."""
+
+    reference: str | None
+    trajectory_error: bool
+    reconstruction: bool
+    loss: bool
+    fit_timesteps: bool
+    fetch_inception: bool
+    model: str
+    images: str | None
+    num_images: int | None
+    first_seed: int
+    data: str | None
+    steps: list[int]
+    solver: list[str]
+    spacing: list[str]
+    eta: list[float | str]
+    tolerance: list[float]
+    classes: str
+    guidance: float | None
+    guidance_interval: list[int] | None
+    guide: str | None
+    batch_size: int
+    compile: bool
+    device: str
+    dtype: str
+    inception: tuple[str | None, Path] | None
+    out: Path
+    quiet: bool
 
 
 @dataclass(frozen=True)
