@@ -10,17 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from .cli.options import MODEL_HELP
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import load_sampler, require_pictures
-from .diffusion.degradations import Mask
-from .diffusion.interpolation import slerp
-from .diffusion.latent import LatentSampler
-from .diffusion.sampler import Sampler
 from .io.decoding import opaque
 from .io.pictures import image_grid, to_uint8
 from .models.checkpoint import DEFAULT_MODEL
@@ -28,6 +22,7 @@ from .ops.devices import pick_device
 
 if TYPE_CHECKING:
     import gradio
+    from torch import Tensor
 
     from .cli.samplers import AnySampler
 
@@ -117,6 +112,9 @@ class DemoModel:
 
     def _make_sampler(self, steps: int) -> AnySampler:
         """The sampler of so many steps; all share one network."""
+        from .diffusion.latent import LatentSampler
+        from .diffusion.sampler import Sampler
+
         sampler = Sampler(self._sampler.denoiser, steps=steps)
         if isinstance(self._sampler, LatentSampler):
             return LatentSampler(sampler, self._sampler.codec.autoencoder)
@@ -129,6 +127,10 @@ class DemoModel:
 
     def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
         """The images from one seed's to another's."""
+        import torch
+
+        from .diffusion.interpolation import slerp
+
         sampler = self.sampler_of(int(steps))
         noise = sampler.noise([int(first), int(second)])
         x_T = slerp(noise[0], noise[1], torch.linspace(0, 1, int(frames)))
@@ -144,6 +146,10 @@ class DemoModel:
         Args:
             painted: of Gradio's editor: ``background``, the picture, and ``layers``, what was painted, by its opacity.
         """
+        import torch
+
+        from .diffusion.degradations import Mask
+
         if painted["background"] is None:
             raise ValueError("there is no image: take one of the model's, or upload one")
         image = self._small(painted["background"])
@@ -157,6 +163,8 @@ class DemoModel:
 
     def _small(self, image: Image.Image) -> Tensor:
         """(C, H, W) in [-1, 1], of the model's size."""
+        import torch
+
         channels, size, _ = self.image_shape
         pixels = np.atleast_3d(np.array(_square(opaque(image).convert("L" if channels == 1 else "RGB"), size)))
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
 from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_class, run_command
 from .cli.samplers import load_labelled, make_sampler, require_pictures
-from .diffusion.editing import attribute_direction, move_along, sdedit, start_timestep, swap_class
 from .io.records import EDITING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
@@ -54,6 +53,8 @@ def _parser() -> CommandParser:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    from .diffusion.editing import start_timestep  # which needs more than --help does
+
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
@@ -112,6 +113,8 @@ def _settings(parser: CommandParser) -> EditSettings:
 
 def _direction(sampler: AnySampler, examples: list[tuple[Tensor, list[int] | None]], settings: EditSettings) -> Tensor | None:
     """The direction from images without an attribute to images with it, or None where there is no question of one."""
+    from .diffusion.editing import attribute_direction
+
     if not examples:
         return None
     (with_it, with_labels), (without_it, without_labels) = examples
@@ -130,6 +133,8 @@ def _edit(
     sampler: AnySampler, images: Tensor, labels: list[int] | None, direction: Tensor | None, settings: EditSettings
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
+    from .diffusion.editing import move_along, sdedit, swap_class
+
     seeds = range(settings.seed, settings.seed + len(images))
     common: dict[str, Any] = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": settings.batch_size}
 

@@ -10,8 +10,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, settle_steps
 from .cli.parser import CommandParser, parse_class, parse_eta, parse_spacing, run_command
@@ -27,9 +26,9 @@ from .models.checkpoint import (
     save_checkpoint,
     timesteps_file,
 )
-from .models.formats.diffusers import fold_class, save_diffusers
-from .models.unet import UNet
-from .training.averages import average_of_length
+
+if TYPE_CHECKING:
+    from .models.unet import UNet
 
 _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
@@ -95,6 +94,10 @@ def main() -> None:
         path = local_model(settings.model)
     else:
         path = pixel_model(parser, settings.model, "other programs' formats have no place for its autoencoder")
+    from .models.formats.diffusers import fold_class  # these need more than --help does
+    from .models.unet import UNet
+    from .training.averages import average_of_length
+
     model = UNet.from_pretrained(path)
     if settings.ema_length is not None:
         with parser.usage_errors():
@@ -157,6 +160,8 @@ def _settings(parser: CommandParser) -> ExportSettings:
 
 
 def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
+    import torch
+
     state = {name: tensor.to(getattr(torch, settings.dtype)) for name, tensor in model.state_dict().items()}
     with atomic_folder(settings.out) as new:
         save_checkpoint(new, model.config, state, model.audio, settings.max_shard_size)
@@ -170,6 +175,8 @@ def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
 
 
 def _to_diffusers(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
+    from .models.formats.diffusers import save_diffusers
+
     save_diffusers(settings.out, model.config, model.state_dict())
     print(f"wrote {settings.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(settings.out)!r})")
     classes = model.config.num_classes

@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from . import __version__
 from .cli.comparison import new_folder, require_finite
-from .cli.modality import Medium, Pictures, medium_of
+from .cli.modality import Pictures, medium_of
 from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, sampler_settings
-from .diffusion.interpolation import slerp, slerp_grid
 from .io.files import write_json
 from .io.pictures import image_grid, save_gif, save_image, to_uint8
 from .io.records import FILM, GRID, INTERPOLATION, VIDEO
 from .jobs.outputs import PngFolder
-from .jobs.video import VideoJob, scan_frames
 from .jobs.video_files import GIF_RATE, VIDEO_SUFFIXES, VideoFile, frame_rate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cli.modality import Medium
     from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
@@ -76,6 +74,8 @@ def main() -> None:
     if settings.video is not None:
         _interpolate_video(parser, settings, settings.video)
         return
+    import torch
+
     sampler = make_sampler(parser, settings)
     medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
@@ -133,6 +133,8 @@ def _settings(parser: CommandParser) -> InterpolateSettings:
 
 def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, video: Path) -> None:
     """Make the frames that are not there yet."""
+    from .jobs.video import VideoJob, scan_frames
+
     with parser.usage_errors():
         count, checksum = scan_frames(video)
     sampler = make_sampler(parser, settings)
@@ -189,6 +191,10 @@ def _label(named: str | None, medium: Medium) -> int | None:
 
 def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, label: int | None) -> Tensor:
     """The images from one of two ends to the other, or of the square between four corners."""
+    import torch
+
+    from .diffusion.interpolation import slerp, slerp_grid
+
     frames = settings.frames
     x_T = slerp(noise[0], noise[1], torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
     images = sampler.sample(x_T=x_T, labels=label, guidance=settings.guidance, batch_size=settings.batch_size)

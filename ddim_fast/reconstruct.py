@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
 from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
@@ -20,6 +16,8 @@ from .io.files import write_json
 from .io.records import RECONSTRUCTION
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
@@ -71,6 +69,9 @@ def _reconstruct(
     sampler: AnySampler, images: Tensor, labels: Sequence[int] | None, settings: ReconstructSettings, out: Path
 ) -> Tensor:
     """Writes the latents, the error of each image and a picture; returns the errors."""
+    import torch
+    from safetensors.torch import save_file
+
     latents = []
 
     def reconstruct(part: slice) -> Tensor:

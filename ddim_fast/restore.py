@@ -10,26 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from . import __version__
-from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
+from .cli.options import ENGINES, IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
 from .cli.parser import CommandParser, list_integers, parse_class, parse_integers, parse_positive, run_command
 from .cli.progress import job_progress
 from .cli.samplers import make_sampler, require_pictures, sampler_settings
 from .data.images import fit_image, read_images, to_unit_range
-from .diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, LinearOperator, Mask
-from .diffusion.restoration import TimeTravel, measure
-from .engine import ENGINES
 from .evaluation.fidelity import check_similarity
 from .io.pictures import save_image
 from .io.records import PICTURES, RESTORATION
 from .jobs.outputs import Batches, PngFolder
-from .jobs.restoration import RestorationJob
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .cli.samplers import AnySampler
+    from .diffusion.degradations import LinearOperator
+    from .jobs.restoration import RestorationJob
 
 _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --mask mask.png
@@ -104,6 +102,8 @@ def main() -> None:
     settings = _settings(parser)
     sampler = make_sampler(parser, settings, settings.engine)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restore_sounds")
+    import torch  # which --help does not need
+
     with parser.usage_errors():
         job, decisive = _job(settings, sampler)
         output = PngFolder(settings.out, job.batches, job.names, RESTORATION)
@@ -170,6 +170,10 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
     Raises:
         ValueError: an option or an image does not fit.
     """
+    from .diffusion.degradations import Mask
+    from .diffusion.restoration import TimeTravel, measure
+    from .jobs.restoration import RestorationJob
+
     shape, seeds = sampler.image_shape, settings.seeds
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds names one twice: {list_integers(seeds)}")
@@ -222,6 +226,8 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
 
 def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> LinearOperator:
     """The degradation of images of ``image_shape``."""
+    from .diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, Mask
+
     channels, height, width = image_shape
     if settings.mask is not None:
         return Mask(_known(settings.mask, height, width))
@@ -238,6 +244,8 @@ def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> L
 
 def _known(mask: Path, height: int, width: int) -> Tensor:
     """(H, W), False where a picture is white; where it is transparent, nothing is marked."""
+    import torch
+
     pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False, background="black")]
     if len(pictures) != 1:
         raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
@@ -253,6 +261,8 @@ def _read(
     settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """The images' names, (N, C, H, W) uint8 pixels, and class labels or None."""
+    import torch
+
     channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
     labelled = settings.label is None and num_classes is not None
     rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in settings.images)

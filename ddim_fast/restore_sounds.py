@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .audio.restoration import band_limit, gap
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import audio_of, make_sampler
-from .diffusion.degradations import Mask
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .cli.samplers import AnySampler
+    from .diffusion.degradations import Mask
 
 _EXAMPLES = """\
   python -m ddim_fast.restore_sounds seven.wav --model runs/digits --class 7/jackson --gap 0.45 0.55
@@ -62,7 +60,10 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds")
-    from .cli.sounds import Sounds  # which needs more than --help does
+    import torch  # these need more than --help does
+
+    from .audio.restoration import band_limit, gap
+    from .cli.sounds import Sounds
 
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():

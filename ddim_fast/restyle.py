@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from .audio.codec import Codec
-from .audio.control import loudness_guidance, restyle
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.options import (
     CONVERT_HELP,
@@ -22,7 +18,12 @@ from .cli.options import (
 )
 from .cli.parser import CommandParser, run_command
 from .cli.samplers import audio_of, make_sampler
-from .diffusion.sampler import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .audio.codec import Codec
+    from .diffusion.sampler import Sampler
 
 _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo
@@ -69,7 +70,9 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
-    from .cli.sounds import Sounds  # which needs more than --help does
+    from .audio.control import loudness_guidance  # these need more than --help does
+    from .cli.sounds import Sounds
+    from .diffusion.sampler import Sampler
 
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
@@ -105,6 +108,8 @@ def _restyle(
     settings: RestyleSettings,
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
+    from .audio.control import restyle
+
     options: dict[str, Any] = {"std": settings.loudness_std, "guidance": settings.guidance, "exact": settings.exact}
 
     def change(part: slice) -> Tensor:

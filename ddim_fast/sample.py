@@ -15,6 +15,7 @@ from . import __version__
 from .cli.options import (
     CLIP_HELP,
     DTYPES,
+    ENGINES,
     GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
@@ -59,7 +60,7 @@ _EXAMPLES = """\
 """
 
 # torch is imported when it is known to be needed: not with --engine onnx.
-_ENGINES = ("auto", "eager", "compiled", "captured", "onnx")
+_ENGINES = (*ENGINES, "onnx")
 
 
 def _parser() -> CommandParser:

@@ -10,28 +10,17 @@ import glob
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from .cli.modality import medium_of
 from .cli.options import CONVERT_HELP
 from .cli.parser import CommandParser, parse_positive, run_command
+from .cli.settings import TrainSettings
 from .cli.stored import stored_options
-from .cli.trainers import TrainSettings, find_start, grid_sampler, make_trainer
-from .data.images import to_unit_range
-from .diffusion.latent import LatentCodec, LatentSampler
 from .io.files import write_json
-from .io.pictures import image_grid, save_image
 from .io.records import RUN
-from .jobs.training import run_training
-from .models.autoencoder import Autoencoder
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
-from .training.loop import TRAINING_STATE, Trainer, TrainingOptions
-
-if TYPE_CHECKING:
-    from .cli.samplers import AnySampler
+from .training.options import TRAINING_STATE, TrainingOptions
 
 _EXAMPLES = """\
   python -m ddim_fast.train --data photos/ --preset cifar10-64 --out runs/photos
@@ -192,6 +181,10 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    from .cli.trainers import find_start, make_trainer, save_grid  # these need more than --help does
+    from .jobs.training import run_training
+    from .models.autoencoder import Autoencoder
+
     settings, start = find_start(parser, settings)
     trainer, codec, seen = make_trainer(parser, settings, start)
     out = settings.out
@@ -203,7 +196,7 @@ def main() -> None:
     stopped = run_training(
         trainer,
         out,
-        functools.partial(_save_grid, trainer, codec),
+        functools.partial(save_grid, trainer, codec),
         log_every=settings.log_every,
         save_every=settings.save_every,
         sample_every=settings.sample_every,
@@ -273,24 +266,6 @@ def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:
 
 def _holds_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "model_index.json", "model.safetensors", TRAINING_STATE))
-
-
-def _save_grid(trainer: Trainer[Any], codec: LatentCodec | None, path: Path) -> None:
-    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress. Of an
-    autoencoder, the first images of the data above what it makes of them."""
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(trainer.model, Autoencoder):
-        originals = to_unit_range(trainer.data.images[:10])
-        averaged = LatentCodec(trainer.averaged_model())
-        both = torch.cat([originals, averaged.decode(averaged.encode(originals))])
-        save_image(path, image_grid(both, columns=len(originals)))
-        return
-    seeds, num_classes = range(40), trainer.model.config.num_classes
-    labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    own = grid_sampler(trainer.averaged_model())
-    sampler: AnySampler = own if codec is None else LatentSampler(own, codec.autoencoder)
-    images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
-    save_image(path, image_grid(medium_of(sampler).shown(images)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import ddim_fast
-from ddim_fast.__main__ import main
+from ddim_fast.__main__ import _commands, main
 
 _BLOCK_TORCH = "import sys; sys.modules['torch'] = None; sys.modules['triton'] = None; "
 
@@ -93,7 +93,7 @@ def test_importing_the_package_takes_no_time():
     assert min(float(_python(_BLOCK_TORCH + code)) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("command", ["doctor", "sample"])
+@pytest.mark.parametrize("command", _commands())
 def test_help_is_quick_and_needs_no_torch(command):
     run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
     code = f"import sys, runpy; sys.argv = [{command!r}, '--help']; {run}"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..io.files import atomic_folder, write_json
 from ..io.pictures import image_grid, save_image
 from ..io.records import COMPARISON, RECORD
-from .modality import Medium
 from .parser import CommandParser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .modality import Medium
 
 __all__ = ["change_images", "new_folder", "require_finite", "save_comparison", "write_comparison"]
 
@@ -53,6 +55,8 @@ def change_images(
     Returns:
         (N, C, H, W) on the host.
     """
+    import torch
+
     made = []
     with tqdm(total=count, unit=f" {noun}", disable=quiet) as bar:
         for start in range(0, count, batch_size):
@@ -88,6 +92,8 @@ def write_comparison(
 
 def save_comparison(medium: Medium, folder: Path, *rows: Tensor) -> None:
     """``comparison.png``, a row for the first images of each of ``rows``."""
+    import torch
+
     shown = medium.shown(torch.cat([row[:_SHOWN] for row in rows]))
     picture = image_grid(shown, columns=min(_SHOWN, len(rows[0])))
     save_image(folder / COMPARISON, picture, max(1, medium.width // shown.shape[-1]))

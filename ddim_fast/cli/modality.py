@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
 from ..io.files import numbered
 from ..io.pictures import check_channels, save_image, to_uint8
 from .samplers import audio_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .samplers import AnySampler
 
 __all__ = ["Medium", "Pictures", "medium_of"]

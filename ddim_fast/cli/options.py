@@ -20,6 +20,7 @@ __all__ = [
     "CLIP_HELP",
     "CONVERT_HELP",
     "DTYPES",
+    "ENGINES",
     "EXACT_HELP",
     "GUIDE_HELP",
     "IMAGES_HELP",
@@ -41,6 +42,8 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+# Those of ddim_fast.engine, which imports torch.
+ENGINES = ("auto", "eager", "compiled", "captured")
 CLIP_HELP = "clip the predicted image to [-R, R] at each step (default: never)"
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"

@@ -1,23 +1,23 @@
-"""Networks to train, their data and what trains them, from the options of train."""
+"""Networks to train, their data, what trains them and grids of what they make, from the options of train."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.images import ImageSet, load_images
+from ..data.images import ImageSet, load_images, to_unit_range
 from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
-from ..diffusion.latent import LatentCodec
+from ..diffusion.latent import LatentCodec, LatentSampler
 from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
 from ..interop.autoencoder import load_autoencoder
+from ..io.pictures import image_grid, save_image
 from ..models.audio import AudioConfig
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import AUTOENCODER, load_config, local_model
@@ -26,48 +26,16 @@ from ..models.formats.diffusers import fold_class
 from ..models.growth import enclose
 from ..models.unet import UNet
 from ..ops.devices import bf16_is_fast, pick_device
-from ..training.loop import TRAINING_STATE, Trainer, TrainingOptions
+from ..training.loop import Trainer
+from ..training.options import TRAINING_STATE, TrainingOptions
+from .modality import medium_of
 from .parser import CommandParser
+from .settings import TrainSettings
 
-__all__ = ["TrainSettings", "find_start", "grid_sampler", "make_trainer"]
+if TYPE_CHECKING:
+    from .samplers import AnySampler
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The settings of train; those of a run that goes on, where options do not give them again."""
-
-    data: str
-    convert: bool
-    preset: str
-    init: str | None
-    latents: str | None
-    set: list[str]
-    recipe: str
-    class_conditional: bool
-    out: Path
-    resume: bool
-    steps: int
-    batch_size: int
-    lr: float
-    warmup: int
-    lr_schedule: str
-    ema: float
-    ema_snapshots: int | None
-    grad_clip: float
-    dropout: float | None
-    prediction_type: str | None
-    min_snr_gamma: float | None
-    label_dropout: float
-    flip: bool | None
-    dtype: str
-    compile: bool
-    device: str
-    seed: int
-    log_every: int
-    save_every: int
-    sample_every: int
-    minutes: float | None
-    quiet: bool
+__all__ = ["find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
@@ -236,7 +204,7 @@ def _unet_trainer(
         data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
-        grid_sampler(model)  # what cannot be sampled is not worth training
+        _grid_sampler(model)  # what cannot be sampled is not worth training
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
@@ -254,9 +222,27 @@ def _load(
     return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
 
 
-def grid_sampler(model: UNet) -> Sampler:
+def _grid_sampler(model: UNet) -> Sampler:
     """The sampler of a training's sample grids."""
     return Sampler(model, steps=min(20, model.config.num_train_timesteps))
+
+
+def save_grid(trainer: Trainer[Any], codec: LatentCodec | None, path: Path) -> None:
+    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress. Of an
+    autoencoder, the first images of the data above what it makes of them."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(trainer.model, Autoencoder):
+        originals = to_unit_range(trainer.data.images[:10])
+        averaged = LatentCodec(trainer.averaged_model())
+        both = torch.cat([originals, averaged.decode(averaged.encode(originals))])
+        save_image(path, image_grid(both, columns=len(originals)))
+        return
+    seeds, num_classes = range(40), trainer.model.config.num_classes
+    labels = None if num_classes is None else [seed % num_classes for seed in seeds]
+    own = _grid_sampler(trainer.averaged_model())
+    sampler: AnySampler = own if codec is None else LatentSampler(own, codec.autoencoder)
+    images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
+    save_image(path, image_grid(medium_of(sampler).shown(images)))
 
 
 def _options(settings: TrainSettings, device: torch.device) -> TrainingOptions:

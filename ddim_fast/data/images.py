@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..io.decoding import decode_image, image_suffixes
 from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
 from ..io.records import is_overview
 from .parquet import parquet_files, read_parquet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "ImageSet",
@@ -64,6 +66,8 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Moved to ``device`` where they fit into half of its free memory; left where they are otherwise."""
+        import torch  # not above: --help of commands that read images needs none of it
+
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
         return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
@@ -71,6 +75,8 @@ class ImageSet:
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-1, 1], channels_last; float32 is there already."""
+    import torch
+
     unit = images.to(torch.float32, memory_format=torch.channels_last)
     return unit if images.is_floating_point() else unit.div_(127.5).sub_(1)
 
@@ -171,6 +177,8 @@ def _open(spec: str, num_classes: int | None, labelled: bool, background: str) -
 
 
 def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
+    import torch
+
     images, labels, places = [], [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:

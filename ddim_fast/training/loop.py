@@ -25,69 +25,11 @@ from ..models.weights import check_finite, read_pickle
 from .averages import PowerAverages
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
+from .options import TRAINING_STATE, TrainingOptions
 
 __all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
 
-# What a run goes on from, beside its checkpoint.
-TRAINING_STATE = "training_state.pt"
-
 M = TypeVar("M", UNet, Autoencoder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How to train; the defaults are those of the DDPM and DDIM papers.
-
-    Attributes:
-        steps: optimiser steps in all.
-        batch_size: images a step.
-        lr: peak learning rate of Adam.
-        warmup: steps of linear warm-up.
-        lr_schedule: after the warm-up, ``constant`` or ``cosine`` (to zero at the last step).
-        ema: decay of the averaged weights, which are the ones that are sampled.
-        ema_snapshots: keep two more averages, for :meth:`Trainer.write_snapshot` to be called every so many steps, or None.
-        grad_clip: largest norm of the gradient.
-        min_snr_gamma: see :class:`DenoisingLoss`; None for the plain loss.
-        label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
-        flip: mirror half of the images, left to right.
-        bf16: run the network under bf16 autocast.
-        compile: run the loss through torch.compile.
-        seed: of the order of the images, the noise, the dropout and the initial weights.
-
-    Raises:
-        ValueError: an option is out of range; the message names it.
-    """
-
-    steps: int = 800_000
-    batch_size: int = 128
-    lr: float = 2e-4
-    warmup: int = 5000
-    lr_schedule: str = "constant"
-    ema: float = 0.9999
-    ema_snapshots: int | None = None
-    grad_clip: float = 1.0
-    min_snr_gamma: float | None = None
-    label_dropout: float = 0.1
-    flip: bool = True
-    bf16: bool = False
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, holds, right in (
-            ("steps", self.steps >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive"),
-            ("warmup", self.warmup >= 0, "at least 0"),
-            ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),
-            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
-            ("ema_snapshots", self.ema_snapshots is None or self.ema_snapshots >= 1, "at least 1"),
-            ("grad_clip", self.grad_clip > 0, "positive"),
-            ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "positive"),
-            ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

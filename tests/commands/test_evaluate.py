@@ -22,7 +22,7 @@ def tiny_inception(monkeypatch):
         layers = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))
         return FeatureNetwork(layers, name or NAME, 6, size=16)
 
-    monkeypatch.setattr(evaluate, "load_inception", load)
+    monkeypatch.setattr("ddim_fast.cli.evaluation.load_inception", load)
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--steps", 3, "--spacing", "adaptive")
     assert code == 2 and "--fit-timesteps" in err
     monkeypatch.setattr("ddim_fast.diffusion.adaptive._MEASURED", (1, 3))
-    monkeypatch.setattr(evaluate, "_CALIBRATION_SEEDS", range(1000, 1002))
+    monkeypatch.setattr("ddim_fast.cli.evaluation._CALIBRATION_SEEDS", range(1000, 1002))
     command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num-images", 4, "--steps", "3,25"]
     code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
     assert code == 0, err

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli.parser import run_command
+from ddim_fast.training.loop import Trainer
 from tests.helpers.small_runs import NETWORK, RUN, assert_one_line
 
 FILES = {"config.json", "model.safetensors", "training_state.pt", "stats.jsonl", "train.json", "data.json", "samples"}
@@ -126,7 +127,7 @@ def test_what_comes_after_the_checkpoint_is_forgotten(photos, tmp_path, run_trai
 def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_path, run_train, monkeypatch):
     start = ["--data", photos, *RUN, "--lr-schedule=constant"]
     assert run_train(*start, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
-    learning_rate = train.Trainer._learning_rate
+    learning_rate = Trainer._learning_rate
 
     def ctrl_c(trainer, step):
         if step == 1:
@@ -134,7 +135,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
         return learning_rate(trainer, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_learning_rate", ctrl_c)
+        patch.setattr(Trainer, "_learning_rate", ctrl_c)
         code, _, err = run_train(*start, "--steps", 1000, "--out", tmp_path / "parts")
     assert code == 130 and "holds a checkpoint of step 2" in err and "--resume goes on" in err
     assert run_train("--out", tmp_path / "parts", "--resume", "--steps", 4, "--device=cpu", "--quiet")[0] == 0

@@ -1,0 +1,272 @@
+"""What is measured, of which images and of which samplers, from the options of evaluate."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data.images import ImageSet, load_images
+from ..diffusion.adaptive import fit_timesteps
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.guidance import check_interval
+from ..diffusion.sampler import Sampler
+from ..diffusion.timesteps import ADAPTIVE
+from ..engine import fastest_engine
+from ..evaluation.inception import FeatureNetwork, load_inception
+from ..evaluation.measures import (
+    SampleSet,
+    Settings,
+    exact_images,
+    measure_loss,
+    measure_pictures,
+    measure_reconstruction,
+    measure_samples,
+    measure_trajectories,
+)
+from ..evaluation.pictures import read_pictures, survey
+from ..evaluation.reference import Reference, load_reference
+from ..evaluation.results import Results, machine
+from ..evaluation.run import EvaluationRun
+from ..evaluation.weights import default_weights, fetch_weights
+from ..io.processes import Processes
+from ..models.checkpoint import save_timesteps
+from ..models.checksum import weights_checksum
+from ..models.unet import UNet
+from ..ops.devices import pick_device
+from .options import seed_labels
+from .parser import CommandParser
+from .samplers import load_model, pixel_model, select_dtype
+from .settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
+
+__all__ = ["evaluate"]
+
+# Calibration trajectories start from seeds that nobody evaluates.
+_CALIBRATION_SEEDS = range(2**61, 2**61 + 16)
+
+
+def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Processes) -> None:
+    """Check everything, then measure what is not there yet."""
+    with parser.usage_errors():
+        device = pick_device(processes.device_name(arguments.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        processes.share_cores()
+    if arguments.fetch_inception:
+        processes.from_first(lambda: fetch_weights(default_weights()))
+        if processes.is_first:
+            print(f"wrote the feature network to {default_weights()}")
+    measures = arguments.reference or arguments.trajectory_error or arguments.reconstruction or arguments.loss
+    if not measures and not arguments.fit_timesteps:
+        return
+    with parser.usage_errors():
+        results = Results(arguments.out)
+    run = {
+        "command": shlex.join(["python", "-m", "ddim_fast.evaluate", *sys.argv[1:]]),
+        "machine": machine(device),
+        "processes": processes.count,
+        "ddim_fast": __version__,
+        "torch": torch.__version__,
+    }
+    evaluation = EvaluationRun(processes, device, results, run, arguments.batch_size, arguments.quiet)
+    if arguments.images is not None:
+        _measure_images(parser, arguments, evaluation)
+    else:
+        _measure_model(parser, arguments, evaluation)
+    if measures and processes.is_first:
+        for path in results.report():
+            print(path)
+
+
+def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
+    assert arguments.images is not None and arguments.reference is not None  # checked among the options
+    with parser.usage_errors():
+        pictures = read_pictures(arguments.images)
+        count = arguments.num_images or NUM_IMAGES
+        if len(pictures) < count:
+            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
+        pictures = pictures[:count]
+        channels, height, width = pictures.shape[1:]
+        network, reference = _reference(arguments, arguments.reference, evaluation, (channels, height, width))
+    settings = {
+        "model": None,
+        "images": arguments.images,
+        "content": survey(pictures).content,
+        "reference": arguments.reference,
+        "reference content": reference.content,
+        "features": network.name,
+        "num": count,
+    }
+    measure_pictures(evaluation, settings, pictures, network, reference)
+
+
+def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
+    folder = pixel_model(parser, arguments.model, "sample it with --out FILE.npz, and give that to --images")
+    model = UNet.from_pretrained(folder)
+    weights = {"model": arguments.model, "weights": f"sha256:{weights_checksum(model)}"}
+    model, guide = model.to(evaluation.device), None
+    if arguments.guide is not None:
+        guide = load_model(parser, arguments.guide)[0].to(evaluation.device)
+        weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
+    if arguments.fit_timesteps:
+        _fit(parser, evaluation, model, folder)
+    with parser.usage_errors():
+        check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
+        samplers = list(_samplers(arguments, model, guide))
+        # What is impossible is found before anything is measured.
+        if not samplers:
+            raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
+        if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
+            raise ValueError(f"--guidance: {arguments.model} is unconditional, and there is nothing to guide it towards")
+        for settings, make in samplers:
+            make(torch.float32)
+            _check_settings(arguments, settings)
+        data = None if arguments.data is None else _data(arguments, arguments.data, model)
+        held_out = {} if data is None else _held_out(arguments, data)
+        for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
+        if arguments.reference is not None:
+            network, reference = _reference(arguments, arguments.reference, evaluation, model.config.image_shape)
+    if arguments.loss:
+        assert data is not None  # checked among the options, as below
+        measure_loss(evaluation, {**weights, **held_out, "dtype": "float32"}, model, data)
+    if arguments.reconstruction:
+        assert data is not None
+        for settings, make in samplers:
+            measure_reconstruction(evaluation, {**weights, **settings, **held_out}, make, data)
+    if arguments.trajectory_error:
+        draws, drawn = for_trajectories
+        identity = [*(value for name, value in weights.items() if name.endswith("weights")), drawn]
+        exact = functools.cache(lambda: exact_images(evaluation, model, guide, draws, identity))
+        for settings, make in samplers:
+            measure_trajectories(evaluation, {**weights, **settings, **drawn}, make, draws, exact)
+    if arguments.reference is not None:
+        draws, drawn = for_quality
+        drawn |= {"reference": arguments.reference, "reference content": reference.content, "features": network.name}
+        for settings, make in samplers:
+            measure_samples(evaluation, {**weights, **settings, **drawn}, make, draws, network, reference)
+
+
+def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
+    """See that what is to be measured is something that a sampler of these settings has.
+
+    Raises:
+        ValueError: it is not.
+    """
+    guided = settings["guidance"] not in (None, 1)
+    if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):
+        raise ValueError("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
+    if arguments.trajectory_error and (settings["solver"] == "ddpm" or settings["eta"] not in (None, 0)):
+        raise ValueError("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
+
+
+def _reference(
+    arguments: EvaluateSettings, spec: str, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
+) -> tuple[FeatureNetwork, Reference]:
+    name, path = arguments.inception or (None, default_weights())
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
+        )
+    network = load_inception(path, name).to(evaluation.device)
+    with evaluation.progress("reference", 1) as bar:
+        reference = load_reference(spec, image_shape, network, evaluation.processes, bar.of)
+    return network, reference
+
+
+def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
+    config = model.config
+    classes = config.num_classes
+    data = load_images(spec, config.in_channels, config.sample_size, num_classes=classes, labelled=classes is not None)
+    if arguments.num_images is not None and len(data) < arguments.num_images:
+        raise ValueError(f"{spec} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
+    labels = data.labels
+    if labels is not None and classes is not None and int(labels.max()) >= classes:
+        raise ValueError(f"{spec}: class {int(labels.max())} is not one of the model's {classes}")
+    return ImageSet(data.images[: arguments.num_images], None if labels is None else labels[: arguments.num_images])
+
+
+def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
+    content = hashlib.sha256(data.images.numpy().tobytes())
+    if data.labels is not None:  # the network is told them
+        content.update(data.labels.numpy().tobytes())
+    return {"data": arguments.data, "data content": content.hexdigest(), "num": len(data)}
+
+
+def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
+    """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
+    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count))
+    classes = model.config.num_classes
+    draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
+    return draws, {
+        "class": arguments.classes if classes is not None else None,
+        "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        **draws.guidance,
+    }
+
+
+def _guidance(arguments: EvaluateSettings) -> Settings:
+    """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
+    interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
+    return {"guidance": arguments.guidance, **interval}
+
+
+# Makes a sampler in a dtype, or in the one that the user named.
+_MakeSampler = Callable[..., Sampler]
+
+
+def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> Iterator[tuple[Settings, _MakeSampler]]:
+    """The samplers that the user names, each with its settings."""
+    device = model.device
+    dtype = select_dtype(arguments.dtype, arguments.compile, device)
+    engine = fastest_engine(device) if arguments.compile else "eager"
+    denoiser_of = functools.cache(lambda chosen: Denoiser(model, dtype=chosen, guide=guide))
+
+    def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
+        def make(chosen: torch.dtype = dtype) -> Sampler:
+            named = {name: value for name, value in options.items() if value is not None}
+            if chosen == torch.int8:  # whose scales are found for the sampler's own timesteps
+                return Sampler(model, guide=guide, engine=engine, dtype=chosen, **named)
+            return Sampler(denoiser_of(chosen), engine=engine, **named)
+
+        # A fit can be made anew: then these are other timesteps.
+        fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}
+        return {
+            **options,
+            **fitted,
+            **_guidance(arguments),
+            "dtype": str(dtype).removeprefix("torch."),
+            "engine": engine,
+        }, make
+
+    for solver, spacing, eta in itertools.product(arguments.solver, arguments.spacing, arguments.eta):
+        if solver == "ddim" or eta == 0:  # eta is an option of that solver
+            for steps in arguments.steps:
+                yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
+    for tolerance in arguments.tolerance:
+        yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
+
+
+def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Path) -> None:
+    """Fit timesteps, write them beside the checkpoint, and give them to the model."""
+    if not path.exists():
+        parser.error(f"--fit-timesteps writes beside the checkpoint: {path} is on the Hub; download it into a folder")
+    seeds, classes = _CALIBRATION_SEEDS, model.config.num_classes
+    labels = None if classes is None else [i % classes for i in range(len(seeds))]
+
+    def fit() -> dict[str, dict[int, list[int]]]:
+        with evaluation.progress("fitting timesteps", 1) as bar:
+            timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
+        calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
+        print(f"wrote {save_timesteps(path, timesteps, calibration)}")
+        return timesteps
+
+    model.fitted_timesteps = evaluation.processes.from_first(fit)

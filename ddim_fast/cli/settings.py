@@ -1,0 +1,82 @@
+"""Settings of commands whose work lies in modules that import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["NUM_IMAGES", "NUM_TRAJECTORIES", "EvaluateSettings", "TrainSettings"]
+
+# FID's usual number, and what is enough for a mean over trajectories.
+NUM_IMAGES, NUM_TRAJECTORIES = 50_000, 64
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The settings of evaluate, from its options."""
+
+    reference: str | None
+    trajectory_error: bool
+    reconstruction: bool
+    loss: bool
+    fit_timesteps: bool
+    fetch_inception: bool
+    model: str
+    images: str | None
+    num_images: int | None
+    first_seed: int
+    data: str | None
+    steps: list[int]
+    solver: list[str]
+    spacing: list[str]
+    eta: list[float | str]
+    tolerance: list[float]
+    classes: str
+    guidance: float | None
+    guidance_interval: list[int] | None
+    guide: str | None
+    batch_size: int
+    compile: bool
+    device: str
+    dtype: str
+    inception: tuple[str | None, Path] | None
+    out: Path
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of train; those of a run that goes on, where options do not give them again."""
+
+    data: str
+    convert: bool
+    preset: str
+    init: str | None
+    latents: str | None
+    set: list[str]
+    recipe: str
+    class_conditional: bool
+    out: Path
+    resume: bool
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    lr_schedule: str
+    ema: float
+    ema_snapshots: int | None
+    grad_clip: float
+    dropout: float | None
+    prediction_type: str | None
+    min_snr_gamma: float | None
+    label_dropout: float
+    flip: bool | None
+    dtype: str
+    compile: bool
+    device: str
+    seed: int
+    log_every: int
+    save_every: int
+    sample_every: int
+    minutes: float | None
+    quiet: bool
