@@ -123,20 +123,8 @@ def _registered(
 
 
 @_registered.register_fake
-def _(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-) -> Tensor:
-    return _empty_result(_Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip))
+def _(*arguments: Any) -> Tensor:
+    return _empty_result(_Call(*arguments))
 
 
 @torch.library.custom_op("ddim_fast::group_norm_silu_backward", mutates_args=())
@@ -160,19 +148,8 @@ def _registered_backward(
 
 
 @_registered_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    skip: Tensor | None,
-) -> list[Tensor]:
+def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    x, _, weight, bias, _, _, pre_shift, scale, shift, skip = arguments
     numbers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _given(weight, bias, pre_shift, scale, shift)]
     return [_empty_image(x, x.shape[1]), *numbers, *(_empty_image(x, t.shape[1]) for t in _given(skip))]
 

@@ -7,7 +7,8 @@ from ddim_fast.diffusion.request import Request
 
 @pytest.fixture
 def request_of_five():
-    return Request.check(UNetConfig(sample_size=8, channel_multipliers=(1,), num_classes=4), stochastic=False, seeds=[5, 6, 7, 8, 9], labels=[0, 1, 2, 3, 0])
+    config = UNetConfig(sample_size=8, channel_multipliers=(1,), num_classes=4)
+    return Request.check(config, stochastic=False, seeds=[5, 6, 7, 8, 9], labels=[0, 1, 2, 3, 0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])

@@ -47,6 +47,18 @@ def test_the_loss_is_the_mean_squared_error(prediction_type):
     assert loss_of(NoiseSchedule.linear(), prediction_type, error=0.5) == pytest.approx(0.25, rel=1e-3)
 
 
+def test_each_image_has_the_weight_of_its_own_timestep():
+    """The oracle errs in one image alone, whose weight is then all that counts."""
+    schedule, error = NoiseSchedule.linear(), torch.zeros(4, 1, 1, 1, dtype=torch.float64)
+    error[2] = 0.5
+    oracle, loss = Oracle(schedule, "sample", IMAGES, error), DenoisingLoss(schedule, "sample", 5.0)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        value = float(loss(oracle, IMAGES, None))
+        weights = loss.weight[oracle.seen[1]]
+        assert value == pytest.approx(float(weights[2]) * 0.25 / 4, rel=1e-3) and len(weights.unique()) > 1
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("bar", [0.02, 0.4, 0.5, 0.9, 0.999])
 def test_min_snr_weights_are_those_of_hang_et_al(bar, gamma):
