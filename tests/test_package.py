@@ -98,3 +98,11 @@ def test_help_is_quick_and_needs_no_torch(command):
     run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
     code = f"import sys, runpy; sys.argv = [{command!r}, '--help']; {run}"
     assert _python(_BLOCK_TORCH + code).startswith(f"usage: python -m ddim_fast.{command} ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "ddim_fast.sample", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    assert (command.wait(60), command.stderr.read()) == (1, b"")

@@ -106,6 +106,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
