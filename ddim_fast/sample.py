@@ -55,6 +55,7 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --num-images 50000 --out samples.npz
   python -m ddim_fast.sample --model runs/digits --class 7/jackson,7/theo --seeds 0-9 --out sevens
   python -m ddim_fast.sample --engine onnx --model photos-onnx
+  python -m ddim_fast.sample --profile --steps 20
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 

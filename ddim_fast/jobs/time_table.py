@@ -73,11 +73,11 @@ class Profile:
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{self.title}", f"{'':{width}}  {'ms':>10}  {'share':>7}  {'kernels' if self.on_gpu else 'calls':>7}"]
+        lines = [self.title, f"{'':{width}}  {'ms':>10}  {'share':>7}  {'kernels' if self.on_gpu else 'calls':>7}"]
         total = Row("sum", sum(row.milliseconds for row in self.rows), sum(row.calls for row in self.rows))
         for name, milliseconds, calls in (*self.rows, total):
             share = milliseconds / self.milliseconds
-            lines.append(f"{name:{width}}  {milliseconds:10.1f}  {share:7.1%}  {calls or '':>7}")
+            lines.append(f"{name:{width}}  {milliseconds:10.1f}  {share:7.1%}  {calls or '':>7}".rstrip())
         served = ", ".join(f"{operator} {' and '.join(backends)}" for operator, backends in self.served.items())
         return "\n".join([*lines, f"implementations: {served or 'all by torch.compile'}"])
 
