@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import __version__
 from .cli.options import (
     CLIP_HELP,
@@ -22,10 +20,12 @@ from .cli.options import (
     SPACING_HELP,
     STEPS_HELP,
     check_guidance_options,
+    check_some_guided,
     seed_labels,
     settle_steps,
 )
 from .cli.parser import CommandParser, list_integers, parse_eta, parse_integers, parse_positive, parse_spacing, run_command
+from .cli.profiling import PROFILE_HELP, check_profile_options, print_profile
 from .cli.progress import StepProgress, progress_of
 from .cli.samplers import audio_of, load_sampler, select_dtype
 from .diffusion.guidance import guided_steps
@@ -56,6 +56,7 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --num-images 50000 --out samples.npz
   python -m ddim_fast.sample --model runs/digits --class 7/jackson,7/theo --seeds 0-9 --out sevens
   python -m ddim_fast.sample --engine onnx --model photos-onnx
+  python -m ddim_fast.sample --profile --steps 20
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 
@@ -89,6 +90,7 @@ def _parser() -> CommandParser:
     p.add_argument("--out", metavar="DIR|FILE.npz", type=Path, help=_OUT_HELP)
     p.add_argument("--grid", metavar="FILE", type=Path, help=_GRID_HELP)
     p.add_argument("--trajectory", metavar="FILE.gif", type=Path, help="a film of the first batch, from noise to images")
+    p.add_argument("--profile", action="store_true", help=PROFILE_HELP)
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
@@ -161,6 +163,7 @@ class SampleSettings:
     out: Path | None
     grid: Path | None
     trajectory: Path | None
+    profile: bool
     quiet: bool
 
 
@@ -171,6 +174,7 @@ def _settings(parser: CommandParser) -> SampleSettings:
     if number is not None:
         options["seeds"] = range(number)
     check_guidance_options(parser, options)
+    check_profile_options(parser, options)
     if options["tolerance"] is not None and (options["steps"], options["spacing"]) != (None, None):
         parser.error("--tolerance takes the place of --steps and --spacing; give one or the other")
     usual = _exported(parser, options) if options["engine"] == "onnx" else {"eta": 0.0, "solver": "ddim"}
@@ -222,7 +226,7 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
             guidance_interval=settings.guidance_interval,
         )
         if settings.guidance_interval is not None and settings.tolerance is None:
-            _check_some_guided(sampler.timesteps, settings.guidance, settings.guidance_interval)
+            check_some_guided(sampler.timesteps, settings.guidance, settings.guidance_interval)
         if settings.tolerance is not None and settings.trajectory is not None:
             parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
         if settings.trajectory is not None and settings.trajectory.suffix.lower() != ".gif":
@@ -232,6 +236,9 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
     channels, height, width = sampler.image_shape
     size = min(settings.batch_size, len(settings.seeds))
     batches = Batches(settings.seeds, labels, size, (height, width, channels))
+    if settings.profile:
+        guidance = {"guidance": settings.guidance, "guidance_interval": settings.guidance_interval}
+        return print_profile(sampler, batches[0], settings.out, settings.quiet, **guidance)
     record = {
         "settings": _decisive(settings, sampler, labels, checksum),
         "model": settings.model,
@@ -245,15 +252,6 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
         _run(sampler, output, missing, settings, processes)
     elif processes.is_first and not settings.quiet:
         print(f"{path} is finished: it holds these {len(settings.seeds)} {output.noun}, made with these settings")
-
-
-def _check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: Sequence[int]) -> None:
-    low, high = interval
-    if not guided_steps(timesteps, guidance, (low, high)).any() and guidance != 1:
-        raise ValueError(
-            f"--guidance-interval {low} {high}: no step is there, so nothing would be guided; they are at "
-            + ", ".join(map(str, timesteps))
-        )
 
 
 def _torch_sampler(

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..diffusion.guidance import guided_steps
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..models.checkpoint import DEFAULT_MODEL
 from .parser import CommandParser, parse_integers, parse_positive, parse_spacing
@@ -34,6 +37,7 @@ __all__ = [
     "SamplerSettings",
     "add_sampler_options",
     "check_guidance_options",
+    "check_some_guided",
     "image_labels",
     "seed_labels",
     "settle_sampler",
@@ -83,6 +87,16 @@ def check_guidance_options(parser: CommandParser, options: Mapping[str, Any]) ->
         parser.error("--guidance-interval limits --guidance; give its scale, such as --guidance 2, as well")
     if options["guide"] is not None and options["guidance"] is None:
         parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
+
+
+def check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: Sequence[int]) -> None:
+    """A ValueError where --guidance-interval leaves no step to guide."""
+    low, high = interval
+    if not guided_steps(timesteps, guidance, (low, high)).any() and guidance != 1:
+        raise ValueError(
+            f"--guidance-interval {low} {high}: no step is there, so nothing would be guided; they are at "
+            + ", ".join(map(str, timesteps))
+        )
 
 
 def seed_labels(

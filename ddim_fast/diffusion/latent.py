@@ -151,6 +151,12 @@ class LatentSampler:
         later.sampler = self.sampler.starting_at(timestep)
         return later
 
+    def with_new_engine(self) -> LatentSampler:
+        """The same with nothing compiled or captured yet, as :meth:`Sampler.with_new_engine`."""
+        other = copy.copy(self)
+        other.sampler = self.sampler.with_new_engine()
+        return other
+
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """The images' latents in the noise of the first timestep, as :meth:`Sampler.noised`."""
         return self.sampler.noised(self.latents(images), seeds)

@@ -137,6 +137,13 @@ class Sampler:
             self._later.setdefault(timestep, later)
         return self._later[timestep]
 
+    def with_new_engine(self) -> Sampler:
+        """This sampler, with nothing compiled or captured yet. It shares the denoiser, not the solver."""
+        other = copy.copy(self)
+        other._engine, other._later = make_engine(self.engine, self.device), {}
+        other._visit(self.timesteps)
+        return other
+
     @property
     def evaluations(self) -> Tensor | None:
         """(N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None before.

@@ -9,6 +9,7 @@ ddim_fast/engine/compiled.py takes ``lookup_backend`` from ``torch._dynamo``, an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "is_compiled",
     "is_observed",
     "is_transformed",
+    "named_cpp_kernels",
     "remove_pre_hooks",
     "storage_id",
     "tree_leaves",
@@ -121,3 +123,11 @@ def undo_compile(module: nn.Module) -> None:
 def uncompiled(module: Any) -> Any:
     """The module from which torch.compile made ``module``; anything else as it is."""
     return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else module
+
+
+def named_cpp_kernels() -> AbstractContextManager[Any]:
+    """A context in which torch.compile makes C++ kernels that torch.profiler sees, by names such as
+    ``graph_0_cpp_fused_add_3``."""
+    import torch._inductor.config as config  # which imports much
+
+    return config.patch({"cpp.enable_kernel_profile": True})

@@ -186,6 +186,12 @@ def test_measurements_of_another_size_are_refused(sampler):
         sampler.restore(torch.zeros(1, 1, 8, 8), mask, seeds=[0])
 
 
+def test_with_a_new_engine_the_images_are_the_same(sampler):
+    other = sampler.with_new_engine()
+    assert other.codec is sampler.codec and other.denoiser is sampler.denoiser and other.solver is not sampler.solver
+    assert torch.equal(other.sample(seeds=[1, 2]), sampler.sample(seeds=[1, 2]))
+
+
 def test_part_of_the_way(sampler):
     images = sampler.sample(**REQUEST).clamp(-1, 1)
     part = sampler.starting_at(400)

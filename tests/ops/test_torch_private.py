@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import nn
 
 from ddim_fast.ops import torch_private
@@ -27,6 +28,8 @@ NAMES = [
     "torch._dynamo.eval_frame.OptimizedModule",
     "torch._dynamo.lookup_backend",
     "torch._foreach_lerp_",
+    "torch._inductor.config.patch",
+    "torch._inductor.config.cpp.enable_kernel_profile",
     "tensor._version",
     "module._forward_hooks",
     "module._forward_pre_hooks",

@@ -1,0 +1,55 @@
+"""The option --profile: where a sampling run's time goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..io.processes import Processes
+from .parser import CommandParser
+
+__all__ = ["PROFILE_HELP", "check_profile_options", "print_profile"]
+
+PROFILE_HELP = (
+    "sample the first batch twice and show where the second time went: in a table, and in trace.json for ui.perfetto.dev, in "
+    "the folder --out (default: profile); no images are written"
+)
+
+
+def check_profile_options(parser: CommandParser, options: Mapping[str, Any]) -> None:
+    """A usage error where --profile does not go with the other options."""
+    if not options["profile"]:
+        return
+    for name, given in {
+        "--engine onnx": options["engine"] == "onnx",
+        "--tolerance": options["tolerance"] is not None,
+        "--grid": options["grid"] is not None,
+        "--trajectory": options["trajectory"] is not None,
+        "an .npz file as --out": options["out"] is not None and options["out"].suffix.lower() == ".npz",
+        "torchrun": Processes().count > 1,
+    }.items():
+        if given:
+            parser.error(f"--profile is for fixed steps in torch and in one process, and makes no images; not with {name}")
+
+
+def print_profile(
+    sampler: Any, batch: tuple[Sequence[int], Sequence[int] | None], out: Path | None, quiet: bool, **guidance: Any
+) -> None:
+    """Profiles a batch.
+
+    Args:
+        sampler: one of torch.
+        batch: its seeds and labels.
+        out: the folder of the trace; None is ``profile``.
+        quiet: print nothing.
+        guidance: as of :meth:`ddim_fast.Sampler.sample`.
+    """
+    from ..jobs.profiling import profile_sampling
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler would write lines of its own on the terminal
+    trace = (Path("profile") if out is None else out) / "trace.json"
+    profile = profile_sampling(sampler, trace, seeds=batch[0], labels=batch[1], **guidance)
+    if not quiet:
+        print(f"{profile}\n{trace} has each operator; ui.perfetto.dev shows it")

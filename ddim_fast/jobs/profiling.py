@@ -1,0 +1,89 @@
+"""Where a sampling run's time goes, by torch.profiler."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..io.files import atomic_write
+from ..ops.recording import recorded_operators
+from ..ops.torch_private import named_cpp_kernels
+from .time_table import RUN, SOLVER_STEP, Profile, time_table
+
+if TYPE_CHECKING:
+    from ..diffusion.latent import LatentSampler
+    from ..diffusion.sampler import Sampler
+
+__all__ = ["profile_sampling"]
+
+
+def profile_sampling(sampler: Sampler | LatentSampler, trace: Path, *, seeds: Sequence[int], **request: Any) -> Profile:
+    """Samples one batch twice: first to warm up, then under torch.profiler.
+
+    Nothing else of this package may compute in the process meanwhile, in another thread. The sampler itself compiles and
+    captures nothing.
+
+    Args:
+        sampler: of fixed steps.
+        trace: where the Chrome trace goes, a file that Perfetto and chrome://tracing show; it is written over.
+        seeds: of the batch.
+        request: whatever else :meth:`ddim_fast.Sampler.sample` takes, without ``batch_size`` and ``on_step``.
+
+    Raises:
+        ValueError: the sampler has a tolerance, or the request is wrong.
+    """
+    if sampler.tolerance is not None:
+        raise ValueError("a profile is of steps that all images share; with a tolerance each image takes its own")
+    fresh, device = sampler.with_new_engine(), sampler.device
+    on_gpu = device.type == "cuda"
+
+    def sample() -> None:
+        fresh.sample(seeds=seeds, batch_size=len(seeds), **request)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    _record_solver(fresh.solver)
+    with recorded_operators() as served, contextlib.nullcontext() if on_gpu else named_cpp_kernels():
+        sample()
+        with _profiler(on_gpu) as profiler, record_function(RUN):
+            sample()
+    wall, rows = time_table(_export(profiler, trace), on_gpu)
+    dtype = str(sampler.dtype).removeprefix("torch.")
+    title = f"a batch of {len(seeds)} in {len(sampler.timesteps)} steps, {sampler.engine}, {dtype}, {device}: {wall:.1f} ms"
+    return Profile(title, wall, rows, on_gpu, {operator: sorted(served[operator]) for operator in sorted(served)})
+
+
+def _record_solver(solver: Any) -> None:
+    """Makes the solver's steps a range of the profile, where they are not compiled."""
+    step = solver.step
+
+    def recorded(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return step(*arguments)
+        with record_function(SOLVER_STEP):
+            return step(*arguments)
+
+    solver.step = recorded
+
+
+def _profiler(on_gpu: bool) -> profile:
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+
+
+def _export(profiler: Any, trace: Path) -> list[dict[str, Any]]:
+    """Writes the trace, whole or not at all; returns its events."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(file)
+        data = Path(file).read_bytes()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(trace, data)
+    return json.loads(data)["traceEvents"]

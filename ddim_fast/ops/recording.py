@@ -1,0 +1,63 @@
+"""The operators by their names in a profile. Outside of compiled code their kernels are called directly, not through
+torch.library, and torch.profiler does not see them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from . import attention, conv3x3, ddim_step, group_norm_silu
+from .dispatch import Implementation, choose
+
+__all__ = ["recorded_operators"]
+
+
+@contextlib.contextmanager
+def recorded_operators() -> Iterator[dict[str, set[str]]]:
+    """A context, for the whole process, in which each call of an operator is a range ``ddim_fast::OPERATOR[IMPLEMENTATION]`` of
+    torch.profiler. An engine that has compiled something inside is of no use outside, and the other way round.
+
+    Yields:
+        The implementations that have served so far, by operator: names of :data:`ddim_fast.ops.dispatch.BACKENDS`, or
+        "PyTorch". What torch.compile fused with its neighbours has none.
+    """
+    served: dict[str, set[str]] = {}
+
+    @torch.compiler.assume_constant_result  # while compiling it is called as it is, not traced
+    def note(operator: str, server: str) -> None:
+        served.setdefault(operator, set()).add(server)
+
+    def recorded(operator: str, server: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            note(operator, server)
+            if torch.compiler.is_compiling():
+                return run(*arguments, **options)
+            with record_function(f"ddim_fast::{operator}[{server}]"):
+                return run(*arguments, **options)
+
+        return call
+
+    def choose_recorded(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
+        chosen = choose(operator, implementations, request)
+        is_pytorch = chosen.backend == "reference" or chosen.run is attention._run_pytorch
+        server = "PyTorch" if is_pytorch else chosen.backend
+        if torch.compiler.is_compiling():
+            note(operator, server)
+            return chosen
+        return dataclasses.replace(chosen, run=recorded(operator, server, chosen.run))
+
+    # A convolution's implementation is chosen when its weights are prepared, not when it runs.
+    replaced = [(module, "choose", choose_recorded) for module in (attention, ddim_step, group_norm_silu)] + [
+        (conv3x3, "_run_native", recorded("conv3x3", "native", conv3x3._run_native)),
+        (conv3x3, "conv3x3_reference", recorded("conv3x3", "PyTorch", conv3x3.conv3x3_reference)),
+    ]
+    with contextlib.ExitStack() as restored:
+        for module, name, function in replaced:
+            restored.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
+        yield served
