@@ -2,6 +2,7 @@
 
     pytest benchmarks/test_group_norm_silu.py --benchmark-only --benchmark-json run.json
     python benchmarks/report.py run.json --baseline compiled                    # pytest-benchmark's JSON: ratios
+    python benchmarks/report.py run.json --baseline "diffusers fp32" --plot speed.png   # of test_unet.py or test_sampler.py
     python benchmarks/report.py evaluation.json --plot fid.png                  # of ddim_fast.evaluate: FID by steps
 
 Of ratios one row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["fid_by_steps", "fid_table", "plot_fid", "table"]
+__all__ = ["fid_by_steps", "fid_table", "plot_fid", "plot_speeds", "speeds", "table"]
 
 
 def table(run: dict[str, Any], baseline: str | None) -> str:
@@ -121,20 +123,55 @@ def plot_fid(evaluation: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def speeds(run: dict[str, Any]) -> list[tuple[str, int, int, float]]:
+    """Implementation, batch size, steps (1 for one evaluation of the network) and images a second, of a run of test_unet.py or
+    test_sampler.py."""
+    found = []
+    for benchmark in run["benchmarks"]:
+        sizes = re.search(r"batch (\d+)(?: steps (\d+))?$", benchmark["group"])
+        rates = benchmark["extra_info"].get("images/s") or benchmark["extra_info"].get("evaluations/s")
+        if sizes and rates:
+            batch, steps = int(sizes[1]), int(sizes[2] or 1)
+            found += [(name, batch, steps, rate) for name, rate in rates.items()]
+    return found
+
+
+def plot_speeds(run: dict[str, Any], path: Path) -> None:
+    """:func:`speeds` as two plots: images a second against the batch size, and milliseconds an image against the steps."""
+    from matplotlib import pyplot
+
+    by_batch: dict[str, dict[int, float]] = defaultdict(dict)
+    by_steps: dict[str, dict[int, float]] = defaultdict(dict)
+    found = speeds(run)
+    steps_shown, batch_shown = (max(row[i] for row in found) for i in (2, 1))
+    for name, batch, steps, rate in found:
+        if steps == steps_shown:
+            by_batch[name][batch] = rate
+        if batch == batch_shown:
+            by_steps[name][steps] = 1e3 / rate
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for axes, lines in ((left, by_batch), (right, by_steps)):
+        for name, values in lines.items():
+            axes.plot(*zip(*sorted(values.items()), strict=True), marker="o", markersize=3, label=name)
+    left.set(xscale="log", xlabel="batch size", ylabel="images/s", title=f"{steps_shown} steps")
+    right.set(xlabel="steps", ylabel="ms/image", title=f"batch size {batch_shown}")
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what --benchmark-json or ddim_fast.evaluate wrote")
     parser.add_argument("--baseline", metavar="NAME", help="the implementation to compare with")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="FID against steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="FID against steps; or speed against batch and steps")
     arguments = parser.parse_args()
     try:
         content = json.loads(arguments.json.read_text())
-        if "rows" not in content:
-            print(table(content, arguments.baseline))
-            return
-        print(fid_table(content))
+        is_evaluation = "rows" in content
+        print(fid_table(content) if is_evaluation else table(content, arguments.baseline))
         if arguments.plot is not None:
-            plot_fid(content, arguments.plot)
+            (plot_fid if is_evaluation else plot_speeds)(content, arguments.plot)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -85,3 +85,19 @@ def test_fid_by_steps_is_of_plain_deterministic_runs(evaluation):
 def test_the_plot_of_fid(evaluation, tmp_path):
     report.plot_fid(evaluation, tmp_path / "fid.png")
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speeds_are_read_from_the_groups(tmp_path):
+    def of(group, **rates):
+        return {"group": group, "extra_info": {"images/s": rates}}
+
+    run = {
+        "benchmarks": [
+            of("1x32x32 batch 8 steps 10", ours=4.0),
+            of("1x32x32 batch 64 steps 20", ours=2.0),
+            of("other", ours=1.0),
+        ]
+    }
+    assert report.speeds(run) == [("ours", 8, 10, 4.0), ("ours", 64, 20, 2.0)]
+    report.plot_speeds(run, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
