@@ -22,24 +22,24 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
 MODELS = ROOT / "ddim_fast" / "models" / "packaged"
-PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/quality.md")
+PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/onnx.md", "docs/quality.md")
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
     "engines: How a sampling run is executed, 1",
     "engines: The same bits, 1",
     "kernels: The kernels: what was predicted, what was measured, 1",
+    "onnx: The folder, 1",
     "quality: Published values, 1",
 }
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
 WITHOUT_DATA = {
-    "engines: On a CPU, 3": "whole sampling runs, older than the kernels of now: to be measured again by benchmarks/cpu.sh",
-    "engines: What approximations cost, and what they bring, 1": "to be measured again by benchmarks/cpu.sh",
     "engines: The same bits, 2": "there is no script for it",
     "kernels: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
     "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
     "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
+    "onnx: Precisions, 1": "tests/deploy/test_precisions.py bounds them",
     "quality: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
     "quality: fashion-mnist, 3": "the row of other test images",
     "quality: Adaptive timesteps and controlled steps, 1": "distances of the calibration, and FID of other lists",
@@ -56,7 +56,6 @@ SENTENCES_WITHOUT_DATA = (
     "other test images come out at 26.66",
     "the step alone 1.4 to 5 times as fast",
     "is 1.8 times as fast in float32 and 2.7 to 3.1 times in bfloat16",
-    "8-bit exports are 1.7 to 1.9 times as fast as float32 ones",
 )
 
 Rows = list[list[str]]
@@ -113,10 +112,15 @@ def result(file: str) -> Any:
     return json.loads((RESULTS / file).read_text())
 
 
+def timed(file: str, group: str) -> dict[str, Any]:
+    """What a benchmark noted."""
+    benchmarks = {benchmark["group"]: benchmark for benchmark in result(f"zen4-two-cores/{file}.json")["benchmarks"]}
+    return benchmarks[group]["extra_info"]
+
+
 def unet(file: str, group: str) -> dict[str, float]:
     """Evaluations a second by implementation."""
-    benchmarks = {benchmark["group"]: benchmark for benchmark in result(f"zen4-two-cores/{file}.json")["benchmarks"]}
-    return benchmarks[group]["extra_info"]["evaluations/s"]
+    return timed(file, group)["evaluations/s"]
 
 
 def h100(file: str, group: str) -> dict[str, dict[str, float]]:
@@ -160,6 +164,35 @@ def _(rows: Rows) -> Expected:
 @makes("engines: On a CPU, 1")
 def unets(rows: Rows, file: str = "unet-avx512") -> Expected:
     return [[row[0], *against_diffusers(rows[0][1:], unet(file, row[0].replace(",", " batch")))] for row in rows[1:]]
+
+
+@makes("engines: On a CPU, 3")
+def _(rows: Rows) -> Expected:
+    groups = {row[0]: "1x32x32 batch {} steps {}".format(*numbers(row[0])) for row in rows[1:]}
+    return [[label, *against_diffusers(rows[0][1:], unet("sampler-avx512", group))] for label, group in groups.items()]
+
+
+@makes("engines: What approximations cost, and what they bring, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    names = [header.replace(",", "") for header in rows[0][1:]]
+    for solver in ("ddim", "dpm-solver++"):
+        noted = timed("approximations-avx512", f"{solver}, 32 images")
+        rates = noted["evaluations/s"]
+        expected.append([f"`{solver}`: error", *(f"{noted['error'][name]:.3f}" for name in names)])
+        expected.append(["speed", "1", *(f"{rates[name] / rates[names[0]]:.2f}" for name in names[1:])])
+    return expected
+
+
+@makes("onnx: Speed, 1")
+def _(rows: Rows) -> Expected:
+    groups = {"`fashion-mnist`": "1x32x32 batch 8 steps 20", "cifar10-128": "3x32x32 batch 8 steps 4"}
+    expected: Expected = []
+    for row in rows[1:]:
+        rates = unet("onnx-avx512", groups[row[0].split()[0]])
+        names = [h.split(", ")[-1].replace("ours", "ddim_fast") for h in rows[0][1:]]
+        expected.append([row[0], *(f"{rates[name] / rates['step by step fp32']:.2f}" for name in names)])
+    return expected
 
 
 @makes("engines: On a CPU, 2")
@@ -680,7 +713,13 @@ def quality_sentences() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("sentences", [gpu_sentences, quality_sentences])
+def export_sentences() -> list[str]:
+    rates = [unet("onnx-avx512", group) for group in ("1x32x32 batch 8 steps 20", "3x32x32 batch 8 steps 4")]
+    small, large = (f"{r['step by step int8'] / r['step by step fp32']:.1f}" for r in rates)
+    return [f"8-bit exports are {small} (`fashion-mnist`) to {large} times (cifar10-128) as fast as float32 ones."]
+
+
+@pytest.mark.parametrize("sentences", [gpu_sentences, quality_sentences, export_sentences])
 def test_the_readmes_sentences_are_those_of_the_results(sentences):
     assert [sentence for sentence in sentences() if sentence not in README] == []
 
@@ -694,9 +733,9 @@ def test_so_many_evaluations_are_worth_as_many_of_ddim():
 
 
 def test_every_speed_in_the_readme_is_checked_or_listed():
-    assert "data of four others is not committed" in README
+    assert "data of three others is not committed" in README
     text = README
-    for sentence in (*gpu_sentences(), *SENTENCES_WITHOUT_DATA):
+    for sentence in (*gpu_sentences(), *export_sentences(), *SENTENCES_WITHOUT_DATA):
         assert sentence in text
         text = text.replace(sentence, "")
     assert re.findall(r".{40}\b(?:[\d.]+|two|three|four|five|ten) (?:x|times|us|ms)\b", text) == []
