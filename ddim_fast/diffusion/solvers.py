@@ -179,6 +179,7 @@ class _MultiStep:
         return _predict_x0(*self._prediction[i], x, output, self.clip)
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        """Each solver's own; ``step`` calls it."""
         raise NotImplementedError
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:

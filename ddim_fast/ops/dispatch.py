@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Implementation", "choose", "explain", "why_not_triton"]
+__all__ = ["BACKENDS", "Implementation", "choose", "explain", "server", "why_not_triton"]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -63,17 +63,22 @@ def choose(operator: str, implementations: Sequence[Implementation], request: An
     raise ValueError(f"DDIM_FAST_BACKEND={forced} cannot serve {operator}: it has no such implementation")
 
 
+def server(implementations: Sequence[Implementation], chosen: Implementation) -> str:
+    """The name of what computes, for people: the backend's, or "PyTorch" where it is what the reference, listed last, runs."""
+    return "PyTorch" if chosen.run is implementations[-1].run else chosen.backend
+
+
 def explain(operator: str, implementations: Sequence[Implementation], request: Any) -> str:
     """Which implementation :func:`choose` takes, and why none that is listed before it, in words for people.
 
     Raises:
         ValueError: as :func:`choose` does.
     """
-    chosen, plain = choose(operator, implementations, request), implementations[-1].run
-    name = "PyTorch" if chosen.run is plain else chosen.backend
+    chosen = choose(operator, implementations, request)
+    name = server(implementations, chosen)
     if os.environ.get("DDIM_FAST_BACKEND"):
         return f"{name}, as DDIM_FAST_BACKEND says"
-    passed = [i for i in implementations[: implementations.index(chosen)] if i.run is not plain]
+    passed = [i for i in implementations[: implementations.index(chosen)] if server(implementations, i) != "PyTorch"]
     reasons = [f"not {i.backend}: {i.why_not(request) or 'no committed result says that it is faster here'}" for i in passed]
     return "; ".join([name, *reasons])
 

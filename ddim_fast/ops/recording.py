@@ -12,7 +12,7 @@ import torch
 from torch.profiler import record_function
 
 from . import attention, conv3x3, ddim_step, group_norm_silu
-from .dispatch import Implementation, choose
+from .dispatch import Implementation, choose, server
 
 __all__ = ["recorded_operators"]
 
@@ -29,27 +29,26 @@ def recorded_operators() -> Iterator[dict[str, set[str]]]:
     served: dict[str, set[str]] = {}
 
     @torch.compiler.assume_constant_result  # while compiling it is called as it is, not traced
-    def note(operator: str, server: str) -> None:
-        served.setdefault(operator, set()).add(server)
+    def note(operator: str, name: str) -> None:
+        served.setdefault(operator, set()).add(name)
 
-    def recorded(operator: str, server: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(operator: str, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            note(operator, server)
+            note(operator, name)
             if torch.compiler.is_compiling():
                 return run(*arguments, **options)
-            with record_function(f"ddim_fast::{operator}[{server}]"):
+            with record_function(f"ddim_fast::{operator}[{name}]"):
                 return run(*arguments, **options)
 
         return call
 
     def choose_recorded(operator: str, implementations: Sequence[Implementation], request: Any) -> Implementation:
         chosen = choose(operator, implementations, request)
-        is_pytorch = chosen.backend == "reference" or chosen.run is attention._run_pytorch
-        server = "PyTorch" if is_pytorch else chosen.backend
+        name = server(implementations, chosen)
         if torch.compiler.is_compiling():
-            note(operator, server)
+            note(operator, name)
             return chosen
-        return dataclasses.replace(chosen, run=recorded(operator, server, chosen.run))
+        return dataclasses.replace(chosen, run=recorded(operator, name, chosen.run))
 
     # A convolution's implementation is chosen when its weights are prepared, not when it runs.
     replaced = [(module, "choose", choose_recorded) for module in (attention, ddim_step, group_norm_silu)] + [
