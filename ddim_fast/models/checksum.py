@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from .config import DiffusionModel
+from .config import ADVICE, DiffusionModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,8 @@ def weights_checksum(*models: DiffusionModel | nn.Module) -> str:
         given: Any = model.config
         config = given.to_dict() if hasattr(given, "to_dict") else dict(given)
         # Private keys of diffusers' configs name the network's origin.
-        digest.update(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+        decisive = {key: value for key, value in config.items() if key[0] != "_" and key not in ADVICE}
+        digest.update(json.dumps(decisive, sort_keys=True).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -11,10 +11,13 @@ from .json_dataclass import JsonDataclass
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "DiffusionModel", "UNetConfig", "preset_names"]
+__all__ = ["ADVICE", "BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", "DiffusionModel", "UNetConfig", "preset_names"]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+# Fields of a UNetConfig that are for people: they change nothing that a network computes.
+ADVICE = ("class_names", "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,14 @@ class UNetConfig(JsonDataclass):
         downsample_padding: 1 pads symmetrically before the stride-2 convolution; 0 pads right and bottom only, as DDPM does.
         num_classes: number of class labels, or None for an unconditional network. One more row of the class embedding is the
             null class, which stands for "no label" in classifier-free guidance (Ho and Salimans 2022).
+        class_names: what the classes are called, in the order of their numbers, or None.
 
     Process:
         prediction_type: what the network returns: ``epsilon``, ``v_prediction`` or ``sample``.
         beta_schedule, beta_start, beta_end, num_train_timesteps, rescale_betas_zero_snr: see
             :class:`ddim_fast.NoiseSchedule`.
+        guidance: the scale of classifier-free guidance that samples look best with, which ``python -m ddim_fast.sample`` takes
+            where none is given; None is no guidance.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
@@ -62,12 +68,14 @@ class UNetConfig(JsonDataclass):
     freq_shift: float = 1.0
     downsample_padding: int = 0
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
     prediction_type: str = "epsilon"
     beta_schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
     num_train_timesteps: int = 1000
     rescale_betas_zero_snr: bool = False
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +88,11 @@ class UNetConfig(JsonDataclass):
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
         self._require(self.num_classes is None or self.num_classes >= 1, "num_classes", "at least 1, or null")
+        names = self.class_names
+        right = f"a different name for each of the {self.num_classes or 0} classes, or null"
+        self._require(names is None or len(names) == len(set(names)) == self.num_classes, "class_names", right)
+        self._require(self.guidance is None or self.num_classes is not None, "guidance", "null without classes")
+        self._require(self.guidance is None or self.guidance >= 1, "guidance", "at least 1, or null")
         for name, choices in (("prediction_type", PREDICTION_TYPES), ("beta_schedule", BETA_SCHEDULES)):
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         for name in ("beta_start", "beta_end"):

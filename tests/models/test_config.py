@@ -111,6 +111,9 @@ def test_lists_and_integers_become_the_fields_types():
         ("downsample_padding", 2, "0 or 1"),
         ("num_classes", 0, "at least 1, or null"),
         ("num_classes", "ten", "an integer"),
+        ("class_names", ("cat",), "a different name for each of the 0 classes, or null"),
+        ("class_names", "cat", "a list of strings"),
+        ("guidance", 2.0, "null without classes"),
         ("prediction_type", "eps", "one of epsilon, v_prediction, sample"),
         ("prediction_type", 3, "a string"),
         ("beta_schedule", "lineer", "one of linear, scaled_linear, cosine, sigmoid"),
@@ -123,6 +126,17 @@ def test_lists_and_integers_become_the_fields_types():
 def test_impossible_values_are_named(name, value, right):
     with pytest.raises(ValueError, match=f"^{name} must be {right}"):
         UNetConfig(**{"sample_size": 32, name: value})
+
+
+@pytest.mark.parametrize("names", [("cat",), ("cat", "cat"), ("cat", "dog", "horse")])
+def test_each_class_has_a_name_of_its_own(names):
+    with pytest.raises(ValueError, match="^class_names must be a different name for each of the 2 classes"):
+        UNetConfig(sample_size=32, num_classes=2, class_names=names)
+
+
+def test_a_recommended_scale_guides():
+    with pytest.raises(ValueError, match="^guidance must be at least 1"):
+        UNetConfig(sample_size=32, num_classes=2, guidance=0.5)
 
 
 def test_a_configuration_cannot_be_changed():

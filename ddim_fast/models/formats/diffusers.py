@@ -154,7 +154,7 @@ def fold_class(config: UNetConfig, state: dict[str, Tensor], label: int | None) 
     embedding = state["class_embedding.weight"][config.num_classes if label is None else label]
     folded = {name: tensor for name, tensor in state.items() if name != "class_embedding.weight"}
     folded["time_embedding.linear_2.bias"] = folded["time_embedding.linear_2.bias"] + embedding
-    return dataclasses.replace(config, num_classes=None), folded
+    return dataclasses.replace(config, num_classes=None, class_names=None, guidance=None), folded
 
 
 def _parse(path: Path, convert: Callable[[dict[str, Any]], _T]) -> _T:
