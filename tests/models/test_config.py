@@ -130,12 +130,12 @@ def test_impossible_values_are_named(name, value, right):
 
 @pytest.mark.parametrize("names", [("cat",), ("cat", "cat"), ("cat", "dog", "horse")])
 def test_each_class_has_a_name_of_its_own(names):
-    with pytest.raises(ValueError, match="^class_names must be a different name for each of the 2 classes"):
+    with pytest.raises(ValueError, match=r"^class_names must be a different name for each of the 2 classes"):
         UNetConfig(sample_size=32, num_classes=2, class_names=names)
 
 
 def test_a_recommended_scale_guides():
-    with pytest.raises(ValueError, match="^guidance must be at least 1"):
+    with pytest.raises(ValueError, match=r"^guidance must be at least 1"):
         UNetConfig(sample_size=32, num_classes=2, guidance=0.5)
 
 
