@@ -18,6 +18,7 @@ from ..diffusion.solvers import DDIMUpdate, State, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
+from ..io.progress import Bar, tell
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
 from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
@@ -110,7 +111,12 @@ class OnnxSampler:
             self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"])
 
     def sample(
-        self, *, batch_size: int = 64, on_step: Callable[[SamplerState], None] | None = None, **request: Any
+        self,
+        *,
+        batch_size: int = 64,
+        on_step: Callable[[SamplerState], None] | None = None,
+        progress: bool = False,
+        **request: Any,
     ) -> np.ndarray:
         """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors,
         and no gradient. With a guidance interval the network is called once a step.
@@ -124,16 +130,18 @@ class OnnxSampler:
         checked = self._request(**request)
         images = np.empty((len(checked), *self.config.image_shape), np.float32)
         done = 0
-        for batch, count in checked.batches(batch_size):
-            part = images[done : done + count]
-            if self.runs_whole and on_step is None and batch.guidance_interval is None:
-                part[:] = self._whole(batch)
-            else:
-                for state in self._steps(batch):
-                    if on_step is not None:
-                        on_step(state)
-                part[:] = state.x
-            done += count
+        with Bar(len(checked), shown=progress):
+            for batch, count in checked.batches(batch_size):
+                part = images[done : done + count]
+                if self.runs_whole and on_step is None and batch.guidance_interval is None:
+                    part[:] = self._whole(batch)
+                    tell(count, evaluations=len(self.timesteps))
+                else:
+                    for state in self._steps(batch):
+                        if on_step is not None:
+                            on_step(state)
+                    part[:] = state.x
+                done += count
         return images
 
     def trajectory(self, **request: Any) -> Iterator[SamplerState]:
@@ -180,6 +188,7 @@ class OnnxSampler:
                 state = (ddim_step_numpy(x, output, solver.table[i], solver.clip, seeds=seeds, step=i),)
             else:
                 state = solver.combine(state, output, solver.table[i])
+            tell(count / len(self.timesteps))
             yield SamplerState(i, timestep, state[0], (solver, x, output))
 
     @functools.cached_property

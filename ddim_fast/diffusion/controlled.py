@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..engine import inference
+from ..io.progress import tell
 from ..ops.scalars import is_finite
 from .denoiser import Denoiser
 from .loop import initial_noise
@@ -124,6 +125,7 @@ def solve_controlled(
         return x0 if clip is None else x0.clamp(-clip, clip)
 
     x0 = predicted_image(x, place, which)
+    tell(0)
     while len(which):
         target = torch.searchsorted(where, where[place] + h, right=True) - 1
         target = torch.maximum(target, place + 1).clamp(max=last)
@@ -143,11 +145,12 @@ def solve_controlled(
         x = torch.where(keep, first_order + bend * change, x)
         slope = torch.where(keep, change / _per_image(h), slope)
         x0 = torch.where(keep, x0_there, x0)
-        place = torch.where(made, target, place)
+        before, place = place, torch.where(made, target, place)
         h = h * factor
         rest = _per_image((end - where[place]) / 2) * slope
         done = made & ((place == last) | (_size(rest) <= tolerance)) | broken
         images[which[done]] = (x0 + rest)[done]
+        tell(float((torch.where(done, end, where[place]) - where[before]).sum() / (end - where[0])))
         going = ~done
         which, place, x, x0, slope, h = (value[going] for value in (which, place, x, x0, slope, h))
     return images, evaluations

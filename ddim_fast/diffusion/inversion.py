@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, inference
+from ..io.progress import tell
 from .denoiser import Denoiser
 from .loop import Inputs, Loop
 from .request import Request
@@ -74,9 +75,11 @@ class Inverter:
             here = without if number in unguided else inputs
 
             def step(x: Tensor, here: Inputs = here, index: Tensor = inputs.steps[number]) -> Tensor:
+                tell(0)
                 return self._engine.call(loop.step, (x,), here, index)[0][0]
 
             x = inverse_step(step, coefficients, x)
+            tell(len(x) / len(inputs.steps), evaluations=0)
         return x
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, inference, make_engine
+from ..io.progress import tell
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import is_whole
 from .denoiser import Conditions, Denoiser, Prepared
@@ -103,7 +104,8 @@ class Loop(Generic[F]):
         inputs, deep = run.inputs, None
         state = self.solver.start(inputs.x)
         unguided = inputs._replace(conditions=inputs.conditions.unguided()) if run.unguided else inputs
-        for number, index in enumerate(inputs.steps.unbind()):
+        indices = inputs.steps.unbind()
+        for number, index in enumerate(indices):
             renews = number % self.reuse == 0
             arguments = (unguided if number in run.unguided else inputs, index, None if renews else deep)
             if run.correction is None:
@@ -115,6 +117,7 @@ class Loop(Generic[F]):
             if renews and features is not None:
                 # Their change is not known at first.
                 deep = features, torch.zeros_like(features) if deep is None else features - deep[0]
+            tell(len(inputs.x) / len(indices))
             yield state, output
 
     @inference()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import inference, make_engine, select_engine
+from ..io.progress import Bar
 from ..models.config import DiffusionModel
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import plain
@@ -166,6 +167,7 @@ class Sampler:
         gradient: Gradient | None = None,
         batch_size: int = 64,
         on_step: Callable[[SamplerState], None] | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Images from seeds, or from given noise.
 
@@ -181,6 +183,7 @@ class Sampler:
             gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`.
             batch_size: images a network call.
             on_step: called with the state after each step of each batch.
+            progress: show a bar that moves with each evaluation of the network.
 
         Returns:
             (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
@@ -201,7 +204,8 @@ class Sampler:
             return images
 
         none = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
-        images = request.compute(compute, batch_size, none, padded=self._engine.needs_one_batch_size)
+        with Bar(len(request), shown=progress):
+            images = request.compute(compute, batch_size, none, padded=self._engine.needs_one_batch_size)
         self._latest.evaluations = torch.cat(counts)[: len(request)]  # only the last batch may be padded
         return images
 
@@ -233,9 +237,12 @@ class Sampler:
         noise = seeded_noise(request.seeds, INITIAL_NOISE, self.image_shape, self.device)
         return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
 
-    def encode(self, images: Tensor, *, exact: bool = False, batch_size: int = 64, **condition: Any) -> Tensor:
+    def encode(
+        self, images: Tensor, *, exact: bool = False, batch_size: int = 64, progress: bool = False, **condition: Any
+    ) -> Tensor:
         """The noise x_T (N, C, H, W) float32 from which deterministic DDIM makes ``images``, (N, C, H, W) in [-1, 1], by
-        :meth:`Inverter.encode` over the same timesteps; labels, guidance and guidance_interval are as in :meth:`sample`.
+        :meth:`Inverter.encode` over the same timesteps; labels, guidance, guidance_interval and progress are as in
+        :meth:`sample`.
         Exact inversion is for the ``ddim`` solver without clipping and ``reuse``.
 
         Raises:
@@ -247,13 +254,18 @@ class Sampler:
         request = self._request(x_T=images, **condition)
         if exact and (self._solver != "ddim" or self._clip is not None or self.reuse > 1):
             raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
-        return self._inverter.encode(request, exact=exact, batch_size=batch_size)
+        with Bar(len(request), shown=progress):
+            return self._inverter.encode(request, exact=exact, batch_size=batch_size)
 
-    def restore(self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], **options: Any) -> Tensor:
+    def restore(
+        self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], progress: bool = False, **options: Any
+    ) -> Tensor:
         """Images of which ``operator`` makes ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
-        and errors as of :meth:`Restorer.restore`. Timesteps are the sampler's; its solver and eta are not used."""
+        and errors as of :meth:`Restorer.restore`, progress as in :meth:`sample`. Timesteps are the sampler's; its solver and eta
+        are not used."""
         self._require_steps("to restore in")
-        return self._restorer.restore(measurement, operator, seeds=seeds, **options)
+        with Bar(len(seeds), shown=progress):
+            return self._restorer.restore(measurement, operator, seeds=seeds, **options)
 
     def restoration_steps(self, operator: LinearOperator, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; see :meth:`Restorer.steps`."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..io.progress import collect, tell
 from .compiled import Compiled, signature
 
 __all__ = ["Captured"]
@@ -45,6 +46,7 @@ class Captured(Compiled):
             graph.graph.replay()
             result = graph.result.clone()
             graph.read.record(stream)
+            tell(*graph.told)
             return result
 
     def _capture(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> _Graph:
@@ -53,23 +55,25 @@ class Captured(Compiled):
         device = next(_tensors(inputs)).device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), collect():
             loop(self, static, plan)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What other threads do meanwhile is none of the graph's business.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), collect() as told:
             result = loop(self, static, plan)
-        return _Graph(graph, static, result, torch.cuda.Event())
+        images, evaluations = zip(*told, strict=True)
+        return _Graph(graph, static, result, torch.cuda.Event(), (sum(images), sum(evaluations)))
 
 
 class _Graph(NamedTuple):
-    """A graph with its inputs, its result, and the event of the result having been read."""
+    """A graph with its inputs, its result, the event of the result having been read, and what to :func:`tell` of a replay."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Any
     result: Tensor
     read: torch.cuda.Event
+    told: tuple[float, int]
 
 
 def _cloned(value: Any) -> Any:

@@ -1,0 +1,102 @@
+"""The progress of long computations, by network evaluation.
+
+A sampler tells of each network evaluation, wherever it is made; who wants to know watches, in the same thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+__all__ = ["Bar", "collect", "tell", "watch"]
+
+# Called with the arguments of tell.
+Watcher = Callable[[float, int], None]
+
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+def tell(images: float, evaluations: int = 1) -> None:
+    """The network was called.
+
+    Args:
+        images: how many images that brought to the end of a run: a step of one is a part, and all its parts add up to 1.
+        evaluations: how often it was called, each time for a batch.
+    """
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(images, evaluations)
+
+
+@contextlib.contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Inside, ``watcher`` is called with the arguments of each :func:`tell` of this thread."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[tuple[float, int]]]:
+    """Inside, what is told is kept in the list, and nobody is called: the computation is recorded, to be done later."""
+    told: list[tuple[float, int]] = []
+    with watch(lambda images, evaluations: told.append((images, evaluations))):
+        yield told
+
+
+class Bar:
+    """A progress bar, as a context: inside, each network evaluation moves it.
+
+    Args:
+        total: images that there will be.
+        noun: what they are called.
+        there: how many of them are there already.
+        runs: how often the network's sampler runs over each of them: twice where images are encoded and decoded.
+        shown: whether there is a bar at all.
+    """
+
+    def __init__(self, total: int, noun: str = "images", *, there: int = 0, runs: int = 1, shown: bool = True) -> None:
+        self._total, self._noun, self._made, self._runs, self._shown = total, noun, float(there), runs, shown
+        self._part, self._evaluations = 0.0, 0
+
+    def __enter__(self) -> Bar:
+        from tqdm import tqdm  # not above: most of the package does without
+
+        self._stack = contextlib.ExitStack()
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=self._total,
+                initial=int(self._made),
+                # A count of 0.1 images is no count, but the time that remains follows from it.
+                bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {self._noun} [{{elapsed}}<{{remaining}}{{postfix}}]",
+                miniters=0,
+                smoothing=0,
+                disable=not self._shown,
+                file=sys.stderr,
+            )
+        )
+        if self._shown:
+            self._stack.enter_context(watch(self._tell))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def made(self, images: int) -> None:
+        """So many images are there by now, whatever was told of them."""
+        self._made, self._part = images, 0.0
+        self._show()
+
+    def _tell(self, images: float, evaluations: int) -> None:
+        self._part += images / self._runs
+        self._evaluations += evaluations
+        self._show()
+
+    def _show(self) -> None:
+        if self._evaluations:
+            self._bar.set_postfix_str(f"{self._evaluations} network calls", refresh=False)
+        self._bar.update(round(min(self._made + self._part, self._total), 6) - self._bar.n)
