@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
 from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_class, run_command
-from .cli.samplers import load_labelled, make_sampler, require_pictures
-from .io.records import EDITING
+from .cli.progress import announce, count_of
+from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
+from .io.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +44,7 @@ def _parser() -> CommandParser:
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
-    add_sampler_options(p)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("edited"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_sampler_options(p, "edited", "a new or empty folder")
     return p
 
 
@@ -61,20 +59,22 @@ def main() -> None:
         start = start_timestep(settings.strength, sampler.config.num_train_timesteps)
         if start is not None:
             sampler.starting_at(start)
-        images, labels = load_labelled(settings.images, settings.label, sampler)
+        images, labels, names = load_labelled(settings.images, settings.label, sampler)
         seeds = range(settings.seed, settings.seed + len(images))
         target = labels if settings.to is None else settings.to
         sampler.check(seeds=seeds, labels=labels)
         sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
         if settings.to is not None and labels is None and settings.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
-        examples = [load_labelled([spec], settings.label, sampler) for spec in settings.direction or ()]
-    with new_folder(parser, settings.out) as out:
+        examples = [load_labelled([spec], settings.label, sampler)[:2] for spec in settings.direction or ()]
+    with new_folder(parser, settings.out, "edited") as (folder, place):
+        announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
         direction = _direction(sampler, examples, settings)
         edited = _edit(sampler, images, labels, direction, settings)
-        write_comparison(medium_of(sampler), out, images, edited, settings.record(), EDITING)
+        record = job_record("edit", settings.own(), settings, sampler)
+        write_comparison(medium_of(sampler), folder, names, images, edited, record)
     if not settings.quiet:
-        print(f"{len(images)} images edited; see {settings.out}")
+        print(f"{count_of(len(images), 'images')} edited; see {place}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +118,16 @@ def _direction(sampler: AnySampler, examples: list[tuple[Tensor, list[int] | Non
     if not examples:
         return None
     (with_it, with_labels), (without_it, without_labels) = examples
-    return attribute_direction(
-        sampler,
-        with_it,
-        without_it,
-        labels=(with_labels, without_labels),
-        strength=settings.strength,
-        exact=settings.exact,
-        batch_size=settings.batch_size,
-    )
+    with Bar(len(with_it) + len(without_it), "examples", shown=not settings.quiet):
+        return attribute_direction(
+            sampler,
+            with_it,
+            without_it,
+            labels=(with_labels, without_labels),
+            strength=settings.strength,
+            exact=settings.exact,
+            batch_size=batch_size_of(settings, sampler),
+        )
 
 
 def _edit(
@@ -136,7 +137,8 @@ def _edit(
     from .diffusion.editing import move_along, sdedit, swap_class
 
     seeds = range(settings.seed, settings.seed + len(images))
-    common: dict[str, Any] = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": settings.batch_size}
+    size = batch_size_of(settings, sampler)
+    common: dict[str, Any] = {"strength": settings.strength, "guidance": settings.guidance, "batch_size": size}
 
     def edit(part: slice) -> Tensor:
         batch, classes = images[part], None if labels is None else labels[part]
@@ -147,7 +149,9 @@ def _edit(
             return move_along(sampler, batch, direction, amount, labels=classes, exact=settings.exact, **common)
         return sdedit(sampler, batch, labels=classes, seeds=seeds[part], **common)
 
-    return change_images(edit, len(images), settings.batch_size, noun="images", quiet=settings.quiet, result="edited images")
+    # SDEdit denoises, the others encode before.
+    runs = 1 if settings.to is None and direction is None else 2
+    return change_images(edit, len(images), size, noun="images", runs=runs, quiet=settings.quiet, result="edited images")
 
 
 if __name__ == "__main__":

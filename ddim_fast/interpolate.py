@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__
 from .cli.comparison import new_folder, require_finite
 from .cli.modality import Pictures, medium_of
 from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_positive, run_command
-from .cli.progress import job_progress
-from .cli.samplers import make_sampler, sampler_settings
-from .io.files import write_json
+from .cli.progress import announce, count_of, job_progress
+from .cli.samplers import batch_size_of, job_record, make_sampler
+from .io.files import numbers, write_json
 from .io.pictures import image_grid, save_gif, save_image, to_uint8
-from .io.records import FILM, GRID, INTERPOLATION, VIDEO
+from .io.progress import Bar
+from .io.records import FILM, GRID, RECORD
 from .jobs.outputs import PngFolder
+from .jobs.places import place_output
 from .jobs.video_files import GIF_RATE, VIDEO_SUFFIXES, VideoFile, frame_rate
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _EXAMPLES = """\
   python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class 5 --out corners
   python -m ddim_fast.interpolate --video clip.mp4 --factor 4 --out slow.mp4
 """
+
+_USUAL = "interpolation"
 
 # Frames a second of a film that does not say.
 _RATE = 12
@@ -60,11 +63,9 @@ def _parser() -> CommandParser:
     p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
     p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
-    add_sampler_options(p)
+    add_sampler_options(p, _USUAL, _OUT_HELP)
     p.add_argument("--class", dest="label", metavar="N|NAME", help="class of all images or sounds (default: none)")
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("interpolation"), help=_OUT_HELP)
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
@@ -80,13 +81,18 @@ def main() -> None:
     medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
         label = _label(settings.label, medium)
-    with new_folder(parser, settings.out) as out:
+    with new_folder(parser, settings.out, _USUAL) as (folder, place):
         with parser.usage_errors():
-            noise = torch.stack([_noise(end, sampler, medium, settings, label) for end in settings.ends])
-        images = _between(noise, sampler, settings, label)
-        _write(out, images, medium, settings, label)
+            ends = [_end(end, sampler, medium, settings, label) for end in settings.ends]
+        count = settings.frames if len(ends) == 2 else settings.frames**2
+        announce(settings.model, sampler, count_of(count, medium.noun), settings.quiet)
+        # Files are encoded first, each as much work as one of the images between.
+        with Bar(count + sum(image is not None for image, _ in ends), medium.noun, shown=not settings.quiet):
+            noise = torch.stack([_noise(image, seed, sampler, settings, label) for image, seed in ends])
+            images = _between(noise, sampler, settings, label)
+        _write(folder, images, medium, settings, label, sampler)
     if not settings.quiet:
-        print(f"{len(images)} {medium.noun}, {' to '.join(settings.ends)}; see {settings.out}")
+        print(f"{count_of(count, medium.noun)}, {' to '.join(settings.ends)}; see {place}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +131,7 @@ def _settings(parser: CommandParser) -> InterpolateSettings:
                 raise ValueError(f"--factor must be at least 2, for a new frame between each two; got {factor}")
             if fps is not None and not 0 < fps < float("inf"):
                 raise ValueError(f"--fps must be a positive number; got {fps}")
-            out = options["out"]
+            out = options["out"] or Path(_USUAL)
             if out.suffix and out.suffix.lower() not in VIDEO_SUFFIXES:
                 raise ValueError(f"--out: a film is a folder, or a file {' or '.join(VIDEO_SUFFIXES)}; got {str(out)!r}")
     return InterpolateSettings(**settle_sampler(parser, options))
@@ -144,39 +150,35 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, vid
             raise ValueError(f"--video: {settings.model} is a model of {medium.noun}")
         label = _label(settings.label, medium)
         sampler.check(seeds=[0], labels=label, guidance=settings.guidance)
-    job = VideoJob(sampler, video, count, settings.factor, settings.batch_size, settings.exact, label, settings.guidance)
-    decisive = {
-        "video": f"sha256:{checksum}",
-        "factor": settings.factor,
-        "exact": settings.exact,
-        "class": label,
-        **sampler_settings(settings, sampler),
-    }
-    with parser.usage_errors():
-        if settings.out.suffix:
-            rate = settings.fps or _rate(settings, video)
-            output: PngFolder = VideoFile(settings.out, job.batches, rate)
-        elif settings.fps is not None:
+    size = batch_size_of(settings, sampler)
+    job = VideoJob(sampler, video, count, settings.factor, size, settings.exact, label, settings.guidance)
+    own = {"video": f"sha256:{checksum}", "factor": settings.factor, "exact": settings.exact, "class": label}
+    record = job_record("interpolate", own, settings, sampler)
+
+    def output_of(path: Path) -> PngFolder:
+        if path.suffix:
+            return VideoFile(path, job.batches, settings.fps or _rate(settings, path, video))
+        if settings.fps is not None:
             raise ValueError("--fps is for a GIF or MP4; a folder of frames has no rate")
-        else:
-            output = PngFolder(settings.out, job.batches, record_name=VIDEO)
-    there = output.record()
+        return PngFolder(path, job.batches)
+
     with parser.usage_errors():
-        output.check(there, decisive)
-    missing = output.prepare(there, {"settings": decisive, "model": settings.model, "ddim_fast": __version__})
+        output, there = place_output(settings.out, _USUAL, output_of, record)
+    missing = output.prepare(there, record)
     frames = len(job.batches.seeds)
     if missing is not None:
-        with job_progress(output, missing, "frames", settings.quiet) as made:
+        announce(settings.model, sampler, f"{frames} frames, {frames - count} of them new", settings.quiet)
+        with job_progress(output, missing, settings.quiet, noun="frames") as made:
             job.run(missing, output, made)
             output.finish()
     if not settings.quiet:
-        print(f"{frames} frames, {frames - count} of them new; see {settings.out}")
+        print(f"{frames} frames, {frames - count} of them new; see {output.path}")
 
 
-def _rate(settings: InterpolateSettings, video: Path) -> float:
+def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
     """Frames a second with which a film lasts as long as before, or as many as its file can have."""
     rate = settings.factor * (frame_rate(video) or _RATE)
-    if settings.out.suffix.lower() != ".gif" or rate <= GIF_RATE:
+    if out.suffix.lower() != ".gif" or rate <= GIF_RATE:
         return rate
     if not settings.quiet:
         print(
@@ -197,34 +199,49 @@ def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, 
 
     frames = settings.frames
     x_T = slerp(noise[0], noise[1], torch.linspace(0, 1, frames)) if len(noise) == 2 else slerp_grid(noise, frames, frames)
-    images = sampler.sample(x_T=x_T, labels=label, guidance=settings.guidance, batch_size=settings.batch_size)
+    images = sampler.sample(x_T=x_T, labels=label, guidance=settings.guidance, batch_size=batch_size_of(settings, sampler))
     return require_finite(images.cpu(), "images")
 
 
-def _noise(end: str, sampler: AnySampler, medium: Medium, settings: InterpolateSettings, label: int | None) -> Tensor:
-    """(C, H, W) on the host: what the sampler makes the end from."""
+def _end(
+    end: str, sampler: AnySampler, medium: Medium, settings: InterpolateSettings, label: int | None
+) -> tuple[Tensor | None, int | None]:
+    """The image of an end, (1, C, H, W) on the host, or its seed."""
     if end.startswith("seed:"):
         if not end[5:].isdecimal():
             raise ValueError(f"{end!r} is no seed: write it as seed:7")
-        sampler.check(seeds=[int(end[5:])], labels=label, guidance=settings.guidance)
-        return sampler.noise([int(end[5:])])[0].cpu()
+        seed = int(end[5:])
+        sampler.check(seeds=[seed], labels=label, guidance=settings.guidance)
+        return None, seed
     found = medium.load(end)
     if len(found) != 1:
         raise ValueError(f"an end is one file or a seed; {end!r} holds {len(found)}")
-    return sampler.encode(found, labels=label, guidance=settings.guidance, exact=settings.exact)[0].cpu()
+    return found, None
 
 
-def _write(out: Path, images: Tensor, medium: Medium, settings: InterpolateSettings, label: int | None) -> None:
+def _noise(
+    image: Tensor | None, seed: int | None, sampler: AnySampler, settings: InterpolateSettings, label: int | None
+) -> Tensor:
+    """(C, H, W) on the host: what the sampler makes an end from."""
+    if image is None:
+        assert seed is not None
+        return sampler.noise([seed])[0].cpu()
+    return sampler.encode(image, labels=label, guidance=settings.guidance, exact=settings.exact)[0].cpu()
+
+
+def _write(
+    folder: Path, images: Tensor, medium: Medium, settings: InterpolateSettings, label: int | None, sampler: AnySampler
+) -> None:
     """A numbered file each, all in one picture, and of two ends a film that goes there and back."""
-    medium.write(out, images)
+    medium.write(folder, numbers(len(images)), images)
     shown = medium.shown(images)
     scale = max(1, 64 // shown.shape[-1])
-    save_image(out / GRID, image_grid(shown, columns=settings.frames), scale)
+    save_image(folder / GRID, image_grid(shown, columns=settings.frames), scale)
     if len(settings.ends) == 2:
         pictures = to_uint8(shown)
-        save_gif(out / FILM, [*pictures, *pictures[-2::-1]], scale, hold=800)
-    names = ("ends", "model", "steps", "spacing", "exact", "label", "guidance", "dtype")
-    write_json(out / INTERPOLATION, {name: getattr(settings, name) for name in names} | {"label": label})
+        save_gif(folder / FILM, [*pictures, *pictures[-2::-1]], scale, hold=800)
+    own = {"ENDS": settings.ends, "frames": settings.frames, "exact": settings.exact, "class": label}
+    write_json(folder / RECORD, {**job_record("interpolate", own, settings, sampler), "finished": True})
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
 from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
 from .cli.parser import CommandParser, parse_class, run_command
-from .cli.samplers import load_labelled, make_sampler, require_pictures
+from .cli.progress import announce, count_of
+from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
 from .io.files import write_json
-from .io.records import RECONSTRUCTION
+from .io.records import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +32,8 @@ def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
-    add_sampler_options(p)
+    add_sampler_options(p, "reconstruction", "a new or empty folder")
     p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("reconstruction"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
@@ -53,47 +52,54 @@ def main() -> None:
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     with parser.usage_errors():
-        images, labels = load_labelled(settings.images, settings.label, sampler)
+        images, labels, names = load_labelled(settings.images, settings.label, sampler)
         sampler.check(seeds=range(len(images)), labels=labels, guidance=settings.guidance)
-    with new_folder(parser, settings.out) as out:
-        errors = _reconstruct(sampler, images, labels, settings, out)
+    with new_folder(parser, settings.out, "reconstruction") as (folder, place):
+        announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
+        errors = _reconstruct(sampler, images, labels, names, settings, folder)
     if not settings.quiet:
         how = f"in {len(sampler.timesteps)} steps{', exactly' if settings.exact else ''}"
         print(
-            f"{len(images)} images encoded and decoded {how}: "
-            f"mean squared error {errors.mean():.2g} a pixel in [0, 1] (largest {errors.max():.2g}); see {settings.out}"
+            f"{count_of(len(images), 'images')} encoded and decoded {how}: "
+            f"mean squared error {errors.mean():.2g} a pixel in [0, 1] (largest {errors.max():.2g}); see {place}"
         )
 
 
 def _reconstruct(
-    sampler: AnySampler, images: Tensor, labels: Sequence[int] | None, settings: ReconstructSettings, out: Path
+    sampler: AnySampler,
+    images: Tensor,
+    labels: Sequence[int] | None,
+    names: Sequence[str],
+    settings: ReconstructSettings,
+    folder: Path,
 ) -> Tensor:
-    """Writes the latents, the error of each image and a picture; returns the errors."""
+    """Writes the latents, the images made of them, the error of each and a comparison; returns the errors."""
     import torch
     from safetensors.torch import save_file
 
-    latents = []
+    latents, size, medium = [], batch_size_of(settings, sampler), medium_of(sampler)
 
     def reconstruct(part: slice) -> Tensor:
         request: dict[str, Any] = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
         latents.append(sampler.encode(images[part], **request, exact=settings.exact).cpu())
-        return sampler.sample(x_T=latents[-1], **request, batch_size=settings.batch_size)
+        return sampler.sample(x_T=latents[-1], **request, batch_size=size)
 
-    again = change_images(
-        reconstruct, len(images), settings.batch_size, noun="images", quiet=settings.quiet, result="reconstructions"
-    )
+    again = change_images(reconstruct, len(images), size, noun="images", runs=2, quiet=settings.quiet, result="reconstructions")
     noise = torch.cat(latents)
     errors = ((again - images) / 2).double().square().mean(dim=(1, 2, 3))
-    record = {name: getattr(settings, name) for name in ("model", "steps", "spacing", "exact", "guidance")}
+    how = {name: getattr(settings, name) for name in ("model", "steps", "spacing", "exact", "guidance")}
     save_file(
         {"x_T": noise} | ({} if labels is None else {"labels": torch.tensor(labels)}),
-        out / "latents.safetensors",
-        {name: str(value) for name, value in record.items()},
+        folder / "latents.safetensors",
+        {name: str(value) for name, value in how.items()},
     )
-    write_json(out / RECONSTRUCTION, {**record, "mean": float(errors.mean()), "errors": errors.tolist()})
+    medium.write(folder, names, again)
+    record = job_record("reconstruct", settings.own(), settings, sampler)
+    figures = {"mean": float(errors.mean()), "errors": dict(zip(names, errors.tolist(), strict=True))}
+    write_json(folder / RECORD, {**record, **figures, "finished": True})
     # Noise of three standard deviations is black or white; that of latents is no picture.
     rows = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
-    save_comparison(medium_of(sampler), out, *rows)
+    save_comparison(medium, folder, *rows)
     return errors
 
 

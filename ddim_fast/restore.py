@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__
-from .cli.options import ENGINES, IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
+from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
 from .cli.parser import CommandParser, list_integers, parse_class, parse_integers, parse_positive, run_command
-from .cli.progress import job_progress
-from .cli.samplers import make_sampler, require_pictures, sampler_settings
+from .cli.progress import announce, count_of, job_progress
+from .cli.samplers import batch_size_of, job_record, make_sampler, require_pictures
 from .data.images import fit_image, read_images, to_unit_range
 from .evaluation.fidelity import check_similarity
+from .io.files import item_names
 from .io.pictures import save_image
-from .io.records import PICTURES, RESTORATION
+from .io.records import COMPARISON
 from .jobs.outputs import Batches, PngFolder
+from .jobs.places import place_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,6 @@ _EXAMPLES = """\
   python -m ddim_fast.restore --task deblur blurred.png --sigma 1.5 --seeds 0-7
   python -m ddim_fast.restore --task inpaint photos/ --rectangle 8,8,16,16 --degrade --out figures
 """
-
-(_PICTURE,) = PICTURES[RESTORATION]
 
 # Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
 _ROUNDING = 2 / 255 / 12**0.5
@@ -88,11 +87,8 @@ def _parser() -> CommandParser:
     p.add_argument("--eta", metavar="X", type=float, default=1.0, help="noise of the steps, 0 to 1")
     p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
     p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
-    add_sampler_options(p)
+    add_sampler_options(p, "restored", _OUT_HELP)
     p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
-    p.add_argument("--engine", choices=ENGINES, default="auto", help="how the steps are executed, as of sample")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help=_OUT_HELP)
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
 
 
@@ -100,24 +96,17 @@ def main() -> None:
     """Check everything, then restore what is not there yet."""
     parser = _parser()
     settings = _settings(parser)
-    sampler = make_sampler(parser, settings, settings.engine)
+    sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restore_sounds")
-    import torch  # which --help does not need
-
     with parser.usage_errors():
-        job, decisive = _job(settings, sampler)
-        output = PngFolder(settings.out, job.batches, job.names, RESTORATION)
-        if Path(_PICTURE).stem in job.names:
-            raise ValueError(f"an image is called {_PICTURE}, as is the picture of all images in --out; rename it")
-    there = output.record()
-    with parser.usage_errors():
-        output.check(there, decisive)
-    record = {"settings": decisive, "model": settings.model, "ddim_fast": __version__, "torch": torch.__version__}
+        job, own = _job(settings, sampler)
+        record = job_record("restore", own, settings, sampler)
+        output, there = place_output(settings.out, "restored", lambda path: PngFolder(path, job.batches, job.names), record)
     missing = output.prepare(there, {**record, "images": {}})
     if missing is not None:
-        _run(job, output, missing, settings.quiet)
+        _run(job, output, missing, settings)
     elif not settings.quiet:
-        print(f"{output.path} is finished: it holds these {len(job.names)} images, made with these settings")
+        print(f"{output.path} is finished: it holds these {count_of(len(job.names), 'images')}, made with these settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +127,6 @@ class RestoreSettings(SamplerSettings):
     travel: list[int] | None
     seeds: list[int]
     label: str | None
-    engine: str
 
 
 def _settings(parser: CommandParser) -> RestoreSettings:
@@ -194,7 +182,7 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
     batches = Batches(
         seeds * len(names),
         None if labels is None else [labels[i] for i in image],
-        min(settings.batch_size, len(image)),
+        min(batch_size_of(settings, sampler), len(image)),
         (*shape[1:], shape[0]),
     )
     sampler.check(seeds=batches.seeds, labels=batches.labels, guidance=settings.guidance)
@@ -220,7 +208,6 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
         "travel": settings.travel,
         "seeds": list_integers(seeds),
         "class": None if labels is None else ",".join(map(str, labels)),
-        **sampler_settings(settings, sampler),
     }
 
 
@@ -266,33 +253,34 @@ def _read(
     channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
     labelled = settings.label is None and num_classes is not None
     rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in settings.images)
-    names, pictures, labels = [], [], []
-    for i, (place, image, label) in enumerate(itertools.islice(rows, settings.num_images)):
+    places, pictures, labels = [], [], []
+    for place, image, label in itertools.islice(rows, settings.num_images):
         if not settings.degrade and image.size != (width, height):
             raise ValueError(
                 f"{place} is {_size(image.size)} pixels; --task {settings.task} restores images of {_size((width, height))}"
                 + (f" with --factor {settings.factor}" if settings.task == "super-resolution" else "")
             )
-        # Images of a data set have no names of their own.
-        names.append(Path(place).stem if Path(place).is_file() else f"{i:06d}")
+        places.append(place)
         pictures.append(fit_image(image, channels, height))
         labels.append(label)
     if not pictures:
         raise ValueError(f"no images in {', '.join(settings.images)}")
-    return names, torch.from_numpy(np.stack(pictures)), labels
+    return item_names(places), torch.from_numpy(np.stack(pictures)), labels
 
 
-def _run(job: RestorationJob, output: PngFolder, missing: list[int], quiet: bool) -> None:
+def _run(job: RestorationJob, output: PngFolder, missing: list[int], settings: RestoreSettings) -> None:
     """Restore the missing batches, write the files, and say what was done."""
-    with job_progress(output, missing, "images", quiet) as made:
+    images = count_of(len(job.names), "images")
+    announce(settings.model, job.sampler, images, settings.quiet)
+    with job_progress(output, missing, settings.quiet) as made:
         for k in missing:
             job.restore(k, output)
             made(k)
-        save_image(output.path / _PICTURE, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
+        save_image(output.path / COMPARISON, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
         means = job.finish(output)
-    if not quiet:
+    if not settings.quiet:
         evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
-        print(f"{len(job.names)} images restored by {evaluations} network evaluations each; see {output.path}")
+        print(f"{images} restored by {evaluations} network evaluations each; see {output.path}")
         print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in means.items()))
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, write_comparison
-from .cli.options import CONVERT_HELP, SOUND_CLASS_HELP, SOUNDS_HELP, SamplerSettings, add_sampler_options, settle_sampler
+from .cli.options import (
+    CONVERT_HELP,
+    SOUND_CLASS_HELP,
+    SOUND_MODEL,
+    SOUNDS_HELP,
+    SamplerSettings,
+    add_sampler_options,
+    settle_sampler,
+)
 from .cli.parser import CommandParser, run_command
-from .cli.samplers import audio_of, make_sampler
+from .cli.progress import announce, count_of
+from .cli.samplers import audio_of, batch_size_of, job_record, make_sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +43,7 @@ def _parser() -> CommandParser:
     p.add_argument("--class", dest="label", metavar="CLASS", help=SOUND_CLASS_HELP)
     p.add_argument("--seed", metavar="N", type=int, default=0, help="sound i is restored with seed N + i")
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
-    add_sampler_options(p)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restored"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_sampler_options(p, "restored", "a new or empty folder", model=SOUND_MODEL)
     return p
 
 
@@ -72,14 +78,17 @@ def main() -> None:
         else:
             assert settings.cutoff is not None  # one of the two is required
             operator = band_limit(audio, settings.cutoff)
-        images, labels = medium.load_labelled(settings.sounds, settings.label)
+        images, labels, names = medium.load_labelled(settings.sounds, settings.label)
         sampler.check(seeds=range(settings.seed, settings.seed + len(images)), labels=labels, guidance=settings.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
-    with new_folder(parser, settings.out) as out:
+    with new_folder(parser, settings.out, "restored") as (folder, place):
+        announce(settings.model, sampler, count_of(len(images), "sounds"), settings.quiet)
         restored = _restore(sampler, operator, images, labels, settings)
-        write_comparison(medium, out, damaged, restored, settings.record())
+        write_comparison(
+            medium, folder, names, damaged, restored, job_record("restore_sounds", settings.own(), settings, sampler)
+        )
     if not settings.quiet:
-        print(f"{len(images)} sounds restored; see {settings.out}")
+        print(f"{count_of(len(images), 'sounds')} restored; see {place}")
 
 
 def _restore(
@@ -92,7 +101,8 @@ def _restore(
         request: dict[str, Any] = {"labels": None if labels is None else labels[part], "guidance": settings.guidance}
         return sampler.restore(operator(images[part]), operator, seeds=seeds[part], **request)
 
-    return change_images(restore, len(images), settings.batch_size, noun="sounds", quiet=settings.quiet)
+    size = batch_size_of(settings, sampler)
+    return change_images(restore, len(images), size, noun="sounds", runs=1, quiet=settings.quiet)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, write_comparison
@@ -11,13 +10,15 @@ from .cli.options import (
     CONVERT_HELP,
     EXACT_HELP,
     SOUND_CLASS_HELP,
+    SOUND_MODEL,
     SOUNDS_HELP,
     SamplerSettings,
     add_sampler_options,
     settle_sampler,
 )
 from .cli.parser import CommandParser, run_command
-from .cli.samplers import audio_of, make_sampler
+from .cli.progress import announce, count_of
+from .cli.samplers import audio_of, batch_size_of, job_record, make_sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +45,7 @@ def _parser() -> CommandParser:
     p.add_argument("--loudness-std", metavar="X", type=float, default=8.0, help=_STD_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
-    add_sampler_options(p)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("restyled"), help="a new or empty folder")
-    p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_sampler_options(p, "restyled", "a new or empty folder", model=SOUND_MODEL)
     return p
 
 
@@ -77,7 +76,7 @@ def main() -> None:
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
         target = medium.label(settings.target)
-        images, source = medium.load_labelled(settings.sounds, settings.source)
+        images, source, names = medium.load_labelled(settings.sounds, settings.source)
         if source is None and settings.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
         sampler.check(x_T=images, labels=target, guidance=settings.guidance)
@@ -87,15 +86,18 @@ def main() -> None:
             raise ValueError(f"--control is one recording; {settings.control!r} holds {len(curve)}")
         curve = curve.expand(len(images), -1)
         loudness_guidance(sampler, medium.codec, curve, settings.loudness_std)  # for its errors
-    with new_folder(parser, settings.out) as out:
+    with new_folder(parser, settings.out, "restyled") as (folder, place):
+        announce(settings.model, sampler, count_of(len(images), "sounds"), settings.quiet)
         restyled = _restyle(sampler, medium.codec, images, source, target, curve, settings)
         errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
-        how = settings.record()
-        if how["loudness_std"] == float("inf"):  # which JSON has no number for
-            how["loudness_std"] = "inf"
-        write_comparison(medium, out, images, restyled, {**how, "loudness_errors": errors.tolist()})
+        how = settings.own()
+        if how["loudness-std"] == float("inf"):  # which JSON has no number for
+            how["loudness-std"] = "inf"
+        record = job_record("restyle", how, settings, sampler)
+        figures = {"loudness_errors": dict(zip(names, errors.tolist(), strict=True))}
+        write_comparison(medium, folder, names, images, restyled, {**record, **figures})
     if not settings.quiet:
-        print(f"{len(images)} sounds restyled, their loudness {errors.mean():.2g} dB from the curve; see {settings.out}")
+        print(f"{count_of(len(images), 'sounds')} restyled, their loudness {errors.mean():.2g} dB from the curve; see {place}")
 
 
 def _restyle(
@@ -117,7 +119,8 @@ def _restyle(
         return restyle(sampler, codec, images[part], source=labels, target=target, curve=curve[part], **options)
 
     remedy = "--dtype float32, or a larger --loudness-std"
-    return change_images(change, len(images), settings.batch_size, noun="sounds", quiet=settings.quiet, remedy=remedy)
+    size = batch_size_of(settings, sampler)
+    return change_images(change, len(images), size, noun="sounds", runs=2, quiet=settings.quiet, remedy=remedy)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..io.files import atomic_folder, write_json
 from ..io.pictures import image_grid, save_image
+from ..io.progress import Bar
 from ..io.records import COMPARISON, RECORD
+from ..jobs.places import free_folder
 from .parser import CommandParser
 
 if TYPE_CHECKING:
@@ -26,13 +26,12 @@ _SHOWN = 20
 
 
 @contextlib.contextmanager
-def new_folder(parser: CommandParser, out: Path) -> Iterator[Path]:
-    """:func:`atomic_folder` of ``--out``: a usage error where something is there."""
-    try:
-        with atomic_folder(out) as folder:
-            yield folder
-    except FileExistsError as error:
-        parser.error(f"--out: {error}")
+def new_folder(parser: CommandParser, given: Path | None, usual: str) -> Iterator[tuple[Path, Path]]:
+    """:func:`atomic_folder` of the place that :func:`free_folder` finds: where to write, and where it will be."""
+    with parser.usage_errors():
+        place = free_folder(given, usual)
+    with atomic_folder(place) as folder:
+        yield folder, place
 
 
 def change_images(
@@ -41,6 +40,7 @@ def change_images(
     batch_size: int,
     *,
     noun: str,
+    runs: int,
     quiet: bool,
     result: str | None = None,
     remedy: str = "--dtype float32",
@@ -49,6 +49,7 @@ def change_images(
 
     Args:
         noun: what the images are called.
+        runs: as of :class:`Bar`.
         result: what the new ones are called in an error (default: ``noun``).
         remedy: as of :func:`require_finite`.
 
@@ -58,10 +59,11 @@ def change_images(
     import torch
 
     made = []
-    with tqdm(total=count, unit=f" {noun}", disable=quiet) as bar:
+    with Bar(count, noun, runs=runs, shown=not quiet) as bar:
         for start in range(0, count, batch_size):
-            made.append(change(slice(start, min(start + batch_size, count))).cpu())
-            bar.update(len(made[-1]))
+            end = min(start + batch_size, count)
+            made.append(change(slice(start, end)).cpu())
+            bar.made(end)
     return require_finite(torch.cat(made), result or noun, remedy)
 
 
@@ -81,13 +83,12 @@ def require_finite(images: Tensor, result: str, remedy: str = "--dtype float32")
 
 
 def write_comparison(
-    medium: Medium, folder: Path, before: Tensor, after: Tensor, record: dict[str, Any], record_name: str = RECORD
+    medium: Medium, folder: Path, names: Sequence[str], before: Tensor, after: Tensor, record: dict[str, Any]
 ) -> None:
-    """A numbered file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and the
-    record."""
-    medium.write(folder, after)
+    """A file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and a record."""
+    medium.write(folder, names, after)
     save_comparison(medium, folder, before, after)
-    write_json(folder / record_name, record)
+    write_json(folder / RECORD, {**record, "finished": True})
 
 
 def save_comparison(medium: Medium, folder: Path, *rows: Tensor) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..io.files import numbered
 from ..io.pictures import check_channels, save_image, to_uint8
 from .samplers import audio_of
 
@@ -44,8 +44,8 @@ class Medium(Protocol):
         """A picture of each image for people, (N, C', H', W') in [-1, 1]."""
         ...
 
-    def write(self, folder: Path, images: Tensor) -> None:
-        """A numbered file each: "0.png" or "0.wav", and so on."""
+    def write(self, folder: Path, names: Sequence[str], images: Tensor) -> None:
+        """A file each, NAME.png or NAME.wav."""
         ...
 
 
@@ -71,9 +71,9 @@ class Pictures:
     def shown(self, images: Tensor) -> Tensor:
         return images
 
-    def write(self, folder: Path, images: Tensor) -> None:
-        for path, picture in zip(numbered(folder, len(images), ".png"), to_uint8(images), strict=True):
-            save_image(path, picture)
+    def write(self, folder: Path, names: Sequence[str], images: Tensor) -> None:
+        for name, picture in zip(names, to_uint8(images), strict=True):
+            save_image(folder / f"{name}.png", picture)
 
 
 def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:

@@ -32,6 +32,7 @@ __all__ = [
     "MODEL_HELP",
     "SOUNDS_HELP",
     "SOUND_CLASS_HELP",
+    "SOUND_MODEL",
     "SPACING_HELP",
     "STEPS_HELP",
     "SamplerSettings",
@@ -45,12 +46,16 @@ __all__ = [
 ]
 
 
+# Of --help, in this order.
+SAMPLING, EXECUTION, OUTPUT = "sampling", "execution", "output"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 # Those of ddim_fast.engine, which imports torch.
 ENGINES = ("auto", "eager", "compiled", "captured")
 CLIP_HELP = "clip the predicted image to [-R, R] at each step (default: never)"
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
+# What commands for sounds take where no --model is named.
+SOUND_MODEL = "spoken-digits"
 SOUNDS_HELP = "sound files, folders of them, or Parquet files"
 SOUND_CLASS_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
@@ -67,6 +72,20 @@ SPACING_HELP = (
     f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
     "(default: quadratic)"
 )
+COMPILE_HELP = (
+    "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
+    "on a CPU this package's C++ operators, or torch.compile where those were not built"
+)
+ENGINE_HELP = "name the execution, instead of --compile's choice"
+ONNX_ENGINE_HELP = (
+    f"{ENGINE_HELP}. onnx: by ONNX Runtime, without torch; MODEL is what export --to onnx wrote, whose settings are the "
+    "defaults then, or is exported at its first use"
+)
+DTYPE_HELP = (
+    "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
+    "int8: 8-bit convolutions, for CPUs"
+)
+BATCH_SIZE_HELP = "images a network call (default: 12 on a CPU, 64 on a GPU)"
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
@@ -146,34 +165,73 @@ class SamplerSettings:
     steps: int
     spacing: str
     guidance: float | None
-    batch_size: int
+    compile: bool
+    engine: str
+    batch_size: int | None
     device: str
     dtype: str
-    out: Path
+    out: Path | None
     quiet: bool
 
-    def record(self) -> dict[str, Any]:
-        """The settings that made the images, for the record beside them: the command's own, then the sampler's."""
+    def own(self) -> dict[str, Any]:
+        """By option, the settings that are the command's own."""
         shared = [field.name for field in dataclasses.fields(SamplerSettings)]
-        own = [name for name in vars(self) if name not in shared]
-        return {name: getattr(self, name) for name in (*own, *shared) if name not in ("out", "quiet")}
+        return {name.replace("_", "-"): value for name, value in vars(self).items() if name not in shared}
 
 
 def settle_sampler(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command with those of :func:`add_sampler_options`, where nothing is open any more."""
+    """The options of a command with those of :func:`add_sampler_options`, where nothing is open any more but what the device
+    decides."""
     steps, spacing = settle_steps(parser, options["steps"], options["spacing"])
-    dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
-    return {**options, "steps": steps, "spacing": spacing, "dtype": dtype}
+    return {**options, "steps": steps, "spacing": spacing}
 
 
-def add_sampler_options(parser: CommandParser) -> None:
-    """The options of a command that encodes and decodes, for :func:`settle_sampler`."""
-    parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    parser.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
-    parser.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
-    parser.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
-    parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
-    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="what the network computes in; auto is float32"
-    )
+def add_sampler_options(parser: CommandParser, usual: str, out_help: str, model: str = DEFAULT_MODEL) -> None:
+    """The options of a command that encodes and decodes, for :func:`settle_sampler`.
+
+    Args:
+        usual: the folder that the command fills where none is named.
+        out_help: what --out may be.
+        model: the command's usual model.
+    """
+    parser.add_argument("--model", metavar="MODEL", default=model, help=MODEL_HELP)
+    add_step_options(parser)
+    sampling = parser.group(SAMPLING)
+    sampling.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    add_execution_options(parser, ENGINES)
+    add_output_options(parser, usual, out_help)
+
+
+def add_step_options(parser: CommandParser) -> None:
+    """How many steps, and where."""
+    sampling = parser.group(SAMPLING)
+    sampling.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
+    sampling.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
+
+
+def add_execution_options(parser: CommandParser, engines: Sequence[str]) -> None:
+    """What computes, and how."""
+    execution = parser.group(EXECUTION)
+    execution.add_argument("--compile", action="store_true", help=COMPILE_HELP)
+    engine_help = ONNX_ENGINE_HELP if "onnx" in engines else ENGINE_HELP
+    execution.add_argument("--engine", choices=engines, default="auto", help=engine_help)
+    execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    execution.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=DTYPE_HELP)
+    execution.add_argument("--batch-size", metavar="N", type=parse_positive, help=BATCH_SIZE_HELP)
+
+
+def add_output_options(parser: CommandParser, usual: str, out_help: str, metavar: str = "DIR") -> None:
+    """Where the results go, and what is said of them."""
+    output = parser.group(OUTPUT)
+    following = f"(default: {usual}, or {usual}-2 ... where that is not empty)"
+    output.add_argument("--out", metavar=metavar, type=Path, help=f"{out_help} {following}")
+    output.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+def usual_batch_size(where: str) -> int:
+    """Images a network call where nobody says how many: on a CPU so few that the first pictures are soon there.
+
+    Args:
+        where: a type of device, or an execution provider of ONNX Runtime.
+    """
+    return 12 if where.lower().startswith("cpu") else 64

@@ -35,21 +35,21 @@ def check_profile_options(parser: CommandParser, options: Mapping[str, Any]) -> 
 
 
 def print_profile(
-    sampler: Any, batch: tuple[Sequence[int], Sequence[int] | None], out: Path | None, quiet: bool, **guidance: Any
+    sampler: Any, batch: tuple[Sequence[int], Sequence[int] | None], folder: Path, quiet: bool, **guidance: Any
 ) -> None:
     """Profiles a batch.
 
     Args:
         sampler: one of torch.
         batch: its seeds and labels.
-        out: the folder of the trace; None is ``profile``.
+        folder: of the trace.
         quiet: print nothing.
         guidance: as of :meth:`ddim_fast.Sampler.sample`.
     """
     from ..jobs.profiling import profile_sampling
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler would write lines of its own on the terminal
-    trace = (Path("profile") if out is None else out) / "trace.json"
+    trace = folder / "trace.json"
     profile = profile_sampling(sampler, trace, seeds=batch[0], labels=batch[1], **guidance)
     if not quiet:
         print(f"{profile}\n{trace} has each operator; ui.perfetto.dev shows it")

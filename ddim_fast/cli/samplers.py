@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..diffusion.timesteps import ADAPTIVE
+from ..io.files import item_names
 from ..models.checkpoint import AUTOENCODER, local_model, resolve_model
 from ..models.checksum import weights_checksum
-from .options import SamplerSettings, image_labels
+from .options import SamplerSettings, image_labels, usual_batch_size
 from .parser import CommandParser, list_integers, parse_spacing
 
 if TYPE_CHECKING:
@@ -26,14 +28,16 @@ if TYPE_CHECKING:
 __all__ = [
     "AnySampler",
     "audio_of",
+    "batch_size_of",
+    "job_record",
     "load_labelled",
     "load_model",
     "load_sampler",
     "make_sampler",
     "pixel_model",
     "require_pictures",
-    "sampler_settings",
     "select_dtype",
+    "select_execution",
 ]
 
 
@@ -48,8 +52,8 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     return getattr(torch, name)
 
 
-def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None]:
-    """The images that a command is given, and their classes.
+def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None, list[str]]:
+    """The images that a command is given, their classes, and names for what is made of them.
 
     Args:
         specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
@@ -57,7 +61,7 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
         sampler: says what size and which classes.
 
     Returns:
-        (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, and N labels or None.
+        (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, N labels or None, and N names.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`ddim_fast.data.images.load_images`.
@@ -71,13 +75,11 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     data = [load_images(spec, channels, size, num_classes=num_classes, labelled=labelled) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
-    return images, image_labels(chosen, own, num_classes)
+    return images, image_labels(chosen, own, num_classes), item_names([place for part in data for place in part.places])
 
 
-def make_sampler(parser: CommandParser, settings: SamplerSettings, engine: str = "auto") -> AnySampler:
+def make_sampler(parser: CommandParser, settings: SamplerSettings) -> AnySampler:
     """The deterministic DDIM sampler of a command's settings."""
-    import torch
-
     from ..ops.devices import pick_device
 
     with parser.usage_errors():
@@ -88,9 +90,21 @@ def make_sampler(parser: CommandParser, settings: SamplerSettings, engine: str =
         device,
         steps=settings.steps,
         spacing=parse_spacing(settings.spacing),
-        dtype=getattr(torch, settings.dtype),
-        engine=engine,
+        dtype=select_dtype(settings.dtype, settings.compile, device),
+        engine=select_execution(settings.engine, settings.compile, device),
     )
+
+
+def select_execution(engine: str, compiled: bool, device: torch.device) -> str:
+    """The engine that ``--engine`` names; ``auto`` is the fastest one with ``--compile``."""
+    from ..engine import fastest_engine
+
+    return fastest_engine(device) if compiled and engine == "auto" else engine
+
+
+def batch_size_of(settings: SamplerSettings, sampler: AnySampler) -> int:
+    """Images a network call."""
+    return settings.batch_size or usual_batch_size(sampler.device.type)
 
 
 def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
@@ -160,16 +174,25 @@ def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
     return path
 
 
-def sampler_settings(settings: SamplerSettings, sampler: AnySampler) -> dict[str, str | int | float | None]:
-    """The settings that decide the images of ``sampler``, for the record of a job."""
-    return {
+def job_record(command: str, own: dict[str, Any], settings: SamplerSettings, sampler: AnySampler) -> dict[str, Any]:
+    """The record of a job of :func:`make_sampler`'s sampler.
+
+    Args:
+        own: by option, what else decides its result.
+    """
+    import torch
+
+    decisive = {
+        **own,
         "model": f"sha256:{weights_checksum(*sampler.networks)}",
         "steps": settings.steps,
         # A fit can be made anew: then these are other timesteps.
         "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,
         "guidance": settings.guidance,
-        "batch-size": settings.batch_size,
+        "batch-size": batch_size_of(settings, sampler),
         "engine": sampler.engine,
-        "dtype": settings.dtype,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
     }
+    made_with = {"model": settings.model, "ddim_fast": __version__, "torch": torch.__version__}
+    return {"command": command, "settings": decisive, **made_with}

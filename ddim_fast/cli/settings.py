@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["NUM_IMAGES", "NUM_TRAJECTORIES", "EvaluateSettings", "TrainSettings"]
+__all__ = ["NUM_IMAGES", "NUM_TRAJECTORIES", "SAMPLES_FOLDER", "EvaluateSettings", "SampleSettings", "TrainSettings"]
+
+# Where samples go.
+SAMPLES_FOLDER = "samples"
 
 # FID's usual number, and what is enough for a mean over trajectories.
 NUM_IMAGES, NUM_TRAJECTORIES = 50_000, 64
@@ -41,6 +45,36 @@ class EvaluateSettings:
     dtype: str
     inception: tuple[str | None, Path] | None
     out: Path
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The settings of sample, from its options. Steps that these leave open are those of the export, or the usual ones."""
+
+    model: str
+    steps: int
+    eta: float | str
+    spacing: str
+    tolerance: float | None
+    solver: str
+    clip: float | None
+    seeds: Sequence[int]
+    batch_size: int | None
+    classes: str
+    guidance: float | None
+    guidance_interval: list[int] | None
+    guide: str | None
+    compile: bool
+    engine: str
+    reuse: int
+    device: str
+    provider: str | None
+    dtype: str
+    out: Path | None
+    grid: Path | None
+    trajectory: Path | None
+    profile: bool
     quiet: bool
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..audio.codec import make_codec
 from ..audio.wav import to_int16, write_wav
 from ..data.sound_files import SoundSet, load_sounds
-from ..io.files import numbered
+from ..io.files import item_names
 from ..models.audio import AudioConfig
 
 __all__ = ["Sounds"]
@@ -39,25 +39,26 @@ class Sounds:
     def load(self, spec: str) -> Tensor:
         return self.codec.encode(self.read(spec).waves)
 
-    def load_labelled(self, specs: Sequence[str], label: str | None) -> tuple[Tensor, Tensor | None]:
-        """The images of several data sets or files, and their classes.
+    def load_labelled(self, specs: Sequence[str], label: str | None) -> tuple[Tensor, Tensor | None, list[str]]:
+        """The images of several data sets or files, their classes, and names for what is made of them.
 
         Args:
             label: the class of all, or "none" for no class; None for that of each, where the data names it.
 
         Returns:
-            (N, C, H, W) float32 and (N,) int64, or None.
+            (N, C, H, W) float32, (N,) int64 or None, and N names.
 
         Raises:
             ValueError: a class is not the model's, or as of :func:`load_sounds`.
         """
         sets = [self.read(spec) for spec in specs]
         images = self.codec.encode(np.concatenate([part.waves for part in sets]))
+        called = item_names([place for part in sets for place in part.places])
         unknown = self._audio.labels is None or any(part.labels is None for part in sets)
         if label == "none" or (label is None and unknown):
-            return images, None
+            return images, None, called
         names = [label] * len(images) if label is not None else [name for part in sets for name in part.labels or ()]
-        return images, torch.tensor([self.label(name) for name in names])
+        return images, torch.tensor([self.label(name) for name in names]), called
 
     def label(self, text: str) -> int:
         numbers, labels = self._audio.class_numbers(text), self._audio.labels or ()
@@ -69,7 +70,6 @@ class Sounds:
     def shown(self, images: Tensor) -> Tensor:
         return self.codec.spectrograms(images)
 
-    def write(self, folder: Path, images: Tensor) -> None:
-        waves = to_int16(self.codec.decode(images))
-        for path, wave in zip(numbered(folder, len(waves), ".wav"), waves, strict=True):
-            write_wav(path, wave, self._audio.sample_rate)
+    def write(self, folder: Path, names: Sequence[str], images: Tensor) -> None:
+        for name, wave in zip(names, to_int16(self.codec.decode(images)), strict=True):
+            write_wav(folder / f"{name}.wav", wave, self._audio.sample_rate)

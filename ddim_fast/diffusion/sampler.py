@@ -261,8 +261,8 @@ class Sampler:
         self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], progress: bool = False, **options: Any
     ) -> Tensor:
         """Images of which ``operator`` makes ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
-        and errors as of :meth:`Restorer.restore`, progress as in :meth:`sample`. Timesteps are the sampler's; its solver and eta
-        are not used."""
+        and errors as of :meth:`Restorer.restore`, progress as in :meth:`sample`. Timesteps are the sampler's; its solver and
+        eta are not used."""
         self._require_steps("to restore in")
         with Bar(len(seeds), shown=progress):
             return self._restorer.restore(measurement, operator, seeds=seeds, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.images import load_images, native_shape, read_images, stored_image
 from ..io.files import check_expansion, errors_name_file, one_line, read_json
-from ..io.records import PICTURES
+from ..io.records import RECORD
 
 __all__ = ["Survey", "check_pictures", "describe", "open_archive", "read_array", "read_pictures", "stored_pictures", "survey"]
 
@@ -159,6 +159,6 @@ def _read_npz(path: Path) -> Tensor:
 
 
 def _check_finished(folder: Path) -> None:
-    for record in (folder / name for name in PICTURES):
-        if record.is_file() and read_json(record).get("finished") is not True:
-            raise ValueError(f"{record}: the job that fills this folder has not finished; the same command goes on with it")
+    record = folder / RECORD
+    if record.is_file() and read_json(record).get("finished") is not True:
+        raise ValueError(f"{record}: the job that fills this folder has not finished; the same command goes on with it")

@@ -10,9 +10,11 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from .records import OVERVIEWS
 
 __all__ = [
     "atomic_folder",
@@ -21,7 +23,8 @@ __all__ = [
     "check_expansion",
     "errors_name_file",
     "is_hidden",
-    "numbered",
+    "item_names",
+    "numbers",
     "one_line",
     "read_json",
     "require_file",
@@ -195,7 +198,23 @@ def _umask() -> int:
     return mask
 
 
-def numbered(folder: Path, count: int, suffix: str) -> list[Path]:
-    """As many files, whose names sort as their numbers do."""
+def numbers(count: int) -> list[str]:
+    """The numbers from 0, as names that sort as they do."""
     digits = len(str(count - 1))
-    return [folder / f"{i:0{digits}d}{suffix}" for i in range(count)]
+    return [f"{i:0{digits}d}" for i in range(count)]
+
+
+def item_names(places: Sequence[str]) -> list[str]:
+    """A name, without a suffix, for what is made of each of some files: the file's own, and NAME-2 of a second one called so.
+    What is no file of its own but a row of a data set is called by its number."""
+    names: list[str] = []
+    taken = {Path(name).stem for name in OVERVIEWS}
+    for i, place in enumerate(places):
+        name = own = Path(place).stem if Path(place).is_file() else f"{i:06d}"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{own}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-__all__ = ["Bar", "collect", "tell", "watch"]
+__all__ = ["Bar", "about", "collect", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -46,6 +46,14 @@ def collect() -> Iterator[list[tuple[float, int]]]:
     told: list[tuple[float, int]] = []
     with watch(lambda images, evaluations: told.append((images, evaluations))):
         yield told
+
+
+def about(seconds: float) -> str:
+    """A time as people say it: "25 s", "4 min", "3 h 20 min"."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Bar:

@@ -6,41 +6,27 @@ from pathlib import Path
 
 __all__ = [
     "COMPARISON",
-    "EDITING",
     "FILM",
     "GRID",
-    "INTERPOLATION",
-    "PICTURES",
-    "RECONSTRUCTION",
+    "OVERVIEWS",
     "RECORD",
-    "RESTORATION",
     "RUN",
     "SAMPLES",
-    "SAMPLING",
     "SPECTROGRAMS",
     "STATS",
-    "VIDEO",
     "is_overview",
 ]
 
-SAMPLING, RESTORATION, VIDEO = "sampling.json", "restoration.json", "video.json"
-INTERPOLATION, EDITING, RECONSTRUCTION, RECORD = "interpolation.json", "edit.json", "errors.json", "record.json"
+# What a command did in a folder, and the pictures there that show all of it.
+RECORD = "record.json"
 GRID, SPECTROGRAMS, COMPARISON, FILM = "grid.png", "spectrograms.png", "comparison.png", "film.gif"
+OVERVIEWS = (GRID, SPECTROGRAMS, COMPARISON, FILM)
+
+# What version 0.1 called the record.
+_FORMER = ("sampling.json", "restoration.json", "video.json", "interpolation.json", "edit.json", "errors.json")
 
 # Of a training: its options, its losses, and the folder of grids of samples.
 RUN, STATS, SAMPLES = "train.json", "stats.jsonl", "samples"
-
-# The record of each kind of job that fills a folder, and the pictures of all its images that lie beside them.
-PICTURES = {SAMPLING: (GRID, SPECTROGRAMS), RESTORATION: (COMPARISON,), VIDEO: ()}
-
-# The same of every command that writes a folder of images.
-_OVERVIEWS = {
-    **PICTURES,
-    INTERPOLATION: (GRID, FILM),
-    EDITING: (COMPARISON,),
-    RECONSTRUCTION: (COMPARISON,),
-    RECORD: (COMPARISON,),
-}
 
 
 def is_overview(path: Path) -> bool:
@@ -50,4 +36,5 @@ def is_overview(path: Path) -> bool:
         return True
     if path.name in (RUN, STATS):
         return True
-    return any(path.name in (record, *names) and (folder / record).is_file() for record, names in _OVERVIEWS.items())
+    records = [name for name in (RECORD, *_FORMER) if (folder / name).is_file()]
+    return path.name in (*records, *OVERVIEWS) and bool(records)

@@ -1,8 +1,8 @@
 """Where the images of a job go: a folder of PNG files, or one .npz file.
 
 Either is filled batch by batch, in any order and by any number of processes. A file of a batch is there whole or not at all, so
-what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies a record such as
-``sampling.json``, the settings they are made with: images of other settings are never added to them.
+what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies ``record.json``, the
+command and the settings they are made with: images of other settings are never added to them, nor any to other things.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.decoding import decode_image
-from ..io.files import atomic_write, errors_name_file, write_json
+from ..io.files import atomic_write, errors_name_file, is_hidden, write_json
 from ..io.pictures import save_image, to_uint8
-from ..io.records import GRID, PICTURES, SAMPLING
+from ..io.records import GRID, OVERVIEWS, RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder"]
+__all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder", "require_empty"]
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -76,14 +76,13 @@ class Output(abc.ABC):
         path: what the user named.
         folder: where the batches and their record are written.
         batches: the images that belong in it.
-        record_name: the name of the record's file.
         noun: what several of its items are called.
     """
 
     noun = "images"
 
-    def __init__(self, path: Path, folder: Path, batches: Batches, record_name: str = SAMPLING) -> None:
-        self.path, self.folder, self.batches, self.record_name = path, folder, batches, record_name
+    def __init__(self, path: Path, folder: Path, batches: Batches) -> None:
+        self.path, self.folder, self.batches = path, folder, batches
 
     @abc.abstractmethod
     def files(self, k: int) -> list[Path]:
@@ -132,7 +131,7 @@ class Output(abc.ABC):
         Raises:
             ValueError: it is damaged; the message names the file.
         """
-        path = self.folder / self.record_name
+        path = self.folder / RECORD
         if not path.exists():
             return None
         with errors_name_file(path):
@@ -147,14 +146,14 @@ class Output(abc.ABC):
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder, with its record of an unfinished job."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / self.record_name, {**record, "finished": False})
+        write_json(self.folder / RECORD, {**record, "finished": False})
 
     def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:
         """Begin a job, or get ready to go on with one.
 
         Args:
             there: what :meth:`record` returned, and :meth:`check` let pass.
-            record: that of a job that begins now.
+            record: that of a job that begins now, with its "command" and "settings".
 
         Returns:
             The batches to make; None where the job is finished.
@@ -167,31 +166,33 @@ class Output(abc.ABC):
 
     def note(self, **fields: Any) -> None:
         """Write these fields into the record."""
-        write_json(self.folder / self.record_name, {**self.begun(), **fields})
+        write_json(self.folder / RECORD, {**self.begun(), **fields})
 
-    def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
-        """See that images made with ``settings`` may be added to what is there.
+    def check(self, there: dict[str, Any] | None, record: dict[str, Any]) -> None:
+        """See that a job may go on with what is there, or begin.
 
         Args:
-            record: what :meth:`record` returned.
-            settings: by option, such as ``{"steps": 20}``, or by positional argument, such as ``{"IMAGES": ...}``.
+            there: what :meth:`record` returned.
+            record: that of the job. Its "settings" are by option, such as ``{"steps": 20}``, or by positional argument, such as
+                ``{"IMAGES": ...}``.
 
         Raises:
-            ValueError: what is there was made with other settings (the message names the option and both values), or nobody
-                knows how.
+            ValueError: there are other things, or what is there was made with other settings; the message names the option and
+                both values.
         """
-        if record is None:
-            strangers = (file for k in range(len(self.batches)) for file in self.files(k) if file.exists())
-            if stranger := next(strangers, None):
-                raise ValueError(f"{stranger} exists, and no {self.record_name} says how it was made; choose another --out")
+        if there is None:
+            require_empty(self.folder)
             return
-        there = record["settings"]
-        for option in [*settings, *(there.keys() - settings.keys())]:
-            old, new = there.get(option), settings.get(option)
+        if there.get("command") != record["command"]:
+            made = there.get("command") or "another version"
+            raise ValueError(f"{self.path} holds what {made} made, not {record['command']}; name another --out")
+        begun, settings = there["settings"], record["settings"]
+        for option in [*settings, *(begun.keys() - settings.keys())]:
+            old, new = begun.get(option), settings.get(option)
             if old != new:
                 raise ValueError(
                     f"{self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
-                    "give the same settings to go on with it, or choose another --out"
+                    "give the same settings to go on with it, or name another --out"
                 )
 
     def missing(self) -> list[int]:
@@ -204,7 +205,6 @@ class FileFolder(Output):
 
     Args:
         names: of the files, without their suffix; None for the seeds.
-        record_name: one of :data:`ddim_fast.io.records.PICTURES`.
 
     Attributes:
         suffix: of the files.
@@ -217,8 +217,8 @@ class FileFolder(Output):
     suffix: str
     overview: str
 
-    def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None, record_name: str = SAMPLING) -> None:
-        super().__init__(path, path, batches, record_name)
+    def __init__(self, path: Path, batches: Batches, names: Sequence[str] | None = None) -> None:
+        super().__init__(path, path, batches)
         self.names = [f"{seed:06d}" for seed in batches.seeds] if names is None else names
         twice, times = Counter(batches.seeds if names is None else names).most_common(1)[0]
         if times > 1:
@@ -226,7 +226,7 @@ class FileFolder(Output):
                 raise ValueError(
                     f"--seeds names {twice} {times} times: a folder holds one image a seed, a .npz file holds them all"
                 )
-            raise ValueError(f"{times} images would be {twice}{self.suffix} in {path}; restore them into different folders")
+            raise ValueError(f"{times} images would be {twice}{self.suffix} in {path}; write them into different folders")
 
     def files(self, k: int) -> list[Path]:
         return [self.folder / f"{name}{self.suffix}" for name in self.names[self.batches.part(k)]]
@@ -235,7 +235,7 @@ class FileFolder(Output):
         self.note(finished=True)
 
     def remove_remains(self) -> None:
-        ours = {*(f"{name}{self.suffix}" for name in self.names), self.record_name, *PICTURES[self.record_name]}
+        ours = {*(f"{name}{self.suffix}" for name in self.names), RECORD, *OVERVIEWS}
         for file in self.folder.iterdir():
             remains = re.fullmatch(r"\.(.+)\.\w{8}", file.name)  # see atomic_write
             if remains and remains[1] in ours:
@@ -270,7 +270,7 @@ class PngFolder(FileFolder):
 
 class NpzFile(Output):
     """One file in the form that evaluations of image models read (Dhariwal and Nichol 2021's code): ``arr_0`` is the
-    (N, H, W, C) uint8 images, ``arr_1`` their (N,) int64 class labels where they have any. ``sampling.json`` is in the archive.
+    (N, H, W, C) uint8 images, ``arr_1`` their (N,) int64 class labels where they have any. ``record.json`` is in the archive.
 
     Until all batches are there, they lie in a folder beside it, ``FILE.npz.partial``, and are then joined one by one.
     """
@@ -301,10 +301,10 @@ class NpzFile(Output):
             return super().record()
         try:
             with zipfile.ZipFile(self.path) as archive, errors_name_file(self.path):
-                return _checked_record(json.loads(archive.read(SAMPLING)))
+                return _checked_record(json.loads(archive.read(RECORD)))
         except (zipfile.BadZipFile, KeyError):
             raise ValueError(
-                f"{self.path} exists, and no {SAMPLING} in it says how it was made; choose another --out"
+                f"--out {self.path} exists, and no {RECORD} in it says how it was made; name another file"
             ) from None
 
     def finish(self) -> None:
@@ -321,7 +321,7 @@ class NpzFile(Output):
                 if batches.labels is not None:
                     with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.array(batches.labels, dtype=np.int64))
-                archive.writestr(zipfile.ZipInfo(SAMPLING), json.dumps({**self.begun(), "finished": True}, indent=2))
+                archive.writestr(zipfile.ZipInfo(RECORD), json.dumps({**self.begun(), "finished": True}, indent=2))
             file.flush()
             os.fsync(file.fileno())
         os.replace(joined, self.path)
@@ -335,10 +335,27 @@ class NpzFile(Output):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def require_empty(folder: Path) -> None:
+    """See that nothing is where a command is to write.
+
+    Raises:
+        ValueError: it is no folder, or something is in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; name a folder that is new or empty")
+    things = sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name)) if folder.exists() else []
+    if things:
+        more = f" and {len(things) - 1} more" if len(things) > 1 else ""
+        raise ValueError(
+            f"--out {folder} is not empty ({things[0]}{more}), and no {RECORD} there says that this command began it; "
+            "name a folder that is new or empty"
+        )
+
+
 def _checked_record(record: Any) -> dict[str, Any]:
     fields = record if isinstance(record, dict) else {}
     if not isinstance(fields.get("settings"), dict) or not isinstance(fields.get("finished"), bool):
-        raise ValueError("not the record of a sampling job")
+        raise ValueError("not the record of a job")
     return fields
 
 

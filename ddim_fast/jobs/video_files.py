@@ -16,7 +16,6 @@ from PIL import Image, ImageSequence
 
 from ..data.images import image_files, read_images
 from ..io.decoding import check_size, opaque, reason_of
-from ..io.records import VIDEO
 from .outputs import Batches, PngFolder
 
 __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames"]
@@ -88,7 +87,7 @@ class VideoFile(PngFolder):
     """
 
     def __init__(self, path: Path, batches: Batches, rate: float) -> None:
-        super().__init__(path, batches, record_name=VIDEO)
+        super().__init__(path, batches)
         self.folder = path.with_name(f"{path.name}.partial")
         self.rate = rate
         if path.suffix.lower() != ".gif":
@@ -101,10 +100,10 @@ class VideoFile(PngFolder):
         elif 100 / rate > _LONGEST_GIF_FRAME:
             raise ValueError(f"a GIF shows a frame for {_LONGEST_GIF_FRAME / 100:g} s at most; {rate:g} a second is too few")
 
-    def check(self, record: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+    def check(self, there: dict[str, Any] | None, record: dict[str, Any]) -> None:
         if self.path.exists():
-            raise ValueError(f"{self.path} exists; choose another --out")
-        super().check(record, settings)
+            raise ValueError(f"--out {self.path} exists; name another file")
+        super().check(there, record)
 
     def finish(self) -> None:
         joined = self.folder / f"joined{self.path.suffix}"

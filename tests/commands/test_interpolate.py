@@ -27,8 +27,9 @@ def test_between_seeds_the_ends_are_their_samples(run, here):
     assert len({(here / "o" / f"{i}.png").read_bytes() for i in range(5)}) == 5
     assert Image.open(here / "o" / "grid.png").size == (2 * (2 + 5 * 34), 2 * (2 + 34))
     assert Image.open(here / "o" / "film.gif").n_frames == 9
-    record = json.loads((here / "o" / "interpolation.json").read_text())
-    assert record["ends"] == ["seed:3", "seed:13"] and record["label"] == 3
+    record = json.loads((here / "o" / "record.json").read_text())
+    assert record["command"] == "interpolate" and record["finished"] is True
+    assert record["settings"].items() >= {"ENDS": ["seed:3", "seed:13"], "class": 3}.items()
 
 
 def test_between_images_the_ends_are_the_images(run, here):
@@ -60,7 +61,7 @@ def test_four_corners_make_a_square(run, here):
         (["seed:1", "nowhere.png"], "no images at 'nowhere.png'"),
         (["seed:1", "seed:2", "--frames", "1"], "--frames must be at least 2"),
         (["seed:1", "seed:2", "--class", "10"], "class 10 is out of range"),
-        (["seed:1", "seed:2", "--out", "full"], "full exists and is not an empty folder"),
+        (["seed:1", "seed:2", "--out", "full"], "--out full is not empty (kept)"),
         (["seed:1", "text.png"], "text.png: not a readable image"),
     ],
     ids=str,

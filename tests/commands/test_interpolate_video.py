@@ -38,11 +38,11 @@ def contents(path):
 def test_a_folder_keeps_its_frames(run, checkpoint, clip, here):
     code, out, _ = run("--video", clip, "--factor", 4, "--model", checkpoint, "--steps", 2, "--class", 3, "--out", "o")
     assert code == 0 and out == "17 frames, 12 of them new; see o\n"
-    assert [path.name for path in sorted((here / "o").iterdir())] == [*(f"{i:06d}.png" for i in range(17)), "video.json"]
+    assert [path.name for path in sorted((here / "o").iterdir())] == [*(f"{i:06d}.png" for i in range(17)), "record.json"]
     new, given = frames(here / "o"), frames(clip)
     np.testing.assert_array_equal(new[::4], given)
     assert all((frame != other).any() for frame, other in itertools.pairwise(new))
-    record = json.loads((here / "o" / "video.json").read_text())
+    record = json.loads((here / "o" / "record.json").read_text())
     assert record["finished"] and record["settings"]["factor"] == 4 and record["settings"]["class"] == 3
 
 
@@ -72,9 +72,9 @@ def test_an_interrupted_job_goes_on_to_the_same_frames(out, run, checkpoint, cli
         with interrupted(moment):
             code, _, err = run(*options, part.name, "--quiet")
         assert code == 130 and (moment == 0 or f"holds {4 * ((moment - 1) // 4) + (moment == 10)} of 9 frames" in err)
-        code, said, _ = run(*options, part.name)
+        code, said, told = run(*options, part.name)
         assert code == 0 and said.endswith(f"9 frames, 4 of them new; see {part.name}\n")
-        assert ("going on" in said) == (moment > 4)
+        assert ("going on" in told) == (moment > 4)
         assert contents(part) == contents(whole)
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     assert sorted(path.name for path in here.iterdir()) == sorted(["clip", out])
@@ -105,7 +105,7 @@ def test_the_same_folder_takes_no_other_job(run, checkpoint, clip, here):
         ),
         (["--video", "clip", "--fps", "5"], "--fps is for a GIF or MP4"),
         (["--video", "clip", "--out", "a.avi"], "a film is a folder, or a file .gif or .mp4; got 'a.avi'"),
-        (["--video", "clip", "--out", "there.gif"], "there.gif exists; choose another --out"),
+        (["--video", "clip", "--out", "there.gif"], "--out there.gif exists; name another file"),
         (["--video", "clip", "--class", "10"], "class 10 is out of range"),
         (["--video", "nowhere"], "no frames at 'nowhere'"),
         (["--video", "text"], "a film has two frames or more; text has 0"),

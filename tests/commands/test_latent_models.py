@@ -53,7 +53,7 @@ def test_sampling(runs, run_here, here):
     code, out, _ = run_here(sample, "--model", runs / "model", "--seeds=0-2", "--steps=3", "--trajectory=film.gif", "--out=s")
     assert code == 0 and "3 images of 3 steps" in out
     assert Image.open(here / "s/000001.png").size == (16, 16) and Image.open(here / "film.gif").size[0] == 4 * (2 + 3 * 18)
-    settings = json.loads((here / "s/sampling.json").read_text())["settings"]
+    settings = json.loads((here / "s/record.json").read_text())["settings"]
     # Another autoencoder makes other images of the same latents: then it is another model.
     file = runs / "model/autoencoder/model.safetensors"
     stored = file.read_bytes()
@@ -75,7 +75,7 @@ def run_train_autoencoder_again(file):
 def test_reconstruction_and_interpolation(runs, run_here, here):
     photo = runs / "photos/0/0.png"
     code, out, _ = run_here(reconstruct, photo, "--model", runs / "model", "--steps=3", "--class=1")
-    assert code == 0 and "1 images encoded and decoded" in out
+    assert code == 0 and "1 image encoded and decoded" in out
     assert load_file(here / "reconstruction/latents.safetensors")["x_T"].shape == (1, 2, 8, 8)
     assert Image.open(here / "reconstruction/comparison.png").size == (4 * 20, 4 * (2 + 2 * 18))  # no row of noise
     code, out, _ = run_here(interpolate, "seed:1", photo, "--model", runs / "model", "--steps=3", "--frames=3")

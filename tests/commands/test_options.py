@@ -19,15 +19,18 @@ COMMANDS = (
 )
 # Each, and the commands in which it means something else: a list, say, or an optimiser's steps.
 SHARED = {
-    "--model": (),
+    "--model": ("restyle", "restore_sounds"),
     "--device": (),
-    "--guidance": (),
+    "--compile": ("evaluate", "train"),
+    "--engine": ("sample",),
+    "--dtype": ("evaluate", "export", "train"),
+    "--guidance": ("sample",),
     "--guidance-interval": (),
     "--guide": (),
     "--exact": (),
     "--convert": (),
     "--clip": (),
-    "--batch-size": ("train",),
+    "--batch-size": ("evaluate", "train"),
     "--steps": ("evaluate", "train"),
     "--spacing": ("evaluate",),
 }

@@ -15,7 +15,7 @@ def run(run_here):
 
 def test_writes_a_trace_and_prints_where_the_time_went(run, checkpoint, here):
     code, out, err = run("--model", checkpoint, "--profile", "--steps", 2, "--seeds", "0-4", "--batch-size", 3, "--guidance", 2)
-    assert (code, err) == (0, "")
+    assert code == 0 and "profiling a batch of 3" in err
     assert [path.name for path in here.rglob("*")] == ["profile", "trace.json"]
     names = {event["name"] for event in json.loads((here / "profile" / "trace.json").read_text())["traceEvents"]}
     assert {"ddim_fast.run", "aten::conv2d", "ddim_fast::solver_step"} <= names
@@ -28,8 +28,9 @@ def test_writes_a_trace_and_prints_where_the_time_went(run, checkpoint, here):
 def test_goes_into_the_folder_that_is_named_and_says_nothing_if_told_so(run, checkpoint, here):
     options = ["--model", checkpoint, "--profile", "--steps", 1, "--seeds", 0, "--quiet", "--out"]
     assert run(*options, here / "a" / "b") == (0, "", "")
-    assert run(*options, here / "a" / "b") == (0, "", "")  # again, over it
     assert [path.name for path in here.rglob("*")] == ["a", "b", "trace.json"]
+    code, _, err = run(*options, here / "a" / "b")
+    assert code == 2 and "b is not empty (trace.json)" in err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_fast import Sampler, UNet, reconstruct
+from ddim_fast.io.pictures import to_uint8
 
 
 @pytest.fixture
@@ -29,9 +30,11 @@ def pictures(tmp_path_factory):
 
 
 def errors_of(folder):
-    record = json.loads((folder / "errors.json").read_text())
-    assert isinstance(record["steps"], int) and isinstance(record["exact"], bool)
-    return np.array(record["errors"])
+    record = json.loads((folder / "record.json").read_text())
+    assert record["command"] == "reconstruct" and record["finished"] is True
+    assert isinstance(record["settings"]["steps"], int) and isinstance(record["settings"]["exact"], bool)
+    assert list(record["errors"]) == ["a", "a-2"]
+    return np.array([*record["errors"].values()])
 
 
 def test_the_error_falls_with_the_steps_and_vanishes_with_exact(run, pictures, here):
@@ -53,6 +56,8 @@ def test_the_latents_are_those_of_the_sampler(run, pictures, here):
     images = [np.asarray(Image.open(pictures / name / "a.png")) for name in ("3", "9")]
     difference = (again[:, 0] / 2 + 0.5) - torch.tensor(np.stack(images)) / 255
     np.testing.assert_allclose(difference.square().mean((1, 2)), errors_of(here / "reconstruction"), rtol=1e-3)
+    assert {path.name for path in (here / "reconstruction").glob("*.png")} == {"a.png", "a-2.png", "comparison.png"}
+    assert np.array_equal(np.asarray(Image.open(here / "reconstruction" / "a-2.png")), to_uint8(again)[1, ..., 0])
     # Original, noise and reconstruction of both, in three rows.
     assert Image.open(here / "reconstruction" / "comparison.png").size == (2 * (2 + 2 * 34), 2 * (2 + 3 * 34))
 
@@ -73,7 +78,7 @@ def test_files_and_a_class_by_hand(run, pictures, here):
         (["{pictures}", "--class", "boot"], "'boot' is neither a class number nor 'none'"),
         (["{pictures}", "--steps", "0"], "steps must be a whole number"),
         (["{pictures}", "--class", "none", "--guidance", "2"], "needs class labels to guide towards"),
-        (["{pictures}", "--out", "{pictures}"], "exists and is not an empty folder"),
+        (["{pictures}", "--out", "{pictures}"], "is not empty (0 and 9 more)"),
         (["{text}"], "text.png: not a readable image"),
     ],
     ids=str,

@@ -33,7 +33,7 @@ def picture(path):
 
 
 def record(folder):
-    return json.loads((folder / "restoration.json").read_text())
+    return json.loads((folder / "record.json").read_text())
 
 
 def contents(folder):
@@ -234,9 +234,8 @@ def test_an_interrupted_job_goes_on_to_the_same_files(run, checkpoint, here, int
         (["colorize", "photos", "--travel", "0", "1"], "'0' is not a positive whole number"),
         (["colorize", "empty"], "no images in empty"),
         (["colorize", "text.png"], "text.png: not a readable image"),
-        (["colorize", "photos", "small/../photos/a.png"], "2 images would be a.png in restored"),
-        (["colorize", "photos", "--out", "photos"], "photos/a.png exists, and no restoration.json says how it was made"),
-        (["colorize", "comparison.png"], "an image is called comparison.png"),
+        (["colorize", "photos", "--out", "photos"], "--out photos is not empty (a.png and 1 more), and no record.json"),
+        (["colorize", "photos", "--out", "text.png"], "--out text.png is a file; name a folder that is new or empty"),
         (["repaint", "photos"], "invalid choice: 'repaint'"),
     ],
     ids=str,
@@ -256,9 +255,24 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, 
 
 def test_the_same_folder_takes_no_other_job(run, checkpoint, here):
     photos = save(here / "photos", 16)
-    options = ["--task", "inpaint", "--rectangle", "0,0,8,8", photos, "--model", checkpoint, "--steps", 1]
+    options = ["--task", "inpaint", "--rectangle", "0,0,8,8", photos, "--model", checkpoint, "--steps", 1, "--out", "restored"]
     assert run(*options)[0] == 0
     for changed, message in ((["--eta", 0.5], "--eta 1.0, not 0.5"), (["--num-images", 2], "IMAGES sha256:")):
         code, out, err = run(*options, *changed)
         assert code == 2 and f"restored was begun with {message}" in err and out == ""
     assert "is finished" in run(*options)[1]
+
+
+def test_images_of_one_name_are_told_apart_and_none_takes_an_overviews(run, checkpoint, here):
+    for folder in ("a", "b"):
+        save(here / folder, 16, names=["x"])
+    Image.new("L", (16, 16)).save(here / "comparison.png")
+    options = ["--task", "colorize", "--model", checkpoint, "--steps", 1, "--quiet"]
+    assert run("a", "b", "comparison.png", *options) == (0, "", "")
+    assert names_in(here / "restored") == ["comparison-2.png", "comparison.png", "record.json", "x-2.png", "x.png"]
+    assert run("a", *options) == (0, "", "")
+    assert names_in(here / "restored-2") == ["comparison.png", "record.json", "x.png"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())

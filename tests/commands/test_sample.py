@@ -28,12 +28,12 @@ def test_writes_an_image_a_seed_and_a_grid(run, checkpoint, tmp_path):
         "000002.png",
         "000040.png",
         "grid.png",
-        "sampling.json",
+        "record.json",
     ]
     assert Image.open(tmp_path / "o" / "000040.png").size == (16, 16)
     assert Image.open(tmp_path / "o" / "grid.png").size == ((4 * 18 + 2) * 4, (18 + 2) * 4)
     assert "4 images of 2 steps" in out and "images/s" in out and "network evaluations/s" in out and "warm-up" in out
-    assert "4/4 images" in err and "images/s" in err
+    assert "4/4 images" in err and "4 images of 2 steps" in err and "this will take about 1 s" in err
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_a_guide_is_another_model(run, checkpoint, tmp_path):
     assert run(*options, "--out", tmp_path / "o", "--guide", checkpoint, "--guidance", 2) == (0, "", "")
     for name in ("000000.png", "000001.png"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    assert json.loads((tmp_path / "o/sampling.json").read_text())["guide"] == str(checkpoint)
+    assert json.loads((tmp_path / "o/record.json").read_text())["guide"] == str(checkpoint)
 
 
 def test_steps_are_as_many_as_are_listed(run, checkpoint, tmp_path):
     options = ["--model", checkpoint, "--spacing", "900,400,0", "--seeds", 0, "--out", tmp_path / "o"]
-    assert "1 images of 3 steps" in run(*options)[1]
-    assert json.loads((tmp_path / "o/sampling.json").read_text())["settings"]["steps"] == 3
+    assert "1 image of 3 steps" in run(*options)[1]
+    assert json.loads((tmp_path / "o/record.json").read_text())["settings"]["steps"] == 3
 
 
 def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
@@ -355,10 +355,10 @@ def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
     for moment in range(moments + 2):
         place = tmp_path / out.name.replace("#", str(moment))
         finished = moment in (0, moments + 1)
-        code, said, _ = run(*options, "--out", place)
+        code, said, told = run(*options, "--out", place)
         assert code == 0 and contents(place) == whole
         assert ("is finished" in said) == finished
-        assert ("going on" in said) == (2 + (not suffix) < moment <= moments)
+        assert ("going on" in told) == (2 + (not suffix) < moment <= moments)
     outputs = {f"killed-{moment}{suffix}" for moment in range(moments + 2)}
     assert {p.name for p in tmp_path.iterdir()} == {*outputs, f"whole{suffix}", "checkpoint", "here"}
 
@@ -388,8 +388,8 @@ def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeyp
     assert code == 130 and out == "" and err.count("\n") == 1
     holds = int(re.search(r"stopped: .*parts holds (\d+) of 24 images; the same command goes on with it", err)[1])
     assert 3 <= holds < 24 and holds == len(list((tmp_path / "parts").glob("0*.png")))
-    code, out, _ = run(*options, tmp_path / "parts")
-    assert code == 0 and f"parts holds {holds} of 24 images; going on" in out and f"{24 - holds} images of 2 steps in" in out
+    code, out, err = run(*options, tmp_path / "parts")
+    assert code == 0 and f"parts holds {holds} of 24 images; going on" in err and f"{24 - holds} images of 2 steps in" in out
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
@@ -428,8 +428,8 @@ def test_an_unfinished_output_is_completed(damage, job, run, checkpoint, tmp_pat
     last.write_bytes(last.read_bytes()[:-9])
     if damage == "gone":
         last.unlink()
-    code, said, _ = run(*options, "--out", out)
-    assert code == 0 and "out" in said and "holds 4 of 5 images; going on" in said
+    code, said, told = run(*options, "--out", out)
+    assert code == 0 and "out" in said and "holds 4 of 5 images; going on" in told
     assert contents(out) == whole
 
 
@@ -469,30 +469,30 @@ def test_a_finished_output_is_left_as_it_is(job, run, tmp_path):
     assert contents(out) == whole
 
 
-def test_a_damaged_record_is_one_line_and_exit_code_1(job, run, tmp_path):
+def test_a_damaged_record_is_one_line(job, run, tmp_path):
     options, suffix, _ = job
     out = tmp_path / f"whole{suffix}"
-    (out if suffix else out / "sampling.json").write_bytes(b"{")
+    (out if suffix else out / "record.json").write_bytes(b"{")
     code, said, err = run(*options, "--out", out)
-    assert code == 1 and "sampling.json" in err and err.count("\n") == 1 and said == ""
+    assert code == 2 and "record.json" in err and err.count("\n") == 1 and said == ""
 
 
 def test_images_of_unknown_origin_are_not_added_to(run, checkpoint, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "000003.png")
     code, _, err = run("--model", checkpoint, *in_turn("--out", tmp_path))
-    assert code == 2 and "000003.png exists, and no sampling.json says how it was made" in err and err.count("\n") == 1
+    assert code == 2 and "is not empty (000003.png and 2 more), and no record.json there says" in err and err.count("\n") == 1
 
 
 def test_without_out_each_run_has_a_folder(run, checkpoint, tmp_path):
     here = tmp_path / "here"
-    assert "pictures in samples, samples/grid.png" in run("--model", checkpoint, *in_turn())[1]
-    assert "pictures in samples-2, " in run("--model", checkpoint, *in_turn())[1]
+    assert "; see samples, samples/grid.png" in run("--model", checkpoint, *in_turn())[1]
+    assert "; see samples-2, " in run("--model", checkpoint, *in_turn())[1]
     assert contents(here / "samples") == contents(here / "samples-2")
-    record = json.loads((here / "samples-2" / "sampling.json").read_bytes())
-    (here / "samples-2" / "sampling.json").write_text(json.dumps({**record, "finished": False}))
+    record = json.loads((here / "samples-2" / "record.json").read_bytes())
+    (here / "samples-2" / "record.json").write_text(json.dumps({**record, "finished": False}))
     (here / "samples-2" / "000003.png").unlink()
-    assert "pictures in samples-3, " in run("--model", checkpoint, *in_turn("--guidance", 2))[1]
-    assert "pictures in samples-2, " in run("--model", checkpoint, *in_turn())[1]
+    assert "; see samples-3, " in run("--model", checkpoint, *in_turn("--guidance", 2))[1]
+    assert "; see samples-2, " in run("--model", checkpoint, *in_turn())[1]
     assert contents(here / "samples") == contents(here / "samples-2")
 
 
@@ -521,4 +521,31 @@ def test_a_finished_folder_gets_the_film_and_the_grid_that_are_asked_for(run, ch
 def test_help_shows_examples_and_defaults(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "examples:" in out and "--class 7 --guidance 2" in out and "(default: 64)" in out
+    assert "examples:" in out and "--class 7 --guidance 2" in out
+    assert "(default: 12 on a CPU, 64 on a GPU)" in " ".join(out.split())
+    assert [title for title in ("sampling:", "execution:", "output:") if f"\n{title}\n" not in out] == []
+
+
+def test_images_of_classes_are_guided_as_the_card_says(run, small_unet, tmp_path):
+    small_unet.config = dataclasses.replace(small_unet.config, guidance=3.0)
+    small_unet.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--steps", 2, "--seeds", "0-2", "--out"]
+
+    def scale(name, *more):
+        code, out, err = run(*options, tmp_path / name, *more)
+        own = "guidance 3 (the model's own; --guidance 1 is without)"
+        assert code == 0 and (own in out) == (own in err)
+        return json.loads((tmp_path / name / "record.json").read_text())["settings"]["guidance"], own in out
+
+    assert scale("usual") == (3.0, True)
+    assert scale("same", "--guidance", 3) == (3.0, True) and contents(tmp_path / "same") == contents(tmp_path / "usual")
+    assert scale("plain", "--guidance", 1) == (1.0, False) and contents(tmp_path / "plain") != contents(tmp_path / "usual")
+    assert scale("none", "--class", "none") == (None, False)
+
+
+@pytest.mark.parametrize("option,name", [("--grid", "a.png"), ("--trajectory", "a.gif")])
+def test_a_picture_that_is_there_is_not_written_over(option, name, run, checkpoint, here):
+    (here / name).write_bytes(b"mine")
+    code, _, err = run("--model", checkpoint, "--steps", 1, "--seeds", 0, option, name)
+    assert code == 2 and f"{option} {name} exists; name another file" in err and err.count("\n") == 1
+    assert [path.name for path in here.iterdir()] == [name]

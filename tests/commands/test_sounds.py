@@ -64,7 +64,7 @@ def test_sample_writes_sounds(run_here, trained, here):
     first = sounds_in(here / "out")
     assert sorted(first) == ["000000", "000001", "000002"]
     assert not np.array_equal(first["000000"], first["000001"])
-    assert {p.name for p in (here / "out").iterdir() if p.suffix != ".wav"} == {"sampling.json", "spectrograms.png"}
+    assert {p.name for p in (here / "out").iterdir() if p.suffix != ".wav"} == {"record.json", "spectrograms.png"}
     with Image.open(here / "film.gif") as film:
         assert film.size == (4 * (3 * 18 + 2), 4 * (18 + 2))  # three spectrograms of 16 x 16, with white between them
 
@@ -96,7 +96,7 @@ def test_between_sounds(run_here, trained, recordings, here):
     assert {p.name for p in (here / "between").iterdir() if p.suffix != ".wav"} == {
         "grid.png",
         "film.gif",
-        "interpolation.json",
+        "record.json",
     }
     code, _, error = run_here(interpolate, *ends, "--model", trained, "--class=1")
     assert code == 2 and "'1' means 2 classes; name one of 1/ann, 1/bob" in error
@@ -107,7 +107,7 @@ def test_restyle(run_here, trained, recordings, here):
     assert code == 0, error
     assert out.startswith("12 sounds restyled") and len(sounds_in(here / "restyled")) == 12
     record = json.loads((here / "restyled" / "record.json").read_text())
-    assert len(record["loudness_errors"]) == 12 and record["target"] == "1/bob"
+    assert len(record["loudness_errors"]) == 12 and record["settings"]["target"] == "1/bob"
     assert (here / "restyled" / "comparison.png").exists()
 
 
@@ -140,7 +140,7 @@ def test_restore_a_gap(run_here, trained, recordings, here):
     options = ["--model", trained, "--class=0/ann", "--gap", "0.2", "0.25", "--steps=3", "--out=restored"]
     code, out, error = run_here(restore_sounds, file, *options)
     assert code == 0, error
-    assert out.startswith("1 sounds restored") and list(sounds_in(here / "restored")) == ["0"]
+    assert out.startswith("1 sound restored") and list(sounds_in(here / "restored")) == ["1"]
 
 
 def test_a_model_without_classes_asks_for_none(run_here, recordings, here):

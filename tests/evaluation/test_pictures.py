@@ -46,20 +46,20 @@ def test_pictures_are_told_apart_by_their_shapes_and_by_their_values():
     assert survey(sets[0]) == survey(list(sets[0].clone()))
 
 
-@pytest.mark.parametrize("job,picture", [("sampling", "grid.png"), ("restoration", "comparison.png")])
-def test_the_folder_of_a_job_is_read_without_the_picture_of_all(job, picture, tmp_path):
+@pytest.mark.parametrize("picture", ["grid.png", "comparison.png"])
+def test_the_folder_of_a_job_is_read_without_the_picture_of_all(picture, tmp_path):
     for i in range(2):
         Image.fromarray(pixels(8, 8)).save(tmp_path / f"{i:06d}.png")
     Image.fromarray(pixels(20, 20)).save(tmp_path / picture)
     record = {"settings": {}, "finished": True}
-    (tmp_path / f"{job}.json").write_text(json.dumps(record))
+    (tmp_path / "record.json").write_text(json.dumps(record))
     assert read_pictures(str(tmp_path)).shape == (2, 1, 8, 8)
-    (tmp_path / f"{job}.json").write_text(json.dumps(record | {"finished": False}))
+    (tmp_path / "record.json").write_text(json.dumps(record | {"finished": False}))
     for read in (read_pictures, lambda spec: next(stored_pictures(spec))):
-        with pytest.raises(ValueError, match=rf"{job}\.json.*not finished"):
+        with pytest.raises(ValueError, match=r"record\.json.*not finished"):
             read(str(tmp_path))
-    (tmp_path / f"{job}.json").write_text("[]")
-    with pytest.raises(ValueError, match=rf"{job}\.json: not a JSON object"):
+    (tmp_path / "record.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"record\.json: not a JSON object"):
         read_pictures(str(tmp_path))
 
 

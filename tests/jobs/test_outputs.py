@@ -1,14 +1,20 @@
 import json
+import re
 import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_fast.io.records import SAMPLING
+from ddim_fast.io.records import RECORD
 from ddim_fast.jobs.outputs import Batches, NpzFile, PngFolder
 
 SETTINGS = {"steps": 20, "guidance": None}
+JOB = {"command": "sample", "settings": SETTINGS}
+
+
+def job(**settings):
+    return {**JOB, "settings": settings}
 
 
 def batches(count=5, size=2, channels=3, labels=None) -> Batches:
@@ -22,7 +28,7 @@ def pictures(of: Batches) -> np.ndarray:
 
 
 def fill(output, ks=None) -> np.ndarray:
-    output.begin({"settings": SETTINGS})
+    output.begin(JOB)
     images, size = pictures(output.batches), output.batches.size
     for k in range(len(output.batches)) if ks is None else ks:
         output.write(k, images[k * size : (k + 1) * size])
@@ -45,12 +51,12 @@ def test_what_is_written_is_there_and_the_rest_is_missing(output):
     assert output.record() is None
     images = fill(output, [2, 0])
     assert output.missing() == [1]
-    assert output.record() == {"settings": SETTINGS, "finished": False}
+    assert output.record() == {**JOB, "finished": False}
     np.testing.assert_array_equal(output.read(0), images[:2])
     np.testing.assert_array_equal(output.read(2), images[4:])
     output.write(1, images[2:4])
     output.finish()
-    assert output.missing() == [] and output.record() == {"settings": SETTINGS, "finished": True}
+    assert output.missing() == [] and output.record() == {**JOB, "finished": True}
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "truncated", "other bytes"])
@@ -80,12 +86,12 @@ def test_the_npz_file_is_what_numpy_would_write(tmp_path, channels, labels):
     output.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     with np.load(tmp_path / "a.npz") as ours:
-        assert ours.files == ["arr_0", *(["arr_1"] if labels else []), SAMPLING]
+        assert ours.files == ["arr_0", *(["arr_1"] if labels else []), RECORD]
         assert ours["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(ours["arr_0"], images)
         if labels:
             assert ours["arr_1"].dtype == np.int64 and ours["arr_1"].tolist() == labels
-        assert json.loads(ours[SAMPLING]) == {"settings": SETTINGS, "finished": True}
+        assert json.loads(ours[RECORD]) == {**JOB, "finished": True}
 
 
 def test_the_same_images_are_the_same_npz_file(tmp_path):
@@ -109,7 +115,7 @@ def test_an_npz_file_is_joined_in_the_memory_of_a_batch(tmp_path):
 def test_the_folder_holds_a_png_a_seed(tmp_path):
     output = PngFolder(tmp_path, Batches([5, 1234567], None, 1, (4, 6, 1)))
     images = fill(output)
-    assert {p.name for p in tmp_path.iterdir()} == {"000005.png", "1234567.png", SAMPLING}
+    assert {p.name for p in tmp_path.iterdir()} == {"000005.png", "1234567.png", RECORD}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "000005.png")), images[0, :, :, 0])
 
 
@@ -121,31 +127,48 @@ def test_a_folder_has_no_place_for_a_seed_twice(tmp_path):
 
 def test_other_settings_are_refused(output):
     fill(output)
-    output.check(output.record(), dict(SETTINGS))
+    output.check(output.record(), dict(JOB))
     with pytest.raises(ValueError, match="begun with --steps 20, not 30;"):
-        output.check(output.record(), {"steps": 30, "guidance": None})
+        output.check(output.record(), job(steps=30, guidance=None))
     with pytest.raises(ValueError, match=r"begun with --guidance none, not 2\.0;"):
-        output.check(output.record(), {"steps": 20, "guidance": 2.0})
+        output.check(output.record(), job(steps=20, guidance=2.0))
     with pytest.raises(ValueError, match="begun with --reuse none, not 3;"):
-        output.check(output.record(), {**SETTINGS, "reuse": 3})
+        output.check(output.record(), job(**SETTINGS, reuse=3))
     with pytest.raises(ValueError) as refused:
-        output.check(output.record(), {**SETTINGS, "steps": "1," * 100})
+        output.check(output.record(), job(**{**SETTINGS, "steps": "1," * 100}))
     assert len(str(refused.value)) < 350
 
 
-def test_images_without_a_record_are_refused(output):
+def test_the_folder_of_another_command_is_refused(output):
     fill(output)
-    (output.folder / SAMPLING).unlink()
-    assert output.record() is None
-    with pytest.raises(ValueError, match=rf"exists, and no {SAMPLING} says how"):
-        output.check(None, SETTINGS)
+    with pytest.raises(ValueError, match="holds what sample made, not restore; name another --out"):
+        output.check(output.record(), {**JOB, "command": "restore"})
+
+
+@pytest.mark.parametrize("name", ["000002.png", "grid.png", "holiday.jpg", "notes"])
+def test_other_things_are_not_added_to(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"--out .* is not empty \({re.escape(name)}\), and no {RECORD} there says"):
+        PngFolder(tmp_path, batches()).check(None, JOB)
+
+
+def test_what_file_systems_put_into_a_folder_is_nothing(tmp_path):
+    for name in (".DS_Store", "lost+found"):
+        (tmp_path / name).touch()
+    PngFolder(tmp_path, batches()).check(None, JOB)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(ValueError, match="notes is a file; name a folder that is new or empty"):
+        PngFolder(tmp_path / "notes", batches()).check(None, JOB)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": {}}', b'{"settings": 1, "finished": true}', b"\xff"])
 def test_a_damaged_record_is_an_error_that_names_it(output, content):
     fill(output)
-    (output.folder / SAMPLING).write_bytes(content)
-    with pytest.raises(ValueError, match=SAMPLING):
+    (output.folder / RECORD).write_bytes(content)
+    with pytest.raises(ValueError, match=RECORD):
         output.record()
 
 
@@ -161,16 +184,16 @@ def test_another_npz_file_is_refused(tmp_path):
 
 
 def test_a_folder_of_names(tmp_path):
-    folder = PngFolder(tmp_path, batches(3), ["boot", "coat-1", "bag.small"], "restoration.json")
+    folder = PngFolder(tmp_path, batches(3), ["boot", "coat-1", "bag.small"])
     images = fill(folder)
     np.testing.assert_array_equal(folder.read(1), images[2:])
-    for name in (".coat-1.png.abcd_123", ".restoration.json.abcd1234", ".comparison.png.abcd1234", ".grid.png.abcd1234"):
+    for name in (".coat-1.png.abcd_123", f".{RECORD}.abcd1234", ".comparison.png.abcd1234", ".notes.png.abcd1234"):
         (tmp_path / name).touch()
     assert folder.prepare(folder.record(), {}) == []
     folder.note(images={"boot": 1}, finished=True)
-    assert folder.record() == {"settings": SETTINGS, "images": {"boot": 1}, "finished": True}
+    assert folder.record() == {**JOB, "images": {"boot": 1}, "finished": True}
     assert folder.prepare(folder.record(), {}) is None
-    names = {"boot.png", "coat-1.png", "bag.small.png", "restoration.json", ".grid.png.abcd1234"}
+    names = {"boot.png", "coat-1.png", "bag.small.png", RECORD, ".notes.png.abcd1234"}
     assert {path.name for path in tmp_path.iterdir()} == names
     with pytest.raises(ValueError, match=r"2 images would be bag\.png"):
         PngFolder(tmp_path, batches(3), ["bag", "boot", "bag"])
@@ -181,7 +204,7 @@ def test_remains_of_a_killed_process_are_removed(tmp_path):
     fill(folder)
     before = sorted(folder.path.iterdir())
     kept = folder.path / ".notes.png.original"
-    for name in (".000003.png.abcd_123", f".{SAMPLING}.abcd1234", ".grid.png.abcd1234", kept.name):
+    for name in (".000003.png.abcd_123", f".{RECORD}.abcd1234", ".grid.png.abcd1234", kept.name):
         (folder.path / name).write_bytes(b"half")
     folder.remove_remains()
     assert sorted(folder.path.iterdir()) == sorted([*before, kept])

@@ -7,7 +7,6 @@ from ddim_fast import Sampler
 from ddim_fast.data.images import to_unit_range
 from ddim_fast.diffusion.interpolation import slerp
 from ddim_fast.io.pictures import to_uint8
-from ddim_fast.io.records import VIDEO
 from ddim_fast.jobs.outputs import PngFolder
 from ddim_fast.jobs.video import VideoJob, scan_frames
 
@@ -29,7 +28,7 @@ def job(network, clip, batch_size, factor=3, **options):
 
 
 def made(job, folder, ks=None):
-    output = PngFolder(folder, job.batches, record_name=VIDEO)
+    output = PngFolder(folder, job.batches)
     if ks is None:
         output.begin({"settings": {}})
     job.run(output.missing() if ks is None else ks, output, lambda k: None)

@@ -78,7 +78,7 @@ def test_what_is_no_film_is_named(tmp_path, monkeypatch):
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path):
     write(tmp_path / "a.gif", moving_square())
-    with pytest.raises(ValueError, match=r"a\.gif exists; choose another --out"):
+    with pytest.raises(ValueError, match=r"--out .*a\.gif exists; name another file"):
         VideoFile(tmp_path / "a.gif", Batches(range(5), None, 2, (32, 32, 3)), 10).check(None, {})
 
 
