@@ -14,9 +14,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_api_example():
+def test_the_api_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(EXAMPLES[0], names)
+    assert [path.name for path in sorted(tmp_path.glob("samples/*"))] == [f"{i}.png" for i in range(10)]
     assert names["images"].shape == names["latents"].shape == (10, 3, 32, 32)
     assert names["images"].dtype == torch.float32 and names["images"].abs().max() < 1.5
     assert names["latents"].std() == pytest.approx(1.0, abs=0.25)

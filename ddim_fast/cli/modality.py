@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..io.files import numbered
-from ..io.pictures import check_channels, save_image, to_uint8
+from ..io.pictures import check_channels, save_images
 from .samplers import audio_of
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ class Pictures:
         return images
 
     def write(self, folder: Path, images: Tensor) -> None:
-        for path, picture in zip(numbered(folder, len(images), ".png"), to_uint8(images), strict=True):
-            save_image(path, picture)
+        save_images(images, folder)
 
 
 def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:

@@ -183,7 +183,8 @@ class Sampler:
             on_step: called with the state after each step of each batch.
 
         Returns:
-            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
+            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, but not clipped: single values
+            lie outside. :func:`ddim_fast.save_images` and :func:`ddim_fast.to_pil` clip them.
 
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
