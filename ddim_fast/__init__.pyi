@@ -10,6 +10,8 @@ from .diffusion.timesteps import select_timesteps as select_timesteps
 from .diffusion.trajectory import SamplerState as SamplerState
 from .interop.acceleration import accelerate as accelerate
 from .interop.acceleration import unaccelerate as unaccelerate
+from .io.pictures import save_images as save_images
+from .io.pictures import to_pil as to_pil
 from .models.autoencoder import Autoencoder as Autoencoder
 from .models.config import AutoencoderConfig as AutoencoderConfig
 from .models.config import UNetConfig as UNetConfig

@@ -36,6 +36,16 @@ def test_every_public_name_is_there_and_documented(name):
     assert getattr(ddim_fast, name).__doc__
 
 
+def test_the_package_shows_its_public_names():
+    assert set(dir(ddim_fast)) == {*ddim_fast.__all__, "__version__"}
+    assert {"Sampler", "UNet", "save_images", "to_pil"} <= set(dir(ddim_fast))
+
+
+def test_pictures_are_saved_without_torch(tmp_path):
+    code = f"import ddim_fast as d, numpy as np; print(d.save_images(np.zeros((2, 3, 4, 4), np.float32), {str(tmp_path)!r}))"
+    assert "1.png" in _python(_BLOCK_TORCH + code)
+
+
 def test_a_name_of_its_own_module_is_the_same_object():
     from ddim_fast.diffusion.sampler import Sampler
 

@@ -14,9 +14,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_api_example():
+def test_the_api_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(EXAMPLES[0], names)
+    assert [path.name for path in sorted(tmp_path.glob("samples/*"))] == [f"{i}.png" for i in range(10)]
     assert names["images"].shape == names["latents"].shape == (10, 3, 32, 32)
     assert names["images"].dtype == torch.float32 and names["images"].abs().max() < 1.5
     assert names["latents"].std() == pytest.approx(1.0, abs=0.25)
@@ -77,13 +79,36 @@ def test_the_example_of_acceleration(diffusers_folder, capsys):
 GIVEN = "from torch import Tensor\nfolder: str\ndef your_network(x: Tensor, t: int) -> Tensor:\n    return x\n"
 
 
+# Whose array goes in, comes out; what is none is found, or the checker calls the comment needless.
+ARRAYS = """
+from typing import Any
+import numpy as np
+from torch import Tensor
+from typing_extensions import assert_type
+from ddim_fast import fast_ddim_step
+
+class Foreign:
+    def __dlpack__(self, *, stream: int | None = None) -> object: ...
+    def __dlpack_device__(self) -> object: ...
+
+def step(a: Tensor, b: np.ndarray[Any, np.dtype[np.float32]], c: Foreign) -> None:
+    assert_type(fast_ddim_step(a, a, 0.5, [0.6, 0.7], noise=a, seeds=[1], out=a), Tensor)
+    assert_type(fast_ddim_step(b, b, b, b, unconditional_output=b), np.ndarray[Any, np.dtype[np.float32]])
+    assert_type(fast_ddim_step(c, c, 0.5, 0.6), Foreign)
+    assert_type(fast_ddim_step(a, b, c, 0.6), Tensor)
+    fast_ddim_step("a", a, 0.5, 0.6)  # type: ignore[type-var]
+    fast_ddim_step(a, 0.1, 0.5, 0.6)  # type: ignore[arg-type]
+"""
+
+
 @pytest.mark.slow
 def test_a_type_checker_accepts_the_examples(tmp_path):
     pytest.importorskip("mypy")
     whole = [EXAMPLES[0], EXAMPLES[1] + EXAMPLES[2], *EXAMPLES[3:]]
     for i, example in enumerate(whole):
         (tmp_path / f"example_{i}.py").write_text(GIVEN + example + "\nimages.undefined\n" * (i == 0))
-    command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path, *tmp_path.glob("example_*.py")]
+    (tmp_path / "arrays.py").write_text(ARRAYS)
+    command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path, *tmp_path.glob("*.py")]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     # The types are really there: a name that tensors lack is found.
     assert re.fullmatch(r'.*example_0.py:\d+: error: "Tensor" has no attribute "undefined".*\nFound 1 error .*\n', output), (

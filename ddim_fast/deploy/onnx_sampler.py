@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..diffusion.guidance import apply_guidance, guided_steps
-from ..diffusion.request import Request
+from ..diffusion.request import Request, as_array
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, State, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
+from ..io.pictures import check_floats
 from ..io.progress import Bar, tell
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
@@ -216,8 +217,7 @@ class OnnxSampler:
 
 def _as_array(x_T: Any) -> np.ndarray:
     """Noise given as an array, or as a tensor by a program that has torch after all."""
-    x_T = x_T.detach().float().cpu() if hasattr(x_T, "detach") else x_T
-    try:
-        return np.ascontiguousarray(x_T, np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(f"x_T is an array of numbers; got {type(x_T).__name__}") from None
+    if hasattr(x_T, "detach"):
+        check_floats(x_T)
+        x_T = x_T.detach().float().cpu()
+    return np.ascontiguousarray(as_array(x_T))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.config import DiffusionModel
+from ..models.unet import UNet
 from .guidance import ClassifierGuidance, Gradient, apply_guidance, check_guide, guided_steps
 from .network import Network, NetworkConditions, with_labels
 from .schedule import NoiseSchedule
@@ -49,13 +51,14 @@ class Denoiser:
     number costs no weights.
 
     Args:
-        model: a :class:`ddim_fast.UNet`, or any module with a ``config`` like its. It is put in eval mode. A U-Net is copied
-            now, laid out for inference on its device: later changes do not reach this denoiser.
+        model: a :class:`ddim_fast.UNet`; what :meth:`ddim_fast.UNet.from_pretrained` loads, by its name or its path; or any
+            module with a ``config`` like a U-Net's. It is put in eval mode. A U-Net is copied now, laid out for inference on
+            its device: later changes do not reach this denoiser.
         dtype: what the network computes in: torch.float32, torch.bfloat16 or torch.float16; or torch.int8, for the convolutions
             of a U-Net on a CPU, whose scales the first sampler finds on a few images. x and predictions stay float32.
         guide: a worse network for the same images, smaller or trained for less long, that guidance leads away from (Karras et
-            al. 2024, arXiv 2406.02507); None is the network itself without its label. With dtype torch.int8 it computes in the
-            narrowest other one that is fast there.
+            al. 2024, arXiv 2406.02507); None is the network itself without its label. One that is given by name or path is put
+            on the model's device. With dtype torch.int8 it computes in the narrowest other one that is fast there.
         batch_invariant: an image of a U-Net is the same to the last bit alone and in any batch, in eager mode on a CPU. Where
             an operator of PyTorch's sums in another order for a single image, it computes that image twice; False saves that.
 
@@ -63,19 +66,24 @@ class Denoiser:
         schedule: the network's noise schedule.
 
     Raises:
+        FileNotFoundError: there is no model of that name.
         ValueError: an option is out of range, or the guide is of another kind; the message names it.
     """
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: DiffusionModel | str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        guide: DiffusionModel | None = None,
+        guide: DiffusionModel | str | Path | None = None,
         batch_invariant: bool = True,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or int8; got {dtype}")
+        if isinstance(model, (str, Path)):
+            model = UNet.from_pretrained(model)
+        if isinstance(guide, (str, Path)):
+            guide = UNet.from_pretrained(guide).to(next(model.parameters()).device)
         self.model, self.guide, self.dtype = model.eval(), guide, dtype
         self.config = model.config
         self.schedule = NoiseSchedule.from_config(model.config)
@@ -85,6 +93,11 @@ class Denoiser:
             check_guide(model.config, guide.config)
             self._guide = Network(guide.eval(), dtype, batch_invariant=batch_invariant)
         self.needs_calibration = dtype == torch.int8
+
+    def __repr__(self) -> str:
+        shape, dtype = "x".join(map(str, self.config.image_shape)), str(self.dtype).removeprefix("torch.")
+        guide = "" if self.guide is None else f", guide {type(self.guide).__name__}"
+        return f"Denoiser({type(self.model).__name__} {shape}, {dtype}, {self.device}{guide})"
 
     @property
     def device(self) -> torch.device:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["imported", "is_foreign", "like"]
+__all__ = ["DLPackArray", "imported", "is_foreign", "like"]
 
 _CPU = 1  # kDLCPU of dlpack.h
+
+
+class DLPackArray(Protocol):
+    """An array of torch, of numpy, or of another library that shares its memory. What ``__dlpack__`` takes differs."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> Any: ...
 
 
 def is_foreign(value: Any) -> bool:

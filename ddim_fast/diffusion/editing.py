@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.unet import Labels
 from ..ops.scalars import is_finite, plain
 from .latent import LatentSampler
 from .request import as_tensor
@@ -20,7 +21,6 @@ from .sampler import Sampler
 __all__ = ["attribute_direction", "move_along", "sdedit", "start_timestep", "swap_class"]
 
 AnySampler = Sampler | LatentSampler
-Labels = int | Sequence[int] | Tensor | None
 
 
 def start_timestep(strength: float, num_train_timesteps: int) -> int | None:

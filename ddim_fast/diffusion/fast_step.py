@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ..ops.noise import check_seeds
-from .dlpack import imported, is_foreign, like
+from .dlpack import DLPackArray, imported, is_foreign, like
 from .step import check_eta, step_coefficients
 
 if TYPE_CHECKING:
@@ -17,23 +17,22 @@ if TYPE_CHECKING:
 
 __all__ = ["fast_ddim_step"]
 
-# torch's, numpy's, or of another library that has __dlpack__.
-Array: TypeAlias = Any
+Array = TypeVar("Array", bound=DLPackArray)
 
 
 def fast_ddim_step(
     sample: Array,
-    model_output: Array,
-    alphas_cumprod_t: float | Array,
-    alphas_cumprod_prev: float | Array,
+    model_output: DLPackArray,
+    alphas_cumprod_t: float | Sequence[float] | DLPackArray,
+    alphas_cumprod_prev: float | Sequence[float] | DLPackArray,
     *,
     eta: float | str = 0.0,
-    noise: Array | None = None,
-    seeds: Array | Sequence[int] | None = None,
+    noise: DLPackArray | None = None,
+    seeds: DLPackArray | Sequence[int] | None = None,
     step: int = 0,
     prediction_type: str = "epsilon",
     clip_sample_range: float | None = None,
-    unconditional_output: Array | None = None,
+    unconditional_output: DLPackArray | None = None,
     guidance: float | None = None,
     out: Array | None = None,
     out_dtype: torch.dtype | np.dtype | None = None,
@@ -48,7 +47,7 @@ def fast_ddim_step(
         sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
         model_output: the network's prediction at x_t, of the sample's shape and any of these dtypes.
         alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
-            tensor with one value an image. A tensor on the GPU is used there, without waiting for it.
+            tensor or list with one value an image. A tensor on the GPU is used there, without waiting for it.
         alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
         eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
         noise: standard normal noise like ``sample``; when ``eta`` is not 0, this or ``seeds`` is needed, otherwise neither is

@@ -91,6 +91,10 @@ class LatentSampler:
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        return f"LatentSampler({self.sampler!r}, {type(self.codec.autoencoder).__name__} {shape})"
+
     @property
     def networks(self) -> tuple[DiffusionModel | nn.Module, ...]:
         """All that decides what an image is made of."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..io.pictures import check_floats
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
 from ..ops.scalars import is_whole, plain
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Request", "as_tensor"]
+__all__ = ["Request", "as_array", "as_tensor"]
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,25 @@ def as_tensor(images: Any) -> Tensor:
     """Images, noise or measurements, given as a tensor or as an array.
 
     Raises:
-        ValueError: they are neither.
+        ValueError: they are neither, or their numbers are not floating-point.
     """
     import torch
 
-    if isinstance(images, torch.Tensor):
-        return images
+    if not isinstance(images, torch.Tensor):
+        return torch.from_numpy(as_array(images))
+    check_floats(images)
+    return images
+
+
+def as_array(images: Any) -> np.ndarray:
+    """The same as a float32 array, of anything that makes an array: a copy, for one that can only be read makes no tensor."""
     try:
-        return torch.from_numpy(np.array(images, np.float32))  # a copy: an array that can only be read makes no tensor
+        given = np.asarray(images)
+        floats = np.array(given, np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"images and noise are tensors or arrays of numbers; got {type(images).__name__}") from None
+    check_floats(given)
+    return floats
 
 
 def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarray | None:

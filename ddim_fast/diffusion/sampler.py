@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..engine import inference, make_engine, select_engine
 from ..io.progress import Bar
 from ..models.config import DiffusionModel
+from ..models.unet import Labels
 from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import plain
 from .controlled import check_tolerance, sample_controlled
@@ -31,8 +33,6 @@ from .trajectory import SamplerState
 
 __all__ = ["Sampler", "SamplerState"]
 
-Labels = int | Sequence[int] | Tensor | None
-
 
 class _Latest(threading.local):
     """What this thread's last call left behind. A copy of a sampler starts without."""
@@ -47,8 +47,9 @@ class Sampler:
     """Turns noise into images and back. Threads may share a sampler: each gets the images that it would get alone.
 
     Args:
-        model: a :class:`ddim_fast.UNet`, any module with a ``config`` like its, or a :class:`Denoiser`, whose network, dtype,
-            guide and batch invariance several samplers share.
+        model: a :class:`ddim_fast.UNet`; what :meth:`ddim_fast.UNet.from_pretrained` loads, by its name or its path, such as
+            ``Sampler("fashion-mnist")``; any module with a ``config`` like a U-Net's; or a :class:`Denoiser`, whose network,
+            dtype, guide and batch invariance several samplers share.
         steps: number of steps S; None with an explicit list of timesteps.
         eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
         spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, those that
@@ -70,12 +71,13 @@ class Sampler:
         runs_whole: whether all steps are one call, unless somebody watches them.
 
     Raises:
+        FileNotFoundError: there is no model of that name.
         ValueError: an option is out of range; the message names it.
     """
 
     def __init__(
         self,
-        model: DiffusionModel | Denoiser,
+        model: DiffusionModel | Denoiser | str | Path,
         *,
         steps: int | None = 20,
         eta: float | str = 0.0,
@@ -86,7 +88,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         reuse: int = 1,
         tolerance: float | None = None,
-        guide: DiffusionModel | None = None,
+        guide: DiffusionModel | str | Path | None = None,
         batch_invariant: bool | None = None,
     ) -> None:
         steps, eta, clip_sample_range, reuse, tolerance = map(plain, (steps, eta, clip_sample_range, reuse, tolerance))
@@ -110,6 +112,13 @@ class Sampler:
         self._later: dict[int, Sampler] = {}
         if denoiser.needs_calibration:
             calibrate(denoiser, self.solver, self.timesteps)
+
+    def __repr__(self) -> str:
+        spacing = self._spacing if isinstance(self._spacing, str) else "listed"
+        way = f"{len(self.timesteps)} steps {spacing}" if self.tolerance is None else f"tolerance {self.tolerance}"
+        reuse = f", reuse {self.reuse}" if self.reuse > 1 else ""
+        eta = f", eta {self.eta}" if self._solver == "ddim" else ""
+        return f"Sampler({self.denoiser!r}, {self._solver}, {way}{eta}{reuse}, {self.engine})"
 
     def _visit(self, timesteps: np.ndarray) -> None:
         self.timesteps = timesteps
@@ -186,7 +195,8 @@ class Sampler:
             progress: show a bar that moves with each evaluation of the network.
 
         Returns:
-            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, not clipped.
+            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, but not clipped: single values
+            lie outside. :func:`ddim_fast.save_images` and :func:`ddim_fast.to_pil` clip them.
 
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured

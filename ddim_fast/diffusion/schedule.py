@@ -13,7 +13,7 @@ from ..models.config import BETA_SCHEDULES, UNetConfig
 __all__ = ["BETA_SCHEDULES", "NoiseSchedule"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, 1 - alphas_cumprod[t]) (Ho et al. 2020, eq. 4).
 
@@ -27,7 +27,7 @@ class NoiseSchedule:
     """
 
     betas: np.ndarray
-    _alphas_cumprod: np.ndarray = field(init=False, repr=False)
+    _alphas_cumprod: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float32).astype(np.float64)
@@ -43,6 +43,11 @@ class NoiseSchedule:
         alphas_cumprod = np.cumprod((np.float32(1) - betas.astype(np.float32)).astype(np.float64))
         alphas_cumprod.setflags(write=False)
         object.__setattr__(self, "_alphas_cumprod", alphas_cumprod)
+
+    def __repr__(self) -> str:
+        first, last = self.betas[0], self.betas[-1]
+        end = self.alphas_cumprod[-1]
+        return f"NoiseSchedule({len(self.betas)} timesteps, betas {first:.3g} to {last:.3g}, last alphas_cumprod {end:.3g})"
 
     @property
     def alphas_cumprod(self) -> np.ndarray:

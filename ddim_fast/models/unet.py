@@ -6,7 +6,7 @@ Modules and parameters carry the names of diffusers' ``UNet2DModel``, so publish
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from .unet_blocks import (
     sinusoidal_embedding,
 )
 
-__all__ = ["UNet"]
+__all__ = ["Labels", "UNet"]
+
+Labels = int | Sequence[int] | Tensor | None
 
 _MODEL_CARD = """\
 ---
@@ -93,30 +95,43 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         self.conv_out = nn.Conv2d(channels, config.in_channels, **same_size(config))
         self._initialise()
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __repr__(self) -> str:
+        """One line; ``nn.Module.__repr__(model)`` has one for each layer."""
+        shape, numbers = "x".join(map(str, self.config.image_shape)), sum(p.numel() for p in self.parameters())
+        classes = "" if self.config.num_classes is None else f"{self.config.num_classes} classes, "
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"UNet({shape}, {numbers:,} parameters, {classes}{self.config.prediction_type}, {dtype}, {self.device})"
+
+    def forward(self, x: Tensor, timesteps: Tensor | Sequence[int] | int, labels: Labels = None) -> Tensor:
         """Predict the noise (or v, or x_0) in ``x``.
 
         Args:
             x: (N, C, H, W) noisy images.
-            timesteps: (N,) or 0-dim; the training timesteps, integers in [0, num_train_timesteps), of any number type.
-            labels: (N,) int64 class labels, ``config.num_classes`` meaning "no label". None means no label for any image.
+            timesteps: (N,), or one for all images; the training timesteps, integers in [0, num_train_timesteps), of any number
+                type.
+            labels: (N,) int64 class labels, or one for all images; ``config.num_classes`` means "no label". None means no label
+                for any image.
 
         Returns:
             (N, C, H, W) in the dtype of the network.
         """
         return self.denoise(x, self.condition(timesteps, labels))
 
-    def condition(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def condition(self, timesteps: Tensor | Sequence[int] | int, labels: Labels = None) -> Tensor:
         """The embeddings of timesteps and classes, projected for each residual block, which adds them to its channels. The
         network needs nothing else of them, so a sampler computes them once for all its steps.
 
         Args:
-            timesteps: (N,), or 0-dim for one timestep for all images.
-            labels: (N,) int64 or None, as in :meth:`forward`; may be longer than a 0-dim or one-element ``timesteps``.
+            timesteps: (N,), or one for all images.
+            labels: (N,) int64, one or None, as in :meth:`forward`; may be longer than one-element ``timesteps``.
 
         Returns:
             (N, channels of all residual blocks), concatenated in the order in which they run; N = 1 serves all images.
         """
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.as_tensor(timesteps, device=self.device)
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.as_tensor(labels, device=self.device)
         embedding = self.time_embedding(sinusoidal_embedding(timesteps.reshape(-1), self.config))
         if self.config.num_classes is None:
             if labels is not None:

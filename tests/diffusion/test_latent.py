@@ -143,6 +143,20 @@ def test_an_autoencoder_of_other_latents_is_refused(network):
         LatentSampler(Sampler(network, steps=2), kl(latent_channels=3))
 
 
+def test_pixels_are_refused(sampler):
+    pixels = torch.zeros(1, *sampler.image_shape, dtype=torch.uint8)
+    for call in (sampler.encode, lambda x: sampler.noised(x, [0]), lambda x: sampler.sample(x_T=x)):
+        with pytest.raises(ValueError, match=r"got torch\.uint8: convert"):
+            call(pixels)
+
+
+def test_it_shows_itself_on_one_line(network):
+    shown = repr(LatentSampler(Sampler(network, steps=3), Folded()))
+    assert shown == (
+        "LatentSampler(Sampler(Denoiser(UNet 4x8x8, float32, cpu), ddim, 3 steps quadratic, eta 0.0, eager), Folded 1x16x16)"
+    )
+
+
 def test_images_of_another_size_are_refused(sampler):
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 1, 16, 16\); got \(2, 1, 8, 8\)"):
         sampler.encode(torch.zeros(2, 1, 8, 8))

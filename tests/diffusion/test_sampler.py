@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddim_fast import NoiseSchedule, Sampler, seeded_noise, select_timesteps
+from ddim_fast import NoiseSchedule, Sampler, UNet, seeded_noise, select_timesteps
 from ddim_fast.diffusion.degradations import Blur, CompressedSensing, Downscale, Grey
 from ddim_fast.diffusion.denoiser import Denoiser
 from ddim_fast.diffusion.editing import move_along, sdedit
@@ -215,6 +215,25 @@ def test_images_and_noise_may_be_arrays(convert, fake_network):
             sampler.sample(x_T=wrong)
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor.byte, torch.Tensor.long, torch.Tensor.bool, torch.Tensor.cfloat, lambda x: x.byte().numpy()]
+)
+def test_pixels_are_refused(kind, fake_network):
+    """They would pass for images far outside of [-1, 1]."""
+    sampler, grey, pixels = Sampler(fake_network(), steps=2), Grey(3), kind(torch.full((1, *SHAPE), 7.0))
+    calls = (
+        lambda x: sampler.sample(x_T=x),
+        lambda x: sampler.trajectory(x_T=x),
+        sampler.encode,
+        lambda x: sampler.noised(x, [0]),
+        lambda x: sdedit(sampler, x, 0.5, seeds=[0]),
+        lambda x: sampler.restore(x[:, :1], grey, seeds=[0]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"in \[-1, 1\].* got {pixels.dtype}: convert .* by images / 127\.5 - 1"):
+            call(pixels)
+
+
 def test_x0_is_the_prediction_at_the_timestep(fake_network):
     network = fake_network()
     sampler = Sampler(network, steps=5, clip_sample_range=1.0)
@@ -403,6 +422,51 @@ def test_samplers_of_one_denoiser_share_its_weights(small_unet):
     assert made.numbers == 0
     assert torch.equal(second.sample(seeds=[0]), images) and torch.equal(Sampler(small_unet, steps=3).sample(seeds=[0]), images)
     assert Sampler(denoiser, steps=2, solver="unipc").denoiser is denoiser
+
+
+def test_a_model_may_be_a_name_or_a_path(small_unet, tmp_path):
+    small_unet.save_pretrained(tmp_path)
+    request = {"seeds": [0], "labels": 1, "guidance": 2.0}
+    torch.manual_seed(0)
+    worse = UNet(small_unet.config)
+    expected = Sampler(small_unet, steps=2, guide=worse).sample(**request)
+    worse.save_pretrained(tmp_path / "worse")
+    for model, guide in ((tmp_path, str(tmp_path / "worse")), (str(tmp_path), tmp_path / "worse")):
+        assert torch.equal(Sampler(model, steps=2, guide=guide).sample(**request), expected)
+    assert torch.equal(Sampler(Denoiser(tmp_path, guide=worse), steps=2).sample(**request), expected)
+    assert Sampler("fashion-mnist").image_shape == (1, 32, 32)
+    for options in ({"model": "no-such-model"}, {"model": tmp_path, "guide": "no-such-model"}):
+        with pytest.raises(FileNotFoundError, match="unknown model 'no-such-model'"):
+            Sampler(**options)
+
+
+@pytest.mark.gpu
+def test_a_guide_by_name_is_put_beside_the_model():
+    model = UNet.from_pretrained("cifar10-64").cuda()
+    for network in Sampler(model, guide="cifar10-small").networks:
+        assert network.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "options,shown",
+    [
+        ({}, "Sampler(Denoiser(FakeNetwork 3x8x8, float32, cpu), ddim, 20 steps quadratic, eta 0.0, eager)"),
+        (
+            {"solver": "unipc", "spacing": [9, 5, 0], "steps": None, "dtype": torch.bfloat16},
+            "Sampler(Denoiser(FakeNetwork 3x8x8, bfloat16, cpu), unipc, 3 steps listed, eager)",
+        ),
+        ({"tolerance": 0.05}, "Sampler(Denoiser(FakeNetwork 3x8x8, float32, cpu), ddim, tolerance 0.05, eta 0.0, eager)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*may be slow")
+def test_a_sampler_shows_itself_on_one_line(options, shown, fake_network):
+    assert repr(Sampler(fake_network(), **options)) == shown
+
+
+def test_a_sampler_shows_its_guide_and_what_it_reuses(small_unet):
+    shown = repr(Sampler(small_unet, steps=4, guide=small_unet, eta=0.5, reuse=2, engine="compiled"))
+    denoiser = "Denoiser(UNet 3x16x16, float32, cpu, guide UNet)"
+    assert shown == f"Sampler({denoiser}, ddim, 4 steps quadratic, eta 0.5, reuse 2, compiled)"
 
 
 @pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"guide": object()}, {"batch_invariant": False}])

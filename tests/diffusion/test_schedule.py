@@ -87,6 +87,10 @@ def test_bad_values_are_named(make, message):
         make()
 
 
+def test_a_schedule_shows_itself_on_one_line():
+    assert repr(NoiseSchedule.linear()) == "NoiseSchedule(1000 timesteps, betas 0.0001 to 0.02, last alphas_cumprod 4.04e-05)"
+
+
 def test_the_schedule_cannot_be_changed():
     with pytest.raises(ValueError):
         NoiseSchedule.linear().alphas_cumprod[0] = 1

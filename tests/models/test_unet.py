@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -189,6 +190,33 @@ def test_dropout_is_for_training_only():
         assert torch.equal(model(x, t), model(x, t))
         model.train()
         assert not torch.equal(model(x, t), model(x, t))
+
+
+@torch.no_grad()
+def test_timesteps_and_labels_may_be_plain_numbers():
+    model, x = make_unet(num_classes=4), torch.randn(2, 3, 16, 16)
+    expected = model(x, torch.tensor([5, 5]), torch.tensor([2, 2]))
+    for timesteps, labels in ((5, 2), (5, [2, 2]), ([5, 5], 2), (torch.tensor(5), 2), (np.int64(5), torch.tensor(2))):
+        assert torch.equal(model(x, timesteps, labels), expected)
+    assert torch.equal(model(x, [5, 7]), model(x, torch.tensor([5, 7])))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_plain_numbers_compile_without_graph_breaks():
+    model = make_unet(channel_multipliers=(1, 2), layers_per_block=1, num_classes=4)
+    x, compiled = torch.randn(2, 3, 16, 16), torch.compile(model, fullgraph=True, backend="eager")
+    for arguments in ((5, 2), (6, 2), (torch.tensor(5), torch.tensor([2, 2]))):
+        torch.testing.assert_close(compiled(x, *arguments), model(x, *arguments), atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_shows_itself_on_one_line():
+    model = make_unet(num_classes=4)
+    numbers = sum(p.numel() for p in model.parameters())
+    assert repr(model) == f"UNet(3x16x16, {numbers:,} parameters, 4 classes, epsilon, float32, cpu)"
+    assert repr(UNet(UNetConfig(**SMALL)).to("meta", torch.float64)).endswith(" parameters, epsilon, float64, meta)")
+    assert repr(model.for_inference(torch.bfloat16)).endswith(" parameters, 4 classes, epsilon, bfloat16, cpu)")
+    assert "Conv3x3" in repr(model.mid_block)
 
 
 @pytest.mark.slow
