@@ -11,6 +11,10 @@ from pathlib import Path
 from . import __version__
 
 
+# Commands that are no module beside this one, where a folder has their name.
+_MODULES = {"models": "ddim_fast.cli.models"}
+
+
 def main() -> None:
     commands = _commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -22,7 +26,7 @@ def main() -> None:
         print(__version__)
     elif name in commands:
         del sys.argv[1]
-        runpy.run_module(f"ddim_fast.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(_MODULES.get(name, f"ddim_fast.{name}"), run_name="__main__", alter_sys=True)
     else:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "ddim_fast --help lists them"
@@ -31,13 +35,16 @@ def main() -> None:
 
 
 def _commands() -> dict[str, str]:
-    """The modules beside this one that are commands, and the first sentence of each; none is imported."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        if path.stem[0] != "_" and 'if __name__ == "__main__":' in source:
-            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition(": ``")[0]
-    return found
+    """The commands, and the first sentence of each one's module; none is imported."""
+    here = Path(__file__).parent
+    found = {path.stem: path for path in here.glob("*.py") if path.stem[0] != "_"}
+    found |= {name: here.parent.joinpath(*module.split(".")).with_suffix(".py") for name, module in _MODULES.items()}
+    sources = {name: path.read_text(encoding="utf-8") for name, path in sorted(found.items())}
+    return {
+        name: (ast.get_docstring(ast.parse(source)) or "").partition(": ``")[0]
+        for name, source in sources.items()
+        if 'if __name__ == "__main__":' in source
+    }
 
 
 if __name__ == "__main__":

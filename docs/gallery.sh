@@ -11,6 +11,7 @@ digits=$(realpath "$2")
 photographs=$(realpath "$3")
 docs=$(realpath "$(dirname "$0")")
 pictures=$docs/gallery
+packaged=$(realpath "$docs/../ddim_fast/models/packaged")
 mkdir -p "$pictures"
 cd "$(mktemp -d)"
 run() { python -m "ddim_fast.$1" "${@:2}" --quiet; }
@@ -40,8 +41,8 @@ for frame in range(5):
     moved.save(f"walk/{frame}.png")
 PYTHON
 
-run sample --guidance 2 --out samples --grid "$docs/samples.png"
-fashion sample --guidance 2 --out fashion-samples --grid "$docs/fashion-mnist.png"
+run sample --out samples --grid "$packaged/cifar10-64/samples.png"
+fashion sample --out fashion-samples --grid "$packaged/fashion-mnist/samples.png"
 
 fashion reconstruct one --steps 50 --out reconstruction
 cp reconstruction/comparison.png "$pictures/reconstruction.png"
