@@ -46,7 +46,11 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of train; those of a run that goes on, where options do not give them again."""
+    """The settings of train; those of a run that goes on, where options do not give them again.
+
+    Attributes:
+        steps: None where neither says, until the device is known.
+    """
 
     data: str
     convert: bool
@@ -58,7 +62,7 @@ class TrainSettings:
     class_conditional: bool
     out: Path
     resume: bool
-    steps: int
+    steps: int | None
     batch_size: int
     lr: float
     warmup: int
