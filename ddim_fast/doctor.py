@@ -6,16 +6,10 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
 
 from . import __version__
 from .cli.parser import CommandParser, run_command
-from .ops.dispatch import explain
-
-if TYPE_CHECKING:
-    import torch
 
 _EXAMPLES = """\
   python -m ddim_fast.doctor
@@ -116,46 +110,13 @@ def _operators(device: str) -> list[tuple[str, str]]:
     """By operator and dtype, what serves a typical call, and why others do not."""
     import torch
 
+    from .ops.serving import serving
+
     return [
-        (f"{operator} {str(dtype).removeprefix('torch.')}", _choice(module, call))
+        (f"{operator} {str(dtype).removeprefix('torch.')}", choice)
         for dtype in (torch.float32, torch.bfloat16)
-        for operator, module, call in _calls(device, dtype)
+        for operator, choice in serving(torch.device(device), dtype).items()
     ]
-
-
-def _calls(device: str, dtype: torch.dtype) -> list[tuple[str, ModuleType, Callable[[], object]]]:
-    """Operators, the modules that choose their implementations, and calls as a U-Net makes them in inference."""
-    import torch
-
-    from .ops import attention, conv3x3, ddim_step, group_norm_silu
-
-    x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    weight, ones = torch.zeros(64, 64, 3, 3, device=device), torch.ones(64, device=device)
-    tokens = torch.zeros(64, 1, 64, 128, device=device, dtype=dtype)
-    return [
-        ("conv3x3", conv3x3, lambda: conv3x3.prepare_conv3x3(weight, dtype)),
-        ("group_norm_silu", group_norm_silu, lambda: group_norm_silu.group_norm_silu(x, 32, ones, ones)),
-        ("attention", attention, lambda: attention.attention(tokens, tokens, tokens)),
-        ("ddim_step", ddim_step, lambda: ddim_step.ddim_step(x, x, [1.0] * 7)),
-    ]
-
-
-def _choice(module: Any, call: Callable[[], object]) -> str:
-    """What the choice of an implementation comes to when ``call`` makes it."""
-    choose, asked = module.choose, []
-
-    def note(*arguments: Any) -> Any:
-        asked.append(arguments)
-        return choose(*arguments)
-
-    module.choose = note
-    try:
-        call()
-        return explain(*asked[0])
-    except ValueError as error:  # DDIM_FAST_BACKEND names what cannot serve
-        return f"none: {error}"
-    finally:
-        module.choose = choose
 
 
 if __name__ == "__main__":

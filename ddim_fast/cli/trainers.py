@@ -29,7 +29,7 @@ from ..ops.devices import bf16_is_fast, pick_device
 from ..training.loop import Trainer
 from ..training.options import TRAINING_STATE, TrainingOptions
 from .modality import medium_of
-from .notice import notice
+from .notice import describe_model, notice
 from .parser import CommandParser
 from .settings import TrainSettings
 
@@ -233,7 +233,6 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
         default_steps: whether the number of steps is the device's default, not the user's.
     """
     options, device = trainer.options, trainer.model.device
-    parameters = sum(p.numel() for p in trainer.model.parameters())
     network = f"preset {settings.preset}" if settings.init is None else settings.init
     dtype = "bfloat16 autocast" if options.bf16 else "float32"
     shape = "x".join(map(str, trainer.data.images.shape[1:]))
@@ -245,7 +244,7 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     elif options.steps <= options.warmup:
         steps += f"; all in the warm-up of {options.warmup:,}: for short runs there is --recipe fast"
     return (
-        f"model: {network}, {parameters:,} parameters, {dtype} on {device}\n"
+        f"{describe_model(network, trainer.model, dtype, device)}\n"
         f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n"
         f"steps: {steps}"
     )
