@@ -122,7 +122,8 @@ _PROVIDER_HELP = (
 )
 _DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
-    "int8: 8-bit convolutions, for CPUs"
+    "int8: 8-bit convolutions, on x86 processors with AVX-512 VNNI (servers from Cascade Lake and Zen 4 on) or AVX-VNNI (Alder "
+    "Lake and later); elsewhere an error"
 )
 _CLASS_HELP = (
     "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "

@@ -19,14 +19,14 @@ _PATIENCE = 2.0  # seconds
 
 @contextlib.contextmanager
 def notice(text: str, quiet: bool = False) -> Iterator[None]:
-    """Inside, what takes longer than two seconds is named by a line on stderr; what is fast is not worth one.
+    """Inside, what takes longer than two seconds is named by a line, where stderr is a terminal, at which somebody waits.
 
     Args:
         quiet: print nothing.
     """
     timer = threading.Timer(_PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
-    if not quiet:
+    if not quiet and sys.stderr.isatty():
         timer.start()
     try:
         yield

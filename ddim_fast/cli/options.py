@@ -175,5 +175,8 @@ def add_sampler_options(parser: CommandParser) -> None:
     parser.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="what the network computes in; auto is float32"
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="what the network computes in; auto is float32; int8 is for x86 processors with AVX-512 VNNI or AVX-VNNI",
     )

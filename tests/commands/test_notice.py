@@ -1,3 +1,4 @@
+import sys
 import time
 
 import pytest
@@ -5,9 +6,13 @@ import pytest
 from ddim_fast.cli import notice
 
 
-@pytest.mark.parametrize("patience,quiet,said", [(0.01, False, "reading photos\n"), (0.01, True, ""), (60, False, "")])
-def test_only_what_takes_long_is_named(patience, quiet, said, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "patience,quiet,terminal,said",
+    [(0.01, False, True, "reading photos\n"), (0.01, True, True, ""), (60, False, True, ""), (0.01, False, False, "")],
+)
+def test_only_what_takes_long_is_named_to_who_waits(patience, quiet, terminal, said, monkeypatch, capsys):
     monkeypatch.setattr(notice, "_PATIENCE", patience)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with notice.notice("reading photos", quiet):
         time.sleep(0.2)
     assert capsys.readouterr() == ("", said)
