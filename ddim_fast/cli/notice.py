@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_model", "notice"]
 
-_PATIENCE = 2.0  # seconds
+_PATIENCE = 1.0  # seconds
 
 
 @contextlib.contextmanager
 def notice(text: str, quiet: bool = False) -> Iterator[None]:
-    """Inside, what takes longer than two seconds is named by a line, where stderr is a terminal, at which somebody waits.
+    """Inside, what takes longer than a second is named by a line, where stderr is a terminal, at which somebody waits.
 
     Args:
         quiet: print nothing.
