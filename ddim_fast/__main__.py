@@ -10,7 +10,6 @@ from pathlib import Path
 
 from . import __version__
 
-
 # Commands that are no module beside this one, where a folder has their name.
 _MODULES = {"models": "ddim_fast.cli.models"}
 

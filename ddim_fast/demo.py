@@ -70,8 +70,8 @@ def main() -> None:
         _check_address(settings.host, settings.port)
     try:
         import gradio
-    except ImportError:
-        raise RuntimeError("the page needs Gradio: pip install 'ddim_fast[demo]'") from None
+    except ModuleNotFoundError as error:  # of Gradio, or of what it needs
+        raise RuntimeError(f"the page needs {error.name}: pip install 'ddim_fast[demo]'") from None
     with parser.usage_errors():
         device = pick_device(settings.device)
     studio = DemoModel(load_sampler(parser, settings.model, device))

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 
 from . import __version__
-from .cli.operators import operators_on
 from .cli.parser import CommandParser, run_command
 
 _EXAMPLES = """\
@@ -111,10 +110,12 @@ def _operators(device: str) -> list[tuple[str, str]]:
     """By operator and dtype, what serves a typical call, and why others do not."""
     import torch
 
+    from .ops.serving import serving
+
     return [
-        (f"{operator} {str(dtype).removeprefix('torch.')}", how)
+        (f"{operator} {str(dtype).removeprefix('torch.')}", choice)
         for dtype in (torch.float32, torch.bfloat16)
-        for operator, how in operators_on(device, dtype)
+        for operator, choice in serving(torch.device(device), dtype).items()
     ]
 
 

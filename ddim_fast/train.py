@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cli.options import CONVERT_HELP
+from .cli.options import CONVERT_HELP, EXECUTION, OUTPUT
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
@@ -44,7 +44,6 @@ _EXAMPLES = """\
 _RECIPES: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "fast": {
-        "steps": 100_000,
         "lr": 5e-4,
         "warmup": 500,
         "lr_schedule": "cosine",
@@ -53,6 +52,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "min_snr_gamma": 20.0,
     },
 }
+
+# The steps of a recipe on a GPU; and of both on a CPU, where those would take months: on two cores about 45 minutes of the
+# packaged fashion-mnist's network, after which most of what its loss falls by is done.
+_STEPS, _CPU_STEPS = {"ddpm": TrainingOptions.steps, "fast": 100_000}, 2000
 
 # Values of --precision, as --dtype was called, and what they are now.
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -95,44 +98,47 @@ def _parser() -> CommandParser:
         action="store_true",
         help="go on from the last checkpoint in --out; options not given are the run's own",
     )
-    p.add_argument("--steps", metavar="N", type=parse_positive, default=default.steps, help="optimiser steps in all")
-    p.add_argument("--batch-size", metavar="N", type=parse_positive, default=default.batch_size, help="images a step")
-    p.add_argument("--lr", metavar="X", type=float, default=default.lr, help="peak learning rate of Adam")
-    p.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine"), default=default.lr_schedule, help="after the warm-up")
-    p.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
-    p.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
-    p.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
-    p.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
-    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
-    p.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors: 5 (default: unweighted)")
-    p.add_argument(
+    how = p.group("training")
+    how.add_argument("--steps", metavar="N", type=parse_positive, help=_STEPS_HELP)
+    how.add_argument("--batch-size", metavar="N", type=parse_positive, default=default.batch_size, help="images a step")
+    how.add_argument("--lr", metavar="X", type=float, default=default.lr, help="peak learning rate of Adam")
+    how.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
+    how.add_argument("--lr-schedule", choices=("constant", "cosine"), default=default.lr_schedule, help="after the warm-up")
+    how.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
+    how.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
+    how.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
+    how.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
+    how.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
+    how.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors: 5 (default: unweighted)")
+    how.add_argument(
         "--label-dropout",
         metavar="X",
         type=float,
         default=default.label_dropout,
         help="share of labels dropped, for guidance",
     )
-    p.add_argument(
+    how.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
         help="mirror half of the data, left to right (default: images, not sounds)",
     )
-    dtype = p.add_argument(
+    execution = p.group(EXECUTION)
+    dtype = execution.add_argument(
         "--dtype",
         choices=("auto", *_PRECISIONS.values()),
         default="auto",
         help="what the network computes in; auto: bfloat16, by autocast, where the device is fast at it, otherwise float32",
     )
     p.add_former_name("--precision", dtype, {"auto": "auto", **_PRECISIONS})
-    p.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
-    p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--seed", metavar="N", type=_seed, default=default.seed, help="of weights, order, noise and dropout")
-    p.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
-    p.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
-    p.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
-    p.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    execution.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
+    execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
+    how.add_argument("--seed", metavar="N", type=_seed, default=default.seed, help="of weights, order, noise and dropout")
+    output = p.group(OUTPUT)
+    output.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
+    output.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
+    output.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
+    how.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
+    output.add_argument("--quiet", action="store_true", help="no progress bar and no lines about the run")
     return p
 
 
@@ -163,6 +169,10 @@ _INIT_HELP = (
     "random ones. For data without labels a class-conditional one loses its classes and keeps its null class; for images twice "
     "as large (--set sample_size=64 where the model's is 32) it gets one more level around it"
 )
+_STEPS_HELP = (
+    f"optimiser steps in all (default: {_STEPS['ddpm']:,} on a GPU, with --recipe fast {_STEPS['fast']:,}; {_CPU_STEPS:,} on a "
+    "CPU, for which more have to be asked for)"
+)
 _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length afterwards "
     "(default: none)"
@@ -181,12 +191,20 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
-    from .cli.trainers import find_start, make_trainer, save_grid  # these need more than --help does
+    from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
     from .jobs.training import run_training
     from .models.autoencoder import Autoencoder
+    from .ops.devices import pick_device
 
+    is_default = settings.steps is None
+    if is_default:
+        with parser.usage_errors():
+            device = pick_device(settings.device)
+        settings = dataclasses.replace(settings, steps=_default_steps(settings.recipe, device.type))
     settings, start = find_start(parser, settings)
     trainer, codec, seen = make_trainer(parser, settings, start)
+    if not settings.quiet:
+        print(describe_run(settings, trainer, is_default), file=sys.stderr)
     out = settings.out
     out.mkdir(parents=True, exist_ok=True)
     seen.save(out)
@@ -212,6 +230,10 @@ def main() -> None:
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
         print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+
+
+def _default_steps(recipe: str, device: str) -> int:
+    return _CPU_STEPS if device == "cpu" else _STEPS[recipe]
 
 
 def _settings(parser: CommandParser) -> TrainSettings:

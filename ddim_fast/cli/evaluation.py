@@ -20,7 +20,6 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.guidance import check_interval
 from ..diffusion.sampler import Sampler
 from ..diffusion.timesteps import ADAPTIVE
-from ..engine import fastest_engine
 from ..evaluation.inception import FeatureNetwork, load_inception
 from ..evaluation.measures import (
     SampleSet,
@@ -32,19 +31,22 @@ from ..evaluation.measures import (
     measure_samples,
     measure_trajectories,
 )
-from ..evaluation.pictures import read_pictures, survey
-from ..evaluation.reference import Reference, load_reference
+from ..evaluation.pictures import describe, read_pictures, survey
+from ..evaluation.reference import Reference, check_reference, load_reference
 from ..evaluation.results import Results, machine
 from ..evaluation.run import EvaluationRun
 from ..evaluation.weights import default_weights, fetch_weights
 from ..io.processes import Processes
+from ..jobs.outputs import require_empty
 from ..models.checkpoint import save_timesteps
 from ..models.checksum import weights_checksum
 from ..models.unet import UNet
 from ..ops.devices import pick_device
+from ..ops.serving import serving_line
 from .options import seed_labels
 from .parser import CommandParser
-from .samplers import load_model, pixel_model, select_dtype
+from .progress import describe_model, notice
+from .samplers import load_model, pixel_model, select_dtype, select_execution
 from .settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 
 __all__ = ["evaluate"]
@@ -62,7 +64,8 @@ def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Proc
     else:
         processes.share_cores()
     if arguments.fetch_inception:
-        processes.from_first(lambda: fetch_weights(default_weights()))
+        with notice("downloading the feature network", arguments.quiet or not processes.is_first):
+            processes.from_first(lambda: fetch_weights(default_weights()))
         if processes.is_first:
             print(f"wrote the feature network to {default_weights()}")
     measures = arguments.reference or arguments.trajectory_error or arguments.reconstruction or arguments.loss
@@ -70,6 +73,8 @@ def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Proc
         return
     with parser.usage_errors():
         results = Results(arguments.out)
+        if not results.rows:
+            require_empty(arguments.out)
     run = {
         "command": shlex.join(["python", "-m", "ddim_fast.evaluate", *sys.argv[1:]]),
         "machine": machine(device),
@@ -90,13 +95,20 @@ def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Proc
 def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluation: EvaluationRun) -> None:
     assert arguments.images is not None and arguments.reference is not None  # checked among the options
     with parser.usage_errors():
-        pictures = read_pictures(arguments.images)
-        count = arguments.num_images or NUM_IMAGES
+        network = _feature_network(arguments, evaluation)
+        check_reference(arguments.reference, network)
+        with notice(f"reading {arguments.images}", evaluation.is_silent):
+            pictures = read_pictures(arguments.images)
+        count = arguments.num_images or len(pictures)
         if len(pictures) < count:
             raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
+        if count < 2:
+            raise ValueError(f"{arguments.images} holds one image; a distribution of images needs at least 2")
         pictures = pictures[:count]
         channels, height, width = pictures.shape[1:]
-        network, reference = _reference(arguments, arguments.reference, evaluation, (channels, height, width))
+        evaluation.say(f"images: {arguments.images}, {count:,} of {describe([pictures.shape[1:]])}")
+        evaluation.say(f"features: {network.name} on {evaluation.device}")
+        reference = _reference(arguments.reference, evaluation, network, (channels, height, width))
     settings = {
         "model": None,
         "images": arguments.images,
@@ -117,24 +129,35 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
     if arguments.guide is not None:
         guide = load_model(parser, arguments.guide)[0].to(evaluation.device)
         weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
+    with parser.usage_errors():
+        # What is impossible is found before anything is measured.
+        check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
+        if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
+            raise ValueError(f"--guidance: {arguments.model} is unconditional, and there is nothing to guide it towards")
+        if arguments.reference is not None:
+            network = _feature_network(arguments, evaluation)
+            check_reference(arguments.reference, network, model.config.image_shape)
+        data = None
+        if arguments.data is not None:
+            with notice(f"reading {arguments.data}", evaluation.is_silent):
+                data = _data(arguments, arguments.data, model)
+        held_out = {} if data is None else _held_out(arguments, data)
+        for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
+    dtype = select_dtype(arguments.dtype, arguments.compile, evaluation.device)
+    evaluation.say(describe_model(arguments.model, [model], str(dtype).removeprefix("torch."), evaluation.device))
+    evaluation.say(f"operators: {serving_line(evaluation.device, dtype)}")
+    evaluation.say(f"images: {_numbers(arguments, data, for_quality[0], for_trajectories[0])}")
     if arguments.fit_timesteps:
         _fit(parser, evaluation, model, folder)
     with parser.usage_errors():
-        check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         samplers = list(_samplers(arguments, model, guide))
-        # What is impossible is found before anything is measured.
         if not samplers:
             raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
-        if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
-            raise ValueError(f"--guidance: {arguments.model} is unconditional, and there is nothing to guide it towards")
         for settings, make in samplers:
             make(torch.float32)
             _check_settings(arguments, settings)
-        data = None if arguments.data is None else _data(arguments, arguments.data, model)
-        held_out = {} if data is None else _held_out(arguments, data)
-        for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
         if arguments.reference is not None:
-            network, reference = _reference(arguments, arguments.reference, evaluation, model.config.image_shape)
+            reference = _reference(arguments.reference, evaluation, network, model.config.image_shape)
     if arguments.loss:
         assert data is not None  # checked among the options, as below
         measure_loss(evaluation, {**weights, **held_out, "dtype": "float32"}, model, data)
@@ -168,18 +191,29 @@ def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
         raise ValueError("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
 
 
-def _reference(
-    arguments: EvaluateSettings, spec: str, evaluation: EvaluationRun, image_shape: tuple[int, int, int]
-) -> tuple[FeatureNetwork, Reference]:
+def _numbers(arguments: EvaluateSettings, data: ImageSet | None, quality: SampleSet, trajectories: SampleSet) -> str:
+    """How many images there are to measure, and for what."""
+    numbers = {
+        "--reference": len(quality.seeds) if arguments.reference is not None else 0,
+        "--trajectory-error": len(trajectories.seeds) if arguments.trajectory_error else 0,
+        "--data": 0 if data is None else len(data),
+        "--fit-timesteps": len(_CALIBRATION_SEEDS) if arguments.fit_timesteps else 0,
+    }
+    return ", ".join(f"{number:,} for {option}" for option, number in numbers.items() if number)
+
+
+def _feature_network(arguments: EvaluateSettings, evaluation: EvaluationRun) -> FeatureNetwork:
     name, path = arguments.inception or (None, default_weights())
     if not path.exists():
         raise FileNotFoundError(
             f"there is no feature network at {path}: --fetch-inception downloads it, --inception names one that is there"
         )
-    network = load_inception(path, name).to(evaluation.device)
+    return load_inception(path, name).to(evaluation.device)
+
+
+def _reference(spec: str, evaluation: EvaluationRun, network: FeatureNetwork, image_shape: tuple[int, int, int]) -> Reference:
     with evaluation.progress("reference", 1) as bar:
-        reference = load_reference(spec, image_shape, network, evaluation.processes, bar.of)
-    return network, reference
+        return load_reference(spec, image_shape, network, evaluation.processes, bar.of)
 
 
 def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
@@ -203,7 +237,7 @@ def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
 
 def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
-    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.num_images or count))
+    seeds = range(arguments.seed, arguments.seed + (arguments.num_images or count))
     classes = model.config.num_classes
     draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
     return draws, {
@@ -227,7 +261,7 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
     """The samplers that the user names, each with its settings."""
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)
-    engine = fastest_engine(device) if arguments.compile else "eager"
+    engine = select_engine(select_execution(arguments.engine, arguments.compile, device), device)
     denoiser_of = functools.cache(lambda chosen: Denoiser(model, dtype=chosen, guide=guide))
 
     def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
@@ -263,7 +297,7 @@ def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Pa
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 
     def fit() -> dict[str, dict[int, list[int]]]:
-        with evaluation.progress("fitting timesteps", 1) as bar:
+        with evaluation.progress("fitting timesteps", 1, unit="network evaluations") as bar:
             timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
         calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
         print(f"wrote {save_timesteps(path, timesteps, calibration)}")

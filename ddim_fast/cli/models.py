@@ -37,12 +37,13 @@ def _facts(folder: Path) -> list[tuple[str, str]]:
 
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     with safe_open(folder / "model.safetensors", framework="numpy") as weights:
-        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+        names = weights.keys()
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     facts = [("makes", _images(config, folder)), ("size", f"{parameters / 1e6:.1f}M parameters, {megabytes:.0f} MB")]
-    names = config.class_names or ()
+    classes = config.class_names or ()
     if config.num_classes is not None:
-        listed = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        listed = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
         facts.append(("classes", f"{config.num_classes}: {listed}"))
     if config.guidance is not None:
         facts.append(("guidance", f"{config.guidance:g} looks best"))

@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "ENGINES",
     "EXACT_HELP",
+    "GUIDANCE_HELP",
     "GUIDE_HELP",
     "IMAGES_HELP",
     "IMAGE_CLASS_HELP",
@@ -67,6 +68,7 @@ GUIDE_HELP = (
     "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
     "class, in a class or none (autoguidance)"
 )
+GUIDANCE_HELP = "classifier-free guidance scale (default: none)"
 INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
 SPACING_HELP = (
     f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
@@ -83,9 +85,9 @@ ONNX_ENGINE_HELP = (
 )
 DTYPE_HELP = (
     "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
-    "int8: 8-bit convolutions, for CPUs"
+    "int8: 8-bit convolutions, on x86 processors with AVX-512 VNNI (servers from Cascade Lake and Zen 4 on) or AVX-VNNI (Alder "
+    "Lake and later); elsewhere an error"
 )
-BATCH_SIZE_HELP = "images a network call (default: 12 on a CPU, 64 on a GPU)"
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
 
@@ -197,7 +199,7 @@ def add_sampler_options(parser: CommandParser, usual: str, out_help: str, model:
     parser.add_argument("--model", metavar="MODEL", default=model, help=MODEL_HELP)
     add_step_options(parser)
     sampling = parser.group(SAMPLING)
-    sampling.add_argument("--guidance", metavar="W", type=float, help="classifier-free guidance scale (default: none)")
+    sampling.add_argument("--guidance", metavar="W", type=float, help=GUIDANCE_HELP)
     add_execution_options(parser, ENGINES)
     add_output_options(parser, usual, out_help)
 
@@ -209,15 +211,21 @@ def add_step_options(parser: CommandParser) -> None:
     sampling.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
 
 
-def add_execution_options(parser: CommandParser, engines: Sequence[str]) -> None:
-    """What computes, and how."""
+def add_execution_options(parser: CommandParser, engines: Sequence[str], batch_size: int | None = None) -> None:
+    """What computes, and how.
+
+    Args:
+        engines: those that --engine may name.
+        batch_size: the usual one; None is :func:`usual_batch_size`.
+    """
     execution = parser.group(EXECUTION)
     execution.add_argument("--compile", action="store_true", help=COMPILE_HELP)
     engine_help = ONNX_ENGINE_HELP if "onnx" in engines else ENGINE_HELP
     execution.add_argument("--engine", choices=engines, default="auto", help=engine_help)
     execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     execution.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=DTYPE_HELP)
-    execution.add_argument("--batch-size", metavar="N", type=parse_positive, help=BATCH_SIZE_HELP)
+    size_help = "images a network call" + ("" if batch_size else " (default: 12 on a CPU, 64 on a GPU)")
+    execution.add_argument("--batch-size", metavar="N", type=parse_positive, default=batch_size, help=size_help)
 
 
 def add_output_options(parser: CommandParser, usual: str, out_help: str, metavar: str = "DIR") -> None:

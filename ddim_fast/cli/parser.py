@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ..diffusion.step import SIGMA_HAT
 from ..io.files import cache_folder
+from .missing import describe_missing
 
 __all__ = [
     "CommandParser",
@@ -121,6 +122,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
         text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            text = describe_missing(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,14 @@ from ..io.processes import Processes
 from ..io.progress import Bar
 
 if TYPE_CHECKING:
+    import torch
+
     from ..jobs.outputs import Batches, Output
 
-__all__ = ["announce", "count_of", "job_progress", "progress_of", "say"]
+__all__ = ["announce", "count_of", "describe_model", "job_progress", "notice", "progress_of", "say"]
+
+
+_PATIENCE = 1.0  # seconds
 
 
 def say(text: str, quiet: bool) -> None:
@@ -24,13 +30,40 @@ def say(text: str, quiet: bool) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+@contextlib.contextmanager
+def notice(text: str, quiet: bool = False) -> Iterator[None]:
+    """Inside, what takes longer than a second is named by a line, where stderr is a terminal, at which somebody waits.
+
+    Args:
+        quiet: print nothing.
+    """
+    timer = threading.Timer(_PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if not quiet and sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def count_of(count: int, noun: str) -> str:
     """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
     return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
 
 
+def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch.device) -> str:
+    """A model's name and size, and what it computes in.
+
+    Args:
+        networks: its modules.
+    """
+    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    return f"{name}: {parameters / 1e6:.1f}M parameters, {dtype} on {device}"
+
+
 def announce(name: str, sampler: Any, items: str, quiet: bool) -> None:
-    """A command's first line: model, parameters, device, dtype, engine, what serves the operators, and what is made.
+    """A command's first line: model, parameters, dtype, device, engine, what serves the operators, and what is made.
 
     Args:
         name: the model, as of ``--model``.
@@ -41,14 +74,12 @@ def announce(name: str, sampler: Any, items: str, quiet: bool) -> None:
         return
     dtype = str(sampler.dtype).removeprefix("torch.")
     if hasattr(sampler, "networks"):
-        from .operators import served_by
+        from ..ops.serving import serving_line
 
-        parameters = sum(p.numel() for network in sampler.networks for p in network.parameters())
-        how = f"{parameters / 1e6:.1f}M parameters, on {sampler.device}, {dtype}, {sampler.engine}"
-        served = served_by(sampler.device, dtype)
-        say(f"{name}: {how}, operators by {served}; {items}", quiet)
+        model = describe_model(name, sampler.networks, dtype, sampler.device)
+        say(f"{model}, {sampler.engine}, operators by {serving_line(sampler.device, sampler.dtype)}; {items}", quiet)
     else:
-        say(f"{name}: by ONNX Runtime on {sampler.provider}, {dtype}; {items}", quiet)
+        say(f"{name}: {dtype} by ONNX Runtime on {sampler.provider}; {items}", quiet)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ..diffusion.guidance import guided_steps
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..io.pictures import image_format
 from ..io.processes import Processes
-from ..io.progress import about, collect
+from ..io.progress import collect, duration
 from ..jobs.outputs import Batches, FileFolder, Output
 from ..jobs.overview import Film, save_grid
 from ..jobs.places import free_folder, output_at, place_output
@@ -216,7 +216,7 @@ def _run(
                 again = time.perf_counter()
                 job.warm_up(share[0])
                 step = time.perf_counter() - again
-                say(f"this will take about {about(step * len(sampler.timesteps) * len(share))}", quiet)
+                say(f"this will take about {duration(step * len(sampler.timesteps) * len(share))}", quiet)
         started = time.perf_counter()
         job.run(share, output, made)
         processes.wait()

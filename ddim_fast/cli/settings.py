@@ -28,7 +28,7 @@ class EvaluateSettings:
     model: str
     images: str | None
     num_images: int | None
-    first_seed: int
+    seed: int
     data: str | None
     steps: list[int]
     solver: list[str]
@@ -39,8 +39,9 @@ class EvaluateSettings:
     guidance: float | None
     guidance_interval: list[int] | None
     guide: str | None
-    batch_size: int
     compile: bool
+    engine: str
+    batch_size: int
     device: str
     dtype: str
     inception: tuple[str | None, Path] | None
@@ -80,7 +81,11 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of train; those of a run that goes on, where options do not give them again."""
+    """The settings of train; those of a run that goes on, where options do not give them again.
+
+    Attributes:
+        steps: None where neither says, until the device is known.
+    """
 
     data: str
     convert: bool
@@ -92,7 +97,7 @@ class TrainSettings:
     class_conditional: bool
     out: Path
     resume: bool
-    steps: int
+    steps: int | None
     batch_size: int
     lr: float
     warmup: int

@@ -30,12 +30,13 @@ from ..training.loop import Trainer
 from ..training.options import TRAINING_STATE, TrainingOptions
 from .modality import medium_of
 from .parser import CommandParser
+from .progress import describe_model, notice
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from .samplers import AnySampler
 
-__all__ = ["find_start", "make_trainer", "save_grid"]
+__all__ = ["describe_run", "find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
@@ -159,7 +160,8 @@ def _autoencoder_trainer(
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
-    data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+    with notice(f"reading {settings.data}", settings.quiet):
+        data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options), None, seen
@@ -187,7 +189,8 @@ def _unet_trainer(
             config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
     weights = None if start is None else start.state_dict()
     labelled = settings.class_conditional or config.num_classes is not None
-    data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
+    with notice(f"reading {settings.data}", settings.quiet):
+        data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
     if labelled and data.labels is None:
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
@@ -201,7 +204,8 @@ def _unet_trainer(
     _check_same_data(parser, settings, seen)
     _check_same_network(parser, settings, config)
     if codec is not None:
-        data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
+        with notice(f"encoding {len(data):,} images as latents", settings.quiet):
+            data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
         _grid_sampler(model)  # what cannot be sampled is not worth training
@@ -220,6 +224,30 @@ def _load(
     from ..data.sounds import load_sound_images
 
     return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
+
+
+def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: bool) -> str:
+    """The lines that a run begins with: what is trained, on what data, for how many steps.
+
+    Args:
+        default_steps: whether the number of steps is the device's default, not the user's.
+    """
+    options, device = trainer.options, trainer.model.device
+    network = f"preset {settings.preset}" if settings.init is None else settings.init
+    dtype = "bfloat16 autocast" if options.bf16 else "float32"
+    shape = "x".join(map(str, trainer.data.images.shape[1:]))
+    steps = f"{options.steps:,}"
+    if default_steps:
+        steps += f", the default on a {'CPU' if device.type == 'cpu' else 'GPU'}; --steps N asks for another number"
+    if trainer.step:
+        steps += f", of which {trainer.step:,} are made"
+    elif options.steps <= options.warmup:
+        steps += f"; all in the warm-up of {options.warmup:,}: for short runs there is --recipe fast"
+    return (
+        f"{describe_model(network, [trainer.model], dtype, device)}\n"
+        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n"
+        f"steps: {steps}"
+    )
 
 
 def _grid_sampler(model: UNet) -> Sampler:

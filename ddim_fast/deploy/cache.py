@@ -42,8 +42,9 @@ def ready_export(model: str | Path) -> Path:
         from .onnx_export import export_onnx
     except ImportError as error:
         raise RuntimeError(
-            f"{str(model)!r} is exported to ONNX at its first use, which needs {error.name or error}: install it, or export on "
-            "another machine (python -m ddim_fast.export --to onnx) and give the folder"
+            f"{str(model)!r} is exported to ONNX at its first use, which needs {error.name or error}: pip install "
+            f"{'torch' if error.name == 'torch' else repr('ddim_fast[onnx]')}, or export on another machine "
+            "(python -m ddim_fast.export --to onnx) and give the folder"
         ) from None
     network = UNet.from_pretrained(path)
     print(f"exporting {model} to ONNX, once: {folder}", file=sys.stderr)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def export_onnx(
     optimize: str | None = None,
     source: str = "model",
     command: str | None = None,
+    stage: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> None:
     """Write ``folder``: ``unet.onnx`` (:func:`ddim_fast.deploy.sampler_graph.unet_model`), ``sampler.onnx``
     (:func:`ddim_fast.deploy.sampler_graph.sampler_model`), and what describes them.
@@ -67,6 +69,7 @@ def export_onnx(
         optimize: ``cuda`` fuses for ONNX Runtime's CUDA provider: the models then run nowhere else.
         source: what the model is called, for people.
         command: what was typed, for people.
+        stage: makes of the name of each part of the work a context in which it is done, to show the progress.
 
     Raises:
         FileExistsError: the folder is there and not empty.
@@ -97,18 +100,22 @@ def export_onnx(
     with atomic_folder(folder) as place:
         # int8 is made of float32, and so is what is fused for CUDA, which has a float16 of its own.
         exact = torch.float32 if dtype == "int8" or optimize == "cuda" else getattr(torch, dtype)
-        embeddings, denoise = export_network(model, exact, opset)
-        conditions = _conditions(model, sampler.timesteps)
+        with stage("translating the network to ONNX"):
+            embeddings, denoise = export_network(model, exact, opset)
+            conditions = _conditions(model, sampler.timesteps)
         if dtype == "int8":
             from .quantise import calibration, quantise
 
-            denoise = quantise(denoise, calibration(sampler, conditions))
+            with stage("calibrating 8-bit convolutions on sampled images"):
+                denoise = quantise(denoise, calibration(sampler, conditions))
         if optimize == "cuda":
             from .optimise import fuse_for_cuda
 
-            denoise = fuse_for_cuda(denoise, half=dtype == "float16")
-        _save(unet_model(model.config, embeddings, denoise), place / UNET)
-        _save(sampler_model(model.config, denoise, conditions, sampler.solver, unroll=unroll), place / SAMPLER)
+            with stage("fusing operators for CUDA"):
+                denoise = fuse_for_cuda(denoise, half=dtype == "float16")
+        with stage(f"writing and checking {UNET} and {SAMPLER}"):
+            _save(unet_model(model.config, embeddings, denoise), place / UNET)
+            _save(sampler_model(model.config, denoise, conditions, sampler.solver, unroll=unroll), place / SAMPLER)
         schedule = {
             "settings": settings,
             "dtype": dtype,

@@ -43,7 +43,7 @@ from torch import Tensor
 from ..models.config import DiffusionModel
 from .denoiser import Denoiser
 from .prediction import prediction_coefficients
-from .sampler import Sampler
+from .sampler import Sampler, SamplerState
 from .schedule import NoiseSchedule
 from .timesteps import select_timesteps
 
@@ -102,15 +102,14 @@ def fit_timesteps(
     for state in exact.trajectory(seeds=seeds, labels=labels):
         states.append(state.before.cpu())
         outputs.append(state.output.cpu())
-        count.add(1)
+        count.step(state)
     states.append(state.x.cpu())
     x, output = torch.stack(states), torch.stack(outputs)
     errors, _, error_of = step_errors(x, output, schedule, model.config.prediction_type)
     followed = []
     for j in gains_at:
         error = error_of(int(np.abs(errors[:j, j] - _FOLLOWED).argmin()), int(j))
-        followed.append((error, _follow(denoiser, exact.timesteps, int(j), x[j], error, labels)))
-        count.add(2 * _FLOW_STEPS)
+        followed.append((error, _follow(denoiser, exact.timesteps, int(j), x[j], error, labels, count)))
 
     @functools.cache
     def costs(share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,8 +129,7 @@ def fit_timesteps(
     @functools.cache
     def missed(solver: str, timesteps: tuple[int, ...]) -> tuple[float, float]:
         sampler = Sampler(denoiser, steps=None, spacing=timesteps, solver=solver)
-        difference = sampler.sample(x_T=x[0], labels=labels).cpu() - x[-1]
-        count.add(len(timesteps))
+        difference = sampler.sample(x_T=x[0], labels=labels, batch_size=len(x[0]), on_step=count.step).cpu() - x[-1]
         return _size(difference), _size(whiten(difference))
 
     rivals = {spacing: {s: select_timesteps(schedule, s, spacing).tolist() for s in range(1, most + 1)} for spacing in _RIVALS}
@@ -154,8 +152,9 @@ class _Count:
     def __init__(self, report: Callable[[int, int], None], total: int) -> None:
         self._report, self._done, self._total = report, 0, total
 
-    def add(self, amount: int) -> None:
-        self._done += amount
+    def step(self, state: SamplerState) -> None:
+        """A step was made, of one evaluation."""
+        self._done += 1
         self._report(self._done, self._total)
 
 
@@ -250,14 +249,22 @@ def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, 
 
 
 def _follow(
-    denoiser: Denoiser, timesteps: np.ndarray, j: int, x: Tensor, error: Tensor, labels: Sequence[int] | None
+    denoiser: Denoiser,
+    timesteps: np.ndarray,
+    j: int,
+    x: Tensor,
+    error: Tensor,
+    labels: Sequence[int] | None,
+    count: _Count,
 ) -> Tensor:
     """The error in the image that ``error`` in the state at place j of ``timesteps`` leads to."""
     # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
     flow = Sampler(denoiser, steps=None, spacing=timesteps[places].tolist())
-    exact, wrong = (flow.sample(x_T=start, labels=labels).cpu() for start in (x, x + error))
+    exact, wrong = (
+        flow.sample(x_T=start, labels=labels, batch_size=len(x), on_step=count.step).cpu() for start in (x, x + error)
+    )
     return wrong - exact
 
 

@@ -72,7 +72,7 @@ def measure_pictures(
     if run.has("quality", settings):
         return
     parts = run.rows("quality", settings, len(pictures), network.features, lambda n: network.of(pictures[n.start : n.stop]))
-    run.record("quality", settings, parts, lambda: _quality(parts, network, reference))
+    run.record("quality", settings, parts, lambda: _quality(run, parts, network, reference))
 
 
 def measure_samples(
@@ -103,7 +103,7 @@ def measure_samples(
     parts = run.rows("quality", settings, len(draws.seeds), network.features + 1, compute)
 
     def find() -> dict[str, Any]:
-        return {"evaluations": float(parts.all()[:, -1].mean()), **_quality(parts, network, reference)}
+        return {"evaluations": float(parts.all()[:, -1].mean()), **_quality(run, parts, network, reference)}
 
     run.record("quality", settings, parts, find)
 
@@ -200,7 +200,8 @@ def exact_images(run: EvaluationRun, model: UNet, guide: UNet | None, draws: Sam
     return torch.from_numpy(parts.all()).reshape(count, *shape)
 
 
-def _quality(parts: Shards, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
+def _quality(run: EvaluationRun, parts: Shards, network: FeatureNetwork, reference: Reference) -> dict[str, Any]:
+    run.say(f"comparing the features of {parts.count:,} images with the reference's")
     label = fid_label(parts.count)
     fid = frechet_distance(reference.statistics, parts.statistics(network.features))
     images = "unknown number of" if reference.images is None else f"{reference.images:,}"

@@ -20,7 +20,7 @@ from .inception import FeatureNetwork
 from .pictures import Survey, check_pictures, describe, open_archive, read_array, stored_pictures, survey
 from .shards import Shards, make_shards
 
-__all__ = ["KEPT_FEATURES", "Reference", "load_reference"]
+__all__ = ["KEPT_FEATURES", "Reference", "check_reference", "load_reference"]
 
 # KID and precision/recall compare features, not statistics; these many are enough for them.
 KEPT_FEATURES = 10_000
@@ -50,8 +50,8 @@ class Reference:
     content: str = ""
     pictures: str = ""
 
-    def check(self, network: FeatureNetwork, resolution: tuple[int, int]) -> None:
-        """See that pictures of this resolution, seen through this network, can be compared with it.
+    def check(self, network: FeatureNetwork, resolution: tuple[int, int] | None) -> None:
+        """See that pictures of this resolution, where it is known, seen through this network, can be compared with it.
 
         Raises:
             ValueError: they cannot.
@@ -63,7 +63,7 @@ class Reference:
                 f"{self.spec}: statistics of {len(self.statistics.mean)} features; {network.name} has {network.features}: "
                 "they were made with another network"
             )
-        if self.resolution is not None and self.resolution != resolution:
+        if self.resolution is not None and resolution is not None and self.resolution != resolution:
             raise ValueError(
                 f"{self.spec}: statistics of {self.resolution[0]}x{self.resolution[1]} pictures cannot be compared with "
                 f"pictures of {resolution[0]}x{resolution[1]}"
@@ -85,6 +85,16 @@ class Reference:
         np.savez(buffer, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, buffer.getvalue())
+
+
+def check_reference(spec: str, network: FeatureNetwork, image_shape: tuple[int, int, int] | None = None) -> None:
+    """See, without computing anything, that :func:`load_reference` has something to read: a whole file of statistics that fit,
+    or a first picture. Arguments and errors as there; ``image_shape`` None is not compared."""
+    path = Path(spec)
+    if _holds_statistics(path):
+        _read_statistics(path, image_shape).check(network, None if image_shape is None else image_shape[1:])
+    else:
+        next(stored_pictures(spec))
 
 
 def load_reference(
@@ -110,17 +120,13 @@ def load_reference(
         ValueError: it is damaged, or cannot be compared; the message names it.
     """
     path = Path(spec)
-    is_archive = path.suffix.lower() == ".npz"
-    if is_archive:
-        with open_archive(path) as archive:
-            is_statistics = "mu" in archive
-        if is_statistics:
-            reference = _read_statistics(path, image_shape)
-            reference.check(network, image_shape[1:])
-            return replace(reference, content=hashlib.sha256(path.read_bytes()).hexdigest())
+    if _holds_statistics(path):
+        reference = _read_statistics(path, image_shape)
+        reference.check(network, image_shape[1:])
+        return replace(reference, content=hashlib.sha256(path.read_bytes()).hexdigest())
     found = processes.from_first(lambda: survey(stored_pictures(spec)))
     differs = found.shapes != {image_shape}
-    if is_archive and differs:
+    if _is_archive(path) and differs:
         raise ValueError(f"{path}: its pictures are {describe(found.shapes)}, not {describe([image_shape])}")
     if found.count < 2:
         raise ValueError(f"{spec}: statistics need at least 2 pictures; there is {found.count}")
@@ -138,6 +144,17 @@ def load_reference(
         processes.from_first(lambda: _finish(parts, spec, network, found, cached))
     pictures = describe(found.shapes) if differs else ""
     return replace(_read_statistics(cached), spec=spec, content=found.content, pictures=pictures)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".npz"
+
+
+def _holds_statistics(path: Path) -> bool:
+    if not _is_archive(path):
+        return False
+    with open_archive(path) as archive:
+        return "mu" in archive
 
 
 def _features(spec: str, network: FeatureNetwork) -> Callable[[range], Tensor]:

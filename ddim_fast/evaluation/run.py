@@ -30,7 +30,7 @@ class EvaluationRun:
         results: where rows go.
         run: what is said of this run in its rows.
         batch_size: images a network call.
-        quiet: no progress bars.
+        quiet: no progress bars and no lines but results.
     """
 
     processes: Processes
@@ -53,9 +53,19 @@ class EvaluationRun:
             make_shards(parts, compute, self.processes, bar)
         return parts
 
-    def progress(self, text: str, total: int, initial: int = 0) -> Bar:
+    def progress(self, text: str, total: int, initial: int = 0, unit: str = "images") -> Bar:
         """A bar that counts what all processes do."""
-        return Bar(text, total, initial, self.processes, self.quiet)
+        return Bar(text, total, initial, unit, self.processes, self.is_silent)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether this process shows no progress: none is wanted, or it is the first one's to show."""
+        return self.quiet or not self.processes.is_first
+
+    def say(self, text: str) -> None:
+        """A line on stderr, for people."""
+        if not self.is_silent:
+            print(text, file=sys.stderr, flush=True)
 
     def record(self, kind: str, settings: dict[str, Any], parts: Shards, find: Callable[[], dict[str, Any]]) -> None:
         """Write the row that the first process makes from what all have computed, and say what it is."""
@@ -92,16 +102,16 @@ _SILENT = (
 class Bar:
     """A progress bar, as a context."""
 
-    def __init__(self, text: str, total: int, initial: int, processes: Processes, quiet: bool) -> None:
+    def __init__(self, text: str, total: int, initial: int, unit: str, processes: Processes, silent: bool) -> None:
         self._options: dict[str, Any] = {
             "total": total,
             "initial": initial,
-            "unit": " images",
+            "unit": f" {unit}",
             "desc": text,
             "leave": False,
             "file": sys.stderr,
         }
-        self._disable, self._processes = quiet or not processes.is_first, processes
+        self._disable, self._processes = silent, processes
 
     def __enter__(self) -> Bar:
         self._bar = tqdm(**self._options, disable=self._disable)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-__all__ = ["Bar", "about", "collect", "tell", "watch"]
+__all__ = ["Bar", "collect", "duration", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -48,12 +48,16 @@ def collect() -> Iterator[list[tuple[float, int]]]:
         yield told
 
 
-def about(seconds: float) -> str:
-    """A time as people say it: "25 s", "4 min", "3 h 20 min"."""
-    if seconds < 99.5:
-        return f"{max(1, round(seconds))} s"
+def duration(seconds: float) -> str:
+    """In words for people, in the two units that matter: 3 h 20 min."""
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{round(minutes / 60 / 24)} days"
 
 
 class Bar:

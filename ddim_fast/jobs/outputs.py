@@ -346,10 +346,7 @@ def require_empty(folder: Path) -> None:
     things = sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name)) if folder.exists() else []
     if things:
         more = f" and {len(things) - 1} more" if len(things) > 1 else ""
-        raise ValueError(
-            f"--out {folder} is not empty ({things[0]}{more}), and no {RECORD} there says that this command began it; "
-            "name a folder that is new or empty"
-        )
+        raise ValueError(f"--out {folder} is not empty ({things[0]}{more}); name a folder that is new or empty")
 
 
 def _checked_record(record: Any) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
+import os
 import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,11 @@ import torch
 from tqdm import tqdm
 
 from ..io.files import atomic_write
+from ..io.progress import duration
 from ..io.records import SAMPLES, STATS
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
-from ..training.loop import Trainer
+from ..training.loop import Trainer, TrainingStep
 
 __all__ = ["run_training"]
 
@@ -35,17 +40,17 @@ def run_training(
     minutes: float | None = None,
     quiet: bool = False,
 ) -> bool:
-    """Run the loop: progress bar, stats.jsonl, checkpoints, sample grids.
+    """Run the loop: progress bar, estimate of the whole time, stats.jsonl, checkpoints, sample grids.
 
     Args:
         out: the folder of the run.
         save_grid: writes a picture of what the network makes by now to a path.
         log_every, save_every, sample_every: steps between lines of stats.jsonl, between checkpoints, and between grids.
         minutes: stop after so many.
-        quiet: no progress bar.
+        quiet: no progress bar and no estimate.
 
     Returns:
-        Whether Ctrl-C ended it; there is a checkpoint of its last step then, too.
+        Whether Ctrl-C ended it; there is a checkpoint of its last step then, too, but no grid.
     """
     options = trainer.options
     _forget_after(out, trainer.step)
@@ -53,14 +58,19 @@ def run_training(
     logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
     with (
-        _interruptible() as interrupted,
+        _Interrupt() as interrupt,
         open(out / STATS, "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=quiet, file=sys.stderr) as bar,
     ):
+        estimate = None if quiet else _Estimate(options.steps, bar)
+        bar.set_description("compiling" if options.compile else "first step")
         for step in trainer.run():
             total += step.loss
+            bar.set_description("training", refresh=False)
             bar.update()
-            last = step.step == options.steps or time.perf_counter() > deadline or interrupted()
+            if estimate is not None:
+                estimate.update(step)
+            last = step.step == options.steps or time.perf_counter() > deadline or interrupt.came
             if last or step.step % log_every == 0 or step.step % save_every == 0:
                 loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
                 # The gradient of the last step is in the weights already, and not in a loss yet.
@@ -91,31 +101,102 @@ def run_training(
                 trainer.save(out)
                 saved = step.step
             if last or step.step % sample_every == 0:
-                save_grid(out / SAMPLES / f"{step.step:07d}.png")
-            if last:
+                bar.set_description("sampling a grid")
+                interrupt.abandons(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+            if interrupt.came and saved < step.step:
+                trainer.save(out)
+            if last or interrupt.came:
                 break
-    return interrupted()
+    return interrupt.came
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is remembered. A
-    second one does.
+class _Estimate:
+    """Says once how long the steps take that are left, by those after the first, which compiles and allocates."""
 
-    Yields:
-        Whether it came.
+    _STEPS, _SECONDS = 2, 5.0  # what it measures, at least
+
+    def __init__(self, steps: int, bar: Any) -> None:
+        self._steps, self._bar = steps, bar
+        self._first: tuple[int, float] | None = None
+        self._said = False
+
+    def update(self, made: TrainingStep) -> None:
+        """A step was made."""
+        if self._said:
+            return
+        if self._first is None:
+            made.loss.item()  # waits for a GPU, as below
+            self._first = made.step, time.perf_counter()
+        elif made.step - self._first[0] >= self._STEPS and time.perf_counter() - self._first[1] >= self._SECONDS:
+            made.loss.item()
+            left = self._steps - made.step
+            seconds = (time.perf_counter() - self._first[1]) / (made.step - self._first[0]) * left
+            self._bar.write(f"about {duration(seconds)} for the {left:,} steps that are left", file=sys.stderr)
+            self._said = True
+
+
+class _Interrupt:
+    """A context in which Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is
+    remembered, and answered at once. A second one does.
+
+    Python runs its handlers of signals between two of its own instructions, and the backward pass of a large network is one
+    that lasts for tens of seconds. So a thread answers, which the signal itself wakes.
+
+    Attributes:
+        came: whether Ctrl-C was pressed.
     """
-    came: list[int] = []
 
-    def remember(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, before)
+    _PATIENCE = 2.0  # seconds in which a second Ctrl-C may end the process in order
 
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __init__(self) -> None:
+        self.came, self._raises = False, False
+
+    def __enter__(self) -> _Interrupt:
+        self._left = threading.Event()
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._before = signal.signal(signal.SIGINT, self._remember)
+        self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.set()
+        signal.set_wakeup_fd(self._waker_before)
+        signal.signal(signal.SIGINT, self._before)
+        self._waker.close()
+        self._thread.join()
+        self._woken.close()
+
+    def abandons(self, make: Callable[[], None]) -> None:
+        """Call ``make``, which Ctrl-C ends at once, as no step is being made; not at all where it came before."""
+        self._raises = True
+        try:
+            if not self.came:
+                make()
+        except KeyboardInterrupt:
+            if not self.came:
+                raise
+        finally:
+            self._raises = False
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, self._before)
+        if self._raises:
+            raise KeyboardInterrupt
+
+    def _answer(self) -> None:
+        answered = False
+        while number := self._woken.recv(1):
+            if number[0] != signal.SIGINT:
+                continue
+            if not answered:
+                print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+                answered = True
+            elif not self._left.wait(self._PATIENCE):
+                os._exit(130)
 
 
 def _forget_after(out: Path, step: int) -> None:

@@ -80,7 +80,8 @@ class Trainer(Generic[M]):
         self._order = torch.empty(0, dtype=torch.int64)
 
     def run(self) -> Iterator[TrainingStep]:
-        """Train until ``options.steps``, yielding after each step."""
+        """Train until ``options.steps``, yielding after each step. ``tqdm(trainer.run(), initial=trainer.step,
+        total=trainer.options.steps)`` shows a progress bar."""
         self.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         while self.step < self.options.steps:

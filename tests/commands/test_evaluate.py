@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ddim_fast import UNet, evaluate
 from ddim_fast.evaluation.inception import NAME, FeatureNetwork
@@ -177,25 +178,60 @@ def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, t
     assert row["precision"] > 0.7 and row["recall"] > 0.7
 
 
-def test_a_single_array_is_no_archive(run, tmp_path, tiny_inception):
+def test_a_single_array_is_no_archive(run, photos, tmp_path, tiny_inception):
     with open(tmp_path / "a.npz", "wb") as file:
         np.save(file, np.zeros((4, 16, 16, 3), np.uint8))
-    code, _, err = run("--images", tmp_path / "a.npz", "--reference", "x", "--inception", tmp_path, "--num-images", 4)
+    code, _, err = run("--images", tmp_path / "a.npz", "--reference", photos, "--inception", tmp_path, "--num-images", 4)
     assert code == 2 and "a.npz: not a whole .npz file (it is a single array" in err
 
 
-def test_images_are_measured_and_must_be_enough(run, photos, tmp_path, tiny_inception):
+def test_images_are_measured_as_many_as_there_are_or_are_asked_for(run, photos, tmp_path, tiny_inception):
     command = ["--images", photos, "--reference", photos, "--inception", tmp_path]
-    code, _out, _ = run(*command, "--num-images", 40)
-    assert code == 0
-    (row,) = rows(tmp_path, "quality")
-    assert row["FID-40"] == pytest.approx(0, abs=1e-6) and (row["precision"], row["recall"]) == (1, 1)
-    for options, words in (
-        ([], "fewer than the 50000"),
-        (["--num-images", 41], "holds 40 images, fewer than the 41 of --num-images"),
-    ):
-        code, _, err = run(*command, *options)
-        assert code == 2 and words in err and str(photos) in err and err.count("\n") == 1
+    for options in ([], ["--num-images", 40]):
+        code, _out, err = run(*command, *options)
+        assert code == 0, err
+        (row,) = rows(tmp_path, "quality")
+        assert row["FID-40"] == pytest.approx(0, abs=1e-6) and (row["precision"], row["recall"]) == (1, 1)
+    code, _, err = run(*command, "--num-images", 41)
+    assert code == 2 and f"{photos} holds 40 images, fewer than the 41 of --num-images" in err and err.count("\n") == 1
+    code, _, err = run("--images", photos / "class-0" / "00.png", *command[2:])
+    assert code == 2 and "holds one image; a distribution of images needs at least 2" in err and err.count("\n") == 1
+
+
+def test_a_run_says_what_it_measures(run_here, checkpoint, photos, tmp_path, tiny_inception, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DDIM_FAST_BACKEND", "reference")
+    to = ["--reference", photos, "--inception", tmp_path, "--out", tmp_path / "out"]
+    command = ["--model", checkpoint, "--data", photos, "--loss", *to, "--num-images", 8, "--steps", 1, "--device", "cpu"]
+    code, _, err = run_here(evaluate, *command)
+    parameters = sum(p.numel() for p in UNet.from_pretrained(checkpoint).parameters())
+    assert code == 0 and err.startswith(
+        f"model: {checkpoint}, {parameters:,} parameters, float32 on cpu\n"
+        "operators: PyTorch (conv3x3, group_norm_silu, attention, ddim_step)\n"
+        "images: 8 for --reference, 8 for --data\n"
+    )
+    assert "comparing the features of 8 images with the reference's\n" in err
+    code, _, err = run_here(evaluate, "--images", photos, *to, "--device", "cpu")
+    assert code == 0 and err.startswith(f"images: {photos}, 40 of 16x16 grey\nfeatures: {NAME} on cpu\n")
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--reference", "nowhere", "--inception", "."], "no images at 'nowhere'"),
+        (["--reference", "photos", "--inception", "absent"], "there is no feature network at absent"),
+        (["--reference", "small.npz", "--inception", "."], "statistics of 5 features"),
+        (["--data", "nowhere", "--loss"], "no images at 'nowhere'"),
+        (["--trajectory-error", "--guidance", "2", "--guidance-interval", "600", "300"], "the lower one first"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_timesteps_are_fitted(
+    options, words, run, checkpoint, photos, tmp_path, tiny_inception, monkeypatch
+):
+    np.savez(tmp_path / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
+    monkeypatch.setattr("ddim_fast.cli.evaluation.fit_timesteps", lambda *_, **__: pytest.fail("fitted"))
+    code, _, err = run("--model", checkpoint, "--fit-timesteps", *options, where=tmp_path)
+    assert code == 2 and words in err and err.count("\n") == 1
 
 
 def test_a_folder_of_another_size_and_colour_is_compared_as_it_is(run, tmp_path, tiny_inception):
@@ -277,10 +313,13 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 2 and "--fit-timesteps" in err
     monkeypatch.setattr("ddim_fast.diffusion.adaptive._MEASURED", (1, 3))
     monkeypatch.setattr("ddim_fast.cli.evaluation._CALIBRATION_SEEDS", range(1000, 1002))
+    bars = []
+    monkeypatch.setattr("ddim_fast.evaluation.run.tqdm", lambda **options: bars.append(options) or tqdm(**options))
     command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num-images", 4, "--steps", "3,25"]
     code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
     assert code == 0, err
     assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
+    assert (bars[0]["desc"], bars[0]["unit"]) == ("fitting timesteps", " network evaluations")
     found = {(r["settings"]["spacing"], r["settings"]["steps"]): r for r in rows(tmp_path, "trajectory")}
     assert all(found["linear", 25][name] == 0 for name in ("error", "whitened error", "error standard error"))
     assert found["adaptive", 3]["evaluations"] == 3

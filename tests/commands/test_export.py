@@ -3,9 +3,9 @@ import functools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, UNet2DModel
 
-from ddim_fast import UNet, UNetConfig, export, sample
+from ddim_fast import Sampler, UNet, UNetConfig, export, sample
 from ddim_fast.models.checkpoint import save_timesteps
 from ddim_fast.training.averages import PowerAverages, exponent_of_length
 
@@ -48,7 +48,7 @@ def test_a_pipeline_of_diffusers_is_written(run, unconditional, tmp_path):
 
 
 def test_what_is_written_samples_like_what_was_read(run, run_here, checkpoint, tmp_path):
-    run("--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "theirs")
+    run("--to", "diffusers", "--model", checkpoint, "--class", "all", "--out", tmp_path / "theirs")
     for model in ("checkpoint", "theirs"):
         options = ("--steps", 2, "--seeds", "0,5", "--class", "3", "--out", tmp_path / f"{model}-images")
         code, _, err = run_here(sample, "--model", tmp_path / model, *options, "--quiet")
@@ -58,10 +58,46 @@ def test_what_is_written_samples_like_what_was_read(run, run_here, checkpoint, t
         assert images[0] == images[1]
 
 
-def test_of_a_conditional_network_its_labels_are_told(run, checkpoint, tmp_path):
-    code, said, _ = run("--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "out")
-    assert code == 0 and "class_labels 0..9, and 10 for no label" in said and "export with --class" in said
-    assert load(tmp_path / "out").unet.config.num_class_embeds == 11
+@torch.no_grad()
+def test_a_network_that_a_pipeline_cannot_sample_is_written_only_when_it_is_asked_for(run, checkpoint, small_unet, tmp_path):
+    command = ["--to", "diffusers", "--model", checkpoint, "--out", tmp_path / "out"]
+    code, said, err = run(*command)
+    assert (code, said) == (2, "") and err.count("\n") == 1
+    assert f"--model {checkpoint} has 10 classes, and a DDIMPipeline gives its network none" in err and "--class N" in err
+    assert not (tmp_path / "out").exists()
+    code, said, _ = run(*command, "--class", "all")
+    assert code == 0 and "class_labels 0..9, and 10 for no label" in said and "DDIMPipeline.from_pretrained" not in said
+    network = UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
+    assert network.config.num_class_embeds == 11
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([5, 700]), torch.tensor([3, 10])
+    torch.testing.assert_close(network(x, t, labels).sample, small_unet(x, t, labels), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="class_labels should be provided"):  # why: a DDIMPipeline gives none
+        load(tmp_path / "out")(1, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("options", [[], ["--class", "0"], ["--class", "all"]])
+def test_sounds_are_no_pictures_of_a_pipeline(options, run, tmp_path):
+    code, said, err = run("--to", "diffusers", "--model", "spoken-digits", *options, "--out", tmp_path / "out")
+    assert (code, said) == (2, "") and "--model spoken-digits makes sounds" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_a_pipeline_samples_other_predictions_too(prediction_type, run, tmp_path):
+    torch.manual_seed(0)
+    config = UNetConfig(
+        sample_size=8, base_channels=16, channel_multipliers=(1,), norm_num_groups=8, prediction_type=prediction_type
+    )
+    model = UNet(config)
+    torch.nn.init.normal_(model.conv_out.weight, std=0.05)
+    model.save_pretrained(tmp_path / "model")
+    assert run("--to", "diffusers", "--model", tmp_path / "model", "--out", tmp_path / "out")[0] == 0
+    pipeline = load(tmp_path / "out")
+    theirs = pipeline(1, generator=torch.manual_seed(1), num_inference_steps=5, output_type="pt").images
+    noise = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(1))
+    ours = Sampler(model, steps=None, spacing=pipeline.scheduler.timesteps.tolist()).sample(x_T=noise)
+    torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -85,7 +121,7 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
         (["--class", "boot"], "'boot' is neither a class number nor 'none'"),
         (["--class", "-1"], "--class"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
-        (["--out", "."], "--out: . exists and is not an empty folder"),
+        (["--class", "all", "--out", "."], "--out: . exists and is not an empty folder"),
         (["--steps", "5"], "--steps is an option of --to onnx"),
         (["--dtype", "float16"], "--dtype is an option of --to checkpoint and --to onnx"),
         (["--max-shard-size", "1MB"], "--max-shard-size is an option of --to checkpoint"),
@@ -143,7 +179,7 @@ def test_a_bad_file_is_one_line_and_exit_code_1(command, write, message, run_her
 def test_a_schedule_that_diffusers_lacks_is_one_line_and_exit_code_1(run, small_config, tmp_path):
     config = UNetConfig.from_dict({**small_config.to_dict(), "beta_schedule": "sigmoid"})
     UNet(config).save_pretrained(tmp_path / "sigmoid")
-    code, out, err = run("--to", "diffusers", "--model", tmp_path / "sigmoid", "--out", tmp_path / "out")
+    code, out, err = run("--to", "diffusers", "--model", tmp_path / "sigmoid", "--class", "3", "--out", tmp_path / "out")
     assert code == 1 and "beta_schedule 'sigmoid'" in err and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "out").exists()
 

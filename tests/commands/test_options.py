@@ -21,9 +21,9 @@ COMMANDS = (
 SHARED = {
     "--model": ("restyle", "restore_sounds"),
     "--device": (),
-    "--compile": ("evaluate", "train"),
+    "--compile": ("train",),
     "--engine": ("sample",),
-    "--dtype": ("evaluate", "export", "train"),
+    "--dtype": ("export", "train"),
     "--guidance": ("sample",),
     "--guidance-interval": (),
     "--guide": (),

@@ -234,7 +234,7 @@ def test_an_interrupted_job_goes_on_to_the_same_files(run, checkpoint, here, int
         (["colorize", "photos", "--travel", "0", "1"], "'0' is not a positive whole number"),
         (["colorize", "empty"], "no images in empty"),
         (["colorize", "text.png"], "text.png: not a readable image"),
-        (["colorize", "photos", "--out", "photos"], "--out photos is not empty (a.png and 1 more), and no record.json"),
+        (["colorize", "photos", "--out", "photos"], "--out photos is not empty (a.png and 1 more); name a folder"),
         (["colorize", "photos", "--out", "text.png"], "--out text.png is a file; name a folder that is new or empty"),
         (["repaint", "photos"], "invalid choice: 'repaint'"),
     ],

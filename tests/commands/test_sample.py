@@ -480,7 +480,7 @@ def test_a_damaged_record_is_one_line(job, run, tmp_path):
 def test_images_of_unknown_origin_are_not_added_to(run, checkpoint, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "000003.png")
     code, _, err = run("--model", checkpoint, *in_turn("--out", tmp_path))
-    assert code == 2 and "is not empty (000003.png and 2 more), and no record.json there says" in err and err.count("\n") == 1
+    assert code == 2 and "is not empty (000003.png and 2 more); name a folder" in err and err.count("\n") == 1
 
 
 def test_without_out_each_run_has_a_folder(run, checkpoint, tmp_path):

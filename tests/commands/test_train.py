@@ -137,9 +137,65 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_learning_rate", ctrl_c)
         code, _, err = run_train(*start, "--steps", 1000, "--out", tmp_path / "parts")
-    assert code == 130 and "holds a checkpoint of step 2" in err and "--resume goes on" in err
+    assert code == 130
+    answer, end = err.strip().splitlines()
+    assert answer.startswith("stopping after this step")
+    assert "holds a checkpoint of step 2" in end and "--resume goes on" in end
+    assert not (tmp_path / "parts" / "samples").exists()
     assert run_train("--out", tmp_path / "parts", "--resume", "--steps", 4, "--device=cpu", "--quiet")[0] == 0
     assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(photos, tmp_path, run_train, monkeypatch):
+    def ctrl_c_twice(trainer, step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_learning_rate", ctrl_c_twice)
+    code, _, err = run_train("--data", photos, *RUN, "--steps=4", "--out", tmp_path / "run")
+    assert code == 130 and "stopped:" not in err
+    assert not (tmp_path / "run" / "training_state.pt").exists()
+
+
+def test_an_interrupted_grid_is_given_up_and_the_step_is_kept(photos, tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr("ddim_fast.cli.trainers.save_image", lambda *_: signal.raise_signal(signal.SIGINT))
+    out = tmp_path / "run"
+    code, _, err = run_train("--data", photos, *RUN, "--steps=4", "--sample-every=2", "--out", out)
+    assert code == 130 and f"{out} holds a checkpoint of step 2;" in err
+    assert names(out / "samples") == set() and torch.load(out / "training_state.pt")["step"] == 2
+
+
+def test_a_run_says_what_it_trains_and_how_long_it_takes(photos, tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr("ddim_fast.jobs.training._Estimate._SECONDS", 0)
+    options = [option for option in RUN if option != "--quiet"]
+    out = tmp_path / "run"
+    code, _, err = run_train("--data", photos, *options, "--steps=5", "--out", out)
+    parameters = sum(p.numel() for p in UNet.from_pretrained(out).parameters())
+    assert code == 0
+    assert err.startswith(
+        f"model: preset grey-32, {parameters:,} parameters, float32 on cpu\n"
+        f"data: {photos}, 8 images of 1x8x8, 4 a step\n"
+        "steps: 5\n"
+    )
+    assert "first step:" in err and "sampling a grid:" in err and "about 0 s for the 2 steps that are left\n" in err
+    _, _, err = run_train("--out", out, "--resume", "--steps=1006", "--warmup=2000", "--device=cpu", "--minutes=1e-9")
+    assert "steps: 1,006, of which 5 are made\n" in err
+    _, _, err = run_train("--data", photos, *options, "--warmup=9", "--steps=1", "--out", tmp_path / "short")
+    assert "steps: 1; all in the warm-up of 9: for short runs there is --recipe fast\n" in err
+
+
+def test_the_default_number_of_steps_is_modest_on_a_cpu_and_stays_a_runs_own(photos, tmp_path, run_train):
+    out, options = tmp_path / "run", [option for option in RUN if option != "--quiet"]
+    for recipe in ("ddpm", "fast"):
+        assert train._default_steps(recipe, "cpu") == 2000
+    assert (train._default_steps("ddpm", "cuda"), train._default_steps("fast", "cuda")) == (800_000, 100_000)
+    code, _, err = run_train("--data", photos, *options, "--minutes=1e-9", "--out", out)
+    assert code == 0 and "steps: 2,000, the default on a CPU; --steps N asks for another number\n" in err
+    record = json.loads((out / "train.json").read_text())
+    assert record["steps"] == 2000
+    (out / "train.json").write_text(json.dumps({**record, "steps": 3}))
+    code, stdout, err = run_train("--out", out, "--resume", "--device=cpu", "--quiet")
+    assert (code, err) == (0, "") and "trained to step 3;" in stdout
 
 
 def test_without_a_compiler_the_step_is_not_compiled(photos, tmp_path, run_train, monkeypatch):

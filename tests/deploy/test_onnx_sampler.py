@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import subprocess
@@ -79,7 +80,10 @@ def test_fitted_timesteps_go_with_the_network(use_exported, exported, export_fol
     fitted = {"ddim": {4: [960, 700, 400, 90]}, "unipc": {4: [900, 600, 300, 50], 2: [800, 100]}}
     monkeypatch.setattr(exported.model, "fitted_timesteps", fitted)
     folder, request = tmp_path / "fitted", {"seeds": SEEDS, "labels": LABELS}
-    export_onnx(folder, exported.model, steps=4, spacing="adaptive", solver="unipc")
+    stages = []
+    stage = lambda name: contextlib.nullcontext(stages.append(name))  # noqa: E731
+    export_onnx(folder, exported.model, steps=4, spacing="adaptive", solver="unipc", stage=stage)
+    assert stages == ["translating the network to ONNX", "writing and checking unet.onnx and sampler.onnx"]
     for settings, whole in (({}, True), ({"steps": 2}, False), ({"solver": "ddim"}, False)):
         sampler = OnnxSampler(folder, **settings)
         expected = Sampler(exported.model, **{"steps": 4, "spacing": "adaptive", "solver": "unipc", **settings})

@@ -148,7 +148,7 @@ def test_the_folder_of_another_command_is_refused(output):
 @pytest.mark.parametrize("name", ["000002.png", "grid.png", "holiday.jpg", "notes"])
 def test_other_things_are_not_added_to(name, tmp_path):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=rf"--out .* is not empty \({re.escape(name)}\), and no {RECORD} there says"):
+    with pytest.raises(ValueError, match=rf"--out .* is not empty \({re.escape(name)}\); name a folder"):
         PngFolder(tmp_path, batches()).check(None, JOB)
 
 
