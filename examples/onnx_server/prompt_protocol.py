@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 LARGEST_HEADERS = 65_536  # bytes
 MOST_CONNECTIONS = 500  # half of the files that a process may usually open
 
-REQUEST_TIMEOUT = 10  # seconds for a whole request to arrive
+REQUEST_TIMEOUT = 10  # seconds for a whole request to arrive, and for one to be answered whose client sends no more
 LINGER_TIMEOUT = 3  # seconds for a client to read some of the last answer, and to close
 
 RETRY_SOON = {"Retry-After": "1"}
@@ -60,9 +60,11 @@ class PromptProtocol(H11Protocol):
     or a byte now and then, would keep its socket for good, and keep the server from shutting down.
     """
 
+    _half_closed = False  # the client sends no more
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(LingeringTransport(transport, self.loop))
-        self._await_request()
+        self._deadline = self.loop.call_later(REQUEST_TIMEOUT, self._late)
         if len(self.connections) > MOST_CONNECTIONS:
             self._refuse(503, f"more than {MOST_CONNECTIONS} connections; try again")
 
@@ -75,13 +77,13 @@ class PromptProtocol(H11Protocol):
             super().data_received(data)
 
     def eof_received(self) -> bool:
-        """Whether the connection stays open: a client that sends no more may still wait for its answer."""
-        self.timeout_keep_alive = 0
+        """Whether the connection stays open: a client that sends no more may be gone, or still wait for its answer."""
         self._give_up(400, "the request ends too early")
+        self._half_closed, self.timeout_keep_alive = True, 0
+        self._await_request()
         return not self.transport.is_closing()
 
     def on_response_complete(self) -> None:
-        self._deadline.cancel()
         self._await_request()
         super().on_response_complete()
 
@@ -98,17 +100,19 @@ class PromptProtocol(H11Protocol):
             super().shutdown()
 
     def _await_request(self) -> None:
+        self._deadline.cancel()
         self._deadline = self.loop.call_later(REQUEST_TIMEOUT, self._late)
 
     def _late(self) -> None:
-        self._give_up(408, f"a request has {REQUEST_TIMEOUT} s to arrive")
+        within = "be answered, for its client sends no more" if self._half_closed else "arrive"
+        self._give_up(408, f"a request has {REQUEST_TIMEOUT} s to {within}")
 
     def _give_up(self, status: int, message: str) -> None:
-        """Close a connection whose client has not sent a whole request; one that has is still answered."""
+        """Close the connection, unless its client has sent a whole request and is there to read the answer."""
         client = self.conn.their_state
-        if client not in (h11.IDLE, h11.SEND_BODY) or self.transport.is_closing():
+        if self.transport.is_closing() or (client not in (h11.IDLE, h11.SEND_BODY) and not self._half_closed):
             return
-        if client is h11.SEND_BODY or self.conn.trailing_data[0]:  # it has begun
+        if client is not h11.IDLE or self.conn.trailing_data[0]:  # a request has begun
             self._refuse(status, message)
         else:
             self.transport.close()

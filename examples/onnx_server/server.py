@@ -86,12 +86,17 @@ class Worker:
     def __init__(self, sampler: OnnxSampler, batch: int, queue: int, guidance: float | None) -> None:
         self.sampler, self.batch, self.queue, self.guidance = sampler, batch, queue, guidance
         self.waiting: deque[_Waiting] = deque()
-        self.images = 0  # waiting
+        self._busy = False
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1)
 
-    async def sample(self, request: Images) -> np.ndarray:
-        """The images of one request, (N, C, H, W) float32.
+    @property
+    def images(self) -> int:
+        """How many wait."""
+        return sum(len(w.request.seeds) for w in self.waiting if not w.result.cancelled())
+
+    def put(self, request: Images) -> asyncio.Future[np.ndarray]:
+        """What will be the images of one request, (N, C, H, W) float32; cancelled, they are not sampled.
 
         Raises:
             HTTPException: it is refused.
@@ -103,34 +108,37 @@ class Worker:
             self.sampler.check(seeds=request.seeds, labels=request.label)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        if self.images + count > self.queue:
+        if self.images + count > self.queue + (0 if self._busy else self.batch):
             raise HTTPException(429, f"{self.images} images are waiting; try again", headers=RETRY_SOON)
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())
         self.waiting.append(waiting)
-        self.images += count
         self._arrived.set()
-        return await waiting.result
+        return waiting.result
 
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
             await self._arrived.wait()
             self._arrived.clear()
+            self._busy = True
             while self.waiting:
                 await self._serve(self._next_batch())
+            self._busy = False
 
     def _next_batch(self) -> list[_Waiting]:
         """The first of those that wait, and as many more as fit, with a class as it or without one as it."""
         chosen: list[_Waiting] = []
+        self.waiting = deque(w for w in self.waiting if not w.result.cancelled())
+        if not self.waiting:
+            return chosen
         room, labelled = self.batch, self.waiting[0].request.label is not None
         while self.waiting:
             request = self.waiting[0].request
             if len(request.seeds) > room or (request.label is not None) != labelled:
                 break
             room -= len(request.seeds)
-            self.images -= len(request.seeds)
             chosen.append(self.waiting.popleft())
-        return [w for w in chosen if not w.result.cancelled()]
+        return chosen
 
     async def _serve(self, chosen: list[_Waiting]) -> None:
         if not chosen:
@@ -175,12 +183,20 @@ def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance
     png = {200: {"content": {"image/png": {}}}}
 
     @app.post("/images", response_class=Response, responses=png, openapi_extra={"requestBody": body})
-    async def images(request: Annotated[Images, Depends(read_images)]) -> Response:
+    async def images(http: Request, request: Annotated[Images, Depends(read_images)]) -> Response:
         """The images side by side, as one PNG."""
+        sampling = app.state.worker.put(request)
+        gone = asyncio.ensure_future(http.receive())  # after the body, the next message is that the client is gone
         try:
-            sampled = await app.state.worker.sample(request)
+            await asyncio.wait((sampling, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not sampling.done():
+                raise HTTPException(408, "the client is gone")  # who does not hear it
+            sampled = sampling.result()
         except asyncio.CancelledError:  # a shutdown takes too long
             raise HTTPException(503, SHUTTING_DOWN, headers=RETRY_SOON) from None
+        finally:
+            gone.cancel()
+            sampling.cancel()
         try:
             grid = image_grid(sampled, gap=0)
         except ValueError as error:  # the network overflowed

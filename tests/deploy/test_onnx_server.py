@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -147,7 +148,7 @@ def test_a_service_answers_refuses_and_ends(server, slow_folder):
     with ThreadPoolExecutor(3) as threads:
         begun = [threads.submit(client.post, "/images", json={"seeds": [k, k, k, 3], "class": 5}) for k in range(3)]
         while client.get("/health").json()["waiting"] < 8:
-            assert not any(answer.done() for answer in begun)
+            assert not any(answer.done() for answer in begun), [a.result() for a in begun if a.done()]
         process.send_signal(signal.SIGTERM)
         assert [pixels(answer.result()).shape for answer in begun] == [(8, 32, 3)] * 3
     assert process.wait(20) in (0, -signal.SIGTERM)
@@ -330,7 +331,7 @@ def test_too_many_connections_are_told_to_come_back(export_folder):
 
 @contextlib.asynccontextmanager
 async def serve_here(server_module, app, **settings):
-    """uvicorn's server in this process, and a function that sends a request and gives the stream of the answer."""
+    """uvicorn's server in this process, and a function that sends a request and gives the streams."""
     config = uvicorn.Config(app, http=server_module.PromptProtocol, log_level="critical", **settings)
     server, listener = uvicorn.Server(config), server_module.listen("127.0.0.1", 0)
     running = asyncio.create_task(server.serve([listener]))
@@ -340,7 +341,7 @@ async def serve_here(server_module, app, **settings):
         reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=2**20)
         writer.write(request)
         writers.append(writer)
-        return reader
+        return reader, writer
 
     yield server, send
     server.should_exit = True
@@ -349,27 +350,83 @@ async def serve_here(server_module, app, **settings):
         writer.close()
 
 
+class Held:
+    """A sampler that waits until it is released."""
+
+    provider, dtype = "CPUExecutionProvider", "float32"
+
+    def __init__(self):
+        self.sampled, self.released = [], threading.Event()
+
+    def check(self, **request):
+        pass
+
+    def sample(self, *, seeds, **request):
+        self.sampled += seeds
+        self.released.wait(60)
+        return np.zeros((len(seeds), 3, 8, 8), np.float32)
+
+
 def test_work_that_takes_too_long_is_given_up_by_a_shutdown(server_module):
     """Those that wait for it are told."""
-
-    class Endless:
-        provider, dtype, released = "CPUExecutionProvider", "float32", threading.Event()
-        check = staticmethod(lambda **request: None)
-
-        def sample(self, **request):
-            self.released.wait(60)
+    sampler = Held()
 
     async def ask():
-        async with serve_here(server_module, server_module.make_app(Endless()), timeout_graceful_shutdown=1) as (server, send):
-            reader = await send(post(FINE))
+        async with serve_here(server_module, server_module.make_app(sampler), timeout_graceful_shutdown=1) as (server, send):
+            reader, _ = await send(post(FINE))
             await asyncio.sleep(0.5)
             server.should_exit = True
             answer = await reader.read()
-        Endless.released.set()
+        sampler.released.set()
         return answer
 
     answer = asyncio.run(ask())
     assert answer.startswith(b"HTTP/1.1 503 ") and b"the server is shutting down" in answer
+
+
+def test_nothing_is_sampled_for_clients_that_are_gone(server_module, monkeypatch):
+    monkeypatch.setattr("prompt_protocol.REQUEST_TIMEOUT", 1)
+    sampler = Held()
+
+    async def ask():
+        async with serve_here(server_module, server_module.make_app(sampler)) as (_, send):
+            there, _ = await send(post(b'{"seeds": [1]}'))
+            await asyncio.sleep(0.3)
+            last, _ = await send(post(b'{"seeds": [2]}'))
+            ended, writer = await send(post(b'{"seeds": [3]}'))
+            writer.write_eof()
+            _, writer = await send(post(b'{"seeds": [4]}'))
+            await asyncio.sleep(0.3)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()  # which resets the connection then
+            answer = await ended.read()
+            assert answer.startswith(b"HTTP/1.1 408 ") and b"its client sends no more" in answer
+            sampler.released.set()
+            assert (await there.readline()).startswith(b"HTTP/1.1 200 ")
+            assert (await last.readline()).startswith(b"HTTP/1.1 200 ")
+            health, _ = await send(GET + b"Connection: close\r\n\r\n")
+            assert b'"waiting":0' in await health.read()
+
+    asyncio.run(ask())
+    assert sampler.sampled == [1, 2]
+
+
+def test_a_shutdown_does_not_wait_for_clients_that_may_be_gone(server_module):
+    sampler = Held()
+
+    async def ask():
+        async with serve_here(server_module, server_module.make_app(sampler)) as (server, send):
+            reader, writer = await send(post(FINE))
+            writer.write_eof()
+            await asyncio.sleep(0.5)
+            server.should_exit = True
+            return await asyncio.wait_for(reader.read(), 5)
+
+    try:
+        assert asyncio.run(ask()).startswith(b"HTTP/1.1 503 ")
+        assert not sampler.released.is_set()
+    finally:
+        sampler.released.set()
 
 
 def test_a_client_that_reads_slowly_gets_all_and_one_that_stops_is_dropped(server_module, monkeypatch):
@@ -383,7 +440,7 @@ def test_a_client_that_reads_slowly_gets_all_and_one_that_stops_is_dropped(serve
 
     async def ask():
         async with serve_here(server_module, app, lifespan="off") as (server, send):
-            slow, stopped = [await send(GET + b"Connection: close\r\n\r\n") for _ in range(2)]
+            (slow, _), (stopped, _) = [await send(GET + b"Connection: close\r\n\r\n") for _ in range(2)]
             await slow.readuntil(b"\r\n\r\n")
             read = 0
             while part := await slow.read(2**20):
