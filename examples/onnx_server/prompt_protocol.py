@@ -40,9 +40,13 @@ class LingeringTransport:
     def close(self) -> None:
         if not self.is_closing():
             self._ended = True
-            self._transport.write_eof()  # after what is still to be sent
-            self._transport.resume_reading()
-            self._linger()
+            try:
+                self._transport.write_eof()  # after what is still to be sent
+            except OSError:  # the client has reset the connection
+                self._transport.abort()
+            else:
+                self._transport.resume_reading()
+                self._linger()
 
     def _linger(self, unsent: int = -1) -> None:
         """Give a client more time while it takes what is to be sent."""

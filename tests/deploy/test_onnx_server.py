@@ -416,6 +416,8 @@ def test_a_shutdown_does_not_wait_for_clients_that_may_be_gone(server_module):
 
     async def ask():
         async with serve_here(server_module, server_module.make_app(sampler)) as (server, send):
+            _, gone = await send(post(FINE))
+            gone.close()
             reader, writer = await send(post(FINE))
             writer.write_eof()
             await asyncio.sleep(0.5)
