@@ -20,6 +20,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.guidance import check_interval
 from ..diffusion.sampler import Sampler
 from ..diffusion.timesteps import ADAPTIVE
+from ..engine import select_engine
 from ..evaluation.inception import FeatureNetwork, load_inception
 from ..evaluation.measures import (
     SampleSet,

@@ -4,7 +4,8 @@
     curl -X POST localhost:8000/images -H 'content-type: application/json' -d '{"seeds": [1, 2], "class": 9}' -o images.png
 
 One worker samples; requests that wait while it does are sampled together next. What it cannot do soon it refuses: 413 where a
-request asks for too many images or is too long, 422 where it makes no sense, 429 where too much is waiting.
+request asks for too many images or is too long, 422 where it makes no sense, 429 where too much is waiting. Clients that are
+slow to send their request get 408.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ import argparse
 import asyncio
 import contextlib
 import io
+import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from prompt_protocol import LARGEST_HEADERS, RETRY_SOON, SHUTTING_DOWN, PromptProtocol
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from ddim_fast.deploy import OnnxSampler
 from ddim_fast.io.pictures import image_grid
 
 LARGEST_BODY = 16_384  # bytes
+SHUTDOWN_TIMEOUT = 20  # seconds for what was begun before a SIGTERM
 
 
 class Images(BaseModel):
@@ -38,6 +43,28 @@ class Images(BaseModel):
 
     seeds: list[int] = Field(min_length=1, description="one image a seed")
     label: int | None = Field(None, alias="class", description="for all of them; none by default")
+
+
+async def read_images(request: Request) -> Images:
+    """The body of a request, which FastAPI would read at any length, and whose NaN its error message could not repeat in JSON.
+
+    Raises:
+        HTTPException: it is refused.
+    """
+    length = request.headers.get("content-length")
+    if length is None:
+        raise HTTPException(411, "a request needs a Content-Length")
+    if int(length) > LARGEST_BODY:
+        raise HTTPException(413, f"a request has at most {LARGEST_BODY} bytes; this one has {length}")
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, f"the Content-Type must be application/json; got {kind!r}")
+    try:
+        return Images.model_validate_json(await request.body())
+    except ClientDisconnect:  # nobody hears it
+        raise HTTPException(400, "the request ends too early") from None
+    except ValidationError as error:
+        raise HTTPException(422, error.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
 @dataclass
@@ -59,12 +86,17 @@ class Worker:
     def __init__(self, sampler: OnnxSampler, batch: int, queue: int, guidance: float | None) -> None:
         self.sampler, self.batch, self.queue, self.guidance = sampler, batch, queue, guidance
         self.waiting: deque[_Waiting] = deque()
-        self.images = 0  # waiting
+        self._busy = False
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1)
 
-    async def sample(self, request: Images) -> np.ndarray:
-        """The images of one request, (N, C, H, W) float32.
+    @property
+    def images(self) -> int:
+        """How many wait."""
+        return sum(len(w.request.seeds) for w in self.waiting if not w.result.cancelled())
+
+    def put(self, request: Images) -> asyncio.Future[np.ndarray]:
+        """What will be the images of one request, (N, C, H, W) float32; cancelled, they are not sampled.
 
         Raises:
             HTTPException: it is refused.
@@ -76,34 +108,37 @@ class Worker:
             self.sampler.check(seeds=request.seeds, labels=request.label)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        if self.images + count > self.queue:
-            raise HTTPException(429, f"{self.images} images are waiting; try again", headers={"Retry-After": "1"})
+        if self.images + count > self.queue + (0 if self._busy else self.batch):
+            raise HTTPException(429, f"{self.images} images are waiting; try again", headers=RETRY_SOON)
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())
         self.waiting.append(waiting)
-        self.images += count
         self._arrived.set()
-        return await waiting.result
+        return waiting.result
 
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
             await self._arrived.wait()
             self._arrived.clear()
+            self._busy = True
             while self.waiting:
                 await self._serve(self._next_batch())
+            self._busy = False
 
     def _next_batch(self) -> list[_Waiting]:
         """The first of those that wait, and as many more as fit, with a class as it or without one as it."""
         chosen: list[_Waiting] = []
+        self.waiting = deque(w for w in self.waiting if not w.result.cancelled())
+        if not self.waiting:
+            return chosen
         room, labelled = self.batch, self.waiting[0].request.label is not None
         while self.waiting:
             request = self.waiting[0].request
             if len(request.seeds) > room or (request.label is not None) != labelled:
                 break
             room -= len(request.seeds)
-            self.images -= len(request.seeds)
             chosen.append(self.waiting.popleft())
-        return [w for w in chosen if not w.result.cancelled()]
+        return chosen
 
     async def _serve(self, chosen: list[_Waiting]) -> None:
         if not chosen:
@@ -144,19 +179,24 @@ def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance
 
     app = FastAPI(title="ddim_fast", lifespan=lifespan)
 
-    @app.middleware("http")
-    async def limit(request: Request, call_next):
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not length.isdecimal():
-            return JSONResponse({"detail": "a request needs a Content-Length"}, 411)
-        if request.method == "POST" and int(length) > LARGEST_BODY:
-            return JSONResponse({"detail": f"a request has at most {LARGEST_BODY} bytes"}, 413)
-        return await call_next(request)
+    body = {"required": True, "content": {"application/json": {"schema": Images.model_json_schema()}}}
+    png = {200: {"content": {"image/png": {}}}}
 
-    @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    async def images(request: Images) -> Response:
+    @app.post("/images", response_class=Response, responses=png, openapi_extra={"requestBody": body})
+    async def images(http: Request, request: Annotated[Images, Depends(read_images)]) -> Response:
         """The images side by side, as one PNG."""
-        sampled = await app.state.worker.sample(request)
+        sampling = app.state.worker.put(request)
+        gone = asyncio.ensure_future(http.receive())  # after the body, the next message is that the client is gone
+        try:
+            await asyncio.wait((sampling, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not sampling.done():
+                raise HTTPException(408, "the client is gone")  # who does not hear it
+            sampled = sampling.result()
+        except asyncio.CancelledError:  # a shutdown takes too long
+            raise HTTPException(503, SHUTTING_DOWN, headers=RETRY_SOON) from None
+        finally:
+            gone.cancel()
+            sampling.cancel()
         try:
             grid = image_grid(sampled, gap=0)
         except ValueError as error:  # the network overflowed
@@ -172,23 +212,53 @@ def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance
     return app
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OverflowError:
+        raise ValueError(f"--port must be in 0..65535; got {port}") from None
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]  # what follows repeats the address
+        raise ValueError(f"--host {host} --port {port}: {reason}; choose another") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve images sampled from an export to ONNX.")
     parser.add_argument("--model", default="cifar10-64", help="what export --to onnx wrote (default: a packaged model)")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that starts here)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (default: 8000)")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once, the most of a request (default: 16)")
     parser.add_argument("--queue", type=int, default=64, help="images that may wait (default: 64)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale for images with a class")
     arguments = parser.parse_args()
+    print(f"loading {arguments.model} ...", end=" ", flush=True)
     try:
         sampler = OnnxSampler(arguments.model, provider=arguments.provider)
         sampler.sample(seeds=[0])  # the first run is slower
+        listener = listen(arguments.host, arguments.port)
     except (OSError, ValueError, RuntimeError) as error:
+        print()
         parser.error(str(error))
     app = make_app(sampler, batch=arguments.batch, queue=arguments.queue, guidance=arguments.guidance)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+    config = uvicorn.Config(
+        app,
+        http=PromptProtocol,
+        ws="none",
+        h11_max_incomplete_event_size=LARGEST_HEADERS,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        log_level="warning",
+    )
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    where = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"listening at {where} ({sampler.provider}, {sampler.dtype}, {len(sampler.timesteps)} steps)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":
