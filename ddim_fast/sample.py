@@ -21,6 +21,7 @@ from .cli.options import (
     STEPS_HELP,
     check_guidance_options,
     check_some_guided,
+    class_record,
     seed_labels,
     settle_steps,
 )
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
-  python -m ddim_fast.sample --class 7 --guidance 2 --seeds 0-31 --out horses
+  python -m ddim_fast.sample --class horse --guidance 2 --seeds 0-31 --out horses
   python -m ddim_fast.sample --solver unipc --spacing adaptive --steps 5
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png
@@ -125,8 +126,8 @@ _DTYPE_HELP = (
     "int8: 8-bit convolutions, for CPUs"
 )
 _CLASS_HELP = (
-    "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
-    "7/jackson, or a part of one, such as 7, which means each class that has it"
+    "for a class-conditional model: class numbers or names, used in turn; 'all', or 'none' for unconditional samples. A part "
+    "of a name means each class that has it, as 7 does 7/jackson and 7/theo"
 )
 
 
@@ -217,7 +218,7 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
         sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
         audio = audio_of(sampler)
     with parser.usage_errors():
-        labels = seed_labels(settings.classes, settings.seeds, sampler.config.num_classes, audio)
+        labels = seed_labels(settings.classes, settings.seeds, sampler.config)
         # Before anything is written or computed.
         sampler.check(
             seeds=settings.seeds,
@@ -240,7 +241,7 @@ def _main(parser: CommandParser, settings: SampleSettings, processes: Processes)
         guidance = {"guidance": settings.guidance, "guidance_interval": settings.guidance_interval}
         return print_profile(sampler, batches[0], settings.out, settings.quiet, **guidance)
     record = {
-        "settings": _decisive(settings, sampler, labels, checksum),
+        "settings": _decisive(settings, sampler, checksum),
         "model": settings.model,
         **({} if settings.guide is None else {"guide": settings.guide}),
         "ddim_fast": __version__,
@@ -313,13 +314,13 @@ def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[Onnx
 
 
 def _decisive(
-    settings: SampleSettings, sampler: AnySampler | OnnxSampler, labels: list[int] | None, checksum: str
+    settings: SampleSettings, sampler: AnySampler | OnnxSampler, checksum: str
 ) -> dict[str, str | float | list[int] | None]:
     """The options that decide the images: the record that an unfinished output is compared with."""
     return {
         "model": f"sha256:{checksum}",
         "seeds": list_integers(settings.seeds),
-        "class": "none" if labels is None else settings.classes,
+        "class": class_record(settings.classes, sampler.config),
         "steps": settings.steps,
         # A fit can be made anew: then these are other timesteps.
         "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,

@@ -82,7 +82,7 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
         ([], "--to"),
         (["--to", "tensorrt"], "--to"),
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
-        (["--class", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["--class", "boot"], "--class: no class is called 'boot'; there are classes 0..9, without names"),
         (["--class", "-1"], "--class"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
         (["--out", "."], "--out: . exists and is not an empty folder"),

@@ -168,7 +168,7 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--eta", "nan"], "eta must lie in [0, 1]"),
         (["--eta", "much"], "sigma-hat"),
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
-        (["--class", "boot"], "--class"),
+        (["--class", "3,boot"], "--class: no class is called 'boot'; there are classes 0..9, without names"),
         (["--class", "none", "--guidance", "2"], "needs class labels"),
         (["--guidance", "2", "--guidance-interval", "600", "300"], "two timesteps, the lower one first"),
         (["--guidance-interval", "300", "600"], "give its scale"),

@@ -238,6 +238,7 @@ def test_data_sets_of_one_file(write, before, after, message, run, here):
 def test_hub_data_is_counted_and_no_folder_of_its_name(run, here, monkeypatch):
     class Rows(list):
         column_names = ("image", "label")
+        features = dict.fromkeys(column_names)
 
         def cast_column(self, name, kind):
             return [{**row, name: {"bytes": encoded(), "path": None}} for row in self]
