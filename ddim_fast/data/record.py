@@ -79,7 +79,7 @@ class DataRecord:
             raise ValueError(f"the run was trained on {self.path!r}, not on {now.path!r}")
         before, after = list(self.classes or ()), list(now.classes or ())
         for number, (one, other) in enumerate(zip(before, after, strict=False)):
-            if one not in (other, str(number)):  # version 0.1 did not ask a Parquet file for names
+            if one not in (other, str(number)):  # version 0.1 called classes of Parquet files by their numbers
                 raise ValueError(f"class {number} of the run is {one!r}, but in {now.path} it is {other!r}")
         if len(before) != len(after):
             raise ValueError(f"the run has {len(before)} classes, {now.path} has {len(after)}")
@@ -89,7 +89,7 @@ class DataRecord:
                 f"{len(gone)} of the {len(self.files)} files of the run are gone from {now.path} or have changed, "
                 f"{gone[0]!r} among them"
             )
-        seen: list[tuple[str | None, int]] = [*(self.classes or {}).items(), (None, self.images)]
+        seen: list[tuple[str | None, int]] = [*zip(after, (self.classes or {}).values(), strict=True), (None, self.images)]
         for name, count in seen:
             left = now.images if name is None else (now.classes or {})[name]
             if left < count:

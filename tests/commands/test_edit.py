@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def test_another_class(run, pictures, here, sampler):
     assert run(shoes, "--from", 7, "--to", 9, "--guidance", 2, "--steps", 3, "--batch-size", 2, "--quiet") == (0, "", "")
     expected = swap_class(sampler, loaded(shoes), source=7, target=9, guidance=2.0)
     assert np.array_equal(written(here / "edited"), to_uint8(expected)[..., 0])
+    options = ("--to", "ankle boot", "--guidance", 2, "--steps", 3, "--quiet")
+    assert run(shoes, "--from", "Sneaker", *options, "--out", "named") == (0, "", "")
+    assert np.array_equal(written(here / "named"), written(here / "edited"))
+    shutil.copytree(shoes, here / "data" / "sneaker")
+    assert run("data", *options, "--out", "own") == (0, "", "")  # the folder says what its images are
+    assert np.array_equal(written(here / "own"), written(here / "edited"))
 
 
 def test_exact_inversion_brings_the_image_back(run, pictures, here):

@@ -123,6 +123,26 @@ def test_classes_are_used_in_turn(run, checkpoint, tmp_path):
     assert images["a"] == images["b"] != images["c"] == images["d"]
 
 
+NAMES = ["airplane", "car", "bird", "cat/tabby", "deer", "dog", "frog", "cat/wild", "3-5", "truck"]
+
+
+def test_classes_are_called_by_name(run, checkpoint, tmp_path):
+    _change_config(checkpoint, class_names=NAMES)
+    common = ("--model", checkpoint, "--steps", 2, "--seeds", "0-3", "--quiet", "--out", tmp_path / "out")
+    assert run(*common, "--class", "Cat, 1-2") == (0, "", "")
+    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert record["settings"]["class"] == "3,7,1-2"
+    images = contents(tmp_path / "out")
+    (tmp_path / "out" / "000002.png").unlink()  # whoever writes the same in other words goes on with it
+    assert run(*common, "--class", "3,cat/wild,car,2") == (0, "", "")
+    assert contents(tmp_path / "out") == images
+    code, _, err = run(*common, "--class", "3-5")  # a name, not a range
+    assert code == 2 and "was begun with --class 3,7,1-2, not 8;" in err
+    code, _, err = run(*common, "--class", "car,brid")
+    assert code == 2 and err.count("\n") == 1
+    assert "--class: no class is called 'brid'; did you mean 'bird'? There are airplane, car, bird," in err
+
+
 def test_guidance_in_an_interval(run, checkpoint, tmp_path):
     common = ("--model", checkpoint, "--spacing", "900,600,300", "--seeds", "0,1")
     images = {}
