@@ -158,7 +158,9 @@ def _minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"a positive number of minutes; got {text!r}")
 
 
-_CLASSES_HELP = "condition the network on the data's labels; folders, or the data set's own names of its classes, give them names for --class"
+_CLASSES_HELP = (
+    "condition the network on the data's labels; its folders' names, or the data set's own, become the names that --class takes"
+)
 _INIT_HELP = (
     "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
     "random ones. For data without labels a class-conditional one loses its classes and keeps its null class; for images twice "

@@ -45,7 +45,7 @@ class UNetConfig(JsonDataclass):
         downsample_padding: 1 pads symmetrically before the stride-2 convolution; 0 pads right and bottom only, as DDPM does.
         num_classes: number of class labels, or None for an unconditional network. One more row of the class embedding is the
             null class, which stands for "no label" in classifier-free guidance (Ho and Salimans 2022).
-        class_names: what the classes are called, in the order of their numbers, or None.
+        class_names: what the classes are called, in the order of their numbers, or None: see :meth:`class_numbers`.
 
     Process:
         prediction_type: what the network returns: ``epsilon``, ``v_prediction`` or ``sample``.
