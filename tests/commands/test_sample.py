@@ -541,4 +541,4 @@ def test_a_finished_folder_gets_the_film_and_the_grid_that_are_asked_for(run, ch
 def test_help_shows_examples_and_defaults(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "examples:" in out and "--class 7 --guidance 2" in out and "(default: 64)" in out
+    assert "examples:" in out and "--class horse --guidance 2" in out and "(default: 64)" in out
