@@ -39,11 +39,11 @@ def main() -> None:
     real, real_names = codec.spectrograms(codec.encode(sounds.waves)), sounds.labels
 
     started = time.perf_counter()
-    numbers = torch.arange(len(model.audio.labels)).repeat_interleave(arguments.per_class)
+    numbers = torch.arange(len(model.config.class_names)).repeat_interleave(arguments.per_class)
     sampler = Sampler(model, steps=arguments.steps, spacing=parse_spacing(arguments.spacing))
     images = sampler.sample(seeds=range(len(numbers)), labels=numbers, guidance=arguments.guidance)
     waves = codec.decode(images)
-    made, made_names = codec.spectrograms(codec.encode(waves)), [model.audio.labels[n] for n in numbers]
+    made, made_names = codec.spectrograms(codec.encode(waves)), [model.config.class_names[n] for n in numbers]
     seconds = time.perf_counter() - started
 
     words, voices = (sorted({name.split("/")[i] for name in real_names}) for i in (0, 1))

@@ -34,7 +34,7 @@ def main() -> None:
     arguments = p.parse_args()
 
     model = UNet.from_pretrained(arguments.model)
-    codec, names = make_codec(model.audio), model.audio.labels
+    codec, names = make_codec(model.audio), model.config.class_names
     sounds = load_sounds(arguments.data, model.audio)
     images = codec.encode(sounds.waves)
     parts = [sorted({name.split("/")[i] for name in names}) for i in (0, 1)]

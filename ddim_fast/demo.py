@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .cli.samplers import AnySampler
+    from .models.config import UNetConfig
 
 _EXAMPLES = """\
   python -m ddim_fast.demo
@@ -33,6 +34,9 @@ _EXAMPLES = """\
 
 _MAX_STEPS = 100
 _MAX_IMAGES = 20
+
+# Images of few pixels are shown as they are.
+_PIXELS = "#sampled img { image-rendering: pixelated; }"
 
 # Width of an image on the page, in pixels, about.
 _SHOWN = 512
@@ -80,7 +84,7 @@ def main() -> None:
     # Gradio's own fonts would be fetched from the network.
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")
     where = {"server_name": settings.host, "server_port": settings.port or None}
-    _, url, _ = page.launch(**where, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
+    _, url, _ = page.launch(**where, theme=theme, css=_PIXELS, footer_links=[], quiet=True, prevent_thread_lock=True)
     print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 
@@ -107,7 +111,7 @@ class DemoModel:
     def __init__(self, sampler: AnySampler) -> None:
         self._sampler = sampler
         self.sampler_of = functools.cache(self._make_sampler)
-        self.num_classes: int | None = sampler.config.num_classes
+        self.config: UNetConfig = sampler.config
         self.image_shape: tuple[int, int, int] = sampler.image_shape
 
     def _make_sampler(self, steps: int) -> AnySampler:
@@ -120,10 +124,25 @@ class DemoModel:
             return LatentSampler(sampler, self._sampler.codec.autoencoder)
         return sampler
 
-    def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> np.ndarray:
-        """``count`` images of consecutive seeds, in a grid."""
+    @property
+    def classes(self) -> list[tuple[str, int]]:
+        """What each class is called, and its number; first "none"."""
+        names = self.config.class_names or [str(i) for i in range(self.config.num_classes or 0)]
+        return [("none", _NO_CLASS), *((name, i) for i, name in enumerate(names))]
+
+    @property
+    def guidance(self) -> float:
+        """The scale to begin with."""
+        return self.config.guidance or 1.0
+
+    def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> list[tuple[np.ndarray, str]]:
+        """``count`` images of consecutive seeds, of the model's own size and channels, and what to call each."""
         seeds = range(int(seed), int(seed) + int(count))
-        return self._picture(self.sampler_of(int(steps)).sample(seeds=seeds, **self._condition(label, guidance)))
+        images = self.sampler_of(int(steps)).sample(seeds=seeds, **self._condition(label, guidance))
+        pictures = to_uint8(images.cpu())
+        if pictures.shape[-1] == 1:
+            pictures = pictures[..., 0]
+        return [(picture, f"seed {s}") for picture, s in zip(pictures, seeds, strict=True)]
 
     def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
         """The images from one seed's to another's."""
@@ -138,7 +157,7 @@ class DemoModel:
 
     def example(self, seed: int, label: int) -> np.ndarray:
         """One image, to paint on."""
-        return self.sample(20, seed, 1, label, 2.0)
+        return self._picture(self.sampler_of(20).sample(seeds=[int(seed)], **self._condition(label, self.guidance)))
 
     def inpaint(self, painted: dict[str, Any], steps: int, seed: int, label: int) -> np.ndarray:
         """The image with what was painted over made anew.
@@ -184,10 +203,12 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
     """The page, not yet served."""
     import gradio as gr
 
-    def told(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    has_classes = studio.config.num_classes is not None
+
+    def told(function: Callable[..., Any]) -> Callable[..., Any]:
         """Shows a user's mistakes on the page."""
 
-        def call(*values: Any) -> np.ndarray:
+        def call(*values: Any) -> Any:
             if any(value is None for value in values):
                 raise gr.Error("a field is empty", print_exception=False)
             try:
@@ -204,11 +225,11 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
         return gr.Number(value, precision=0, minimum=0, label=label)
 
     def label() -> gr.Dropdown:
-        classes = [("none", _NO_CLASS), *((str(i), i) for i in range(studio.num_classes or 0))]
-        return gr.Dropdown(classes, value=classes[-1][1], label="Class", visible=studio.num_classes is not None)
+        return gr.Dropdown(studio.classes, value=studio.classes[-1][1], label="Class", visible=has_classes)
 
     def guidance() -> gr.Slider:
-        return gr.Slider(1, 5, value=2, step=0.5, label="Guidance", visible=studio.num_classes is not None)
+        most = max(5, studio.guidance)
+        return gr.Slider(1, most, value=studio.guidance, step=0.5, label="Guidance", visible=has_classes)
 
     def result(name: str) -> gr.Image:
         return gr.Image(label="Result", format="png", interactive=False, buttons=["download", "fullscreen"], elem_id=name)
@@ -220,7 +241,16 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
                 count = gr.Slider(1, _MAX_IMAGES, value=10, step=1, label="Images")
                 inputs = [steps(), seed(), count, label(), guidance()]
                 go = gr.Button("Sample", variant="primary")
-            go.click(told(studio.sample), inputs, result("sampled"))
+            images = gr.Gallery(
+                label="Images",
+                format="png",
+                columns=4,
+                object_fit="contain",
+                interactive=False,
+                buttons=["download", "download_all", "fullscreen"],
+                elem_id="sampled",
+            )
+            go.click(told(studio.sample), inputs, images)
         with gr.Tab("Interpolate"), gr.Row():
             with gr.Column():
                 count = gr.Slider(2, _MAX_IMAGES, value=10, step=1, label="Frames")

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
-from .cli.parser import CommandParser, parse_class, run_command
+from .cli.options import (
+    EXACT_HELP,
+    IMAGE_CLASS_HELP,
+    IMAGES_HELP,
+    SamplerSettings,
+    add_sampler_options,
+    one_class,
+    settle_sampler,
+)
+from .cli.parser import CommandParser, run_command
 from .cli.progress import announce, count_of
 from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
 from .io.progress import Bar
@@ -21,9 +29,12 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m ddim_fast.edit photos/ --strength 0.6
-  python -m ddim_fast.edit horses/ --from 7 --to 4 --guidance 2 --out deer
-  python -m ddim_fast.edit cars/ --class 1 --direction dark/ bright/ --amount -1
+  python -m ddim_fast.edit horses/ --from horse --to deer --guidance 2 --out deer
+  python -m ddim_fast.edit cars/ --class automobile --direction dark/ bright/ --amount -1
 """
+
+# The option of the images' class, by both of its names.
+_CLASS = "--class/--from"
 
 _STRENGTH_HELP = (
     "how much of the noise the images are brought to, 0 to 1: the more, the less of them stays. Alone it is SDEdit, which adds "
@@ -38,9 +49,9 @@ def _parser() -> CommandParser:
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--strength", metavar="X", type=float, help=_STRENGTH_HELP)
     p.add_argument("--seed", metavar="N", type=int, help="of SDEdit: image i has the noise of seed N + i (default: 0)")
-    p.add_argument("--class", "--from", dest="label", metavar="N", type=parse_class, help=_CLASS_HELP)
+    p.add_argument("--class", "--from", dest="label", metavar="CLASS", help=_CLASS_HELP)
     way = p.add_mutually_exclusive_group()
-    way.add_argument("--to", metavar="N", type=int, help="encode the images under their class, and decode them under this one")
+    way.add_argument("--to", metavar="CLASS", help="encode the images under their class, and decode them under this one")
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
@@ -59,18 +70,19 @@ def main() -> None:
         start = start_timestep(settings.strength, sampler.config.num_train_timesteps)
         if start is not None:
             sampler.starting_at(start)
-        images, labels, names = load_labelled(settings.images, settings.label, sampler)
+        to = None if settings.to is None else one_class(settings.to, sampler.config, "--to")
+        images, labels, names = load_labelled(settings.images, settings.label, sampler, _CLASS)
         seeds = range(settings.seed, settings.seed + len(images))
-        target = labels if settings.to is None else settings.to
+        target = labels if to is None else to
         sampler.check(seeds=seeds, labels=labels)
         sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
-        if settings.to is not None and labels is None and settings.label is None:
+        if to is not None and labels is None and settings.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
-        examples = [load_labelled([spec], settings.label, sampler)[:2] for spec in settings.direction or ()]
+        examples = [load_labelled([spec], settings.label, sampler, _CLASS)[:2] for spec in settings.direction or ()]
     with new_folder(parser, settings.out, "edited") as (folder, place):
         announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
         direction = _direction(sampler, examples, settings)
-        edited = _edit(sampler, images, labels, direction, settings)
+        edited = _edit(sampler, images, labels, to, direction, settings)
         record = job_record("edit", settings.own(), settings, sampler)
         write_comparison(medium_of(sampler), folder, names, images, edited, record)
     if not settings.quiet:
@@ -85,7 +97,7 @@ class EditSettings(SamplerSettings):
     strength: float
     seed: int
     label: str | None
-    to: int | None
+    to: str | None
     direction: list[str] | None
     amount: float
     exact: bool
@@ -131,7 +143,12 @@ def _direction(sampler: AnySampler, examples: list[tuple[Tensor, list[int] | Non
 
 
 def _edit(
-    sampler: AnySampler, images: Tensor, labels: list[int] | None, direction: Tensor | None, settings: EditSettings
+    sampler: AnySampler,
+    images: Tensor,
+    labels: list[int] | None,
+    to: int | None,
+    direction: Tensor | None,
+    settings: EditSettings,
 ) -> Tensor:
     """(N, C, H, W) on the host, a batch at a time."""
     from .diffusion.editing import move_along, sdedit, swap_class
@@ -142,8 +159,8 @@ def _edit(
 
     def edit(part: slice) -> Tensor:
         batch, classes = images[part], None if labels is None else labels[part]
-        if settings.to is not None:
-            return swap_class(sampler, batch, source=classes, target=settings.to, exact=settings.exact, **common)
+        if to is not None:
+            return swap_class(sampler, batch, source=classes, target=to, exact=settings.exact, **common)
         if direction is not None:
             amount = settings.amount
             return move_along(sampler, batch, direction, amount, labels=classes, exact=settings.exact, **common)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import shlex
 import shutil
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, settle_steps
-from .cli.parser import CommandParser, parse_class, parse_eta, parse_spacing, run_command
+from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, class_or_none, settle_steps
+from .cli.parser import CommandParser, parse_eta, parse_spacing, run_command
 from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --model runs/photos --out photos-diffusers
   python -m ddim_fast.export --to diffusers --model ckpt.pth --out cifar10-diffusers
-  python -m ddim_fast.export --to diffusers --class 7 --out horses-diffusers
+  python -m ddim_fast.export --to diffusers --class horse --out horses-diffusers
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
@@ -56,7 +55,7 @@ def _parser() -> CommandParser:
     p = CommandParser("export", "Convert a model, for another program or to smaller files.", _EXAMPLES)
     p.add_argument("--to", choices=list(_OPTIONS), required=True, help=_TO_HELP)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    p.add_argument("--class", dest="label", metavar="N", type=_class, help=_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="CLASS", help=_CLASS_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write, new or empty")
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
@@ -84,8 +83,8 @@ _LENGTH_HELP = (
 )
 _SHARD_HELP = "of a checkpoint: weights in several files, of at most SIZE, such as 16MB"
 _CLASS_HELP = (
-    "of a class-conditional model, one class alone, 'none' for its samples without a label, or 'all' (default: all; to "
-    "diffusers, whose DDIMPipeline knows no classes, one of these has to be given)"
+    "of a class-conditional model, one class alone, by name or number, 'none' for its samples without a label, or 'all' "
+    "(default: all; to diffusers, whose DDIMPipeline knows no classes, one of these has to be given)"
 )
 
 
@@ -116,12 +115,11 @@ def main() -> None:
         )
     if settings.label not in (None, "all"):
         with parser.usage_errors():
-            config, state = fold_class(
-                model.config, model.state_dict(), None if settings.label == "none" else int(settings.label)
-            )
+            label = class_or_none(settings.label, model.config)
+            config, state = fold_class(model.config, model.state_dict(), label)
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
-        model.audio = None if audio is None else dataclasses.replace(audio, labels=None)
+        model.audio = audio
     try:
         if settings.to == "checkpoint":
             _to_checkpoint(settings, model, path)
@@ -234,10 +232,6 @@ def _to_onnx(parser: CommandParser, settings: ExportSettings, model: UNet) -> No
     print(f"wrote {settings.out}; python -m ddim_fast.sample --engine onnx --model {settings.out} samples from it")
     if settings.optimize == "cuda":
         print("It has operators that only ONNX Runtime's CUDA provider has.")
-
-
-def _class(text: str) -> str:
-    return text if text == "all" else parse_class(text)
 
 
 def _size(text: str) -> str:

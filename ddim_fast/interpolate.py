@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .cli.comparison import new_folder, require_finite
 from .cli.modality import Pictures, medium_of
-from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, settle_sampler
+from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, class_or_none, settle_sampler
 from .cli.parser import CommandParser, parse_positive, run_command
 from .cli.progress import announce, count_of, job_progress
 from .cli.samplers import batch_size_of, job_record, make_sampler
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
-  python -m ddim_fast.interpolate seed:3 seed:13 --class 3
+  python -m ddim_fast.interpolate seed:3 seed:13 --class cat
   python -m ddim_fast.interpolate a.png b.png --frames 16 --exact --out between
   python -m ddim_fast.interpolate a.wav b.wav --model runs/digits --class 7/jackson --exact --out between
-  python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class 5 --out corners
+  python -m ddim_fast.interpolate seed:1 seed:2 seed:3 seed:4 --frames 8 --class dog --out corners
   python -m ddim_fast.interpolate --video clip.mp4 --factor 4 --out slow.mp4
 """
 
@@ -64,7 +64,9 @@ def _parser() -> CommandParser:
     p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p, _USUAL, _OUT_HELP)
-    p.add_argument("--class", dest="label", metavar="N|NAME", help="class of all images or sounds (default: none)")
+    p.add_argument(
+        "--class", dest="label", metavar="CLASS", help="class of all images or sounds, a name or number (default: none)"
+    )
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     return p
 
@@ -80,7 +82,7 @@ def main() -> None:
     sampler = make_sampler(parser, settings)
     medium = medium_of(sampler, settings.convert)
     with parser.usage_errors():
-        label = _label(settings.label, medium)
+        label = class_or_none(settings.label, sampler.config)
     with new_folder(parser, settings.out, _USUAL) as (folder, place):
         with parser.usage_errors():
             ends = [_end(end, sampler, medium, settings, label) for end in settings.ends]
@@ -148,7 +150,7 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, vid
         medium = medium_of(sampler)
         if not isinstance(medium, Pictures):
             raise ValueError(f"--video: {settings.model} is a model of {medium.noun}")
-        label = _label(settings.label, medium)
+        label = class_or_none(settings.label, sampler.config)
         sampler.check(seeds=[0], labels=label, guidance=settings.guidance)
     size = batch_size_of(settings, sampler)
     job = VideoJob(sampler, video, count, settings.factor, size, settings.exact, label, settings.guidance)
@@ -185,10 +187,6 @@ def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
             f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
         )
     return GIF_RATE
-
-
-def _label(named: str | None, medium: Medium) -> int | None:
-    return None if named in (None, "none") else medium.label(named)
 
 
 def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, label: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
 from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
-from .cli.parser import CommandParser, parse_class, run_command
+from .cli.parser import CommandParser, run_command
 from .cli.progress import announce, count_of
 from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
 from .io.files import write_json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .cli.samplers import AnySampler
 
 _EXAMPLES = """\
-  python -m ddim_fast.reconstruct photo.png --class 9
+  python -m ddim_fast.reconstruct photo.png --class truck
   python -m ddim_fast.reconstruct photos/ --steps 50 --out encoded
   python -m ddim_fast.reconstruct photos/ --steps 10 --exact
 """
@@ -33,7 +33,7 @@ def _parser() -> CommandParser:
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
     add_sampler_options(p, "reconstruction", "a new or empty folder")
-    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="CLASS", help=IMAGE_CLASS_HELP)
     return p
 
 

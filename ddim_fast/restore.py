@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
-from .cli.parser import CommandParser, list_integers, parse_class, parse_integers, parse_positive, run_command
+from .cli.parser import CommandParser, list_integers, parse_integers, parse_positive, run_command
 from .cli.progress import announce, count_of, job_progress
 from .cli.samplers import batch_size_of, job_record, make_sampler, require_pictures
 from .data.images import fit_image, read_images, to_unit_range
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .cli.samplers import AnySampler
     from .diffusion.degradations import LinearOperator
     from .jobs.restoration import RestorationJob
+    from .models.config import UNetConfig
 
 _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --mask mask.png
@@ -88,7 +89,7 @@ def _parser() -> CommandParser:
     p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
     p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
     add_sampler_options(p, "restored", _OUT_HELP)
-    p.add_argument("--class", dest="label", metavar="N", type=parse_class, help=IMAGE_CLASS_HELP)
+    p.add_argument("--class", dest="label", metavar="CLASS", help=IMAGE_CLASS_HELP)
     return p
 
 
@@ -171,14 +172,14 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
     sampler.restoration_steps(operator, **steps)
     if settings.degrade:
         check_similarity(shape[1:])
-    names, pictures, own = _read(settings, operator, shape, sampler.config.num_classes)
+    names, pictures, own = _read(settings, operator, shape, sampler.config)
     measurement = to_unit_range(pictures).contiguous()
     if settings.degrade:
         measurement = measure(operator, measurement, settings.noise_std, range(len(names)))
     elif settings.task == "inpaint":
         measurement = operator(measurement)  # whatever the files have where they are to be filled in
     image = [i for i in range(len(names)) for _ in seeds]
-    labels = image_labels(settings.label, own, sampler.config.num_classes)
+    labels = image_labels(settings.label, own, sampler.config)
     batches = Batches(
         seeds * len(names),
         None if labels is None else [labels[i] for i in image],
@@ -245,14 +246,15 @@ def _known(mask: Path, height: int, width: int) -> Tensor:
 
 
 def _read(
-    settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], num_classes: int | None
+    settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], config: UNetConfig
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """The images' names, (N, C, H, W) uint8 pixels, and class labels or None."""
     import torch
 
     channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
-    labelled = settings.label is None and num_classes is not None
-    rows = itertools.chain.from_iterable(read_images(spec, num_classes, labelled) for spec in settings.images)
+    labelled = settings.label is None and config.num_classes is not None
+    classes: dict[str, Any] = {"num_classes": config.num_classes, "class_names": config.class_names, "labelled": labelled}
+    rows = itertools.chain.from_iterable(read_images(spec, **classes) for spec in settings.images)
     places, pictures, labels = [], [], []
     for place, image, label in itertools.islice(rows, settings.num_images):
         if not settings.degrade and image.size != (width, height):

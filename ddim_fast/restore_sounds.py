@@ -78,7 +78,7 @@ def main() -> None:
         else:
             assert settings.cutoff is not None  # one of the two is required
             operator = band_limit(audio, settings.cutoff)
-        images, labels, names = medium.load_labelled(settings.sounds, settings.label)
+        images, labels, names = medium.load_labelled(settings.sounds, settings.label, sampler.config)
         sampler.check(seeds=range(settings.seed, settings.seed + len(images)), labels=labels, guidance=settings.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
     with new_folder(parser, settings.out, "restored") as (folder, place):

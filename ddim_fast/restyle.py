@@ -14,6 +14,7 @@ from .cli.options import (
     SOUNDS_HELP,
     SamplerSettings,
     add_sampler_options,
+    one_class,
     settle_sampler,
 )
 from .cli.parser import CommandParser, run_command
@@ -40,7 +41,7 @@ def _parser() -> CommandParser:
     p = CommandParser("restyle", "Recordings in another voice or with another word, as loud as before.", _EXAMPLES)
     p.add_argument("sounds", nargs="+", metavar="SOUNDS", help=SOUNDS_HELP)
     p.add_argument("--from", dest="source", metavar="CLASS", help=SOUND_CLASS_HELP)
-    p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become")
+    p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become, a name or number")
     p.add_argument("--control", metavar="SOUND", help=_CONTROL_HELP)
     p.add_argument("--loudness-std", metavar="X", type=float, default=8.0, help=_STD_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
@@ -75,8 +76,8 @@ def main() -> None:
 
     medium = Sounds(audio, settings.convert)
     with parser.usage_errors():
-        target = medium.label(settings.target)
-        images, source, names = medium.load_labelled(settings.sounds, settings.source)
+        target = one_class(settings.target, sampler.config, "--to")
+        images, source, names = medium.load_labelled(settings.sounds, settings.source, sampler.config, "--from")
         if source is None and settings.source is None:
             raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
         sampler.check(x_T=images, labels=target, guidance=settings.guidance)

@@ -31,7 +31,7 @@ from .models.checkpoint import DEFAULT_MODEL, resolve_model
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
-  python -m ddim_fast.sample --class 7 --guidance 2 --seeds 0-31 --out horses
+  python -m ddim_fast.sample --class horse --guidance 2 --seeds 0-31 --out horses
   python -m ddim_fast.sample --solver unipc --spacing adaptive --steps 5
   python -m ddim_fast.sample --eta 1 --steps 100 --trajectory film.gif
   python -m ddim_fast.sample --model runs/cifar10 --seeds 7,11,100-107 --grid grid.png
@@ -96,8 +96,8 @@ _PROVIDER_HELP = (
     "with --engine onnx, ONNX Runtime's execution provider, such as cuda or cpu (default: the fastest that starts here)"
 )
 _CLASS_HELP = (
-    "for a class-conditional model: class numbers, used in turn; 'all', or 'none' for unconditional samples. Of sounds, names: "
-    "7/jackson, or a part of one, such as 7, which means each class that has it"
+    "for a class-conditional model: class numbers or names, used in turn; 'all', or 'none' for unconditional samples. A part "
+    "of a name means each class that has it, as 7 does 7/jackson and 7/theo"
 )
 
 

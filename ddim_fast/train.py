@@ -91,7 +91,7 @@ def _parser() -> CommandParser:
         help="change fields of the preset, such as layers_per_block=1; with --init, sample_size alone",
     )
     p.add_argument("--recipe", choices=_RECIPES, default="ddpm", help=_recipe_help())
-    p.add_argument("--class-conditional", action="store_true", help="condition the network on the data's labels")
+    p.add_argument("--class-conditional", action="store_true", help=_CLASSES_HELP)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, which is also the checkpoint")
     p.add_argument(
         "--resume",
@@ -164,6 +164,9 @@ def _minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"a positive number of minutes; got {text!r}")
 
 
+_CLASSES_HELP = (
+    "condition the network on the data's labels; its folders' names, or the data set's own, become the names that --class takes"
+)
 _INIT_HELP = (
     "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
     "random ones. For data without labels a class-conditional one loses its classes and keeps its null class; for images twice "

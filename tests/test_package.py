@@ -105,8 +105,8 @@ def test_importing_the_package_takes_no_time():
 
 @pytest.mark.parametrize("command", _commands())
 def test_help_is_quick_and_needs_no_torch(command):
-    run = f"runpy.run_module('ddim_fast.{command}', run_name='__main__')"
-    code = f"import sys, runpy; sys.argv = [{command!r}, '--help']; {run}"
+    run = "runpy.run_module('ddim_fast', run_name='__main__')"
+    code = f"import sys, runpy; sys.argv = ['ddim_fast', {command!r}, '--help']; {run}"
     assert _python(_BLOCK_TORCH + code).startswith(f"usage: python -m ddim_fast.{command} ")
 
 

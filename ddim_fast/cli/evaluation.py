@@ -44,7 +44,7 @@ from ..models.checksum import weights_checksum
 from ..models.unet import UNet
 from ..ops.devices import pick_device
 from ..ops.serving import serving_line
-from .options import seed_labels
+from .options import class_record, seed_labels
 from .parser import CommandParser
 from .progress import describe_model, notice
 from .samplers import load_model, pixel_model, select_dtype, select_execution
@@ -220,7 +220,14 @@ def _reference(spec: str, evaluation: EvaluationRun, network: FeatureNetwork, im
 def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
     config = model.config
     classes = config.num_classes
-    data = load_images(spec, config.in_channels, config.sample_size, num_classes=classes, labelled=classes is not None)
+    data = load_images(
+        spec,
+        config.in_channels,
+        config.sample_size,
+        num_classes=classes,
+        class_names=config.class_names,
+        labelled=classes is not None,
+    )
     if arguments.num_images is not None and len(data) < arguments.num_images:
         raise ValueError(f"{spec} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
     labels = data.labels
@@ -239,10 +246,9 @@ def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
 def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
     """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
     seeds = range(arguments.seed, arguments.seed + (arguments.num_images or count))
-    classes = model.config.num_classes
-    draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, classes), _guidance(arguments))
+    draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, model.config), _guidance(arguments))
     return draws, {
-        "class": arguments.classes if classes is not None else None,
+        "class": None if model.config.num_classes is None else class_record(arguments.classes, model.config),
         "seeds": f"{seeds.start}-{seeds.stop - 1}",
         **draws.guidance,
     }

@@ -32,14 +32,6 @@ class Medium(Protocol):
         """Those of files, brought to the network's size, on the host."""
         ...
 
-    def label(self, text: str) -> int:
-        """The number of the class that a user has named.
-
-        Raises:
-            ValueError: it names none, or several.
-        """
-        ...
-
     def shown(self, images: Tensor) -> Tensor:
         """A picture of each image for people, (N, C', H', W') in [-1, 1]."""
         ...
@@ -62,11 +54,6 @@ class Pictures:
         from ..data.images import load_images, to_unit_range
 
         return to_unit_range(load_images(spec, *self._shape[:2], labelled=False).images).contiguous()
-
-    def label(self, text: str) -> int:
-        if not text.isdecimal():
-            raise ValueError(f"a class is a number; got {text!r}")
-        return int(text)
 
     def shown(self, images: Tensor) -> Tensor:
         return images

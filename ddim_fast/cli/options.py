@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..diffusion.guidance import guided_steps
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..models.checkpoint import DEFAULT_MODEL
-from .parser import CommandParser, parse_integers, parse_positive, parse_spacing
-
-if TYPE_CHECKING:
-    from ..models.audio import AudioConfig
+from ..models.config import UNetConfig
+from .parser import CommandParser, list_integers, parse_integers, parse_positive, parse_spacing
 
 __all__ = [
     "CLIP_HELP",
@@ -40,7 +39,10 @@ __all__ = [
     "add_sampler_options",
     "check_guidance_options",
     "check_some_guided",
+    "class_or_none",
+    "class_record",
     "image_labels",
+    "one_class",
     "seed_labels",
     "settle_sampler",
     "settle_steps",
@@ -58,11 +60,13 @@ EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
 # What commands for sounds take where no --model is named.
 SOUND_MODEL = "spoken-digits"
 SOUNDS_HELP = "sound files, folders of them, or Parquet files"
-SOUND_CLASS_HELP = "the class of all recordings, or 'none' (default: that of each, where its folder or data set names one)"
+SOUND_CLASS_HELP = (
+    "the class of all recordings, a name or number, or 'none' (default: that of each, where its folder or data set names one)"
+)
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; brought to the model's size"
 IMAGE_CLASS_HELP = (
-    "for a class-conditional model: the class of all images, or 'none' (default: that of each image, where the data has them: "
-    "in folders called by their numbers, or as many as there are classes)"
+    "for a class-conditional model: the class of all images, a name or number, or 'none' (default: that of each image, where "
+    "the data has them: in folders called by their names or numbers, or as many as there are classes)"
 )
 GUIDE_HELP = (
     "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
@@ -120,43 +124,77 @@ def check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: S
         )
 
 
-def seed_labels(
-    classes: str, seeds: Sequence[int], num_classes: int | None, audio: AudioConfig | None = None
-) -> list[int] | None:
-    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of numbers or, where the model is
-    one of sounds, of names.
-
-    Raises:
-        ValueError: the classes are no list, or the model is unconditional.
-    """
-    if num_classes is None or classes == "none":
-        if classes not in ("all", "none"):
-            raise ValueError("--class: the model is unconditional")
-        return None
+def _class_list(classes: str, config: UNetConfig) -> list[int] | str:
+    """The classes that ``--class`` lists, by number; or ``all`` or ``none``. Errors as of :func:`seed_labels`."""
+    if classes == "none" or (classes == "all" and config.num_classes is None):
+        return "none"
     if classes == "all":
-        return [seed % num_classes for seed in seeds]
+        return "all"
+    numbers: list[int] = []
     try:
-        if audio is None:
-            chosen = parse_integers(classes)
-        else:
-            chosen = [number for name in classes.split(",") for number in audio.class_numbers(name)]
+        for part in map(str.strip, classes.split(",")):
+            is_range = re.fullmatch(r"\d+-\d+", part) and part not in (config.class_names or ())
+            numbers += parse_integers(part) if is_range else config.class_numbers(part)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise ValueError(f"--class: {error}") from None
+    return numbers
+
+
+def class_record(classes: str, config: UNetConfig) -> str:
+    """What ``--class`` lists, for a record: by number, however the user has written it."""
+    chosen = _class_list(classes, config)
+    return chosen if isinstance(chosen, str) else list_integers(chosen)
+
+
+def seed_labels(classes: str, seeds: Sequence[int], config: UNetConfig) -> list[int] | None:
+    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of names, numbers and ranges of
+    numbers, such as "horse,7,0-3".
+
+    Raises:
+        ValueError: a class is not the model's, or the model is unconditional.
+    """
+    chosen = _class_list(classes, config)
+    if isinstance(chosen, str):
+        return None if config.num_classes is None or chosen == "none" else [seed % config.num_classes for seed in seeds]
     return [chosen[i % len(chosen)] for i in range(len(seeds))]
 
 
-def image_labels(chosen: str | None, own: Sequence[int | None], num_classes: int | None) -> list[int] | None:
+def class_or_none(chosen: str | None, config: UNetConfig, option: str = "--class") -> int | None:
+    """:func:`one_class`; None for ``none``, or where nothing was chosen."""
+    return None if chosen is None or chosen == "none" else one_class(chosen, config, option)
+
+
+def one_class(chosen: str, config: UNetConfig, option: str) -> int:
+    """The number of the class that an option chooses.
+
+    Raises:
+        ValueError: it is not the model's, or a name of several; the message names the option.
+    """
+    try:
+        return config.class_number(chosen)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def image_labels(
+    chosen: str | None, own: Sequence[int | None], config: UNetConfig, option: str = "--class"
+) -> list[int] | None:
     """One label an image: the chosen class, or its own, where all images and the model have classes; None for no class.
 
     Args:
-        chosen: what :func:`parse_class` returned, or None where nothing was chosen.
+        chosen: what the option says, or None where nothing was chosen.
         own: of each image, its label or None.
-        num_classes: of the model.
+        config: of the model.
+        option: its name.
+
+    Raises:
+        ValueError: as of :func:`one_class`.
     """
-    if chosen is not None and chosen != "none":
-        return [int(chosen)] * len(own)  # one that the model has not is told by the sampler
+    if chosen is not None:
+        label = class_or_none(chosen, config, option)
+        return None if label is None else [label] * len(own)
     known = [label for label in own if label is not None]
-    return None if chosen == "none" or num_classes is None or len(known) < len(own) else known
+    return None if config.num_classes is None or len(known) < len(own) else known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from .missing import describe_missing
 __all__ = [
     "CommandParser",
     "list_integers",
-    "parse_class",
     "parse_eta",
     "parse_integers",
     "parse_positive",
@@ -197,14 +196,3 @@ def parse_eta(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number in [0, 1] nor {SIGMA_HAT!r}") from None
-
-
-def parse_class(text: str) -> str:
-    """A class number, or ``none``.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is neither.
-    """
-    if text != "none" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a class number nor 'none'")
-    return text

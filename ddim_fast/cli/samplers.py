@@ -52,12 +52,14 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     return getattr(torch, name)
 
 
-def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None, list[str]]:
+def load_labelled(
+    specs: Sequence[str], chosen: str | None, sampler: AnySampler, option: str = "--class"
+) -> tuple[Tensor, list[int] | None, list[str]]:
     """The images that a command is given, their classes, and names for what is made of them.
 
     Args:
         specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
-        chosen: as of :func:`image_labels`.
+        chosen, option: as of :func:`image_labels`.
         sampler: says what size and which classes.
 
     Returns:
@@ -70,12 +72,17 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
 
     from ..data.images import load_images, to_unit_range
 
-    num_classes = sampler.config.num_classes
-    labelled, (channels, size, _) = chosen is None and num_classes is not None, sampler.image_shape
-    data = [load_images(spec, channels, size, num_classes=num_classes, labelled=labelled) for spec in specs]
+    config, (channels, size, _) = sampler.config, sampler.image_shape
+    classes: dict[str, Any] = {
+        "num_classes": config.num_classes,
+        "class_names": config.class_names,
+        "labelled": chosen is None and config.num_classes is not None,
+    }
+    data = [load_images(spec, channels, size, **classes) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
-    return images, image_labels(chosen, own, num_classes), item_names([place for part in data for place in part.places])
+    names = item_names([place for part in data for place in part.places])
+    return images, image_labels(chosen, own, config, option), names
 
 
 def make_sampler(parser: CommandParser, settings: SamplerSettings) -> AnySampler:

@@ -18,7 +18,7 @@ from ..jobs.overview import Film, save_grid
 from ..jobs.places import free_folder, output_at, place_output
 from ..jobs.sampling import Job
 from ..models.checksum import weights_checksum
-from .options import check_some_guided, seed_labels, usual_batch_size
+from .options import check_some_guided, class_record, seed_labels, usual_batch_size
 from .parser import CommandParser, list_integers, parse_spacing
 from .profiling import print_profile
 from .progress import announce, count_of, job_progress, say
@@ -43,7 +43,7 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
         sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
         audio = audio_of(sampler)
     with parser.usage_errors():
-        labels = seed_labels(settings.classes, settings.seeds, sampler.config.num_classes, audio)
+        labels = seed_labels(settings.classes, settings.seeds, sampler.config)
         if settings.guidance is None and labels is not None:
             settings = dataclasses.replace(settings, guidance=sampler.config.guidance)
         # Before anything is written or computed.
@@ -152,7 +152,7 @@ def _decisive(
     return {
         "model": f"sha256:{checksum}",
         "seeds": list_integers(settings.seeds),
-        "class": "none" if batches.labels is None else settings.classes,
+        "class": class_record(settings.classes, sampler.config),
         "steps": settings.steps,
         # A fit can be made anew: then these are other timesteps.
         "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,

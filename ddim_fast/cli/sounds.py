@@ -14,6 +14,8 @@ from ..audio.wav import to_int16, write_wav
 from ..data.sound_files import SoundSet, load_sounds
 from ..io.files import item_names
 from ..models.audio import AudioConfig
+from ..models.config import UNetConfig
+from .options import image_labels
 
 __all__ = ["Sounds"]
 
@@ -39,11 +41,13 @@ class Sounds:
     def load(self, spec: str) -> Tensor:
         return self.codec.encode(self.read(spec).waves)
 
-    def load_labelled(self, specs: Sequence[str], label: str | None) -> tuple[Tensor, Tensor | None, list[str]]:
+    def load_labelled(
+        self, specs: Sequence[str], chosen: str | None, config: UNetConfig, option: str = "--class"
+    ) -> tuple[Tensor, Tensor | None, list[str]]:
         """The images of several data sets or files, their classes, and names for what is made of them.
 
         Args:
-            label: the class of all, or "none" for no class; None for that of each, where the data names it.
+            chosen, config, option: as of :func:`image_labels`; the class of a recording is the one that its data names.
 
         Returns:
             (N, C, H, W) float32, (N,) int64 or None, and N names.
@@ -53,19 +57,12 @@ class Sounds:
         """
         sets = [self.read(spec) for spec in specs]
         images = self.codec.encode(np.concatenate([part.waves for part in sets]))
-        called = item_names([place for part in sets for place in part.places])
-        unknown = self._audio.labels is None or any(part.labels is None for part in sets)
-        if label == "none" or (label is None and unknown):
-            return images, None, called
-        names = [label] * len(images) if label is not None else [name for part in sets for name in part.labels or ()]
-        return images, torch.tensor([self.label(name) for name in names]), called
-
-    def label(self, text: str) -> int:
-        numbers, labels = self._audio.class_numbers(text), self._audio.labels or ()
-        if len(numbers) > 1:
-            names = ", ".join(labels[number] for number in numbers)
-            raise ValueError(f"{text!r} means {len(numbers)} classes; name one of {names}")
-        return numbers[0]
+        own: list[int | None] = [None] * len(images)
+        if chosen is None and config.class_names is not None and all(part.labels is not None for part in sets):
+            own = [config.class_number(name) for part in sets for name in part.labels or ()]
+        labels = image_labels(chosen, own, config, option)
+        names = item_names([place for part in sets for place in part.places])
+        return images, None if labels is None else torch.tensor(labels), names
 
     def shown(self, images: Tensor) -> Tensor:
         return self.codec.spectrograms(images)

@@ -21,7 +21,7 @@ from ..io.pictures import image_grid, save_image
 from ..models.audio import AudioConfig
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import AUTOENCODER, load_config, local_model
-from ..models.config import AutoencoderConfig, UNetConfig
+from ..models.config import ADVICE, AutoencoderConfig, UNetConfig
 from ..models.formats.diffusers import fold_class
 from ..models.growth import enclose
 from ..models.unet import UNet
@@ -45,12 +45,13 @@ def _goes_on(settings: TrainSettings) -> bool:
 
 
 def _check_same_network(parser: CommandParser, settings: TrainSettings, config: UNetConfig | AutoencoderConfig) -> None:
-    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights."""
+    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights,
+    nor has what is for people."""
     if not _goes_on(settings):
         return
     own = load_config(settings.out, type(config)).to_dict()
     for name, value in config.to_dict().items():
-        if name != "dropout" and own.get(name) != value:
+        if name not in ("dropout", *ADVICE) and own.get(name) != value:
             parser.error(
                 f"--resume: the network of this run has {name} {own.get(name)}, not {value}; train another in another --out"
             )
@@ -190,19 +191,19 @@ def _unet_trainer(
     weights = None if start is None else start.state_dict()
     labelled = settings.class_conditional or config.num_classes is not None
     with notice(f"reading {settings.data}", settings.quiet):
-        data, audio = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled)
+        data = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled, config.class_names)
     if labelled and data.labels is None:
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
         print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
         config, weights = fold_class(config, start.state_dict(), None)
-        audio = None if audio is None else dataclasses.replace(audio, labels=None)
     if settings.class_conditional:
         assert data.labels is not None  # else it has been refused
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
-    seen = DataRecord.of(settings.data, data, None if audio is None else audio.labels)
+    seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     _check_same_network(parser, settings, config)
+    config = _with_names(settings, config, data)
     if codec is not None:
         with notice(f"encoding {len(data):,} images as latents", settings.quiet):
             data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
@@ -216,14 +217,33 @@ def _unet_trainer(
 
 
 def _load(
-    settings: TrainSettings, image_shape: tuple[int, int, int], audio: AudioConfig | None, labelled: bool
-) -> tuple[ImageSet, AudioConfig | None]:
-    """The data, and what its images mean where the network is one of sounds."""
+    settings: TrainSettings,
+    image_shape: tuple[int, int, int],
+    audio: AudioConfig | None,
+    labelled: bool,
+    class_names: tuple[str, ...] | None,
+) -> ImageSet:
+    """The data, its classes numbered as the network that training starts from names them."""
     if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled), None
+        return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
     from ..data.sounds import load_sound_images
 
-    return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
+    return load_sound_images(settings.data, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
+
+
+def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> UNetConfig:
+    """The configuration with the names of its classes: those of ``--set``, or the data's, or those of the network that training
+    starts from. A run that goes on keeps what its config.json says, where a user may have written other ones."""
+    if config.num_classes is None:
+        return config
+    guidance, names = config.guidance, config.class_names
+    if data.class_names is not None and (names is None or settings.init is not None):
+        enough = len(data.class_names) >= config.num_classes
+        names = data.class_names[: config.num_classes] if enough else None
+    if _goes_on(settings):
+        own: UNetConfig = load_config(settings.out)
+        guidance, names = own.guidance or guidance, own.class_names or names
+    return dataclasses.replace(config, guidance=guidance, class_names=names)
 
 
 def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: bool) -> str:

@@ -8,10 +8,11 @@ import math
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,8 @@ from PIL import Image
 from ..io.decoding import decode_image, image_suffixes
 from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
 from ..io.records import is_overview
-from .parquet import parquet_files, read_parquet
+from ..models.class_names import named_classes
+from .parquet import parquet_class_names, parquet_files, read_parquet
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,9 @@ _KINDS = (
 
 _SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
 
+# The columns of data sets in the layout of the Hugging Face Hub.
+_IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
+
 # Pillow's modes without colour.
 _GREY = {"1", "L"}
 
@@ -55,11 +60,13 @@ class ImageSet:
         images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
         labels: (N,) int64 class labels, or None where the data has none.
         places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
+        class_names: what the data set calls its classes, in the order of their numbers, or None.
     """
 
     images: Tensor
     labels: Tensor | None
     places: Sequence[str] = ()
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,6 +95,7 @@ def load_images(
     equal: bool = False,
     num_classes: int | None = None,
     labelled: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
@@ -101,7 +109,7 @@ def load_images(
               Of an animation the first picture is read; what is transparent is white;
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
               ``data/train*``, in the layout of the Hugging Face Hub: a column ``image`` (or ``img``) of encoded images,
-              optionally ``label`` (or ``fine_label``);
+              optionally ``label`` (or ``fine_label``), whose classes are named where the file's features name them;
             - a folder with ``train-images-idx3-ubyte`` (or ``train-images.idx3-ubyte``) and its labels, each gzipped or not, or
               one such image file (IDX, as MNIST and Fashion-MNIST are distributed);
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
@@ -110,6 +118,7 @@ def load_images(
         num_classes: of a model that the labels are for. Folders are its classes then where they are called by their numbers, or
             where there are just as many; otherwise their images have no label.
         labelled: whether the labels are wanted; otherwise nothing looks at them.
+        class_names: of a model that the labels are for. Folders that are all called by them are these classes.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
@@ -120,7 +129,11 @@ def load_images(
         raise ValueError(
             f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
         )
-    return _collect(read_images(spec, num_classes, labelled), spec, channels, size, equal)
+    source = _open(spec, num_classes, class_names, labelled, "white")
+    data = _collect(_checked_rows(source, labelled), spec, channels, size, equal)
+    names = _usable(source.class_names)
+    known = data.labels is not None and names is not None and int(data.labels.max()) < len(names)
+    return replace(data, class_names=names) if known else data
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
@@ -144,28 +157,49 @@ def stored_image(image: Image.Image) -> np.ndarray:
 Row = tuple[str, Image.Image, int | None]
 
 
-def read_images(spec: str, num_classes: int | None = None, labelled: bool = True, background: str = "white") -> Iterator[Row]:
+class _Source(NamedTuple):
+    """A data set that is open.
+
+    Attributes:
+        rows: where each image is from, the image, and its class as it is stored.
+        class_names: by number, or None.
+    """
+
+    rows: Iterable[tuple[str, Image.Image, Any]]
+    class_names: Sequence[str] | None = None
+
+
+def read_images(
+    spec: str,
+    num_classes: int | None = None,
+    labelled: bool = True,
+    background: str = "white",
+    class_names: Sequence[str] | None = None,
+) -> Iterator[Row]:
     """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
     number), the image, and its class label or None. ``background`` is as of
     :func:`ddim_fast.io.decoding.decode_image`; other arguments and errors as for :func:`load_images`."""
-    rows = _open(spec, num_classes, labelled, background)
-    return ((place, image, _checked(label, place) if labelled else None) for place, image, label in rows)
+    return _checked_rows(_open(spec, num_classes, class_names, labelled, background), labelled)
 
 
-def _open(spec: str, num_classes: int | None, labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
+def _checked_rows(source: _Source, labelled: bool) -> Iterator[Row]:
+    return ((place, image, _checked(label, place) if labelled else None) for place, image, label in source.rows)
+
+
+def _open(spec: str, num_classes: int | None, class_names: Sequence[str] | None, labelled: bool, background: str) -> _Source:
     path = Path(spec)
     if path.is_dir():
         if parquet := parquet_files(path):
             return _read_parquet(parquet, labelled, background)
         idx = sorted(p for p in path.glob("*train-images*idx3*") if p.is_file() and not is_hidden(p.name))
-        return _read_idx(idx[0], labelled) if idx else _read_folder(path, num_classes, background)
+        return _Source(_read_idx(idx[0], labelled)) if idx else _read_folder(path, num_classes, class_names, background)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return _read_parquet([path], labelled, background)
         if "idx3" in path.name:
-            return _read_idx(path, labelled)
+            return _Source(_read_idx(path, labelled))
         if path.suffix.lower() in image_suffixes():
-            return iter([(str(path), decode_image(str(path), path.read_bytes(), background), None)])
+            return _Source([(str(path), decode_image(str(path), path.read_bytes(), background), None)])
         raise ValueError(f"{path}: {_KINDS}")
     if matches := [Path(match) for match in sorted(glob.glob(spec))]:
         if not all(match.suffix.lower() == ".parquet" for match in matches):
@@ -234,31 +268,51 @@ def image_files(folder: Path) -> set[Path]:
     return images
 
 
-def _read_folder(folder: Path, num_classes: int | None, background: str) -> Iterator[Row]:
+def _read_folder(folder: Path, num_classes: int | None, class_names: Sequence[str] | None, background: str) -> _Source:
     files = sorted(image_files(folder))
     classes = {path: path.relative_to(folder).parts[0] for path in files if path.parent != folder}
-    labels = _labels(sorted(set(classes.values())), num_classes)
+    labels, names = _labels(sorted(set(classes.values())), num_classes, class_names)
     empty = sorted({p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)} - set(classes.values()))
     if classes and empty:
         warn_once(f"{folder}: folders without images of their own are no classes: {', '.join(empty)}")
-    for path in files:
-        yield str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path, ""))
+    rows = (
+        (str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path, ""))) for path in files
+    )
+    return _Source(rows, names)
 
 
-def _labels(folders: list[str], num_classes: int | None) -> dict[str, int]:
-    """The class of each folder, as :func:`load_images` says."""
+def _labels(
+    folders: list[str], num_classes: int | None, class_names: Sequence[str] | None
+) -> tuple[dict[str, int], Sequence[str] | None]:
+    """The class of each folder, as :func:`load_images` says, and the names of all classes where they have some."""
+    named = [named_classes(folder, class_names or ()) for folder in folders]
+    if folders and all(len(numbers) == 1 for numbers in named):
+        return {folder: numbers[0] for folder, numbers in zip(folders, named, strict=True)}, class_names
     are_numbers = all(map(str.isdecimal, folders))
     if are_numbers and num_classes is not None and all(int(name) < num_classes for name in folders):
-        return {name: int(name) for name in folders}
+        return {name: int(name) for name in folders}, None
     if num_classes not in (None, len(folders)):
-        return {}
-    return {name: i for i, name in enumerate(sorted(folders, key=int if are_numbers else str))}
+        return {}, None
+    names = sorted(folders, key=int if are_numbers else str)
+    return {name: i for i, name in enumerate(names)}, names
 
 
-def _read_parquet(paths: list[Path], labelled: bool, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
-    columns = (("label", "fine_label"),) if labelled else ()
-    for name, data, *label in read_parquet(paths, ("image", "img"), *columns):
-        yield name, decode_image(name, data, background), label[0] if label else None
+def _usable(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of classes for a model: None where they are only the numbers; of several classes of one name, each gets its number
+    as a part, for ImageNet has two cranes."""
+    if names is None or list(names) == [str(i) for i in range(len(names))]:
+        return None
+    counts = Counter(names)
+    return tuple(f"{name}/{i}" if counts[name] > 1 else name for i, name in enumerate(names))
+
+
+def _read_parquet(paths: list[Path], labelled: bool, background: str) -> _Source:
+    columns = (_LABELS,) if labelled else ()
+    rows = (
+        (name, decode_image(name, data, background), label[0] if label else None)
+        for name, data, *label in read_parquet(paths, _IMAGES, *columns)
+    )
+    return _Source(rows, parquet_class_names(paths[0], _LABELS) if labelled else None)
 
 
 def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
@@ -301,7 +355,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
         raise ValueError(f"{path}: not a whole IDX file ({error})") from None
 
 
-def _read_hub(name: str, background: str) -> Iterator[tuple[str, Image.Image, Any]]:
+def _read_hub(name: str, background: str) -> _Source:
     try:
         import datasets
     except ImportError:
@@ -312,12 +366,16 @@ def _read_hub(name: str, background: str) -> Iterator[tuple[str, Image.Image, An
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises its dependencies' exceptions too; each means the same to the user
         raise ValueError(f"cannot load {name!r} from the hub: {error}") from None
-    image = next((c for c in ("image", "img") if c in rows.column_names), None)
-    label = next((c for c in ("label", "fine_label") if c in rows.column_names), None)
+    image = next((c for c in _IMAGES if c in rows.column_names), None)
+    label = next((c for c in _LABELS if c in rows.column_names), None)
     if image is None:
         raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
-    # As they are stored, so that they are decoded as all others are.
-    for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
-        place, stored = f"{name}, row {i}", row[image]
-        data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-        yield place, decode_image(place, data, background), row[label] if label else None
+
+    def read() -> Iterator[tuple[str, Image.Image, Any]]:
+        # As they are stored, so that they are decoded as all others are.
+        for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+            place, stored = f"{name}, row {i}", row[image]
+            data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+            yield place, decode_image(place, data, background), row[label] if label else None
+
+    return _Source(read(), getattr(rows.features[label], "names", None) if label else None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..io.files import check_expansion, one_line, visible_files
 
-__all__ = ["parquet_files", "read_parquet"]
+__all__ = ["parquet_class_names", "parquet_files", "read_parquet"]
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -49,15 +50,30 @@ def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[st
             yield f"{path}, row {row}", data, *others
 
 
+def parquet_class_names(path: Path, columns: tuple[str, ...]) -> list[str] | None:
+    """The names of the classes, by number, that the features of a data set give a column of class labels, as the Hugging Face
+    Hub stores them; None where there are none.
+
+    Args:
+        path: a file of it.
+        columns: names that the column may have.
+
+    Raises:
+        ValueError: the file is damaged, or pyarrow is missing.
+    """
+    schema = _open(path).schema_arrow
+    column = next((name for name in columns if name in schema.names), None)
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):  # no metadata, or another program's
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
 def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list[Any]]:
     """The values of each row, in the order of what the columns are called."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
-    with _whole(path):
-        file = pq.ParquetFile(path)
-        there = file.schema_arrow.names
+    file = _open(path)
+    there = file.schema_arrow.names
     picked = [next((n for n in called if n in there), None) for called in names]
     if picked[0] is None:
         raise ValueError(f"{path}: no column {names[0][0]!r} (there are {', '.join(map(repr, there))})")
@@ -68,6 +84,18 @@ def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list[Any]]:
         for batch in file.iter_batches(16, columns=[name for name in picked if name]):  # photographs have megabytes each
             for record in batch.to_pylist():
                 yield [None if name is None else record[name] for name in picked]
+
+
+def _open(path: Path) -> Any:
+    """A pyarrow ParquetFile whose schema can be read."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
+    with _whole(path):
+        file = pq.ParquetFile(path)
+        _ = file.schema_arrow
+    return file
 
 
 @contextlib.contextmanager

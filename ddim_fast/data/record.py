@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,29 +32,20 @@ class DataRecord:
     files: dict[str, int]
 
     @classmethod
-    def of(cls, spec: str, data: ImageSet, class_names: Sequence[str] | None = None) -> DataRecord:
-        """The record of data that was read from ``spec``.
-
-        Args:
-            class_names: by their numbers; None names a class as its folder, or by its number where it has none.
-        """
+    def of(cls, spec: str, data: ImageSet) -> DataRecord:
+        """The record of data that was read from ``spec``. A class without a name is called by its number."""
         folder = Path(spec) if os.path.isdir(spec) else Path(spec).parent
         files: dict[str, int] = {}
-        names: dict[int, str] = {}
-        labels = [None] * len(data) if data.labels is None else data.labels.tolist()
-        for place, label in zip(data.places, labels, strict=True):
+        for place in data.places:
             is_file = os.path.isfile(place)
             file = place if is_file else place.rpartition(", ")[0]  # "train.parquet, row 7"
             inside = os.path.relpath(file, folder)
             if inside not in files and (is_file or os.path.isfile(file)):
                 files[inside] = os.path.getsize(file)
-            if label is not None and label not in names:
-                parts = Path(inside).parts if is_file else ()
-                names[label] = class_names[label] if class_names else parts[0] if len(parts) > 1 else str(label)
         if data.labels is None:
             return cls(spec, len(data), None, files)
-        counts = Counter(labels)
-        classes = {names.get(number, str(number)): counts[number] for number in range(max(names) + 1)}
+        counts, names = Counter(data.labels.tolist()), data.class_names
+        classes = {names[number] if names else str(number): counts[number] for number in range(max(counts) + 1)}
         return cls(spec, len(data), classes, files)
 
     @classmethod
@@ -89,7 +79,7 @@ class DataRecord:
             raise ValueError(f"the run was trained on {self.path!r}, not on {now.path!r}")
         before, after = list(self.classes or ()), list(now.classes or ())
         for number, (one, other) in enumerate(zip(before, after, strict=False)):
-            if one != other:
+            if one not in (other, str(number)):  # version 0.1 called classes of Parquet files by their numbers
                 raise ValueError(f"class {number} of the run is {one!r}, but in {now.path} it is {other!r}")
         if len(before) != len(after):
             raise ValueError(f"the run has {len(before)} classes, {now.path} has {len(after)}")
@@ -99,7 +89,7 @@ class DataRecord:
                 f"{len(gone)} of the {len(self.files)} files of the run are gone from {now.path} or have changed, "
                 f"{gone[0]!r} among them"
             )
-        seen: list[tuple[str | None, int]] = [*(self.classes or {}).items(), (None, self.images)]
+        seen: list[tuple[str | None, int]] = [*zip(after, (self.classes or {}).values(), strict=True), (None, self.images)]
         for name, count in seen:
             left = now.images if name is None else (now.classes or {})[name]
             if left < count:

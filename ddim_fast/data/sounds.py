@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -14,23 +14,27 @@ from .sound_files import load_sounds
 __all__ = ["load_sound_images"]
 
 
-def load_sound_images(spec: str, audio: AudioConfig, *, labelled: bool, convert: bool = False) -> tuple[ImageSet, AudioConfig]:
-    """Sounds as the images that a network is trained on, and ``audio`` with the names of their classes.
+def load_sound_images(
+    spec: str, audio: AudioConfig, *, labelled: bool, class_names: Sequence[str] | None = None, convert: bool = False
+) -> ImageSet:
+    """Sounds as the images that a network is trained on.
 
     Args:
         spec, convert: as of :func:`load_sounds`.
-        labelled: whether the classes are wanted; they are numbered as ``audio`` has them, or in the order of their names.
+        audio: what the images mean.
+        labelled: whether the classes are wanted.
+        class_names: of the network, by their numbers; None numbers the data's classes in the order of their names.
 
     Raises:
-        ValueError: as of :func:`load_sounds`, or a class is not one that ``audio`` has.
+        ValueError: as of :func:`load_sounds`, or a class is not one of the network's.
     """
     sounds = load_sounds(spec, audio, convert)
     images = make_codec(audio).encode(sounds.waves)
     if not labelled or sounds.labels is None:
-        return ImageSet(images, None, sounds.places), audio
-    names = list(audio.labels or sorted(set(sounds.labels)))
+        return ImageSet(images, None, sounds.places)
+    names = tuple(class_names or sorted(set(sounds.labels)))
     for label in sounds.labels:
         if label not in names:
             raise ValueError(f"{spec}: class {label!r} is not one of the model's: {', '.join(names)}")
     numbers = torch.tensor([names.index(label) for label in sounds.labels])
-    return ImageSet(images, numbers, sounds.places), dataclasses.replace(audio, labels=tuple(names))
+    return ImageSet(images, numbers, sounds.places, names)

@@ -40,6 +40,7 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
         *(conditional if labels else []),
         f"| | `images`, out | (N, {image}) float32 | in [-1, 1], not clipped |",
     ]
+    names = [f"The classes, from 0: {', '.join(config.class_names)}.", ""] if config.class_names else []
     order = "one after the other" if schedule["unroll"] else "in a loop"
     made = f"By `{command}`, with" if command else "With"
     fused = ["Fused for ONNX Runtime's CUDA provider: it runs nowhere else.", ""] if schedule["optimize"] else []
@@ -54,6 +55,7 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
             *fused,
             *rows,
             "",
+            *names,
             f"`config.json` describes the network, `{SCHEDULE}` the sampler: its timesteps, noise levels and coefficients.",
             f"`sha256sum -c {CHECKSUMS}` checks the files.",
             "",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from .config import UNetConfig
 from .json_dataclass import JsonDataclass
 
 __all__ = ["AudioConfig"]
@@ -23,7 +26,6 @@ class AudioConfig(JsonDataclass):
         fold: what is brought together in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` samples in a row
             of a waveform. A network of fewer, wider positions costs less.
         peak: a recording's level is brought to this largest value when it is read: levels of recordings are accidents.
-        labels: the names of the classes, in the order of their numbers, such as "7/jackson"; None without classes.
 
     Spectrogram, in which a waveform's loudness and picture are measured as well:
         n_fft: samples of a frame, under a Hann window.
@@ -40,12 +42,14 @@ class AudioConfig(JsonDataclass):
     length: int
     fold: int
     peak: float = 0.5
-    labels: tuple[str, ...] | None = None
     n_fft: int = 512
     hop: int = 128
     mels: int = 64
     floor_db: float = -80.0
     ceiling_db: float = -10.0
+
+    # The network's configuration, for the former names below; not a field.
+    _network = cast("UNetConfig | None", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +62,6 @@ class AudioConfig(JsonDataclass):
         folded = {"mel": (self.mels, self.frames), "waveform": (self.length,)}[self.kind]
         divisible = all(size % self.fold == 0 for size in folded)
         self._require(divisible, "fold", f"a divisor of {' and '.join(map(str, folded))}")
-        self._require(self.labels is None or len(set(self.labels)) == len(self.labels), "labels", "different names")
 
     @property
     def frames(self) -> int:
@@ -82,20 +85,19 @@ class AudioConfig(JsonDataclass):
         """The sound of a network preset (:meth:`UNetConfig.preset`), or None for one of images."""
         return cls(**_PRESETS[name]) if name in _PRESETS else None
 
-    def class_numbers(self, name: str) -> list[int]:
-        """The classes that a name means: its own, or all that have it as a part, as "7/jackson" has "7" and "jackson".
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """The former name of :attr:`UNetConfig.class_names`, which version 0.3 drops."""
+        warnings.warn("model.audio.labels is now model.config.class_names", FutureWarning, stacklevel=2)
+        return None if self._network is None else self._network.class_names
 
-        Raises:
-            ValueError: there is none.
-        """
-        labels = self.labels or ()
-        found = [i for i, label in enumerate(labels) if label == name] or [
-            i for i, label in enumerate(labels) if name in label.split("/")
-        ]
-        if not found:
-            known = ", ".join(labels[:4]) + (", ..." if len(labels) > 4 else "")
-            raise ValueError(f"no class is named {name!r}; the model has {known or 'none'}")
-        return found
+    def class_numbers(self, name: str) -> list[int]:
+        """The former name of :meth:`UNetConfig.class_numbers`, which version 0.3 drops."""
+        instead = "model.audio.class_numbers is now model.config.class_numbers"
+        warnings.warn(instead, FutureWarning, stacklevel=2)
+        if self._network is None:
+            raise ValueError(f"{instead}, which knows the classes' names")
+        return self._network.class_numbers(name)
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

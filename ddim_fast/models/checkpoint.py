@@ -6,6 +6,7 @@ ddim_fast.models.formats reads the checkpoints of other programs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -42,6 +43,9 @@ __all__ = [
 ]
 
 C = TypeVar("C", bound=JsonDataclass)
+
+# The key under which audio.json had the names of the classes in version 0.1.
+_FORMER_NAMES = "labels"
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "cifar10-64"
@@ -131,7 +135,13 @@ def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[
     path = folder / "config.json"
     values = read_json(path)
     with errors_name_file(path):
-        return kind.from_dict(values)
+        config = kind.from_dict(values)
+    audio = folder / _AUDIO
+    if isinstance(config, UNetConfig) and config.class_names is None and audio.is_file():
+        names = read_json(audio).get(_FORMER_NAMES)
+        with errors_name_file(audio):
+            return dataclasses.replace(config, class_names=names)
+    return config
 
 
 def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
@@ -171,12 +181,12 @@ def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
     if not file.is_file():
         return None
     values = read_json(file)
+    values.pop(_FORMER_NAMES, None)  # which load_config reads
     with errors_name_file(file):
         audio = AudioConfig.from_dict(values)
         if audio.image_shape != config.image_shape:
             raise ValueError(f"its sounds are images of shape {audio.image_shape}, the network's are {config.image_shape}")
-        if len(audio.labels or ()) != (config.num_classes or 0):
-            raise ValueError(f"it names {len(audio.labels or ())} classes, the network has {config.num_classes or 0}")
+    object.__setattr__(audio, "_network", config)
     return audio
 
 

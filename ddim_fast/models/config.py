@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .class_names import named_classes, similar_name
 from .json_dataclass import JsonDataclass
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # Fields of a UNetConfig that are for people: they change nothing that a network computes.
 ADVICE = ("class_names", "guidance")
+
+# More names are unreadable in one line.
+_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class UNetConfig(JsonDataclass):
         downsample_padding: 1 pads symmetrically before the stride-2 convolution; 0 pads right and bottom only, as DDPM does.
         num_classes: number of class labels, or None for an unconditional network. One more row of the class embedding is the
             null class, which stands for "no label" in classifier-free guidance (Ho and Salimans 2022).
-        class_names: what the classes are called, in the order of their numbers, or None.
+        class_names: what the classes are called, in the order of their numbers, or None: see :meth:`class_numbers`.
 
     Process:
         prediction_type: what the network returns: ``epsilon``, ``v_prediction`` or ``sample``.
@@ -137,6 +141,47 @@ class UNetConfig(JsonDataclass):
     def attends(self, level: int) -> bool:
         """Whether the residual blocks of a level are followed by self-attention."""
         return self.level_size(level)[1] in self.attention_resolutions
+
+    def class_numbers(self, text: str) -> list[int]:
+        """The classes that ``text`` means: the one of this name, or all that have it as a part, as "7/jackson" has "7" and
+        "jackson"; where there is no such name, the class of this number. Capitals do not matter.
+
+        Raises:
+            ValueError: it means no class of the network; the message names those there are.
+        """
+        if self.num_classes is None:
+            raise ValueError("the network is unconditional: it has no classes")
+        names = self.class_names or ()
+        found = named_classes(text, names)
+        if found:
+            return found
+        number = text.strip()
+        if not (number.isascii() and number.isdecimal()):
+            close = similar_name(text, names)
+            hint = f"did you mean {close!r}? There" if close else "there"
+            raise ValueError(f"no class is called {text!r}; {hint} are {self._classes()}")
+        if len(number) > 9 or int(number) >= self.num_classes:
+            raise ValueError(f"class {number} is out of range: the network has classes 0..{self.num_classes - 1}")
+        return [int(number)]
+
+    def class_number(self, text: str) -> int:
+        """:meth:`class_numbers` where one class is needed.
+
+        Raises:
+            ValueError: ``text`` means no class, or several; the message names them.
+        """
+        found = self.class_numbers(text)
+        if len(found) > 1:
+            names = ", ".join((self.class_names or ())[number] for number in found)
+            raise ValueError(f"{text!r} means {len(found)} classes; name one of {names}")
+        return found[0]
+
+    def _classes(self) -> str:
+        """The classes, for a message."""
+        if self.class_names is None:
+            return f"classes 0..{(self.num_classes or 0) - 1}, without names"
+        more = len(self.class_names) - _SHOWN
+        return ", ".join(self.class_names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> UNetConfig:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -36,20 +37,36 @@ def painted(background: np.ndarray, *boxes: tuple[int, int, int, int]) -> dict:
     return {"background": Image.fromarray(background), "layers": [Image.fromarray(layer, "RGBA")]}
 
 
-def test_one_image_is_that_of_its_seed(studio):
-    picture = studio.sample(5, 7, 1, 9, 2.0)
-    assert picture.shape == (512, 512, 3) and picture.dtype == np.uint8
-    expected = Sampler(UNet.from_pretrained("fashion-mnist"), steps=5).sample(seeds=[7], labels=9, guidance=2.0)
-    pixels = ((expected[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    assert np.array_equal(small(picture), pixels[..., None].repeat(3, axis=2))
+def test_each_image_is_that_of_its_seed(studio):
+    pictures = studio.sample(5, 7, 2, 9, 2.0)
+    assert [name for _, name in pictures] == ["seed 7", "seed 8"]
+    expected = Sampler(UNet.from_pretrained("fashion-mnist"), steps=5).sample(seeds=[7, 8], labels=9, guidance=2.0)
+    pixels = ((expected[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    assert np.array_equal([picture for picture, _ in pictures], pixels)
+
+
+def test_classes_and_guidance_are_those_of_the_model(studio, fake_network):
+    assert studio.classes[0] == ("none", -1) and studio.classes[-1] == ("ankle boot", 9) and studio.guidance == 2.0
+    named = fake_network(num_classes=2, class_names=("cat", "dog"), guidance=7.5)
+    others = [DemoModel(Sampler(network)) for network in (named, fake_network(num_classes=2), fake_network())]
+    assert [studio.classes[1:] for studio in others] == [[("cat", 0), ("dog", 1)], [("0", 0), ("1", 1)], []]
+    assert [studio.guidance for studio in others] == [7.5, 1.0, 1.0]
+    pytest.importorskip("gradio")
+    sliders = [demo.make_page(studio, "x").config["components"] for studio in others]
+    shown = [next(c["props"] for c in components if c["props"].get("label") == "Guidance") for components in sliders]
+    assert [(slider["value"], slider["maximum"], slider["visible"]) for slider in shown] == [
+        (7.5, 7.5, True),
+        (1.0, 5, True),
+        (1.0, 5, False),
+    ]
 
 
 def test_the_ends_of_an_interpolation_are_the_seeds_images(studio):
     frames = studio.interpolate(3, 4, 8, 5, -1, 2.0)
     assert frames.shape == (8 * 36, 8 * (2 + 5 * 34), 3)  # five images in a row, between gaps of two pixels
-    first, last = (studio.sample(3, seed, 1, -1, 2.0) for seed in (4, 8))
-    tiles = small(frames, 8)[2:-2]
-    assert np.array_equal(tiles[:, 2:34], small(first)) and np.array_equal(tiles[:, -34:-2], small(last))
+    first, last = (studio.sample(3, seed, 1, -1, 2.0)[0][0] for seed in (4, 8))
+    tiles = small(frames, 8)[2:-2, :, 0]
+    assert np.array_equal(tiles[:, 2:34], first) and np.array_equal(tiles[:, -34:-2], last)
 
 
 def test_inpainting_keeps_what_is_not_painted_over(studio):
@@ -138,9 +155,21 @@ def test_the_page_in_a_browser(studio):
 
         panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Sample", exact=True))
         panel.get_by_role("spinbutton", name="Steps").fill("4")
-        panel.get_by_role("spinbutton", name="Images").fill("1")
+        panel.get_by_role("spinbutton", name="Images").fill("2")
+        panel.get_by_label("Class").click()
+        page.get_by_role("option", name="sneaker").click()
         panel.get_by_role("button", name="Sample", exact=True).click()
-        assert np.array_equal(picture(page, "sampled"), studio.sample(4, 0, 1, 9, 2.0))
+        page.locator("#sampled img").first.wait_for(timeout=60_000)
+        with page.expect_download() as zipped:
+            panel.get_by_role("button", name="Download All").click()
+        with zipfile.ZipFile(zipped.value.path()) as archive:
+            saved = [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()]
+        assert np.array_equal(saved, [image for image, _ in studio.sample(4, 0, 2, 7, 2.0)])
+        page.get_by_text("seed 1").wait_for()
+        page.locator("#sampled img").last.click()
+        with page.expect_download() as one:
+            panel.get_by_role("button", name="Download", exact=True).click()
+        assert one.value.suggested_filename.endswith(".png") and np.array_equal(Image.open(one.value.path()), saved[1])
 
         page.get_by_role("tab", name="Interpolate").click()
         panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Interpolate", exact=True))

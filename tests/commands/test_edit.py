@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ def test_another_class(run, pictures, here, sampler):
     assert run(shoes, "--from", 7, "--to", 9, "--guidance", 2, "--steps", 3, "--batch-size", 2, "--quiet") == (0, "", "")
     expected = swap_class(sampler, loaded(shoes), source=7, target=9, guidance=2.0)
     assert np.array_equal(written(here / "edited"), to_uint8(expected)[..., 0])
+    options = ("--to", "ankle boot", "--guidance", 2, "--steps", 3, "--quiet")
+    assert run(shoes, "--from", "Sneaker", *options, "--out", "named") == (0, "", "")
+    assert np.array_equal(written(here / "named"), written(here / "edited"))
+    shutil.copytree(shoes, here / "data" / "sneaker")
+    assert run("data", *options, "--out", "own") == (0, "", "")  # the folder says what its images are
+    assert np.array_equal(written(here / "own"), written(here / "edited"))
 
 
 def test_exact_inversion_brings_the_image_back(run, pictures, here):
@@ -93,7 +100,8 @@ def test_an_attribute(run, pictures, here, sampler):
         (["{p}/shoes", "--to", "9", "--from", "7", "--seed", "1"], "--seed belongs to SDEdit"),
         (["{p}/shoes", "--to", "9"], "give their class by --from, or say --from none"),
         (["{p}/shoes", "--to", "10", "--from", "7"], "class 10 is out of range"),
-        (["{p}/shoes", "--to", "9", "--from", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["{p}/shoes", "--to", "9", "--from", "boot"], "--class/--from: no class is called 'boot'; did you mean 'ankle boot'?"),
+        (["{p}/shoes", "--to", "none", "--from", "7"], "--to: no class is called 'none'; there are T-shirt/top, trouser,"),
         (["{p}/shoes", "--to", "9", "--direction", "{p}/dark", "{p}/shoes"], "not allowed with"),
         (["{p}/shoes", "--direction", "{p}/dark", "{p}/empty"], "no images in"),
         (["{p}/shoes", "--direction", "{p}/dark", "{p}/shoes", "--amount", "inf"], "--amount must be a finite number"),

@@ -166,6 +166,22 @@ def test_changed_classes_are_measured_anew(run, checkpoint, photos, tmp_path):
     assert before["loss"] != after["loss"]
 
 
+def test_classes_that_are_called_by_name_are_the_same(run, checkpoint, photos, tmp_path):
+    config, names = checkpoint / "config.json", [f"kind {i}" for i in range(10)]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "class_names": names}))
+    command = ["--model", checkpoint, "--data", photos, "--loss"]
+    for folders in (("4", "7"), ("Kind 4", "kind 7")):
+        for before, after in zip(sorted(photos.iterdir()), folders, strict=True):
+            before.rename(photos / after)
+        assert run(*command)[0] == 0
+    assert len(rows(tmp_path, "loss")) == 1  # images and classes are those that have been measured
+    samples = ["--model", checkpoint, "--trajectory-error", "--num-images", 2, "--steps", 2, "--batch-size", 2]
+    for classes in ("7,4", "Kind 7,kind 4"):
+        assert run(*samples, "--class", classes)[0] == 0
+    (row,) = rows(tmp_path, "trajectory")
+    assert row["settings"]["class"] == "7,4"
+
+
 def test_precision_and_recall_do_not_depend_on_the_order_of_the_reference(run, tmp_path, tiny_inception):
     rng = np.random.default_rng(0)
     kinds = [rng.integers(*limits, (300, 16, 16, 3), dtype=np.uint8) for limits in ((0, 120), (136, 256))]

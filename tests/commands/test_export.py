@@ -112,13 +112,22 @@ def test_one_class_is_a_pipeline_of_its_own(label, row, run, checkpoint, small_u
     torch.testing.assert_close(pipeline.unet(x, t).sample, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_class_is_called_by_name(run, tmp_path):
+    for label in ("4", "Deer"):
+        options = ("--to", "checkpoint", "--model", "cifar10-small", "--class", label)
+        assert run(*options, "--out", tmp_path / label)[0] == 0
+    first, second = (UNet.from_pretrained(tmp_path / label) for label in ("4", "Deer"))
+    assert first.config == second.config and first.config.class_names is None and first.config.guidance is None
+    assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
         ([], "--to"),
         (["--to", "tensorrt"], "--to"),
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
-        (["--class", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["--class", "boot"], "--class: no class is called 'boot'; there are classes 0..9, without names"),
         (["--class", "-1"], "--class"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
         (["--class", "all", "--out", "."], "--out: . exists and is not an empty folder"),

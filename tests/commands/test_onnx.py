@@ -26,7 +26,8 @@ def exported(tmp_path_factory):
     place = tmp_path_factory.mktemp("onnx")
     torch.manual_seed(0)
     fields = {"channel_multipliers": (1,), "layers_per_block": 1, "attention_resolutions": (), "norm_num_groups": 4}
-    model = UNet(UNetConfig(sample_size=8, base_channels=8, num_classes=10, **fields))
+    names = tuple(f"kind {i}" for i in range(10))
+    model = UNet(UNetConfig(sample_size=8, base_channels=8, num_classes=10, class_names=names, **fields))
     torch.nn.init.normal_(model.conv_out.weight, std=0.05)
     model.save_pretrained(place / "checkpoint")
     command = [
@@ -61,10 +62,17 @@ def test_the_folder_describes_itself(exported):
     assert schedule["timesteps"] == [999, 249, 0] and np.shape(schedule["coefficients"]) == (3, 7)
     assert schedule["settings"] == {"steps": 3, "eta": 1.0, "spacing": "quadratic", "solver": "ddim", "clip": None}
     card = (exported / "onnx" / "README.md").read_text()
+    assert "\nThe classes, from 0: kind 0, kind 1, " in card and ", kind 9.\n" in card
     assert "--to onnx" in card and "onnxscript" in card and "| `x_T` | (M, 3, 8, 8) float32 |" in card
 
 
-_REQUESTS = [[], ["--steps", 2, "--eta", 0, "--solver", "unipc"], ["--guidance", 2], ["--spacing", "999,500,250,0", "--eta", 1]]
+_REQUESTS = [
+    [],
+    ["--class", "kind 3,7"],
+    ["--steps", 2, "--eta", 0, "--solver", "unipc"],
+    ["--guidance", 2],
+    ["--spacing", "999,500,250,0", "--eta", 1],
+]
 
 
 @pytest.mark.parametrize("options", _REQUESTS, ids=str)
@@ -126,6 +134,7 @@ def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, mon
         (["--tolerance", "0.1"], "--tolerance is not an option of --engine onnx"),
         (["--reuse", "2"], "--reuse is not an option of --engine onnx"),
         (["--class", "10"], "class 10 is out of range"),
+        (["--class", "kind"], "--class: no class is called 'kind'; did you mean 'kind"),
         (["--steps", "0"], "steps must be a whole number"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
         (["--engine", "eager", "--provider", "cpu"], "--provider is an option of --engine onnx"),

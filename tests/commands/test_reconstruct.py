@@ -75,7 +75,7 @@ def test_files_and_a_class_by_hand(run, pictures, here):
     [
         (["nowhere"], "no images at 'nowhere'"),
         (["{pictures}", "--class", "10"], "class 10 is out of range"),
-        (["{pictures}", "--class", "boot"], "'boot' is neither a class number nor 'none'"),
+        (["{pictures}", "--class", "boot"], "--class: no class is called 'boot'; did you mean 'ankle boot'?"),
         (["{pictures}", "--steps", "0"], "steps must be a whole number"),
         (["{pictures}", "--class", "none", "--guidance", "2"], "needs class labels to guide towards"),
         (["{pictures}", "--out", "{pictures}"], "is not empty (0 and 9 more)"),

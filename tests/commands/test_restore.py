@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -171,6 +172,15 @@ def test_the_figures_say_what_the_model_adds(task, evaluations, seen, run, cloth
     assert record(here / "restored")["images"]["9"]["psnr"] == pytest.approx(psnr)
     rows = 4 if task[0] == "deblur" else 3  # a blurred image is another than its pseudo-inverse
     assert task[0] == "compressed-sensing" or Image.open(here / "restored" / "comparison.png").size[1] == 2 * (2 + rows * 34)
+
+
+def test_folders_called_by_the_classes_names(run, clothes, here):
+    for number, name in ((0, "T-shirt"), (9, "ankle boot")):
+        shutil.copytree(clothes / f"{number}", here / "named" / name)
+    options = ("--task", "deblur", "--sigma", 1, "--steps", 1, "--model", "fashion-mnist", "--quiet")
+    for data, classes, out in (("named", [], "a"), (clothes / "9", ["--class", "ankle boot"], "b")):
+        assert run(*options, data, *classes, "--out", out) == (0, "", "")
+    assert [record(here / out)["settings"]["class"] for out in "ab"] == ["0,9", "9"]
 
 
 def test_a_blurred_file_is_sharper_afterwards(run, clothes, here):

@@ -123,6 +123,26 @@ def test_classes_are_used_in_turn(run, checkpoint, tmp_path):
     assert images["a"] == images["b"] != images["c"] == images["d"]
 
 
+NAMES = ["airplane", "car", "bird", "cat/tabby", "deer", "dog", "frog", "cat/wild", "3-5", "truck"]
+
+
+def test_classes_are_called_by_name(run, checkpoint, tmp_path):
+    _change_config(checkpoint, class_names=NAMES)
+    common = ("--model", checkpoint, "--steps", 2, "--seeds", "0-3", "--quiet", "--out", tmp_path / "out")
+    assert run(*common, "--class", "Cat, 1-2") == (0, "", "")
+    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert record["settings"]["class"] == "3,7,1-2"
+    images = contents(tmp_path / "out")
+    (tmp_path / "out" / "000002.png").unlink()  # whoever writes the same in other words goes on with it
+    assert run(*common, "--class", "3,cat/wild,car,2") == (0, "", "")
+    assert contents(tmp_path / "out") == images
+    code, _, err = run(*common, "--class", "3-5")  # a name, not a range
+    assert code == 2 and "was begun with --class 3,7,1-2, not 8;" in err
+    code, _, err = run(*common, "--class", "car,brid")
+    assert code == 2 and err.count("\n") == 1
+    assert "--class: no class is called 'brid'; did you mean 'bird'? There are airplane, car, bird," in err
+
+
 def test_guidance_in_an_interval(run, checkpoint, tmp_path):
     common = ("--model", checkpoint, "--spacing", "900,600,300", "--seeds", "0,1")
     images = {}
@@ -168,7 +188,7 @@ def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
         (["--eta", "nan"], "eta must lie in [0, 1]"),
         (["--eta", "much"], "sigma-hat"),
         (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
-        (["--class", "boot"], "--class"),
+        (["--class", "3,boot"], "--class: no class is called 'boot'; there are classes 0..9, without names"),
         (["--class", "none", "--guidance", "2"], "needs class labels"),
         (["--guidance", "2", "--guidance-interval", "600", "300"], "two timesteps, the lower one first"),
         (["--guidance-interval", "300", "600"], "give its scale"),
@@ -521,7 +541,7 @@ def test_a_finished_folder_gets_the_film_and_the_grid_that_are_asked_for(run, ch
 def test_help_shows_examples_and_defaults(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "examples:" in out and "--class 7 --guidance 2" in out
+    assert "examples:" in out and "--class horse --guidance 2" in out
     assert "(default: 12 on a CPU, 64 on a GPU)" in " ".join(out.split())
     assert [title for title in ("sampling:", "execution:", "output:") if f"\n{title}\n" not in out] == []
 

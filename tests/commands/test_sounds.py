@@ -51,7 +51,7 @@ def sounds_in(folder) -> dict[str, np.ndarray]:
 
 def test_a_run_describes_its_sounds(trained):
     model = UNet.from_pretrained(trained)
-    assert model.audio.labels == ("0/ann", "0/bob", "1/ann", "1/bob") and model.config.num_classes == 4
+    assert model.config.class_names == ("0/ann", "0/bob", "1/ann", "1/bob") and model.config.num_classes == 4
     assert json.loads((trained / "train.json").read_text())["flip"] is False
     with Image.open(trained / "samples" / "0000002.png") as grid:
         assert grid.mode == "L"
@@ -76,7 +76,8 @@ def test_sample_writes_sounds(run_here, trained, here):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--class=2"], "--class: no class is named '2'; the model has 0/ann, 0/bob, 1/ann, 1/bob"),
+        (["--class=an"], "--class: no class is called 'an'; did you mean 'ann'? There are 0/ann, 0/bob, 1/ann, 1/bob"),
+        (["--class=4"], "--class: class 4 is out of range: the network has classes 0..3"),
         (["--out=a.npz"], "name a folder for the model's sounds"),
     ],
 )
@@ -149,7 +150,7 @@ def test_a_model_without_classes_asks_for_none(run_here, recordings, here):
     options = ["--model", here / "run", "--gap", "0.1", "0.15", "--steps=2", "--out=restored", "--quiet"]
     assert run_here(restore_sounds, recordings, *options) == (0, "", "")
     code, _, error = run_here(restyle, recordings, "--model", here / "run", "--to=0")
-    assert code == 2 and "no class is named '0'; the model has none" in error
+    assert code == 2 and "--to: the network is unconditional: it has no classes" in error
 
 
 def test_restore_a_band(run_here, trained, recordings, here, presets):
@@ -193,7 +194,7 @@ def test_train_refuses_what_it_cannot_read(run_here, here, write, message):
 
 
 def test_there_is_no_onnx_of_sounds(run_here, trained, here):
-    for label in ([], ["--class=1"]):
+    for label in ([], ["--class=1/ann"]):
         code, _, error = run_here(export, "--to=onnx", "--model", trained, "--out=exported", *label)
         assert code == 2 and "makes sounds" in error and error.count("\n") == 1
         assert not (here / "exported").exists()

@@ -261,7 +261,49 @@ def test_averages_begin_with_their_run(photos, tmp_path, run_train):
 def test_a_class_conditional_run_counts_the_folders(photos, tmp_path, run_train):
     out = tmp_path / "run"
     assert run_train("--data", photos, *RUN, "--class-conditional", "--steps=1", "--out", out)[0] == 0
-    assert UNet.from_pretrained(out).config.num_classes == 2
+    config = UNet.from_pretrained(out).config
+    assert config.num_classes == 2 and config.class_names == ("class-0", "class-1")
+
+
+def test_a_run_that_goes_on_keeps_what_its_config_says_for_people(photos, tmp_path, run_train):
+    out, more = tmp_path / "run", ("--resume", "--device=cpu", "--quiet")
+    assert run_train("--data", photos, *RUN, "--class-conditional", "--steps=1", "--out", out)[0] == 0
+    values = json.loads((out / "config.json").read_text())
+    for step, advice in (
+        (2, {"class_names": None, "guidance": None}),  # as version 0.1 wrote it
+        (3, {"class_names": ["cat", "dog"], "guidance": 2.5}),
+    ):
+        (out / "config.json").write_text(json.dumps({**values, **advice}))
+        assert run_train("--out", out, *more, f"--steps={step}")[::2] == (0, "")
+    config = UNet.from_pretrained(out).config
+    assert config.class_names == ("cat", "dog") and config.guidance == 2.5
+
+
+@pytest.mark.parametrize(
+    "folders, names, labels",
+    [
+        (["Class-1"], ("class-0", "class-1"), {1}),  # of the model: its numbers
+        (["a", "b"], ("a", "b"), {0, 1}),  # all new
+        (["a"], None, {0}),  # nobody knows what the second is by now
+        (["0", "1"], ("class-0", "class-1"), {0, 1}),  # numbers are no names
+    ],
+)
+def test_names_where_training_begins_with_a_model(folders, names, labels, photos, tmp_path, run_train, monkeypatch):
+    run_train(*RUN, "--data", photos, "--class-conditional", "--steps=1", "--out", tmp_path / "init")
+    for folder, own in zip(folders, sorted(photos.iterdir()), strict=False):
+        shutil.copytree(own, tmp_path / "data" / folder)
+    seen, init = [], Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, model, data, rest: seen.append(data) or init(self, model, data, rest))
+    options = ["--init", tmp_path / "init", "--data", tmp_path / "data", *RUN[len(NETWORK) :], "--steps=1"]
+    assert run_train(*options, "--out", tmp_path / "run")[0] == 0
+    assert UNet.from_pretrained(tmp_path / "run").config.class_names == names
+    assert set(seen[0].labels.tolist()) == labels
+
+
+def test_names_that_a_user_sets_are_kept(photos, tmp_path, run_train):
+    network = [*NETWORK, "num_classes=2", 'class_names=["left", "right"]', *RUN[len(NETWORK) :], "--class-conditional"]
+    assert run_train("--data", photos, *network, "--steps=1", "--out", tmp_path / "run")[0] == 0
+    assert UNet.from_pretrained(tmp_path / "run").config.class_names == ("left", "right")
 
 
 def test_options_change_the_network(photos, tmp_path, run_train):
@@ -528,7 +570,7 @@ def test_a_class_conditional_model_goes_on_without_classes_where_the_data_has_no
     assert code == 0
     assert_one_line(err, f"{photos / 'class-0'} has no label for every image", "goes on without classes")
     after = UNet.from_pretrained(tmp_path / "after")
-    assert after.config == dataclasses.replace(before.config, num_classes=None)
+    assert after.config == dataclasses.replace(before.config, num_classes=None, class_names=None)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 700])
     with torch.no_grad():
         torch.testing.assert_close(after(x, t), before(x, t), atol=1e-6, rtol=0)  # no label is the null class

@@ -235,9 +235,28 @@ def test_data_sets_of_one_file(write, before, after, message, run, here):
     assert_one_line(error, message, str(here / "set.parquet"))
 
 
+def test_a_record_without_the_names_that_the_data_has(run, here):
+    """Version 0.1 did not look for them in a Parquet file."""
+    table = pa.table({"image": [{"bytes": encoded()}] * 3, "label": [0, 1, 1]})
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), here / "set.parquet")
+    start(run, "set.parquet", "--class-conditional")
+    record = here / "run" / "data.json"
+    assert json.loads(record.read_text())["classes"] == {"cat": 1, "dog": 2}
+    assert UNet.from_pretrained(here / "run").config.class_names == ("cat", "dog")
+    record.write_text(record.read_text().replace('"cat"', '"0"').replace('"dog"', '"1"'))
+    assert run(*RESUME, "--steps=2")[::2] == (0, "")
+    record.write_text(record.read_text().replace('"cat"', '"bird"'))
+    code, _, error = run(*RESUME, "--steps=3")
+    assert code == 2
+    assert_one_line(error, "class 0 of the run is 'bird'", "it is 'cat'")
+
+
 def test_hub_data_is_counted_and_no_folder_of_its_name(run, here, monkeypatch):
     class Rows(list):
         column_names = ("image", "label")
+        features = dict.fromkeys(column_names)
 
         def cast_column(self, name, kind):
             return [{**row, name: {"bytes": encoded(), "path": None}} for row in self]

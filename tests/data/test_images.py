@@ -1,6 +1,7 @@
 import datetime
 import gzip
 import io
+import json
 import re
 import struct
 import sys
@@ -59,6 +60,28 @@ def test_folders_in_a_folder_are_classes(tmp_path):
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.labels.dtype == torch.int64
     assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    "folders, class_names, labels, names",
+    [
+        (["dog", "cat"], None, [0, 1], ("cat", "dog")),
+        (["0", "1"], None, [0, 1], None),
+        (["2", "10"], None, [1, 0], ("2", "10")),
+        (["Dog", "cat"], ("bird", "cat", "dog"), [2, 1], ("bird", "cat", "dog")),
+        (["T-shirt", "shirt"], ("T-shirt/top", "trouser", "shirt"), [0, 2], ("T-shirt/top", "trouser", "shirt")),
+        (["cat", "horse"], ("bird", "cat", "dog"), [0, 1], ("cat", "horse")),  # of other classes than the model's
+        (["a"], ("a/b", "a/c"), [0], ("a",)),  # which of two?
+    ],
+)
+def test_folders_called_by_names_are_the_classes_of_a_model(folders, class_names, labels, names, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    data = load_images(str(tmp_path), 3, 8, class_names=class_names)
+    assert data.labels.tolist() == labels and data.class_names == names
+    rows = [label for _, _, label in read_images(str(tmp_path), class_names=class_names)]
+    assert rows == labels
 
 
 @pytest.mark.parametrize(
@@ -212,6 +235,48 @@ def test_parquet_in_the_layout_of_the_hub(image_column, label_column, tmp_path):
 def test_parquet_without_labels_has_none(tmp_path):
     write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)])
     assert load_images(str(tmp_path / "a.parquet"), 3, 8).labels is None
+
+
+def write_classes(path, names, labels, column="label") -> None:
+    """A Parquet file whose features name its classes, as the Hugging Face Hub's do."""
+    write_parquet(path, [pixels(i, 8, 8, 3) for i in range(len(labels))], **{column: labels})
+    table = pq.read_table(path)
+    features = {"image": {"_type": "Image"}, column: {"names": names, "_type": "ClassLabel"}}
+    text = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": text}), path)
+
+
+@pytest.mark.parametrize("column", ["label", "fine_label"])
+def test_the_features_of_a_data_set_name_its_classes(column, tmp_path):
+    write_classes(tmp_path / "a.parquet", ["cat", "dog", "horse"], [1, 0], column)
+    assert load_images(str(tmp_path), 3, 8).class_names == ("cat", "dog", "horse")
+    assert load_images(str(tmp_path), 3, 8, labelled=False).class_names is None
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["0", "1", "2"], None),  # numbers are no names
+        (["crane", "dog", "crane"], ("crane/0", "dog", "crane/2")),  # as ImageNet has two of
+        (["cat", "dog"], None),  # the data has a third class
+        ("cat", None),
+        ([1, 2, 3], None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_names_that_are_none(names, expected, tmp_path):
+    write_classes(tmp_path / "a.parquet", names, [0, 1, 2])
+    data = load_images(str(tmp_path), 3, 8)
+    assert data.labels.tolist() == [0, 1, 2] and data.class_names == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"info": null}', "\xff"], ids=len)
+def test_features_of_another_program_name_nothing(text, tmp_path):
+    write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)], label=[0])
+    table = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert load_images(str(tmp_path), 3, 8).class_names is None
 
 
 @pytest.mark.parametrize("label", ["cat", 0.5, 1.0, -1, True, datetime.date(2020, 1, 1), [1], {"a": 1}], ids=repr)
@@ -500,6 +565,7 @@ def test_images_of_the_hub_are_decoded_as_all_others_are(tmp_path, monkeypatch):
 
     class Rows(list):
         column_names = ("image", "label")
+        features = dict.fromkeys(column_names, SimpleNamespace(names=["cat", "dog"]))
 
         def cast_column(self, name, feature):
             assert name == "image" and feature == "undecoded"
@@ -514,7 +580,7 @@ def test_images_of_the_hub_are_decoded_as_all_others_are(tmp_path, monkeypatch):
         load_images("owner/name", 1, 8)
     del rows[2]
     data = load_images("owner/name", 1, 8)
-    assert data.images[0].eq(255).all() and data.labels.tolist() == [1, 0]
+    assert data.images[0].eq(255).all() and data.labels.tolist() == [1, 0] and data.class_names == ("cat", "dog")
     assert torch.equal(data.images[1, 0], torch.from_numpy(pixels(0, 8, 8)))
 
 

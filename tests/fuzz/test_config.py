@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ddim_fast import Autoencoder, NoiseSchedule, UNet, UNetConfig
+from ddim_fast.io.files import write_json
 from ddim_fast.models.audio import AudioConfig
 from ddim_fast.models.checkpoint import save_checkpoint, save_timesteps
 from ddim_fast.models.config import AutoencoderConfig
@@ -46,8 +47,9 @@ def write_diffusers(folder):
 
 def write_audio(folder):
     config = dataclasses.replace(SMALL, in_channels=4, num_classes=2)
-    sound = AudioConfig(kind="mel", sample_rate=8000, length=2048, fold=2, hop=128, n_fft=256, mels=16, labels=("0", "1"))
+    sound = AudioConfig(kind="mel", sample_rate=8000, length=2048, fold=2, hop=128, n_fft=256, mels=16)
     save_checkpoint(folder, config, UNet(config).state_dict(), sound)
+    write_json(folder / "audio.json", {**sound.to_dict(), "labels": ["0", "1"]})  # as version 0.1 wrote it
     return [folder / "audio.json"]
 
 
