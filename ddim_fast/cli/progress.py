@@ -59,7 +59,8 @@ def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch
         networks: its modules.
     """
     parameters = sum(p.numel() for network in networks for p in network.parameters())
-    return f"{name}: {parameters / 1e6:.1f}M parameters, {dtype} on {device}"
+    size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    return f"{name}: {size} parameters, {dtype} on {device}"
 
 
 def announce(name: str, sampler: Any, items: str, quiet: bool) -> None:

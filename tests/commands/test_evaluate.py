@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -139,7 +140,7 @@ def test_another_batch_size_does_not_read_the_solutions_of_this_one(run, coarse_
     for size in (2, 4, 2):
         assert run(*command, "--batch-size", size)[0] == 0
         errors.append(rows(tmp_path, "trajectory")[0]["error"])
-        (tmp_path / "out" / "evaluation.json").unlink()
+        shutil.rmtree(tmp_path / "out")
     assert errors == pytest.approx([errors[0]] * 3, rel=1e-4)
 
 
@@ -222,7 +223,7 @@ def test_a_run_says_what_it_measures(run_here, checkpoint, photos, tmp_path, tin
     code, _, err = run_here(evaluate, *command)
     parameters = sum(p.numel() for p in UNet.from_pretrained(checkpoint).parameters())
     assert code == 0 and err.startswith(
-        f"model: {checkpoint}, {parameters:,} parameters, float32 on cpu\n"
+        f"{checkpoint}: {parameters:,} parameters, float32 on cpu\n"
         "operators: PyTorch (conv3x3, group_norm_silu, attention, ddim_step)\n"
         "images: 8 for --reference, 8 for --data\n"
     )

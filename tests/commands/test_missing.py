@@ -16,7 +16,7 @@ HIDDEN = "import sys\nsys.modules[{!r}] = None\n"
         ("torch", "torch", ["ddim_fast.evaluate", "--trajectory-error"]),
         ("torch", "torch", ["ddim_fast", "export", "--to", "diffusers", "--out", "new"]),
         ("tqdm", "tqdm", ["ddim_fast.sample"]),  # imported before any option is read
-        ("tqdm", "tqdm", ["ddim_fast", "restyle"]),
+        ("tqdm", "tqdm", ["ddim_fast", "restyle", "seven.wav", "--to", "7/theo"]),
         ("tqdm", "tqdm", ["ddim_fast.train", "--data", "photos", "--out", "run", "--device", "cpu"]),
         ("PIL", "pillow", ["ddim_fast.reconstruct", "photos"]),
     ],

@@ -130,7 +130,7 @@ def test_classes_are_called_by_name(run, checkpoint, tmp_path):
     _change_config(checkpoint, class_names=NAMES)
     common = ("--model", checkpoint, "--steps", 2, "--seeds", "0-3", "--quiet", "--out", tmp_path / "out")
     assert run(*common, "--class", "Cat, 1-2") == (0, "", "")
-    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["settings"]["class"] == "3,7,1-2"
     images = contents(tmp_path / "out")
     (tmp_path / "out" / "000002.png").unlink()  # whoever writes the same in other words goes on with it
