@@ -94,7 +94,8 @@ def fit_timesteps(
     most = min(most, total)
     denoiser = Denoiser(model)
     exact = Sampler(denoiser, steps=total, spacing="linear")
-    gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).astype(np.int64))
+    # No step leads to the first timestep.
+    gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).clip(1)).astype(np.int64)[: total - 1]
     tried = len(_ERROR_POWER) * (len(_WHITENED) * len(_GAIN_POWERS) + len(_RIVALS)) * sum(s for s in _MEASURED if s <= most)
     count = _Count(on_step, total + 2 * _FLOW_STEPS * len(gains_at) + tried)
 

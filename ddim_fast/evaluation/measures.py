@@ -142,7 +142,7 @@ def measure_reconstruction(run: EvaluationRun, settings: Settings, make_sampler:
         labels = None if data.labels is None else data.labels[part]
         return reconstruction_error(sampler, to_unit_range(data.images[part]), labels, run.batch_size)[:, None]
 
-    parts = run.rows("reconstruction", settings, len(data), 1, compute)
+    parts = run.rows("reconstruction", settings, len(data), 1, compute, runs=2)
     run.record("reconstruction", settings, parts, lambda: {"images": len(data), **_mean("error", parts.all()[:, 0])})
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..io.processes import Processes
+from ..io.progress import Bar
 from .results import Results
 from .shards import Shards, make_shards
 
@@ -44,18 +44,21 @@ class EvaluationRun:
         """Whether there is such a row, which need not be made again."""
         return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
 
-    def rows(self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor]) -> Shards:
-        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written."""
+    def rows(
+        self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor], runs: int = 1
+    ) -> Shards:
+        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written. ``runs``
+        is that of :class:`ddim_fast.io.progress.Bar`."""
         name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
         parts = Shards(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
         there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
-        with self.progress(kind, count, there) as bar:
+        with self.progress(kind, count, there, runs=runs) as bar:
             make_shards(parts, compute, self.processes, bar)
         return parts
 
-    def progress(self, text: str, total: int, initial: int = 0, unit: str = "images") -> Bar:
+    def progress(self, text: str, total: int, there: int = 0, noun: str = "images", runs: int = 1) -> _Bar:
         """A bar that counts what all processes do."""
-        return Bar(text, total, initial, unit, self.processes, self.is_silent)
+        return _Bar(self.processes, total, noun, there=there, runs=runs, shown=not self.is_silent, text=text)
 
     @property
     def is_silent(self) -> bool:
@@ -99,36 +102,12 @@ _SILENT = (
 )
 
 
-class Bar:
-    """A progress bar, as a context."""
+class _Bar(Bar):
+    """A bar of what several processes do, called with what this one has done since."""
 
-    def __init__(self, text: str, total: int, initial: int, unit: str, processes: Processes, silent: bool) -> None:
-        self._options: dict[str, Any] = {
-            "total": total,
-            "initial": initial,
-            "unit": f" {unit}",
-            "desc": text,
-            "leave": False,
-            "file": sys.stderr,
-        }
-        self._disable, self._processes = silent, processes
-
-    def __enter__(self) -> Bar:
-        self._bar = tqdm(**self._options, disable=self._disable)
-        self._before = self._processes.add_done(0) - self._options["initial"]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
+    def __init__(self, processes: Processes, total: int, noun: str, **options: Any) -> None:
+        super().__init__(total, noun, **options)
+        self._processes, self._before = processes, processes.add_done(0) - options["there"]
 
     def __call__(self, amount: int) -> None:
-        self.to(self._processes.add_done(amount) - self._before)
-
-    def to(self, done: int) -> None:
-        """So many are done."""
-        self._bar.update(done - self._bar.n)
-
-    def of(self, done: int, total: int) -> None:
-        """So many of so many are done."""
-        self._bar.total = total
-        self.to(done)
+        self.made(self._processes.add_done(amount) - self._before)

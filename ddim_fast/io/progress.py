@@ -9,6 +9,10 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Bar", "collect", "duration", "tell", "watch"]
 
@@ -69,13 +73,23 @@ class Bar:
         there: how many of them are there already.
         runs: how often the network's sampler runs over each of them: twice where images are encoded and decoded.
         shown: whether there is a bar at all.
+        text: what is done, before a bar that goes away at the end; None is a bar that stays.
     """
 
-    def __init__(self, total: int, noun: str = "images", *, there: int = 0, runs: int = 1, shown: bool = True) -> None:
+    def __init__(
+        self,
+        total: int,
+        noun: str = "images",
+        *,
+        there: int = 0,
+        runs: int = 1,
+        shown: bool = True,
+        text: str | None = None,
+    ) -> None:
         self._total, self._noun, self._made, self._runs, self._shown = total, noun, float(there), runs, shown
-        self._part, self._evaluations = 0.0, 0
+        self._text, self._part, self._evaluations = text, 0.0, 0
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Self:
         from tqdm import tqdm  # not above: most of the package does without
 
         self._stack = contextlib.ExitStack()
@@ -83,6 +97,8 @@ class Bar:
             tqdm(
                 total=self._total,
                 initial=int(self._made),
+                desc=self._text,
+                leave=self._text is None,
                 # A count of 0.1 images is no count, but the time that remains follows from it.
                 bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {self._noun} [{{elapsed}}<{{remaining}}{{postfix}}]",
                 miniters=0,
@@ -102,6 +118,11 @@ class Bar:
         """So many images are there by now, whatever was told of them."""
         self._made, self._part = images, 0.0
         self._show()
+
+    def of(self, done: int, total: int) -> None:
+        """So many of so many are there."""
+        self._total = self._bar.total = total
+        self.made(done)
 
     def _tell(self, images: float, evaluations: int) -> None:
         self._part += images / self._runs

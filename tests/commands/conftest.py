@@ -6,8 +6,10 @@ import os
 import sys
 
 import pytest
+import torch
 
 from ddim_fast.cli.parser import run_command
+from ddim_fast.evaluation.inception import NAME, FeatureNetwork
 
 
 @pytest.fixture
@@ -59,3 +61,15 @@ def interrupted(monkeypatch):
             yield
 
     return interrupted_at
+
+
+@pytest.fixture
+def tiny_inception(monkeypatch):
+    """A feature network of six features in the place of Inception, with other weights where it is given a name."""
+
+    def load(path, name=None):
+        torch.manual_seed(len(name or ""))
+        layers = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))
+        return FeatureNetwork(layers, name or NAME, 6, size=16)
+
+    monkeypatch.setattr("ddim_fast.cli.evaluation.load_inception", load)

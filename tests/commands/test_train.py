@@ -173,9 +173,7 @@ def test_a_run_says_what_it_trains_and_how_long_it_takes(photos, tmp_path, run_t
     parameters = sum(p.numel() for p in UNet.from_pretrained(out).parameters())
     assert code == 0
     assert err.startswith(
-        f"preset grey-32: {parameters:,} parameters, float32 on cpu\n"
-        f"data: {photos}, 8 images of 1x8x8, 4 a step\n"
-        "steps: 5\n"
+        f"preset grey-32: {parameters:,} parameters, float32 on cpu\ndata: {photos}, 8 images of 1x8x8, 4 a step\nsteps: 5\n"
     )
     assert "first step:" in err and "sampling a grid:" in err and "about 1 s for the 2 steps that are left\n" in err
     _, _, err = run_train("--out", out, "--resume", "--steps=1006", "--warmup=2000", "--device=cpu", "--minutes=1e-9")

@@ -133,3 +133,10 @@ def test_a_damaged_fit_is_named(text, small_unet, tmp_path):
     (tmp_path / "timesteps.json").write_text(text)
     with pytest.raises(ValueError, match=r"timesteps\.json"):
         UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("total", [1, 2, 6])
+def test_models_of_few_timesteps_are_fitted_too(total, fake_network):
+    fitted = fit_timesteps(fake_network(num_train_timesteps=total), seeds=range(4))
+    for by_steps in fitted.values():
+        assert list(by_steps) == list(range(1, total + 1)) and by_steps[total] == list(range(total))[::-1]
