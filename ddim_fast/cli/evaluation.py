@@ -305,10 +305,8 @@ def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Pa
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 
     def fit() -> dict[str, dict[int, list[int]]]:
-        with (
-            evaluation.progress("fitting timesteps", 1, noun="network evaluations") as bar,
-            collect(),
-        ):  # which it counts itself
+        # It counts them itself.
+        with evaluation.progress("fitting timesteps", 1, noun="network evaluations") as bar, collect():
             timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
         calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
         print(f"wrote {save_timesteps(path, timesteps, calibration)}")

@@ -27,6 +27,7 @@ ADDED = {
     "train": {"--steps": "2", "--batch-size": "2", "--set": "base_channels=32 layers_per_block=1 num_train_timesteps=6"},
     "evaluate": {"--num-images": "3", "--steps": "3"},
     "export": {},
+    "export onnx": {"--steps": "3"},
     "doctor": {},
 }
 
@@ -37,7 +38,7 @@ def reduced(command: str, options: list[str]) -> list[str]:
         words[i + 1] = SMALLER.get(word, words[i + 1])
         if word == "--steps":
             words[i + 1] = ",".join(sorted({str(min(int(n), MOST_STEPS)) for n in words[i + 1].split(",")}))
-    for option, value in ADDED[command].items():
+    for option, value in ADDED["export onnx" if options[:2] == ["--to", "onnx"] else command].items():
         given = ("--seeds", "--num-images") if option == "--seeds" else (option,)
         if not any(name in words for name in given) and "--help" not in words:
             words += [option, *value.split()]
