@@ -38,7 +38,6 @@ from ..evaluation.results import Results, machine
 from ..evaluation.run import EvaluationRun
 from ..evaluation.weights import default_weights, fetch_weights
 from ..io.processes import Processes
-from ..io.progress import collect
 from ..jobs.outputs import require_empty
 from ..models.checkpoint import save_timesteps
 from ..models.checksum import weights_checksum
@@ -305,9 +304,7 @@ def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Pa
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 
     def fit() -> dict[str, dict[int, list[int]]]:
-        # It counts them itself.
-        with evaluation.progress("fitting timesteps", 1, noun="network evaluations") as bar, collect():
-            timesteps = fit_timesteps(model, seeds=seeds, labels=labels, on_step=bar.of)
+        timesteps = fit_timesteps(model, seeds=seeds, labels=labels, progress=not evaluation.is_silent)
         calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
         print(f"wrote {save_timesteps(path, timesteps, calibration)}")
         return timesteps

@@ -40,10 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..io.progress import Bar, watch
 from ..models.config import DiffusionModel
 from .denoiser import Denoiser
 from .prediction import prediction_coefficients
-from .sampler import Sampler, SamplerState
+from .sampler import Sampler
 from .schedule import NoiseSchedule
 from .timesteps import select_timesteps
 
@@ -78,6 +79,7 @@ def fit_timesteps(
     labels: Sequence[int] | None = None,
     most: int = 100,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    progress: bool = False,
 ) -> dict[str, dict[int, list[int]]]:
     """The best timesteps of 1 to ``most`` steps.
 
@@ -85,32 +87,52 @@ def fit_timesteps(
         model: as :class:`ddim_fast.Sampler` takes it.
         seeds, labels: of the calibration trajectories. Sixteen do; they cost about 5 T network evaluations each.
         on_step: called with (network evaluations made, the most there may be), counted for the batch.
+        progress: show a bar that moves with each of them.
 
     Returns:
         By solver, and then by S, from 1, the timesteps, falling.
     """
-    schedule = NoiseSchedule.from_config(model.config)
-    total = schedule.num_train_timesteps
+    total = model.config.num_train_timesteps
     most = min(most, total)
-    denoiser = Denoiser(model)
-    exact = Sampler(denoiser, steps=total, spacing="linear")
-    # No step leads to the first timestep.
-    gains_at = np.unique(np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).clip(1)).astype(np.int64)[: total - 1]
     tried = len(_ERROR_POWER) * (len(_WHITENED) * len(_GAIN_POWERS) + len(_RIVALS)) * sum(s for s in _MEASURED if s <= most)
-    count = _Count(on_step, total + 2 * _FLOW_STEPS * len(gains_at) + tried)
+    evaluations, done = total + 2 * _FLOW_STEPS * len(_gains_at(total)) + tried, 0
 
+    with Bar(evaluations, "network evaluations", shown=progress) as bar:
+
+        def evaluated(images: float, calls: int) -> None:
+            nonlocal done
+            done += calls
+            bar.made(done)
+            on_step(done, evaluations)
+
+        with watch(evaluated):
+            return _fit(model, seeds, labels, most)
+
+
+def _gains_at(total: int) -> np.ndarray:
+    """The places at which gains are measured, but for the first timestep, to which no step leads."""
+    places = np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).clip(1).astype(np.int64)
+    return np.unique(places)[: total - 1]
+
+
+def _fit(
+    model: DiffusionModel, seeds: Sequence[int], labels: Sequence[int] | None, most: int
+) -> dict[str, dict[int, list[int]]]:
+    schedule, denoiser = NoiseSchedule.from_config(model.config), Denoiser(model)
+    total = schedule.num_train_timesteps
+    exact = Sampler(denoiser, steps=total, spacing="linear")
+    gains_at = _gains_at(total)
     states, outputs = [], []
     for state in exact.trajectory(seeds=seeds, labels=labels):
         states.append(state.before.cpu())
         outputs.append(state.output.cpu())
-        count.step(state)
     states.append(state.x.cpu())
     x, output = torch.stack(states), torch.stack(outputs)
     errors, _, error_of = step_errors(x, output, schedule, model.config.prediction_type)
     followed = []
     for j in gains_at:
         error = error_of(int(np.abs(errors[:j, j] - _FOLLOWED).argmin()), int(j))
-        followed.append((error, _follow(denoiser, exact.timesteps, int(j), x[j], error, labels, count)))
+        followed.append((error, _follow(denoiser, exact.timesteps, int(j), x[j], error, labels)))
 
     @functools.cache
     def costs(share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,7 +152,7 @@ def fit_timesteps(
     @functools.cache
     def missed(solver: str, timesteps: tuple[int, ...]) -> tuple[float, float]:
         sampler = Sampler(denoiser, steps=None, spacing=timesteps, solver=solver)
-        difference = sampler.sample(x_T=x[0], labels=labels, batch_size=len(x[0]), on_step=count.step).cpu() - x[-1]
+        difference = sampler.sample(x_T=x[0], labels=labels, batch_size=len(x[0])).cpu() - x[-1]
         return _size(difference), _size(whiten(difference))
 
     rivals = {spacing: {s: select_timesteps(schedule, s, spacing).tolist() for s in range(1, most + 1)} for spacing in _RIVALS}
@@ -145,18 +167,6 @@ def fit_timesteps(
                 best = min(near, key=lambda timesteps: missed(solver, tuple(timesteps[steps]))[1])
             chosen[solver][steps] = best[steps]
     return chosen
-
-
-class _Count:
-    """Counts network evaluations of a batch."""
-
-    def __init__(self, report: Callable[[int, int], None], total: int) -> None:
-        self._report, self._done, self._total = report, 0, total
-
-    def step(self, state: SamplerState) -> None:
-        """A step was made, of one evaluation."""
-        self._done += 1
-        self._report(self._done, self._total)
 
 
 def step_errors(
@@ -256,16 +266,13 @@ def _follow(
     x: Tensor,
     error: Tensor,
     labels: Sequence[int] | None,
-    count: _Count,
 ) -> Tensor:
     """The error in the image that ``error`` in the state at place j of ``timesteps`` leads to."""
     # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
     flow = Sampler(denoiser, steps=None, spacing=timesteps[places].tolist())
-    exact, wrong = (
-        flow.sample(x_T=start, labels=labels, batch_size=len(x), on_step=count.step).cpu() for start in (x, x + error)
-    )
+    exact, wrong = (flow.sample(x_T=start, labels=labels, batch_size=len(x)).cpu() for start in (x, x + error))
     return wrong - exact
 
 

@@ -56,9 +56,9 @@ class EvaluationRun:
             make_shards(parts, compute, self.processes, bar)
         return parts
 
-    def progress(self, text: str, total: int, there: int = 0, noun: str = "images", runs: int = 1) -> _Bar:
+    def progress(self, text: str, total: int, there: int = 0, runs: int = 1) -> _Bar:
         """A bar that counts what all processes do."""
-        return _Bar(self.processes, total, noun, there=there, runs=runs, shown=not self.is_silent, text=text)
+        return _Bar(self.processes, total, there=there, runs=runs, shown=not self.is_silent, text=text)
 
     @property
     def is_silent(self) -> bool:
@@ -105,8 +105,8 @@ _SILENT = (
 class _Bar(Bar):
     """A bar of what several processes do, called with what this one has done since."""
 
-    def __init__(self, processes: Processes, total: int, noun: str, **options: Any) -> None:
-        super().__init__(total, noun, **options)
+    def __init__(self, processes: Processes, total: int, **options: Any) -> None:
+        super().__init__(total, **options)
         self._processes, self._before = processes, processes.add_done(0) - options["there"]
 
     def __call__(self, amount: int) -> None:

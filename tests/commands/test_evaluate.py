@@ -12,7 +12,6 @@ from PIL import Image
 
 from ddim_fast import UNet, evaluate
 from ddim_fast.evaluation.inception import NAME
-from ddim_fast.evaluation.run import EvaluationRun
 
 
 @pytest.fixture
@@ -318,18 +317,10 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 2 and "--fit-timesteps" in err
     monkeypatch.setattr("ddim_fast.diffusion.adaptive._MEASURED", (1, 3))
     monkeypatch.setattr("ddim_fast.cli.evaluation._CALIBRATION_SEEDS", range(1000, 1002))
-    bars, progress = [], EvaluationRun.progress
-
-    def noted(run, text, *counts, **options):
-        bars.append((text, options.get("noun")))
-        return progress(run, text, *counts, **options)
-
-    monkeypatch.setattr(EvaluationRun, "progress", noted)
     command = ["--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error", "--num-images", 4, "--steps", "3,25"]
     code, out, err = run(*command, "--spacing", "linear,adaptive", "--tolerance", 0.1)
     assert code == 0, err
     assert (tmp_path / "model" / "timesteps.json").is_file() and "timesteps.json" in out
-    assert ("fitting timesteps", "network evaluations") in bars
     found = {(r["settings"]["spacing"], r["settings"]["steps"]): r for r in rows(tmp_path, "trajectory")}
     assert all(found["linear", 25][name] == 0 for name in ("error", "whitened error", "error standard error"))
     assert found["adaptive", 3]["evaluations"] == 3

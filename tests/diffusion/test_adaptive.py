@@ -136,7 +136,8 @@ def test_a_damaged_fit_is_named(text, small_unet, tmp_path):
 
 
 @pytest.mark.parametrize("total", [1, 2, 6])
-def test_models_of_few_timesteps_are_fitted_too(total, fake_network):
-    fitted = fit_timesteps(fake_network(num_train_timesteps=total), seeds=range(4))
+def test_models_of_few_timesteps_are_fitted_too(total, fake_network, capsys):
+    fitted = fit_timesteps(fake_network(num_train_timesteps=total), seeds=range(4), progress=total == 6)
+    assert ("network evaluations" in capsys.readouterr().err) == (total == 6)
     for by_steps in fitted.values():
         assert list(by_steps) == list(range(1, total + 1)) and by_steps[total] == list(range(total))[::-1]
