@@ -93,7 +93,10 @@ DTYPE_HELP = (
     "Lake and later); elsewhere an error"
 )
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
-MODEL_HELP = "a packaged model, a checkpoint folder (also one of diffusers), or a .ckpt file of the DDIM authors' code"
+MODEL_HELP = (
+    "a packaged model (ddim_fast models lists them), a checkpoint folder (also one of diffusers), a .ckpt file of the DDIM authors' "
+    "code, or owner/name on the Hugging Face Hub"
+)
 
 
 def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) -> tuple[int, str]:
