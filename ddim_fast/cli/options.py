@@ -94,8 +94,8 @@ DTYPE_HELP = (
 )
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = (
-    "a packaged model (ddim_fast models lists them), a checkpoint folder (also one of diffusers), a .ckpt file of the DDIM authors' "
-    "code, or owner/name on the Hugging Face Hub"
+    "a packaged model (ddim_fast models lists them), a checkpoint folder (also one of diffusers), a .ckpt file of the DDIM "
+    "authors' code, or owner/name on the Hugging Face Hub"
 )
 
 
