@@ -62,8 +62,8 @@ class Captured(Compiled):
         # What other threads do meanwhile is none of the graph's business.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), collect() as told:
             result = loop(self, static, plan)
-        images, evaluations = zip(*told, strict=True)
-        return _Graph(graph, static, result, torch.cuda.Event(), (sum(images), sum(evaluations)))
+        images, evaluations = (sum(part[i] for part in told) for i in (0, 1))
+        return _Graph(graph, static, result, torch.cuda.Event(), (images, int(evaluations)))
 
 
 class _Graph(NamedTuple):
