@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, write_comparison
 from .cli.modality import medium_of
-from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
+from .cli.options import (
+    EXACT_HELP,
+    IMAGE_CLASS_HELP,
+    IMAGES_HELP,
+    SamplerSettings,
+    add_resize_option,
+    add_sampler_options,
+    settle_sampler,
+)
 from .cli.parser import CommandParser, parse_class, run_command
-from .cli.progress import announce, count_of
+from .cli.progress import announce, count_of, say_resized
 from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
+from .data.resizing import Resizer
 from .io.progress import Bar
 
 if TYPE_CHECKING:
@@ -44,6 +53,7 @@ def _parser() -> CommandParser:
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
+    add_resize_option(p)
     add_sampler_options(p, "edited", "a new or empty folder")
     return p
 
@@ -55,20 +65,22 @@ def main() -> None:
 
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
+    resizer = Resizer(sampler.image_shape[1], settings.resize)
     with parser.usage_errors():
         start = start_timestep(settings.strength, sampler.config.num_train_timesteps)
         if start is not None:
             sampler.starting_at(start)
-        images, labels, names = load_labelled(settings.images, settings.label, sampler)
+        images, labels, names = load_labelled(settings.images, settings.label, sampler, resizer)
         seeds = range(settings.seed, settings.seed + len(images))
         target = labels if settings.to is None else settings.to
         sampler.check(seeds=seeds, labels=labels)
         sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
         if settings.to is not None and labels is None and settings.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
-        examples = [load_labelled([spec], settings.label, sampler)[:2] for spec in settings.direction or ()]
+        examples = [load_labelled([spec], settings.label, sampler, resizer)[:2] for spec in settings.direction or ()]
     with new_folder(parser, settings.out, "edited") as (folder, place):
-        announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
+        say_resized(resizer, settings.quiet)
+        announce(settings, sampler, count_of(len(images), "images"), settings.quiet)
         direction = _direction(sampler, examples, settings)
         edited = _edit(sampler, images, labels, direction, settings)
         record = job_record("edit", settings.own(), settings, sampler)
@@ -89,6 +101,7 @@ class EditSettings(SamplerSettings):
     direction: list[str] | None
     amount: float
     exact: bool
+    resize: str
 
 
 def _settings(parser: CommandParser) -> EditSettings:

@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..data.images import ImageSet, load_images
+from ..data.resizing import Resizer
 from ..diffusion.adaptive import fit_timesteps
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.guidance import check_interval
@@ -44,6 +45,7 @@ from ..models.unet import UNet
 from ..ops.devices import pick_device
 from .options import seed_labels
 from .parser import CommandParser
+from .progress import count_of, say_resized
 from .samplers import load_model, pixel_model, select_dtype
 from .settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 
@@ -93,7 +95,8 @@ def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluati
         pictures = read_pictures(arguments.images)
         count = arguments.num_images or NUM_IMAGES
         if len(pictures) < count:
-            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
+            there = count_of(len(pictures), "images")
+            raise ValueError(f"{arguments.images} holds {there}, fewer than the {count} of --num-images")
         pictures = pictures[:count]
         channels, height, width = pictures.shape[1:]
         network, reference = _reference(arguments, arguments.reference, evaluation, (channels, height, width))
@@ -119,6 +122,7 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
     if arguments.fit_timesteps:
         _fit(parser, evaluation, model, folder)
+    quiet = arguments.quiet or not evaluation.processes.is_first
     with parser.usage_errors():
         check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         samplers = list(_samplers(arguments, model, guide))
@@ -130,7 +134,7 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         for settings, make in samplers:
             make(torch.float32)
             _check_settings(arguments, settings)
-        data = None if arguments.data is None else _data(arguments, arguments.data, model)
+        data = None if arguments.data is None else _data(arguments, arguments.data, model, quiet)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
         if arguments.reference is not None:
@@ -182,12 +186,15 @@ def _reference(
     return network, reference
 
 
-def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
-    config = model.config
-    classes = config.num_classes
-    data = load_images(spec, config.in_channels, config.sample_size, num_classes=classes, labelled=classes is not None)
+def _data(arguments: EvaluateSettings, spec: str, model: UNet, quiet: bool) -> ImageSet:
+    channels, size, _ = model.config.image_shape
+    classes = model.config.num_classes
+    resizer = Resizer(size)
+    labelled = classes is not None
+    data = load_images(spec, channels, model.config.sample_size, num_classes=classes, labelled=labelled, resizer=resizer)
+    say_resized(resizer, quiet)
     if arguments.num_images is not None and len(data) < arguments.num_images:
-        raise ValueError(f"{spec} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
+        raise ValueError(f"{spec} holds {count_of(len(data), 'images')}, fewer than the {arguments.num_images} of --num-images")
     labels = data.labels
     if labels is not None and classes is not None and int(labels.max()) >= classes:
         raise ValueError(f"{spec}: class {int(labels.max())} is not one of the model's {classes}")

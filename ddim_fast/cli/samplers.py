@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..data.resizing import Resizer
     from ..diffusion.latent import LatentSampler
     from ..diffusion.sampler import Sampler
     from ..models.audio import AudioConfig
@@ -52,13 +53,16 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
     return getattr(torch, name)
 
 
-def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler) -> tuple[Tensor, list[int] | None, list[str]]:
+def load_labelled(
+    specs: Sequence[str], chosen: str | None, sampler: AnySampler, resizer: Resizer
+) -> tuple[Tensor, list[int] | None, list[str]]:
     """The images that a command is given, their classes, and names for what is made of them.
 
     Args:
         specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
         chosen: as of :func:`image_labels`.
-        sampler: says what size and which classes.
+        sampler: says how many channels and which classes.
+        resizer: brings them to the size of the sampler's images.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, N labels or None, and N names.
@@ -71,8 +75,9 @@ def load_labelled(specs: Sequence[str], chosen: str | None, sampler: AnySampler)
     from ..data.images import load_images, to_unit_range
 
     num_classes = sampler.config.num_classes
-    labelled, (channels, size, _) = chosen is None and num_classes is not None, sampler.image_shape
-    data = [load_images(spec, channels, size, num_classes=num_classes, labelled=labelled) for spec in specs]
+    labelled, channels = chosen is None and num_classes is not None, sampler.image_shape[0]
+    options: dict[str, Any] = {"num_classes": num_classes, "labelled": labelled, "resizer": resizer}
+    data = [load_images(spec, channels, resizer.size, **options) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
     return images, image_labels(chosen, own, num_classes), item_names([place for part in data for place in part.places])

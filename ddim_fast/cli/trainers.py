@@ -13,6 +13,7 @@ import torch
 from ..data.images import ImageSet, load_images, to_unit_range
 from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
+from ..data.resizing import Resizer
 from ..diffusion.latent import LatentCodec, LatentSampler
 from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
@@ -30,6 +31,7 @@ from ..training.loop import Trainer
 from ..training.options import TRAINING_STATE, TrainingOptions
 from .modality import medium_of
 from .parser import CommandParser
+from .progress import count_of, say_resized
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
             "the data as it is"
         )
     if added:
-        print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
+        there = count_of(now.images, "images")
+        print(f"{now.path} holds {there}, {added} more than before: the run goes on with all", file=sys.stderr)
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
@@ -159,7 +162,7 @@ def _autoencoder_trainer(
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
-    data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+    data = _load_pictures(settings, config.in_channels, config.sample_size, False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options), None, seen
@@ -216,10 +219,18 @@ def _load(
 ) -> tuple[ImageSet, AudioConfig | None]:
     """The data, and what its images mean where the network is one of sounds."""
     if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled), None
+        return _load_pictures(settings, *image_shape[:2], labelled), None
     from ..data.sounds import load_sound_images
 
     return load_sound_images(settings.data, audio, labelled=labelled, convert=settings.convert)
+
+
+def _load_pictures(settings: TrainSettings, channels: int, size: int, labelled: bool) -> ImageSet:
+    """The data as pictures, with a line where they are of another size."""
+    resizer = Resizer(size)
+    data = load_images(settings.data, channels, size, labelled=labelled, resizer=resizer)
+    say_resized(resizer, settings.quiet)
+    return data
 
 
 def _grid_sampler(model: UNet) -> Sampler:

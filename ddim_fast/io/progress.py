@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-__all__ = ["Bar", "about", "collect", "tell", "watch"]
+__all__ = ["Bar", "about", "collect", "count_of", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -48,6 +48,11 @@ def collect() -> Iterator[list[tuple[float, int]]]:
         yield told
 
 
+def count_of(count: int, noun: str) -> str:
+    """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
+    return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
+
+
 def about(seconds: float) -> str:
     """A time as people say it: "25 s", "4 min", "3 h 20 min"."""
     if seconds < 99.5:
@@ -74,13 +79,14 @@ class Bar:
     def __enter__(self) -> Bar:
         from tqdm import tqdm  # not above: most of the package does without
 
+        of_all = count_of(self._total, self._noun)
         self._stack = contextlib.ExitStack()
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total,
                 initial=int(self._made),
                 # A count of 0.1 images is no count, but the time that remains follows from it.
-                bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {self._noun} [{{elapsed}}<{{remaining}}{{postfix}}]",
+                bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{of_all} [{{elapsed}}<{{remaining}}{{postfix}}]",
                 miniters=0,
                 smoothing=0,
                 disable=not self._shown,
@@ -106,5 +112,5 @@ class Bar:
 
     def _show(self) -> None:
         if self._evaluations:
-            self._bar.set_postfix_str(f"{self._evaluations} network calls", refresh=False)
+            self._bar.set_postfix_str(count_of(self._evaluations, "network calls"), refresh=False)
         self._bar.update(round(min(self._made + self._part, self._total), 6) - self._bar.n)
