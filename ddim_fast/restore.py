@@ -66,8 +66,7 @@ _RECTANGLE_HELP = (
     "inpaint: left, top, width and height of what is to be filled in, in pixels of the model's size; may be given several times"
 )
 _FACTOR_HELP = (
-    "super-resolution: how many times larger the images become, which are brought to so much less than the model's size "
-    "(default: 2)"
+    "super-resolution: how many times larger the images become; they are brought to the model's size divided by it (default: 2)"
 )
 _SIGMA_HELP = "deblur: standard deviation of the Gaussian blur, in pixels of the model's size"
 _RATIO_HELP = "compressed-sensing: the share of coefficients that is measured (default: 0.25)"

@@ -56,7 +56,10 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 ENGINES = ("auto", "eager", "compiled", "captured")
 CLIP_HELP = "clip the predicted image to [-R, R] at each step (default: never)"
 CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
-EXACT_HELP = "encode by exact inversion, which takes five to ten times as long"
+EXACT_HELP = (
+    "encode by exact inversion: instead of one network evaluation a step it takes 5 or 6 in 50 steps, 6 to 11 in 20, 8 to 17 "
+    "in 10, 20 to 42 in 5"
+)
 # What commands for sounds take where no --model is named.
 SOUND_MODEL = "spoken-digits"
 SOUNDS_HELP = "sound files, folders of them, or Parquet files"
