@@ -21,7 +21,7 @@ from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skippe
 from ..io.progress import count_of
 from ..io.records import is_overview
 from .parquet import parquet_files, read_parquet
-from .resizing import Resizer
+from .resizing import Resizer, fit_image
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImageSet",
+    "fit_image",
     "image_files",
     "load_images",
     "native_shape",
