@@ -13,13 +13,15 @@ from .cli.options import (
     IMAGE_CLASS_HELP,
     IMAGES_HELP,
     SamplerSettings,
+    add_resize_option,
     add_sampler_options,
     one_class,
     settle_sampler,
 )
 from .cli.parser import CommandParser, run_command
-from .cli.progress import announce, count_of
+from .cli.progress import announce, count_of, say_resized
 from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
+from .data.resizing import Resizer
 from .io.progress import Bar
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def _parser() -> CommandParser:
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
+    add_resize_option(p)
     add_sampler_options(p, "edited", "a new or empty folder")
     return p
 
@@ -66,21 +69,23 @@ def main() -> None:
 
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
+    resizer = Resizer(sampler.image_shape[1], settings.resize)
     with parser.usage_errors():
         start = start_timestep(settings.strength, sampler.config.num_train_timesteps)
         if start is not None:
             sampler.starting_at(start)
         to = None if settings.to is None else one_class(settings.to, sampler.config, "--to")
-        images, labels, names = load_labelled(settings.images, settings.label, sampler, _CLASS)
+        images, labels, names = load_labelled(settings.images, settings.label, sampler, resizer, _CLASS)
         seeds = range(settings.seed, settings.seed + len(images))
         target = labels if to is None else to
         sampler.check(seeds=seeds, labels=labels)
         sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
         if to is not None and labels is None and settings.label is None:
             raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
-        examples = [load_labelled([spec], settings.label, sampler, _CLASS)[:2] for spec in settings.direction or ()]
+        examples = [load_labelled([spec], settings.label, sampler, resizer, _CLASS)[:2] for spec in settings.direction or ()]
     with new_folder(parser, settings.out, "edited") as (folder, place):
-        announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
+        say_resized(resizer, settings.quiet)
+        announce(settings, sampler, count_of(len(images), "images"), settings.quiet)
         direction = _direction(sampler, examples, settings)
         edited = _edit(sampler, images, labels, to, direction, settings)
         record = job_record("edit", settings.own(), settings, sampler)
@@ -101,6 +106,7 @@ class EditSettings(SamplerSettings):
     direction: list[str] | None
     amount: float
     exact: bool
+    resize: str
 
 
 def _settings(parser: CommandParser) -> EditSettings:

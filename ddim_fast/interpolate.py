@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli.comparison import new_folder, require_finite
 from .cli.modality import Pictures, medium_of
-from .cli.options import CONVERT_HELP, EXACT_HELP, SamplerSettings, add_sampler_options, class_or_none, settle_sampler
+from .cli.options import (
+    CONVERT_HELP,
+    EXACT_HELP,
+    SamplerSettings,
+    add_resize_option,
+    add_sampler_options,
+    class_or_none,
+    settle_sampler,
+)
 from .cli.parser import CommandParser, parse_positive, run_command
-from .cli.progress import announce, count_of, job_progress
+from .cli.progress import announce, count_of, job_progress, say, say_resized
 from .cli.samplers import batch_size_of, job_record, make_sampler
 from .io.files import numbers, write_json
 from .io.pictures import image_grid, save_gif, save_image, to_uint8
@@ -42,7 +49,12 @@ _RATE = 12
 
 _ENDS_HELP = "two ends, or the four corners of a square: each an image or sound file, which is encoded, or seed:N"
 _FRAMES_HELP = "images or sounds from end to end, both included; of four corners, along each side (default: 9)"
-_VIDEO_HELP = "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it"
+_VIDEO_HELP = (
+    "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it. Each frame "
+    "given is encoded and each new one sampled, by --steps network evaluations each, where a cross-fade takes none. New frames "
+    "are images of the model's own kind, without a cross-fade's ghosts of both neighbours, but know nothing of motion: in a "
+    "test a cross-fade was nearer to the true frames, 17.0 dB against 15.2 (16.1 with --class)"
+)
 _FACTOR_HELP = "of a film, how many times as many frames it gets (default: 2)"
 _FPS_HELP = (
     "frames a second of an MP4, or of a GIF, up to 50 (default: so that it lasts as long as before; a folder counts as "
@@ -63,6 +75,7 @@ def _parser() -> CommandParser:
     p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
     p.add_argument("--fps", metavar="X", type=float, help=_FPS_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
+    add_resize_option(p)
     add_sampler_options(p, _USUAL, _OUT_HELP)
     p.add_argument(
         "--class", dest="label", metavar="CLASS", help="class of all images or sounds, a name or number (default: none)"
@@ -80,21 +93,24 @@ def main() -> None:
     import torch
 
     sampler = make_sampler(parser, settings)
-    medium = medium_of(sampler, settings.convert)
+    medium = medium_of(sampler, settings.convert, settings.resize)
     with parser.usage_errors():
         label = class_or_none(settings.label, sampler.config)
     with new_folder(parser, settings.out, _USUAL) as (folder, place):
         with parser.usage_errors():
             ends = [_end(end, sampler, medium, settings, label) for end in settings.ends]
+        if isinstance(medium, Pictures):
+            say_resized(medium.resizer, settings.quiet)
         count = settings.frames if len(ends) == 2 else settings.frames**2
-        announce(settings.model, sampler, count_of(count, medium.noun), settings.quiet)
+        announce(settings, sampler, count_of(count, medium.noun), settings.quiet)
         # Files are encoded first, each as much work as one of the images between.
         with Bar(count + sum(image is not None for image, _ in ends), medium.noun, shown=not settings.quiet):
             noise = torch.stack([_noise(image, seed, sampler, settings, label) for image, seed in ends])
             images = _between(noise, sampler, settings, label)
         _write(folder, images, medium, settings, label, sampler)
     if not settings.quiet:
-        print(f"{count_of(count, medium.noun)}, {' to '.join(settings.ends)}; see {place}")
+        shown = [place, place / GRID, *([place / FILM] if len(settings.ends) == 2 else [])]
+        print(f"{count_of(count, medium.noun)}, {' to '.join(settings.ends)}; see {', '.join(map(str, shown))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +125,7 @@ class InterpolateSettings(SamplerSettings):
     exact: bool
     label: str | None
     convert: bool
+    resize: str
 
 
 def _settings(parser: CommandParser) -> InterpolateSettings:
@@ -144,17 +161,24 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, vid
     from .jobs.video import VideoJob, scan_frames
 
     with parser.usage_errors():
-        count, checksum = scan_frames(video)
+        count, checksum, frame_size = scan_frames(video)
     sampler = make_sampler(parser, settings)
     with parser.usage_errors():
-        medium = medium_of(sampler)
+        medium = medium_of(sampler, resize=settings.resize)
         if not isinstance(medium, Pictures):
             raise ValueError(f"--video: {settings.model} is a model of {medium.noun}")
         label = class_or_none(settings.label, sampler.config)
         sampler.check(seeds=[0], labels=label, guidance=settings.guidance)
-    size = batch_size_of(settings, sampler)
-    job = VideoJob(sampler, video, count, settings.factor, size, settings.exact, label, settings.guidance)
-    own = {"video": f"sha256:{checksum}", "factor": settings.factor, "exact": settings.exact, "class": label}
+    medium.resizer.note(str(video), frame_size)
+    size, resize = batch_size_of(settings, sampler), settings.resize
+    job = VideoJob(sampler, video, count, settings.factor, size, settings.exact, label, settings.guidance, resize)
+    own = {
+        "video": f"sha256:{checksum}",
+        "factor": settings.factor,
+        "exact": settings.exact,
+        "class": label,
+        "resize": settings.resize,
+    }
     record = job_record("interpolate", own, settings, sampler)
 
     def output_of(path: Path) -> PngFolder:
@@ -166,15 +190,17 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, vid
 
     with parser.usage_errors():
         output, there = place_output(settings.out, _USUAL, output_of, record)
+    say_resized(medium.resizer, settings.quiet)
     missing = output.prepare(there, record)
     frames = len(job.batches.seeds)
+    made_of = f"{count_of(frames, 'frames')}, {frames - count} of them new"
     if missing is not None:
-        announce(settings.model, sampler, f"{frames} frames, {frames - count} of them new", settings.quiet)
+        announce(settings, sampler, made_of, settings.quiet)
         with job_progress(output, missing, settings.quiet, noun="frames") as made:
             job.run(missing, output, made)
             output.finish()
     if not settings.quiet:
-        print(f"{frames} frames, {frames - count} of them new; see {output.path}")
+        print(f"{made_of}; see {output.path}")
 
 
 def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
@@ -182,10 +208,7 @@ def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
     rate = settings.factor * (frame_rate(video) or _RATE)
     if out.suffix.lower() != ".gif" or rate <= GIF_RATE:
         return rate
-    if not settings.quiet:
-        print(
-            f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", file=sys.stderr
-        )
+    say(f"a GIF shows at most {GIF_RATE} frames a second: it will last {rate / GIF_RATE:.3g} times as long", settings.quiet)
     return GIF_RATE
 
 
@@ -238,7 +261,13 @@ def _write(
     if len(settings.ends) == 2:
         pictures = to_uint8(shown)
         save_gif(folder / FILM, [*pictures, *pictures[-2::-1]], scale, hold=800)
-    own = {"ENDS": settings.ends, "frames": settings.frames, "exact": settings.exact, "class": label}
+    own = {
+        "ENDS": settings.ends,
+        "frames": settings.frames,
+        "exact": settings.exact,
+        "class": label,
+        "resize": settings.resize,
+    }
     write_json(folder / RECORD, {**job_record("interpolate", own, settings, sampler), "finished": True})
 
 

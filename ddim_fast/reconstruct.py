@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.comparison import change_images, new_folder, save_comparison
 from .cli.modality import medium_of
-from .cli.options import EXACT_HELP, IMAGE_CLASS_HELP, IMAGES_HELP, SamplerSettings, add_sampler_options, settle_sampler
+from .cli.options import (
+    EXACT_HELP,
+    IMAGE_CLASS_HELP,
+    IMAGES_HELP,
+    SamplerSettings,
+    add_resize_option,
+    add_sampler_options,
+    settle_sampler,
+)
 from .cli.parser import CommandParser, run_command
-from .cli.progress import announce, count_of
+from .cli.progress import announce, count_of, say_resized
 from .cli.samplers import batch_size_of, job_record, load_labelled, make_sampler, require_pictures
+from .data.resizing import Resizer
 from .io.files import write_json
 from .io.records import RECORD
 
@@ -32,6 +41,7 @@ def _parser() -> CommandParser:
     p = CommandParser("reconstruct", "Encode images to noise by DDIM, and decode them again.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
+    add_resize_option(p)
     add_sampler_options(p, "reconstruction", "a new or empty folder")
     p.add_argument("--class", dest="label", metavar="CLASS", help=IMAGE_CLASS_HELP)
     return p
@@ -43,6 +53,7 @@ class ReconstructSettings(SamplerSettings):
 
     images: list[str]
     exact: bool
+    resize: str
     label: str | None
 
 
@@ -51,11 +62,13 @@ def main() -> None:
     settings = ReconstructSettings(**settle_sampler(parser, vars(parser.parse_args())))
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
+    resizer = Resizer(sampler.image_shape[1], settings.resize)
     with parser.usage_errors():
-        images, labels, names = load_labelled(settings.images, settings.label, sampler)
+        images, labels, names = load_labelled(settings.images, settings.label, sampler, resizer)
         sampler.check(seeds=range(len(images)), labels=labels, guidance=settings.guidance)
     with new_folder(parser, settings.out, "reconstruction") as (folder, place):
-        announce(settings.model, sampler, count_of(len(images), "images"), settings.quiet)
+        say_resized(resizer, settings.quiet)
+        announce(settings, sampler, count_of(len(images), "images"), settings.quiet)
         errors = _reconstruct(sampler, images, labels, names, settings, folder)
     if not settings.quiet:
         how = f"in {len(sampler.timesteps)} steps{', exactly' if settings.exact else ''}"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_sampler_options, image_labels, settle_sampler
+from .cli.options import IMAGE_CLASS_HELP, SamplerSettings, add_resize_option, add_sampler_options, image_labels, settle_sampler
 from .cli.parser import CommandParser, list_integers, parse_integers, parse_positive, run_command
-from .cli.progress import announce, count_of, job_progress
+from .cli.progress import announce, count_of, job_progress, say_resized
 from .cli.samplers import batch_size_of, job_record, make_sampler, require_pictures
-from .data.images import fit_image, read_images, to_unit_range
+from .data.images import read_images, to_unit_range
+from .data.resizing import Resizer, fit_image
 from .evaluation.fidelity import check_similarity
 from .io.files import item_names
 from .io.pictures import save_image
@@ -33,13 +36,16 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --mask mask.png
-  python -m ddim_fast.restore --task super-resolution thumbnails/ --factor 4 --travel 1 3
+  python -m ddim_fast.restore --task super-resolution thumbnails/ --factor 4 --travel 1 5
   python -m ddim_fast.restore --task deblur blurred.png --sigma 1.5 --seeds 0-7
   python -m ddim_fast.restore --task inpaint photos/ --rectangle 8,8,16,16 --degrade --out figures
 """
 
 # Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
 _ROUNDING = 2 / 255 / 12**0.5
+
+# Time travel that helps in every task, but where a blurred image is noisy: docs/restoration.md.
+_TRAVEL = (1, 3)
 
 # What an image has lost, and which options say how.
 _TASKS = {
@@ -51,14 +57,19 @@ _TASKS = {
 }
 
 _IMAGES_HELP = (
-    "image files, or data sets: folders, Parquet or IDX files. Without --degrade they are restored as they are and must have "
-    "the size that the task asks for; with it they are brought to the model's size"
+    "image files, or data sets: folders, Parquet or IDX files; of any size, see --resize. What is restored has the model's size"
 )
 _MASK_HELP = (
-    "inpaint: a picture of the model's size, white where the images are to be filled in (black or transparent elsewhere)"
+    "inpaint: a picture of the images' size, or of the model's, white where they are to be filled in (black or transparent "
+    "elsewhere)"
 )
-_RECTANGLE_HELP = "inpaint: left, top, width and height of what is to be filled in, in pixels; may be given several times"
-_FACTOR_HELP = "super-resolution: how many times larger the images become (default: 2)"
+_RECTANGLE_HELP = (
+    "inpaint: left, top, width and height of what is to be filled in, in pixels of the model's size; may be given several times"
+)
+_FACTOR_HELP = (
+    "super-resolution: how many times larger the images become; they are brought to the model's size divided by it (default: 2)"
+)
+_SIGMA_HELP = "deblur: standard deviation of the Gaussian blur, in pixels of the model's size"
 _RATIO_HELP = "compressed-sensing: the share of coefficients that is measured (default: 0.25)"
 _DEGRADE_HELP = (
     "the images are clean ones: degrade them first, and report PSNR and SSIM of the restored ones (needs scikit-image; "
@@ -68,9 +79,12 @@ _NOISE_HELP = (
     "standard deviation of the noise in the degraded images, as images in [-1, 1]; with --degrade, it is added "
     "(default: 0; to deblur files, 0.0023, what rounding to 8 bits adds)"
 )
-_TRAVEL_HELP = "time travel: take every LENGTH steps REPEATS times, which takes that many times as long (default: none)"
+_TRAVEL_HELP = (
+    "time travel: take every LENGTH steps REPEATS times, which takes that many times as long and restores better; 1 1 is "
+    f"without (default: {_TRAVEL[0]} {_TRAVEL[1]}, but 1 1 to deblur with --noise-std)"
+)
 _SEEDS_HELP = "restore each image once a seed: another seed is another image that explains the same one"
-_OUT_HELP = "a folder for a PNG an image; the same command goes on with an unfinished one"
+_OUT_HELP = "a folder for a PNG an image, of the model's size; the same command goes on with an unfinished one"
 
 
 def _parser() -> CommandParser:
@@ -80,7 +94,12 @@ def _parser() -> CommandParser:
     p.add_argument("--mask", metavar="FILE", type=Path, help=_MASK_HELP)
     p.add_argument("--rectangle", metavar="X,Y,W,H", type=_rectangle, action="append", help=_RECTANGLE_HELP)
     p.add_argument("--factor", metavar="N", type=parse_positive, help=_FACTOR_HELP)
-    p.add_argument("--sigma", metavar="X", type=float, help="deblur: standard deviation of the Gaussian blur, in pixels")
+    p.add_argument(
+        "--sigma",
+        metavar="X",
+        type=float,
+        help=_SIGMA_HELP,
+    )
     p.add_argument("--ratio", metavar="X", type=float, help=_RATIO_HELP)
     p.add_argument("--degrade", action="store_true", help=_DEGRADE_HELP)
     p.add_argument("--num-images", metavar="N", type=parse_positive, help="the first N images only")
@@ -88,6 +107,7 @@ def _parser() -> CommandParser:
     p.add_argument("--eta", metavar="X", type=float, default=1.0, help="noise of the steps, 0 to 1")
     p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
     p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
+    add_resize_option(p)
     add_sampler_options(p, "restored", _OUT_HELP)
     p.add_argument("--class", dest="label", metavar="CLASS", help=IMAGE_CLASS_HELP)
     return p
@@ -100,9 +120,10 @@ def main() -> None:
     sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restore_sounds")
     with parser.usage_errors():
-        job, own = _job(settings, sampler)
+        job, own, resizer = _job(settings, sampler)
         record = job_record("restore", own, settings, sampler)
         output, there = place_output(settings.out, "restored", lambda path: PngFolder(path, job.batches, job.names), record)
+    say_resized(resizer, settings.quiet)
     missing = output.prepare(there, {**record, "images": {}})
     if missing is not None:
         _run(job, output, missing, settings)
@@ -125,9 +146,10 @@ class RestoreSettings(SamplerSettings):
     num_images: int | None
     noise_std: float
     eta: float
-    travel: list[int] | None
+    travel: Sequence[int]
     seeds: list[int]
     label: str | None
+    resize: str
 
 
 def _settings(parser: CommandParser) -> RestoreSettings:
@@ -147,18 +169,22 @@ def _settings(parser: CommandParser) -> RestoreSettings:
             raise ValueError("--task compressed-sensing needs --degrade: there are no files of such measurements")
         if not 0 <= options["eta"] <= 1:
             raise ValueError(f"--eta must lie in [0, 1]; got {options['eta']:g}")
+    if options["travel"] is None:
+        options["travel"] = (1, 1) if task == "deblur" and options["noise_std"] else _TRAVEL
     rounded = task == "deblur" and not options["degrade"]
     for name, default in (("noise_std", _ROUNDING if rounded else 0.0), ("factor", 2), ("ratio", 0.25)):
         options[name] = default if options[name] is None else options[name]
     return RestoreSettings(**settle_sampler(parser, options))
 
 
-def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob, dict[str, Any]]:
-    """The job that the settings describe, and the settings that decide its result.
+def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob, dict[str, Any], Resizer]:
+    """The job that the settings describe, the settings that decide its result, and what has resized the images.
 
     Raises:
         ValueError: an option or an image does not fit.
     """
+    import torch
+
     from .diffusion.degradations import Mask
     from .diffusion.restoration import TimeTravel, measure
     from .jobs.restoration import RestorationJob
@@ -166,13 +192,17 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
     shape, seeds = sampler.image_shape, settings.seeds
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds names one twice: {list_integers(seeds)}")
-    operator = _operator(settings, shape)
-    travel = None if settings.travel is None else TimeTravel(*settings.travel)
-    steps = {"eta": settings.eta, "noise_std": settings.noise_std, "travel": travel}
+    mask = None if settings.mask is None else _mask(settings.mask)
+    operator = _operator(settings, shape, mask)
+    steps = {"eta": settings.eta, "noise_std": settings.noise_std, "travel": TimeTravel(*settings.travel)}
     sampler.restoration_steps(operator, **steps)
     if settings.degrade:
         check_similarity(shape[1:])
-    names, pictures, own = _read(settings, operator, shape, sampler.config)
+    channels, size, _ = shape if settings.degrade else operator(torch.zeros(1, *shape)).shape[1:]
+    resizer = Resizer(size, settings.resize)
+    if mask is not None:
+        resizer.note(str(settings.mask), mask.size)
+    names, pictures, own = _read(settings, resizer, channels, mask, sampler.config)
     measurement = to_unit_range(pictures).contiguous()
     if settings.degrade:
         measurement = measure(operator, measurement, settings.noise_std, range(len(names)))
@@ -198,27 +228,31 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
         [names[i] if len(seeds) == 1 else f"{names[i]}-{seed}" for i, seed in zip(image, batches.seeds, strict=True)],
         batches,
     )
-    return job, {
-        "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
-        "task": settings.task,
-        "degrade": settings.degrade,
-        "mask": f"sha256:{_checksum(operator.known.cpu().numpy())}" if isinstance(operator, Mask) else None,
-        **{name: getattr(settings, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[settings.task]},
-        "noise-std": settings.noise_std,
-        "eta": settings.eta,
-        "travel": settings.travel,
-        "seeds": list_integers(seeds),
-        "class": None if labels is None else ",".join(map(str, labels)),
-    }
+    return (
+        job,
+        {
+            "IMAGES": f"sha256:{_checksum(pictures.numpy(), names)}",
+            "task": settings.task,
+            "degrade": settings.degrade,
+            "mask": f"sha256:{_checksum(operator.known.cpu().numpy())}" if isinstance(operator, Mask) else None,
+            **{name: getattr(settings, name) for name in ("factor", "sigma", "ratio") if name in _TASKS[settings.task]},
+            "noise-std": settings.noise_std,
+            "eta": settings.eta,
+            "travel": list(settings.travel),
+            "seeds": list_integers(seeds),
+            "class": None if labels is None else ",".join(map(str, labels)),
+        },
+        resizer,
+    )
 
 
-def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> LinearOperator:
+def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int], mask: Image.Image | None) -> LinearOperator:
     """The degradation of images of ``image_shape``."""
     from .diffusion.degradations import Blur, CompressedSensing, Downscale, Grey, Mask
 
     channels, height, width = image_shape
-    if settings.mask is not None:
-        return Mask(_known(settings.mask, height, width))
+    if mask is not None:
+        return Mask(_known(mask, settings, height))
     if settings.rectangle is not None:
         return Mask.outside((height, width), settings.rectangle)
     if settings.sigma is not None:
@@ -230,40 +264,44 @@ def _operator(settings: RestoreSettings, image_shape: tuple[int, int, int]) -> L
     return CompressedSensing((height, width), settings.ratio)
 
 
-def _known(mask: Path, height: int, width: int) -> Tensor:
-    """(H, W), False where a picture is white; where it is transparent, nothing is marked."""
+def _mask(path: Path) -> Image.Image:
+    """The picture of a mask, black where it is transparent."""
+    pictures = [picture for _, picture, _ in read_images(str(path), labelled=False, background="black")]
+    if len(pictures) != 1:
+        raise ValueError(f"--mask is one picture; {str(path)!r} holds {len(pictures)}")
+    return pictures[0]
+
+
+def _known(mask: Image.Image, settings: RestoreSettings, size: int) -> Tensor:
+    """(size, size), False where a mask is white; of one of another size, where any part of a pixel is."""
     import torch
 
-    pictures = [picture for _, picture, _ in read_images(str(mask), labelled=False, background="black")]
-    if len(pictures) != 1:
-        raise ValueError(f"--mask is one picture; {str(mask)!r} holds {len(pictures)}")
-    if pictures[0].size != (width, height):
-        raise ValueError(f"--mask: {mask} is {_size(pictures[0].size)} pixels; the model's images are {_size((width, height))}")
-    known = torch.from_numpy(np.asarray(pictures[0].convert("L")) < 128)
+    white = Image.fromarray(np.where(np.asarray(mask.convert("L")) < 128, np.uint8(0), np.uint8(255)))
+    # The mean over each pixel: what is known must hold nothing of what is to be filled in.
+    known = torch.from_numpy(fit_image(white, 1, size, settings.resize, Image.Resampling.BOX)[0] == 0)
     if known.all():
-        raise ValueError(f"--mask: nothing in {mask} is white, so there is nothing to fill in")
+        raise ValueError(f"--mask: nothing in {settings.mask} is white, so there is nothing to fill in")
     return known
 
 
 def _read(
-    settings: RestoreSettings, operator: LinearOperator, image_shape: tuple[int, int, int], config: UNetConfig
+    settings: RestoreSettings, resizer: Resizer, channels: int, mask: Image.Image | None, config: UNetConfig
 ) -> tuple[list[str], Tensor, list[int | None]]:
     """The images' names, (N, C, H, W) uint8 pixels, and class labels or None."""
     import torch
 
-    channels, height, width = image_shape if settings.degrade else operator(torch.zeros(1, *image_shape)).shape[1:]
     labelled = settings.label is None and config.num_classes is not None
     classes: dict[str, Any] = {"num_classes": config.num_classes, "class_names": config.class_names, "labelled": labelled}
     rows = itertools.chain.from_iterable(read_images(spec, **classes) for spec in settings.images)
     places, pictures, labels = [], [], []
     for place, image, label in itertools.islice(rows, settings.num_images):
-        if not settings.degrade and image.size != (width, height):
+        if mask is not None and mask.size not in (image.size, (resizer.size, resizer.size)):
             raise ValueError(
-                f"{place} is {_size(image.size)} pixels; --task {settings.task} restores images of {_size((width, height))}"
-                + (f" with --factor {settings.factor}" if settings.task == "super-resolution" else "")
+                f"{place} is {_size(image.size)} pixels and --mask {settings.mask} {_size(mask.size)}; a mask has the size of "
+                f"the images, or the model's, {resizer.size}x{resizer.size}"
             )
         places.append(place)
-        pictures.append(fit_image(image, channels, height))
+        pictures.append(resizer.fit(place, image, channels))
         labels.append(label)
     if not pictures:
         raise ValueError(f"no images in {', '.join(settings.images)}")
@@ -273,7 +311,12 @@ def _read(
 def _run(job: RestorationJob, output: PngFolder, missing: list[int], settings: RestoreSettings) -> None:
     """Restore the missing batches, write the files, and say what was done."""
     images = count_of(len(job.names), "images")
-    announce(settings.model, job.sampler, images, settings.quiet)
+    evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
+    way = f"{images} by {count_of(evaluations, 'network evaluations')} each"
+    length, repeats = settings.travel
+    if repeats > 1:
+        way += f" (--travel {length} {repeats}; --travel 1 1 takes {len(job.sampler.timesteps)})"
+    announce(settings, job.sampler, way, settings.quiet)
     with job_progress(output, missing, settings.quiet) as made:
         for k in missing:
             job.restore(k, output)
@@ -281,8 +324,7 @@ def _run(job: RestorationJob, output: PngFolder, missing: list[int], settings: R
         save_image(output.path / COMPARISON, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))
         means = job.finish(output)
     if not settings.quiet:
-        evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
-        print(f"{images} restored by {evaluations} network evaluations each; see {output.path}")
+        print(f"{images} restored by {count_of(evaluations, 'network evaluations')} each; see {output.path}")
         print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in means.items()))
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         sampler.check(seeds=range(settings.seed, settings.seed + len(images)), labels=labels, guidance=settings.guidance)
     damaged = torch.where(operator.known > 0, images, medium.codec.silence)
     with new_folder(parser, settings.out, "restored") as (folder, place):
-        announce(settings.model, sampler, count_of(len(images), "sounds"), settings.quiet)
+        announce(settings, sampler, count_of(len(images), "sounds"), settings.quiet)
         restored = _restore(sampler, operator, images, labels, settings)
         write_comparison(
             medium, folder, names, damaged, restored, job_record("restore_sounds", settings.own(), settings, sampler)

@@ -88,7 +88,7 @@ def main() -> None:
         curve = curve.expand(len(images), -1)
         loudness_guidance(sampler, medium.codec, curve, settings.loudness_std)  # for its errors
     with new_folder(parser, settings.out, "restyled") as (folder, place):
-        announce(settings.model, sampler, count_of(len(images), "sounds"), settings.quiet)
+        announce(settings, sampler, count_of(len(images), "sounds"), settings.quiet)
         restyled = _restyle(sampler, medium.codec, images, source, target, curve, settings)
         errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
         how = settings.own()

@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..data.images import ImageSet, load_images
+from ..data.resizing import Resizer
 from ..diffusion.adaptive import fit_timesteps
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.guidance import check_interval
@@ -46,7 +47,7 @@ from ..ops.devices import pick_device
 from ..ops.serving import serving_line
 from .options import class_record, seed_labels
 from .parser import CommandParser
-from .progress import describe_model, notice
+from .progress import count_of, describe_model, notice, say_resized
 from .samplers import load_model, pixel_model, select_dtype, select_execution
 from .settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 
@@ -102,7 +103,8 @@ def _measure_images(parser: CommandParser, arguments: EvaluateSettings, evaluati
             pictures = read_pictures(arguments.images)
         count = arguments.num_images or len(pictures)
         if len(pictures) < count:
-            raise ValueError(f"{arguments.images} holds {len(pictures)} images, fewer than the {count} of --num-images")
+            there = count_of(len(pictures), "images")
+            raise ValueError(f"{arguments.images} holds {there}, fewer than the {count} of --num-images")
         if count < 2:
             raise ValueError(f"{arguments.images} holds one image; a distribution of images needs at least 2")
         pictures = pictures[:count]
@@ -141,7 +143,7 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         data = None
         if arguments.data is not None:
             with notice(f"reading {arguments.data}", evaluation.is_silent):
-                data = _data(arguments, arguments.data, model)
+                data = _data(arguments, arguments.data, model, evaluation.is_silent)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
     dtype = select_dtype(arguments.dtype, arguments.compile, evaluation.device)
@@ -217,20 +219,22 @@ def _reference(spec: str, evaluation: EvaluationRun, network: FeatureNetwork, im
         return load_reference(spec, image_shape, network, evaluation.processes, bar.of)
 
 
-def _data(arguments: EvaluateSettings, spec: str, model: UNet) -> ImageSet:
+def _data(arguments: EvaluateSettings, spec: str, model: UNet, quiet: bool) -> ImageSet:
     config = model.config
-    classes = config.num_classes
+    resizer = Resizer(config.image_shape[1])
     data = load_images(
         spec,
         config.in_channels,
         config.sample_size,
-        num_classes=classes,
+        num_classes=config.num_classes,
         class_names=config.class_names,
-        labelled=classes is not None,
+        labelled=config.num_classes is not None,
+        resizer=resizer,
     )
+    say_resized(resizer, quiet)
     if arguments.num_images is not None and len(data) < arguments.num_images:
-        raise ValueError(f"{spec} holds {len(data)} images, fewer than the {arguments.num_images} of --num-images")
-    labels = data.labels
+        raise ValueError(f"{spec} holds {count_of(len(data), 'images')}, fewer than the {arguments.num_images} of --num-images")
+    labels, classes = data.labels, config.num_classes
     if labels is not None and classes is not None and int(labels.max()) >= classes:
         raise ValueError(f"{spec}: class {int(labels.max())} is not one of the model's {classes}")
     return ImageSet(data.images[: arguments.num_images], None if labels is None else labels[: arguments.num_images])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ..data.resizing import Resizer
 from ..io.pictures import check_channels, save_image, to_uint8
 from .samplers import audio_of
 
@@ -42,18 +43,27 @@ class Medium(Protocol):
 
 
 class Pictures:
-    """Images that are pictures."""
+    """Images that are pictures.
+
+    Args:
+        image_shape: (C, H, W) of the network's.
+        resize: how those of other sizes are brought to it, one of :data:`ddim_fast.data.resizing.RESIZES`.
+
+    Attributes:
+        resizer: what has brought the loaded ones to that size.
+    """
 
     noun, width = "images", 64
 
-    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], resize: str) -> None:
         check_channels(image_shape[0], "sample them with --out FILE.npz")
-        self._shape = image_shape
+        self._channels, self.resizer = image_shape[0], Resizer(image_shape[1], resize)
 
     def load(self, spec: str) -> Tensor:
         from ..data.images import load_images, to_unit_range
 
-        return to_unit_range(load_images(spec, *self._shape[:2], labelled=False).images).contiguous()
+        data = load_images(spec, self._channels, self.resizer.size, labelled=False, resizer=self.resizer)
+        return to_unit_range(data.images).contiguous()
 
     def shown(self, images: Tensor) -> Tensor:
         return images
@@ -63,11 +73,12 @@ class Pictures:
             save_image(folder / f"{name}.png", picture)
 
 
-def medium_of(sampler: AnySampler, convert: bool = False) -> Medium:
-    """The modality of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`."""
+def medium_of(sampler: AnySampler, convert: bool = False, resize: str = "crop") -> Medium:
+    """The modality of a sampler's images; ``convert`` as of :func:`ddim_fast.data.sound_files.load_sounds`, ``resize`` as of
+    :class:`Pictures`."""
     audio = audio_of(sampler)
     if audio is None:
-        return Pictures(sampler.image_shape)
+        return Pictures(sampler.image_shape, resize)
     from .sounds import Sounds
 
     return Sounds(audio, convert)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..diffusion.step import SIGMA_HAT
-from ..io.files import cache_folder
+from ..io.files import cache_folder, one_line
 from .missing import describe_missing
 
 __all__ = [
@@ -79,7 +79,7 @@ class CommandParser(argparse.ArgumentParser):
         try:
             yield
         except (ValueError, FileNotFoundError) as error:
-            self.error(str(error))
+            self.error(one_line(error))
 
 
 class _FormerName(argparse.Action):
@@ -120,10 +120,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
-        text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
+        text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else one_line(error)
         if isinstance(error, ModuleNotFoundError):
             text = describe_missing(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..io.processes import Processes
-from ..io.progress import Bar
+from ..io.progress import Bar, count_of
 
 if TYPE_CHECKING:
     import torch
 
+    from ..data.resizing import Resizer
     from ..jobs.outputs import Batches, Output
+    from .options import SamplerSettings
+    from .settings import SampleSettings
 
-__all__ = ["announce", "count_of", "describe_model", "job_progress", "notice", "progress_of", "say"]
+__all__ = ["announce", "count_of", "describe_model", "job_progress", "notice", "say", "say_resized"]
 
 
 _PATIENCE = 1.0  # seconds
@@ -47,9 +50,10 @@ def notice(text: str, quiet: bool = False) -> Iterator[None]:
         timer.cancel()
 
 
-def count_of(count: int, noun: str) -> str:
-    """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
-    return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
+def say_resized(resizer: Resizer, quiet: bool) -> None:
+    """A line where pictures were of another size than the model's."""
+    if resizer.line is not None:
+        say(resizer.line, quiet)
 
 
 def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch.device) -> str:
@@ -63,11 +67,12 @@ def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch
     return f"{name}: {size} parameters, {dtype} on {device}"
 
 
-def announce(name: str, sampler: Any, items: str, quiet: bool) -> None:
-    """A command's first line: model, parameters, dtype, device, engine, what serves the operators, and what is made.
+def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: str, quiet: bool) -> None:
+    """A command's first line: model, parameters, dtype, device, engine, what serves the operators, and what is made. Where
+    ``--compile`` came to nothing, or to half of it, a second one says why.
 
     Args:
-        name: the model, as of ``--model``.
+        settings: of the command, which name the model.
         sampler: one of torch, or of ONNX Runtime.
         items: what is made, as "60 images of 20 steps".
     """
@@ -77,10 +82,25 @@ def announce(name: str, sampler: Any, items: str, quiet: bool) -> None:
     if hasattr(sampler, "networks"):
         from ..ops.serving import serving_line
 
-        model = describe_model(name, sampler.networks, dtype, sampler.device)
+        model = describe_model(settings.model, sampler.networks, dtype, sampler.device)
         say(f"{model}, {sampler.engine}, operators by {serving_line(sampler.device, sampler.dtype)}; {items}", quiet)
+        if settings.compile and (reasons := _reasons(settings, sampler)):
+            say(f"--compile: {'; '.join(reasons)}", quiet)
     else:
-        say(f"{name}: {dtype} by ONNX Runtime on {sampler.provider}; {items}", quiet)
+        say(f"{settings.model}: {dtype} by ONNX Runtime on {sampler.provider}; {items}", quiet)
+
+
+def _reasons(settings: SamplerSettings | SampleSettings, sampler: Any) -> list[str]:
+    """Why a run with --compile is not compiled, and not in bfloat16, where nobody asked for that."""
+    from ..engine import cpp_is_fastest
+    from ..ops.devices import bf16_is_fast
+
+    reasons, device = [], sampler.device
+    if settings.engine == "auto" and cpp_is_fastest(device):
+        reasons.append("eager, since this package's C++ operators are faster here than torch.compile")
+    if settings.dtype == "auto" and not bf16_is_fast(device):
+        reasons.append(f"float32, since this {'processor' if device.type == 'cpu' else 'GPU'} is not fast at bfloat16")
+    return reasons
 
 
 @contextlib.contextmanager
@@ -102,18 +122,18 @@ def job_progress(
     total = len(batches.seeds)
     there = total - batches.count(missing)
     if there and processes.is_first:
-        say(f"{output.path} holds {progress_of(batches, missing)} {noun}; going on", quiet)
+        say(f"{output.path} holds {_progress(batches, missing, noun)}; going on", quiet)
     try:
         with Bar(total, noun, there=there, shown=processes.is_first and not quiet) as bar:
             yield lambda k: bar.made(there + processes.add_done(batches.count([k])))
             bar.made(total)
     except KeyboardInterrupt:
         if processes.is_first:
-            done = progress_of(batches, output.missing())
-            print(f"stopped: {output.path} holds {done} {noun}; the same command goes on with it", file=sys.stderr)
+            done = _progress(batches, output.missing(), noun)
+            print(f"stopped: {output.path} holds {done}; the same command goes on with it", file=sys.stderr)
         raise
 
 
-def progress_of(batches: Batches, missing: Sequence[int]) -> str:
-    """How many images there are, as "40 of 60"."""
-    return f"{len(batches.seeds) - batches.count(missing)} of {len(batches.seeds)}"
+def _progress(batches: Batches, missing: Sequence[int], noun: str) -> str:
+    """How many images there are, as "40 of 60 images"."""
+    return f"{len(batches.seeds) - batches.count(missing)} of {count_of(len(batches.seeds), noun)}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..data.resizing import Resizer
     from ..diffusion.latent import LatentSampler
     from ..diffusion.sampler import Sampler
     from ..models.audio import AudioConfig
@@ -53,14 +54,15 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
 
 
 def load_labelled(
-    specs: Sequence[str], chosen: str | None, sampler: AnySampler, option: str = "--class"
+    specs: Sequence[str], chosen: str | None, sampler: AnySampler, resizer: Resizer, option: str = "--class"
 ) -> tuple[Tensor, list[int] | None, list[str]]:
     """The images that a command is given, their classes, and names for what is made of them.
 
     Args:
         specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
         chosen, option: as of :func:`image_labels`.
-        sampler: says what size and which classes.
+        sampler: says how many channels and which classes.
+        resizer: brings them to the size of the sampler's images.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, N labels or None, and N names.
@@ -72,13 +74,14 @@ def load_labelled(
 
     from ..data.images import load_images, to_unit_range
 
-    config, (channels, size, _) = sampler.config, sampler.image_shape
-    classes: dict[str, Any] = {
+    config, channels = sampler.config, sampler.image_shape[0]
+    options: dict[str, Any] = {
         "num_classes": config.num_classes,
         "class_names": config.class_names,
         "labelled": chosen is None and config.num_classes is not None,
+        "resizer": resizer,
     }
-    data = [load_images(spec, channels, size, **classes) for spec in specs]
+    data = [load_images(spec, channels, resizer.size, **options) for spec in specs]
     images = torch.cat([to_unit_range(part.images) for part in data]).contiguous()
     own = [label for part in data for label in ([None] * len(part) if part.labels is None else part.labels.tolist())]
     names = item_names([place for part in data for place in part.places])

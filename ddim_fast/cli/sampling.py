@@ -68,7 +68,7 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
         guidance = {"guidance": settings.guidance, "guidance_interval": settings.guidance_interval}
         with parser.usage_errors():
             folder = free_folder(settings.out, "profile")
-        announce(settings.model, sampler, f"profiling a batch of {batches.size}", settings.quiet)
+        announce(settings, sampler, f"profiling a batch of {batches.size}", settings.quiet)
         return print_profile(sampler, batches[0], folder, settings.quiet, **guidance)
     record = {
         "command": "sample",
@@ -205,7 +205,7 @@ def _run(
     # Without a film all steps may be one graph, which is faster.
     watch = {} if film is None else {0: film.add}
     job = Job(sampler, batches, settings.guidance, watch.get, settings.guidance_interval, output.convert)
-    announce(settings.model, sampler, f"{count_of(count, output.noun)} {_way(sampler, settings)}", quiet)
+    announce(settings, sampler, f"{count_of(count, output.noun)} {_way(sampler, settings)}", quiet)
     with job_progress(output, missing, settings.quiet, processes=processes) as made:
         started = time.perf_counter()
         with collect():  # these images are thrown away

@@ -13,6 +13,7 @@ import torch
 from ..data.images import ImageSet, load_images, to_unit_range
 from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
+from ..data.resizing import Resizer
 from ..diffusion.latent import LatentCodec, LatentSampler
 from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
@@ -30,7 +31,7 @@ from ..training.loop import Trainer
 from ..training.options import TRAINING_STATE, TrainingOptions
 from .modality import medium_of
 from .parser import CommandParser
-from .progress import describe_model, notice
+from .progress import count_of, describe_model, notice, say_resized
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
             "the data as it is"
         )
     if added:
-        print(f"{now.path} holds {now.images} images, {added} more than before: the run goes on with all", file=sys.stderr)
+        there = count_of(now.images, "images")
+        print(f"{now.path} holds {there}, {added} more than before: the run goes on with all", file=sys.stderr)
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
@@ -162,7 +164,7 @@ def _autoencoder_trainer(
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
     with notice(f"reading {settings.data}", settings.quiet):
-        data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+        data = _load_pictures(settings, config.in_channels, config.sample_size, False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options), None, seen
@@ -225,7 +227,7 @@ def _load(
 ) -> ImageSet:
     """The data, its classes numbered as the network that training starts from names them."""
     if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
+        return _load_pictures(settings, *image_shape[:2], labelled, class_names)
     from ..data.sounds import load_sound_images
 
     return load_sound_images(settings.data, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
@@ -268,6 +270,16 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
         f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n"
         f"steps: {steps}"
     )
+
+
+def _load_pictures(
+    settings: TrainSettings, channels: int, size: int, labelled: bool, class_names: tuple[str, ...] | None = None
+) -> ImageSet:
+    """The data as pictures, with a line where they are of another size."""
+    resizer = Resizer(size)
+    data = load_images(settings.data, channels, size, labelled=labelled, class_names=class_names, resizer=resizer)
+    say_resized(resizer, settings.quiet)
+    return data
 
 
 def _grid_sampler(model: UNet) -> Sampler:

@@ -19,9 +19,11 @@ from PIL import Image
 
 from ..io.decoding import decode_image, image_suffixes
 from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
+from ..io.progress import count_of
 from ..io.records import is_overview
 from ..models.class_names import named_classes
 from .parquet import parquet_class_names, parquet_files, read_parquet
+from .resizing import Resizer, fit_image
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +98,7 @@ def load_images(
     num_classes: int | None = None,
     labelled: bool = True,
     class_names: Sequence[str] | None = None,
+    resizer: Resizer | None = None,
 ) -> ImageSet:
     """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
     smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
@@ -119,6 +122,8 @@ def load_images(
             where there are just as many; otherwise their images have no label.
         labelled: whether the labels are wanted; otherwise nothing looks at them.
         class_names: of a model that the labels are for. Folders that are all called by them are these classes.
+        resizer: brings them to ``size``, and knows afterwards of which that was not the own; where the user chose its way, they
+            may all be of different sizes. None is one of training data.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
@@ -130,7 +135,7 @@ def load_images(
             f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
         )
     source = _open(spec, num_classes, class_names, labelled, "white")
-    data = _collect(_checked_rows(source, labelled), spec, channels, size, equal)
+    data = _collect(_checked_rows(source, labelled), spec, channels, resizer or Resizer(size), equal)
     names = _usable(source.class_names)
     known = data.labels is not None and names is not None and int(data.labels.max()) < len(names)
     return replace(data, class_names=names) if known else data
@@ -210,20 +215,21 @@ def _open(spec: str, num_classes: int | None, class_names: Sequence[str] | None,
     raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
 
 
-def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bool) -> ImageSet:
+def _collect(rows: Iterable[Row], spec: str, channels: int, resizer: Resizer, equal: bool) -> ImageSet:
     import torch
 
+    size, mixed = resizer.size, resizer.how is not None
     images, labels, places = [], [], []
     first: tuple[str, tuple[int, int]] | None = None
     for name, image, label in rows:
         if first is None:
             first = (name, image.size)
-        if image.size != first[1] and (equal or min(*image.size, *first[1]) < size):
+        if not mixed and image.size != first[1] and (equal or min(*image.size, *first[1]) < size):
             raise ValueError(
                 f"the images of a data set must all have one size{'' if equal else f', or {size} pixels each way at least'}; "
                 f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
             )
-        images.append(fit_image(image, channels, size))
+        images.append(resizer.fit(name, image, channels))
         labels.append(label)
         places.append(name)
     if not images:
@@ -237,22 +243,6 @@ def _checked(label: Any, name: str) -> int | None:
     if label is None or (type(label) is int and label >= 0):
         return label
     raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
-
-
-def fit_image(image: Image.Image, channels: int, size: int) -> np.ndarray:
-    """(channels, size, size) uint8: what :func:`load_images` makes of one image."""
-    mode = "L" if channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)
-    width, height = image.size
-    side = min(width, height)
-    if side > size:
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    elif (width, height) != (size, size):
-        frame = Image.new(image.mode, (size, size))
-        frame.paste(image, ((size - width) // 2, (size - height) // 2))
-        image = frame
-    return _array(image)
 
 
 def _array(image: Image.Image) -> np.ndarray:
@@ -320,7 +310,7 @@ def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
     label_path = _idx_labels(path) if labelled else None
     labels = None if label_path is None else _idx_array(label_path, rank=1)
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{path} has {len(images)} images but {label_path} has {len(labels)} labels")
+        raise ValueError(f"{path} has {count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}")
     for i, image in enumerate(images):
         yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
 

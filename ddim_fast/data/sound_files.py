@@ -12,7 +12,7 @@ import librosa
 import numpy as np
 import soundfile
 
-from ..io.files import check_expansion, visible_files, warn_of_skipped
+from ..io.files import check_expansion, one_line, visible_files, warn_of_skipped
 from ..models.audio import AudioConfig
 from .parquet import parquet_files, read_parquet
 
@@ -124,7 +124,7 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name}: not a readable sound ({error.error_string})") from None
     except Exception as error:  # soundfile runs into what a damaged header says
-        raise ValueError(f"{name}: not a readable sound ({error})") from None
+        raise ValueError(f"{name}: not a readable sound ({one_line(error)})") from None
     if not len(wave):
         raise ValueError(f"{name}: a sound of no length")
     if not (np.abs(wave) < 1e30).all():  # what is larger is not finite once it is mixed and resampled

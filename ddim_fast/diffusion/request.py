@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.pictures import check_floats
+from ..io.progress import count_of
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
 from ..ops.scalars import is_whole, plain
@@ -75,7 +76,7 @@ class Request:
         seeds = None if seeds is None else np.array(check_seeds(seeds), np.int64)
         count = len(x_T if seeds is None else seeds)
         if x_T is not None and len(x_T) != count:
-            raise ValueError(f"{count} seeds do not fit {len(x_T)} images in x_T")
+            raise ValueError(f"{count_of(count, 'seeds')} for {count_of(len(x_T), 'images')} in x_T; give one each")
         return cls(
             seeds,
             x_T,
@@ -166,7 +167,7 @@ def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarra
         raise ValueError(f"class labels are whole numbers; got {checked.dtype}")
     checked = np.broadcast_to(checked, (count,)) if checked.ndim == 0 else checked
     if checked.shape != (count,):
-        raise ValueError(f"{len(checked)} class labels do not fit {count} images")
+        raise ValueError(f"{count_of(len(checked), 'class labels')} for {count_of(count, 'images')}; give one each")
     bad = checked[(checked < 0) | (checked >= num_classes)]
     if len(bad):
         raise ValueError(f"class {int(bad[0])} is out of range: the network has classes 0..{num_classes - 1}")

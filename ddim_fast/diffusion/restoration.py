@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, inference
+from ..io.progress import count_of
 from ..ops.ddim_step import ddim_step
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from ..ops.scalars import is_finite, is_whole, plain
@@ -257,7 +258,7 @@ class Restorer:
         operator = operator.to(denoiser.device)
         measurement = as_tensor(measurement).to(denoiser.device, torch.float32)
         if len(measurement) != len(seeds := check_seeds(seeds)):
-            raise ValueError(f"{len(seeds)} seeds do not fit {len(measurement)} measurements")
+            raise ValueError(f"{count_of(len(seeds), 'seeds')} for {count_of(len(measurement), 'measurements')}; give one each")
         timesteps, table = self.steps(operator, eta=eta, noise_std=noise_std, travel=travel)
         back_projection = operator.pseudo_inverse(measurement)
         shape, expected = tuple(back_projection.shape[1:]), denoiser.config.image_shape

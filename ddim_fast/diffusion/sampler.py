@@ -253,7 +253,7 @@ class Sampler:
         """The noise x_T (N, C, H, W) float32 from which deterministic DDIM makes ``images``, (N, C, H, W) in [-1, 1], by
         :meth:`Inverter.encode` over the same timesteps; labels, guidance, guidance_interval and progress are as in
         :meth:`sample`.
-        Exact inversion is for the ``ddim`` solver without clipping and ``reuse``.
+        Exact inversion is for the ``ddim`` solver without clipping and ``reuse``; it takes 5 to 42 evaluations a step.
 
         Raises:
             ValueError: the images do not fit the network, or the sampler has no inverse.

@@ -17,6 +17,7 @@ from .inference import inference
 __all__ = [
     "ENGINES",
     "Engine",
+    "cpp_is_fastest",
     "fastest_engine",
     "inference",
     "make_engine",
@@ -42,11 +43,17 @@ def select_engine(name: str, device: torch.device) -> str:
     return "eager" if name == "auto" else name
 
 
+def cpp_is_fastest(device: torch.device) -> bool:
+    """Whether the native operators leave torch.compile nothing to gain, as measured (docs/engines.md)."""
+    if device.type != "cpu" or native.module is None:
+        return False
+    return is_faster_in_cpp("conv3x3", torch.float32, "channels_last")
+
+
 def fastest_engine(device: torch.device) -> str:
-    """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager, since the native operators leave
-    torch.compile nothing to gain, as measured (docs/engines.md); where they do not serve, compiled. Where torch.compile does
-    not work it is eager, with a warning."""
-    if device.type == "cpu" and native.module is not None and is_faster_in_cpp("conv3x3", torch.float32, "channels_last"):
+    """The engine for a run that is worth a warm-up: captured on a GPU. On a CPU it is eager where the native operators
+    are the fastest, otherwise compiled. Where torch.compile does not work it is eager, with a warning."""
+    if cpp_is_fastest(device):
         return "eager"
     problem = why_not_compiled(device)
     if problem is not None:

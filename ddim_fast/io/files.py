@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -182,8 +183,8 @@ def errors_name_file(path: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """A library's message in one line, for an error of ours to quote."""
-    return " ".join(str(error).split())
+    """A library's message in one line, for an error of ours to quote; of an object in memory it names the kind alone."""
+    return re.sub(r"<(\S+) object at 0x[0-9a-f]+>", r"\1", " ".join(str(error).split()))
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Bar", "collect", "duration", "tell", "watch"]
+__all__ = ["Bar", "collect", "count_of", "duration", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -50,6 +50,11 @@ def collect() -> Iterator[list[tuple[float, int]]]:
     told: list[tuple[float, int]] = []
     with watch(lambda images, evaluations: told.append((images, evaluations))):
         yield told
+
+
+def count_of(count: int, noun: str) -> str:
+    """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
+    return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
 
 
 def duration(seconds: float) -> str:
@@ -92,6 +97,7 @@ class Bar:
     def __enter__(self) -> Self:
         from tqdm import tqdm  # not above: most of the package does without
 
+        of_all = count_of(self._total, self._noun)
         self._stack = contextlib.ExitStack()
         self._bar = self._stack.enter_context(
             tqdm(
@@ -100,7 +106,7 @@ class Bar:
                 desc=self._text,
                 leave=self._text is None,
                 # A count of 0.1 images is no count, but the time that remains follows from it.
-                bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {self._noun} [{{elapsed}}<{{remaining}}{{postfix}}]",
+                bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{of_all} [{{elapsed}}<{{remaining}}{{postfix}}]",
                 miniters=0,
                 smoothing=0,
                 disable=not self._shown,
@@ -131,5 +137,5 @@ class Bar:
 
     def _show(self) -> None:
         if self._evaluations:
-            self._bar.set_postfix_str(f"{self._evaluations} network calls", refresh=False)
+            self._bar.set_postfix_str(count_of(self._evaluations, "network calls"), refresh=False)
         self._bar.update(round(min(self._made + self._part, self._total), 6) - self._bar.n)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..diffusion.trajectory import SamplerState
 from ..io.pictures import to_uint8
+from ..io.progress import count_of
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Job:
             if self._at_once == 1:
                 raise RuntimeError(f"out of memory: {self.sampler.device} has too little for a single image of this network")
             self._at_once //= 2
-            tqdm.write(f"out of memory: going on with {self._at_once} images a network call", file=sys.stderr)
+            tqdm.write(f"out of memory: going on with {count_of(self._at_once, 'images')} a network call", file=sys.stderr)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import fit_image, to_unit_range
+from ..data.images import to_unit_range
+from ..data.resizing import fit_image
 from ..diffusion.interpolation import between_all
 from ..diffusion.latent import LatentSampler
 from ..diffusion.sampler import Sampler
@@ -23,16 +24,15 @@ from .video_files import read_frames
 __all__ = ["VideoJob", "scan_frames"]
 
 
-def scan_frames(source: Path) -> tuple[int, str]:
-    """The number of frames of a film, and a checksum of their pixels.
+def scan_frames(source: Path) -> tuple[int, str, tuple[int, int]]:
+    """The number of frames of a film, a checksum of their pixels, and their (width, height).
 
     Raises:
         ValueError: there are fewer than two, or they differ in size.
     """
-    digest, size = hashlib.sha256(), None
-    count = 0
+    digest, size, count = hashlib.sha256(), (0, 0), 0
     for count, frame in enumerate(read_frames(source), start=1):
-        size = size or frame.size
+        size = frame.size if count == 1 else size
         if frame.size != size:
             raise ValueError(
                 f"the frames of a film have one size; in {source} the first is {size[0]}x{size[1]}, and frame {count} is "
@@ -41,7 +41,7 @@ def scan_frames(source: Path) -> tuple[int, str]:
         digest.update(repr((frame.mode, frame.size)).encode() + frame.tobytes())
     if count < 2:
         raise ValueError(f"a film has two frames or more; {source} has {count}")
-    return count, digest.hexdigest()
+    return count, digest.hexdigest(), size
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class VideoJob:
 
     Attributes:
         sampler: a deterministic one, which encodes the frames and makes those between.
-        source: what :func:`ddim_fast.jobs.video_files.read_frames` reads. Frames are brought to the model's size, and otherwise
-            stay as they are.
+        source: what :func:`ddim_fast.jobs.video_files.read_frames` reads. Frames are brought to the model's size by ``resize``,
+            and otherwise stay as they are.
         count: its number of frames.
         factor: 2 or more.
         batch_size: images a network call.
         exact: see :meth:`ddim_fast.Sampler.encode`.
         label: the class of all frames, or None.
         guidance: scale of classifier-free guidance, or None.
+        resize: as of :func:`ddim_fast.data.resizing.fit_image`.
     """
 
     sampler: Sampler | LatentSampler
@@ -68,6 +69,7 @@ class VideoJob:
     exact: bool
     label: int | None
     guidance: float | None
+    resize: str
 
     @property
     def batches(self) -> Batches:
@@ -88,7 +90,7 @@ class VideoJob:
             ValueError: new frames are not finite.
         """
         channels, size, _ = self.sampler.image_shape
-        frames = (fit_image(frame, channels, size) for frame in read_frames(self.source))
+        frames = (fit_image(frame, channels, size, self.resize) for frame in read_frames(self.source))
         following, latent = [next(frames)], None
         for k in range(max(ks, default=-1) + 1):
             given = following + list(itertools.islice(frames, self._pairs))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddim_fast.data.images import fit_image, read_images
+from ddim_fast.data.images import read_images
+from ddim_fast.data.resizing import fit_image
 
 PICTURES = 5999
 

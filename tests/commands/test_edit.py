@@ -57,6 +57,17 @@ def test_sdedit(run, pictures, here, sampler):
     assert np.array_equal(written(here / "same"), written(shoes))
 
 
+def test_pictures_of_another_size_are_resized_with_a_line_that_says_so(run, here, sampler):
+    (here / "photos").mkdir()
+    for name in "01":
+        Image.linear_gradient("L").resize((64, 40)).save(here / "photos" / f"{name}.png")
+    code, _, err = run("photos", "--strength", 0, "--steps", 3)
+    assert code == 0 and "2 images were brought to 32x32: cropped to a square in the middle and resized (--resize" in err
+    assert np.array_equal(written(here / "edited", 2), to_uint8(loaded(here / "photos"))[..., 0])
+    code, _, err = run("photos", "--direction", "photos", "photos", "--steps", 1, "--resize", "pad", "--out", "o")
+    assert code == 0 and "6 images were brought to 32x32: resized into a black frame" in err
+
+
 def test_another_class(run, pictures, here, sampler):
     shoes = pictures / "shoes"
     assert run(shoes, "--from", 7, "--to", 9, "--guidance", 2, "--steps", 3, "--batch-size", 2, "--quiet") == (0, "", "")

@@ -291,6 +291,15 @@ def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
         assert f"Not measured: {words}" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
+def test_what_is_done_to_held_out_images_of_another_size_is_said(run_here, checkpoint, photos, tmp_path):
+    for file in photos.rglob("*.png"):
+        Image.open(file).resize((20, 30)).save(file)
+    line = "40 images were brought to 16x16: cropped to a square in the middle and resized\n"
+    options = ["--model", checkpoint, "--data", photos, "--loss", "--out", tmp_path / "out"]
+    assert line in run_here(evaluate, *options)[2]
+    assert line not in run_here(evaluate, *options, "--quiet")[2]
+
+
 def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp_path):
     code, _out, err = run(
         "--model", checkpoint, "--data", photos, "--loss", "--reconstruction", "--steps", "2,20", "--num-images", 6

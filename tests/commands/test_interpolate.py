@@ -20,7 +20,7 @@ def picture(path):
 
 def test_between_seeds_the_ends_are_their_samples(run, here):
     code, out, _ = run("seed:3", "seed:13", "--class", 3, "--steps", 4, "--frames", 5, "--out", "o")
-    assert code == 0 and out == "5 images, seed:3 to seed:13; see o\n"
+    assert code == 0 and out == "5 images, seed:3 to seed:13; see o, o/grid.png, o/film.gif\n"
     samples = to_uint8(Sampler(UNet.from_pretrained("fashion-mnist"), steps=4).sample(seeds=[3, 13], labels=3))
     assert np.array_equal(picture(here / "o" / "0.png"), samples[0, ..., 0])
     assert np.array_equal(picture(here / "o" / "4.png"), samples[1, ..., 0])
@@ -44,6 +44,17 @@ def test_no_class_is_said_as_everywhere(run, here):
     for out, options in (("a", []), ("b", ["--class", "none"])):
         assert run("seed:1", "seed:2", "--steps", 1, "--frames", 2, "--out", out, "--quiet", *options) == (0, "", "")
     assert (here / "a/0.png").read_bytes() == (here / "b/0.png").read_bytes()
+
+
+def test_ends_of_another_size_are_resized_with_a_line_that_says_so(run, here):
+    Image.linear_gradient("L").resize((40, 64)).save(here / "a.png")
+    options = ["--steps", 1, "--frames", 2]
+    _, _, err = run("a.png", "seed:1", *options, "--out", "crop")
+    assert "a.png, 40x64, was brought to 32x32: cropped to a square in the middle and resized (--resize" in err
+    _, _, err = run("a.png", "seed:1", *options, "--out", "pad", "--resize", "pad")
+    assert "a.png, 40x64, was brought to 32x32: resized into a black frame" in err
+    assert (here / "crop/0.png").read_bytes() != (here / "pad/0.png").read_bytes()
+    assert run("a.png", "seed:1", *options, "--quiet") == (0, "", "")
 
 
 def test_four_corners_make_a_square(run, here):

@@ -46,6 +46,20 @@ def test_a_folder_keeps_its_frames(run, checkpoint, clip, here):
     assert record["finished"] and record["settings"]["factor"] == 4 and record["settings"]["class"] == 3
 
 
+def test_a_film_of_another_size_is_resized_with_a_line_that_says_so(run, checkpoint, clip, here):
+    for file in clip.iterdir():
+        Image.open(file).resize((60, 20)).save(file)
+    options = ["--video", clip, "--model", checkpoint, "--steps", 1]
+    done = f"{clip}, 60x20, was brought to 16x16: "
+    _, _, err = run(*options, "--out", "a")
+    assert f"{done}cropped to a square in the middle and resized (--resize names another way)\n" in err
+    _, _, err = run(*options, "--resize", "pad", "--out", "b")
+    assert f"{done}resized into a black frame" in err and not frames(here / "b")[0][:5].any()
+    assert run(*options, "--resize", "stretch", "--out", "c", "--quiet") == (0, "", "")
+    code, _, err = run(*options, "--out", "c")
+    assert code == 2 and "c was begun with --resize stretch, not crop" in err
+
+
 def test_from_an_mp4_to_an_mp4(run, checkpoint, clip, here):
     pytest.importorskip("imageio_ffmpeg")
     options = ["--model", checkpoint, "--steps", 1, "--quiet"]

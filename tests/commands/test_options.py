@@ -29,6 +29,7 @@ SHARED = {
     "--guide": (),
     "--exact": (),
     "--convert": (),
+    "--resize": (),
     "--clip": (),
     "--batch-size": ("evaluate", "train"),
     "--steps": ("evaluate", "train"),
@@ -53,3 +54,11 @@ def test_former_names_are_nowhere_else(options):
     assert [name for name, by in options.items() if "--num" in by] == ["evaluate"]
     assert [name for name, by in options.items() if "--precision" in by] == ["train"]
     assert {name for name, by in options.items() if "--num-images" in by} == {"evaluate", "restore", "sample"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_has_two_defaults(command):
+    parser = importlib.import_module(f"ddim_fast.{command}")._parser()
+    formatter = parser._get_formatter()
+    helps = {str(action.option_strings): formatter._expand_help(action) for action in parser._actions if action.help}
+    assert helps and not {option: text for option, text in helps.items() if text.count("(default") > 1}

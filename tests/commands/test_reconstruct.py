@@ -62,6 +62,17 @@ def test_the_latents_are_those_of_the_sampler(run, pictures, here):
     assert Image.open(here / "reconstruction" / "comparison.png").size == (2 * (2 + 2 * 34), 2 * (2 + 3 * 34))
 
 
+def test_pictures_of_another_size_are_resized_with_a_line_that_says_so(run, here):
+    for name, size in (("a", (40, 64)), ("b", (64, 40)), ("c", (28, 28))):
+        Image.linear_gradient("L").resize(size).save(here / f"{name}.png")
+    code, _, err = run("a.png", "b.png", "c.png", "--steps", 1, "--class", 1)
+    ways = "2 cropped to a square in the middle and resized, 1 put into a black frame"
+    assert code == 0 and f"3 images were brought to 32x32: {ways} (--resize names another way)" in err
+    code, _, err = run("c.png", "--steps", 1, "--class", 1, "--resize", "stretch", "--out", "o")
+    assert code == 0 and "c.png, 28x28, was brought to 32x32: resized (--resize names another way)" in err
+    assert json.loads((here / "o" / "record.json").read_text())["settings"]["resize"] == "stretch"
+
+
 def test_files_and_a_class_by_hand(run, pictures, here):
     files = [pictures / "3" / "a.png", pictures / "9" / "a.png"]
     assert run(*files, "--steps", 2, "--quiet") == (0, "", "")

@@ -54,6 +54,26 @@ def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fas
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options,faster,fast,reasons",
+    [
+        ([], True, True, "eager, since this package's C++ operators are faster here than torch.compile"),
+        ([], True, False, "than torch.compile; float32, since this processor is not fast at bfloat16"),
+        (["--engine", "eager", "--dtype", "float32"], True, False, None),
+        (["--engine", "eager"], True, True, None),
+    ],
+)
+def test_a_run_with_compile_that_is_not_compiled_says_why(options, faster, fast, reasons, run, checkpoint, monkeypatch):
+    monkeypatch.setattr("ddim_fast.engine.cpp_is_fastest", lambda device: faster)
+    monkeypatch.setattr("ddim_fast.ops.devices.bf16_is_fast", lambda device: fast)
+    command = ["--model", checkpoint, "--seeds", "0", "--steps", "1", "--device", "cpu", *options]
+    code, _, err = run(*command, "--compile")
+    assert code == 0 and (reasons in err if reasons else "--compile: " not in err)
+    assert err.count("--compile: ") == (reasons is not None)
+    assert "--compile: " not in run(*command, "--out", "without")[2]
+    assert run(*command, "--compile", "--quiet", "--out", "quiet")[2] == ""
+
+
 def test_without_a_compiler_the_fastest_execution_is_a_slower_one(checkpoint, tmp_path):
     """Where torch.compile would serve, because the native operators do not."""
     out = tmp_path / "out"

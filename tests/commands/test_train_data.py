@@ -56,6 +56,13 @@ def start(run, data, *options):
     assert code == 0, error
 
 
+def test_what_is_done_to_pictures_of_another_size_is_said(run, photos):
+    for file in photos.glob("*/*.png"):
+        Image.new("L", (12, 9)).save(file)
+    code, _, err = run("--data", photos, "--steps=1", *(option for option in RUN if option != "--quiet"))
+    assert code == 0 and "8 images were brought to 8x8: cropped to a square in the middle and resized\n" in err
+
+
 def test_a_checkpoint_without_its_training_state_is_not_overwritten(run, photos, here):
     start(run, photos)
     (here / "run" / "training_state.pt").unlink()

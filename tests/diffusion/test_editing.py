@@ -106,7 +106,7 @@ def test_a_swap_changes_what_the_packaged_model_shows():
 @pytest.mark.parametrize(
     "edit,message",
     [
-        (lambda s, x: sdedit(s, x, 0.5, seeds=[1]), "1 seeds do not fit 3 images"),
+        (lambda s, x: sdedit(s, x, 0.5, seeds=[1]), "1 seed for 3 images"),
         (lambda s, x: sdedit(s, x, 2, seeds=[1, 2, 3]), r"strength must lie in \[0, 1\]; got 2"),
         (lambda s, x: swap_class(s, x, source=0, target=9), "class 9 is out of range"),
         (lambda s, x: swap_class(s, x[..., :4], source=0, target=1), "expected images of shape"),

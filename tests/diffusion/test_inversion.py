@@ -5,6 +5,7 @@ import torch
 from ddim_fast import Sampler, UNet, seeded_noise
 from ddim_fast.diffusion.inversion import inverse_step
 from ddim_fast.diffusion.step import StepCoefficients
+from ddim_fast.io.progress import watch
 
 SHAPE = (3, 8, 8)
 
@@ -35,6 +36,15 @@ def test_equals_equation_14(prediction_type, fake_network):
             eps = (x - np.sqrt(a) * output) / np.sqrt(1 - a)
         x = np.sqrt(b) * (x - np.sqrt(1 - a) * eps) / np.sqrt(a) + np.sqrt(1 - b) * eps
     torch.testing.assert_close(sampler.encode(images).double(), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps,least,most", [(5, 20, 42), (10, 8, 17), (20, 6, 11)])
+def test_exact_inversion_costs_what_its_help_says(steps, least, most):
+    sampler, told = Sampler("fashion-mnist", steps=steps), []
+    images = sampler.sample(seeds=[1, 2], labels=[3, 7])
+    with watch(lambda images, evaluations: told.append(evaluations)):
+        sampler.encode(images, labels=[3, 7], exact=True)
+    assert least <= sum(told) / steps <= most
 
 
 def test_a_network_that_ignores_the_image_is_inverted_exactly(fake_network):

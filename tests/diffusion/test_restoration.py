@@ -137,7 +137,7 @@ def test_noise_in_the_measurement_is_not_taken_for_detail():
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda s: s.restore(torch.zeros(2, 3, 4, 4), Downscale(2), seeds=[1]), "1 seeds do not fit 2 measurements"),
+        (lambda s: s.restore(torch.zeros(2, 3, 4, 4), Downscale(2), seeds=[1]), "1 seed for 2 measurements"),
         (lambda s: s.restore(torch.zeros(1, 3, 8, 8), Downscale(2), seeds=[1]), r"of shape \(3, 16, 16\), but the network's"),
         (
             lambda s: s.restore(torch.zeros(1, 3, 4, 4), Downscale(2), seeds=[1], noise_std=-1.0),

@@ -124,6 +124,8 @@ def _fault(error: BaseException, names: set[str]) -> str | None:
         return f"{type(error).__name__}: {message.partition(chr(10))[0]}"
     if len(message.splitlines()) != 1:
         return f"an error of {len(message.splitlines())} lines: {message!r}"
+    if " object at 0x" in message:
+        return f"an error that names an object in memory: {message}"
     if not any(name in message for name in names):
         return f"an error that names no file: {message}"
     return None

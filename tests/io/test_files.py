@@ -1,8 +1,9 @@
+import io
 import os
 
 import pytest
 
-from ddim_fast.io.files import atomic_folder, check_expansion, visible_files
+from ddim_fast.io.files import atomic_folder, check_expansion, one_line, visible_files
 
 
 def fill(folder):
@@ -64,3 +65,8 @@ def test_what_expands_far_more_than_usual_is_a_bomb_where_it_is_large():
     check_expansion(2**28, 100 * 2**28)
     with pytest.raises(ValueError, match="its 1000 bytes would become 268435457: a decompression bomb"):
         check_expansion(1000, 2**28 + 1)
+
+
+def test_a_message_is_one_line_and_names_no_place_in_memory():
+    error = ValueError(f"cannot read\n  {io.BytesIO()!r}: {object()!r}")
+    assert one_line(error) == "cannot read _io.BytesIO: object"

@@ -5,6 +5,7 @@ from PIL import Image
 
 from ddim_fast import Sampler
 from ddim_fast.data.images import to_unit_range
+from ddim_fast.data.resizing import fit_image
 from ddim_fast.diffusion.interpolation import slerp
 from ddim_fast.io.pictures import to_uint8
 from ddim_fast.jobs.outputs import PngFolder
@@ -23,7 +24,7 @@ def clip(tmp_path):
 
 
 def job(network, clip, batch_size, factor=3, **options):
-    given = {"exact": False, "label": None, "guidance": None, **options}
+    given = {"exact": False, "label": None, "guidance": None, "resize": "crop", **options}
     return VideoJob(Sampler(network, steps=3), clip[0], 6, factor, batch_size, **given)
 
 
@@ -75,12 +76,24 @@ def test_any_batches_can_be_made_again(ks, clip, fake_network, tmp_path):
     np.testing.assert_array_equal(frames_of(made(parts, tmp_path / "o", ks)), whole)
 
 
+def test_frames_of_another_size_are_resized_as_asked(clip, fake_network, tmp_path):
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for i in range(2):
+        Image.linear_gradient("L").resize((32, 16)).convert("RGB").save(wide / f"{i}.png")
+    for how in ("crop", "pad", "stretch"):
+        frames = VideoJob(Sampler(fake_network(), steps=1), wide, 2, 2, 8, False, None, None, how)
+        output = made(frames, tmp_path / how)
+        expected = fit_image(Image.open(wide / "0.png"), 3, 8, how)
+        np.testing.assert_array_equal(output.read(0)[0], expected.transpose(1, 2, 0))
+
+
 def test_frames_are_counted_and_told_apart(clip, tmp_path):
     folder, _ = clip
-    count, checksum = scan_frames(folder)
-    assert count == 6 and scan_frames(folder) == (6, checksum)
+    count, checksum, size = scan_frames(folder)
+    assert count == 6 and size == (8, 8) and scan_frames(folder) == (6, checksum, size)
     (folder / "5.png").rename(folder / "05.png")  # a name alone is no other film
-    assert scan_frames(folder) == (6, checksum)
+    assert scan_frames(folder) == (6, checksum, size)
     (folder / "0.png").rename(folder / "6.png")
     assert scan_frames(folder)[1] != checksum
     Image.new("RGB", (8, 9)).save(folder / "7.png")
