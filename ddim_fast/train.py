@@ -38,7 +38,7 @@ _EXAMPLES = """\
 
 # Values of options that are not given. "ddpm" is the papers', which the options' own defaults are. "fast" is for runs that are
 # much shorter: v-prediction (Salimans and Ho 2022) with min-SNR weights, which stop the timesteps from pulling in different
-# directions (Hang et al. 2023; their gamma of 5 leaves grain in the images: docs/quality.md); a higher learning rate, a short
+# directions (Hang et al. 2023; their gamma of 5 leaves grain in the images: docs/training.md); a higher learning rate, a short
 # warm-up, and a cosine to zero, after which a run needs less averaging; so a shorter EMA (Karras et al. 2024: the best length
 # grows with that of the run).
 _RECIPES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ S at once.
 Which of these costs describes a model and a solver, and whether a spacing from a formula does better than all of them, is
 measured for S = 1 to 10, 15 and 20 by sampling the calibration trajectories themselves with that solver: of the timesteps that
 are as near to the solution in pixels as quadratic spacing, those are chosen whose images are the nearest with all frequencies
-counted alike, which is what FID was seen to follow (docs/quality.md).
+counted alike, which is what FID was seen to follow (benchmarks/results/trajectory-error.md).
 
 That few measured trajectories say which timesteps a model needs is the idea of Watson et al. 2021 ("Learning to Efficiently
 Sample from Diffusion Probabilistic Models"), who minimise the likelihood bound, a sum over steps too, by the same dynamic

@@ -1,4 +1,4 @@
-"""The figures of README.md and of docs/{engines,kernels,quality}.md are those of the files in benchmarks/results.
+"""The figures of README.md, of pages in docs and of those beside the results are those of the files in benchmarks/results.
 
 Each table has a function here that makes its rows from the results, or a place in NOT_MEASURED or WITHOUT_DATA. Cells without
 data are None there. Where a page and a result differ, correct the page.
@@ -7,30 +7,40 @@ data are None there. Where a page and a result differ, correct the page.
 import functools
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from report import table
 
-from ddim_fast import NoiseSchedule, select_timesteps
+from ddim_fast import NoiseSchedule, UNet, UNetConfig, sample, select_timesteps, train
 from ddim_fast.evaluation.results import Results
+from ddim_fast.models.config import preset_names
+from ddim_fast.training.options import TrainingOptions
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
 MODELS = ROOT / "ddim_fast" / "models" / "packaged"
-PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/onnx.md", "docs/quality.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("engines", "kernels", "onnx", "quality", "sampling", "training", "evaluation")),
+    *(f"benchmarks/results/{name}.md" for name in ("cifar10-64", "fashion-mnist", "trajectory-error", "training-recipes")),
+)
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
+    "evaluation: What to measure, 1",
     "engines: How a sampling run is executed, 1",
     "engines: The same bits, 1",
     "kernels: The kernels: what was predicted, what was measured, 1",
     "onnx: The folder, 1",
     "quality: Published values, 1",
+    "training: Data, 1",
 }
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
@@ -40,14 +50,15 @@ WITHOUT_DATA = {
     "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
     "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
     "onnx: Precisions, 1": "tests/deploy/test_precisions.py bounds them",
-    "quality: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
-    "quality: fashion-mnist, 3": "the row of other test images",
-    "quality: Adaptive timesteps and controlled steps, 1": "distances of the calibration, and FID of other lists",
-    "quality: Training recipes, 1": "models of some minutes, which were not kept",
-    "quality: Training recipes, 2": "models of some minutes, which were not kept",
-    "quality: Training recipes, 3": "the first stage's loss by timestep",
-    "quality: Training recipes, 4": "timesteps of an earlier fit to the second stage",
-    "quality: Training recipes, 5": "models of some minutes, which were not kept",
+    "evaluation: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
+    "quality: fashion-mnist, 2": "the row of other test images",
+    "training: What the packaged models took, 1": "the models' cards; the log of one run alone is in the results",
+    "training-recipes: The two recipes, 1": "models of some minutes, which were not kept",
+    "training-recipes: Prediction type and min-SNR weights, 1": "models of some minutes, which were not kept",
+    "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 1": "the first stage's loss by timestep",
+    "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 2": "timesteps of an earlier fit to the second stage",
+    "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
+    "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
 }
 
 # What README.md says outside its tables and without data; it says so too.
@@ -414,17 +425,19 @@ def _(rows: Rows) -> Expected:
     return fid_table(rows, "fashion-mnist", 1)
 
 
-@makes("quality: cifar10-64, 2")
+@makes("sampling: Solver and steps, 1")
+@makes("cifar10-64: Solvers, spacings and eta, 1")
 def _(rows: Rows) -> Expected:
     return fid_table(rows, "cifar10-64")
 
 
 @makes("quality: fashion-mnist, 1")
+@makes("fashion-mnist: Solvers, spacings and eta, 1")
 def _(rows: Rows) -> Expected:
     return fid_table(rows, "fashion-mnist")
 
 
-@makes("quality: fashion-mnist, 2")
+@makes("fashion-mnist: Solvers, spacings and eta, 2")
 def _(rows: Rows) -> Expected:
     model = "fashion-mnist"
     return by_steps(rows, lambda label, steps: kid(of_steps("quality", model, label[0], steps, "0-511")), model)
@@ -461,7 +474,7 @@ def _(rows: Rows) -> Expected:
     return [*by_steps(ours, cell), published]
 
 
-@makes("quality: cifar10-64, 3")
+@makes("cifar10-64: Solvers, spacings and eta, 2")
 def _(rows: Rows) -> Expected:
     found = [(label, quality("cifar10-64", tolerance=float(label))) for label, *_ in rows[1:]]
     return [[label, f"{row['evaluations']:.2f}", f"{row['FID']:.2f}"] for label, row in found]
@@ -473,7 +486,7 @@ def solver_settings(label: str) -> dict[str, Any]:
     return {"solver": solver, "steps": int(steps), "spacing": "quadratic"}
 
 
-@makes("quality: Guidance, 1")
+@makes("cifar10-64: Classifier-free guidance, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, guidance, interval, *_ in rows[1:]:
@@ -491,17 +504,58 @@ def of_2000(label: str) -> dict[str, Any]:
     return quality("cifar10-64", "0-1999", reference="cifar10-test-2000.npz", **settings)
 
 
-@makes("quality: Guidance, 2")
+@makes("quality: What guidance costs, 1")
 def _(rows: Rows) -> Expected:
     others = quality("cifar10-64", None, images="cifar10-test-others.npz")
     expected: Expected = [["the next 2,000 test images", "", *variety(others)]]
     for label, *_ in rows[2:]:
         row = of_2000(label)
-        expected.append([label, f"{row['evaluations']:.0f}", *variety(row)])
+        expected.append([label, evaluations_of(row), *variety(row)])
     return expected
 
 
-@makes("quality: A guide, 1")
+def evaluations_of(row: dict[str, Any]) -> str:
+    """How many, and how many of the guide."""
+    settings, count = row["settings"], f"{row['evaluations']:.3g}"
+    if settings.get("guide") is None:
+        return count
+    low, high = settings["guidance_interval"]
+    return f"{count} and {sum(low <= t <= high for t in quadratic(settings['steps']))} of the guide"
+
+
+@makes("sampling: Which options, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, options, *_ in rows[1:]:
+        settings = settings_of(options)
+        row = quality("cifar10-64", **settings)
+        of_all = found("quality", "cifar10-64", {"seeds": "0-49999", **settings})
+        fids = [f"{row['FID']:.2f}", f"{of_all[0]['FID']:.2f}" if of_all else ""]
+        expected.append([label, options, evaluations_of(row), *fids])
+    return expected
+
+
+def settings_of(options: str) -> dict[str, Any]:
+    """Of a command's options, as the results name them. A scale is asked for, as otherwise the model's card has one."""
+    given = sample._parser().parse_args(shlex.split(options.strip("`")))
+    assert given.guidance is not None
+    guided = {
+        "guidance": None if given.guidance == 1 else given.guidance,
+        "guidance_interval": given.guidance_interval,
+        "guide": given.guide,
+    }
+    if given.tolerance is not None:
+        return {"tolerance": given.tolerance, **guided}
+    steps = {
+        "solver": given.solver or "ddim",
+        "steps": given.steps,
+        "spacing": given.spacing or "quadratic",
+        "eta": given.eta or 0.0,
+    }
+    return steps | guided
+
+
+@makes("cifar10-64: Autoguidance, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for guidance, interval, *_ in rows[1:]:
@@ -513,7 +567,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("quality: A guide, 2")
+@makes("cifar10-64: Autoguidance, 2")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, guidance, interval, _ in rows[1:]:
@@ -523,29 +577,24 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("quality: A guide, 3")
-def _(rows: Rows) -> Expected:
-    return [[label, *variety(of_2000(label))] for label, *_ in rows[1:]]
-
-
 def reconstructed(model: str, steps: int, decimals: int) -> str:
     (row,) = found("reconstruction", model, {"solver": "ddim", "spacing": "quadratic", "steps": steps})
     return re.sub(r"\b0\.", ".", with_error(row, "error", decimals))
 
 
-@makes("quality: Reconstruction and loss, 1")
+@makes("cifar10-64: Reconstruction and loss, 1")
 def _(rows: Rows) -> Expected:
     decimals = dict(zip((10, 20, 50, 100, 200, 500, 1000), (4, 4, 5, 5, 6, 6, 7), strict=True))
     ours = [reconstructed("cifar10-64", steps, decimals[steps]) for steps in map(int, rows[0][1:])]
     return [[rows[1][0], *ours], rows[2]]  # the second row is published
 
 
-@makes("quality: fashion-mnist, 4")
+@makes("fashion-mnist: Reconstruction and loss, 1")
 def _(rows: Rows) -> Expected:
     return [["error", *(reconstructed("fashion-mnist", int(steps), 4) for steps in rows[0][1:])]]
 
 
-@makes("quality: fashion-mnist, 3")
+@makes("quality: fashion-mnist, 2")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, *_ in rows[1:]:
@@ -570,22 +619,22 @@ def distances(rows: Rows, model: str, seeds: str) -> Expected:
     return by_steps(rows, cell, model, labels=2)
 
 
-@makes("quality: Distance to the solution, 1")
+@makes("trajectory-error: Spacings: cifar10-64, 1")
 def _(rows: Rows) -> Expected:
     return distances(rows, "cifar10-64", "100-123")
 
 
-@makes("quality: Distance to the solution, 2")
+@makes("trajectory-error: Spacings: fashion-mnist, 1")
 def _(rows: Rows) -> Expected:
     return distances(rows, "fashion-mnist", "100-123")
 
 
-@makes("quality: Distance to the solution, 3")
+@makes("trajectory-error: Spacings: fashion-mnist, 2")
 def _(rows: Rows) -> Expected:
     return distances(rows, "fashion-mnist", "200-263")
 
 
-@makes("quality: Distance to the solution, 4")
+@makes("trajectory-error: Tolerance and second-order solvers, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for counts, errors in zip(rows[1::2], rows[2::2], strict=True):
@@ -598,7 +647,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("quality: Distance to the solution, 5")
+@makes("trajectory-error: Tolerance and second-order solvers, 2")
 def _(rows: Rows) -> Expected:
     def cell(labels: list[str], steps: int) -> str:
         row = of_steps("trajectory", named(labels[0]), labels[0].split(": ")[-1], steps, "100-123")
@@ -607,7 +656,7 @@ def _(rows: Rows) -> Expected:
     return by_steps(rows, cell)
 
 
-@makes("quality: Adaptive timesteps and controlled steps, 1")
+@makes("trajectory-error: Which distance FID follows, 1")
 def _(rows: Rows) -> Expected:
     return [[solver, label, None, None, fid_of_timesteps(solver.lower(), label)] for solver, label, *_ in rows[1:]]
 
@@ -623,7 +672,7 @@ def fid_of_timesteps(solver: str, label: str) -> str | None:
     return f"{rows[0]['FID-512']:.2f}" if rows else None
 
 
-@makes("quality: Training recipes, 3")
+@makes("training-recipes: A gamma of 5 leaves grain: fashion-mnist, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, model in zip((row[0] for row in rows[1:]), ("fashion-mnist-stage-1", "fashion-mnist"), strict=True):
@@ -634,7 +683,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("quality: Training recipes, 4")
+@makes("training-recipes: A gamma of 5 leaves grain: fashion-mnist, 2")
 def _(rows: Rows) -> Expected:
     def cell(labels: list[str], steps: int) -> str | None:
         stage, solver, spacing = labels[0].lower().split(", ")
@@ -644,6 +693,35 @@ def _(rows: Rows) -> Expected:
         return f"{quality(model, solver=solver, spacing='adaptive', steps=steps)['FID']:.2f}" if "stage-1" in model else None
 
     return by_steps(rows, cell)
+
+
+# What the code says of itself
+
+
+@makes("training: Presets, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for name in preset_names():
+        config = UNetConfig.preset(name)
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in UNet(config).parameters())
+        channels = ", ".join(str(config.base_channels * factor) for factor in config.channel_multipliers)
+        expected.append([f"`{name}`", str(config.image_shape), channels, f"{parameters / 1e6:.1f}M"])
+    return expected
+
+
+@makes("training: Recipes, 1")
+def _(rows: Rows) -> Expected:
+    def cell(option: str, recipe: str, absent: str) -> str:
+        name, _, device = option.removeprefix("`--").partition("`")
+        name = name.replace("-", "_")
+        if name == "steps":
+            return f"{train._default_steps(recipe, device.split()[-1].lower()):,}"
+        value = train._RECIPES[recipe].get(name, getattr(TrainingOptions, name, None))
+        return absent if value is None else str(value)
+
+    absent = {"`--prediction-type`": "the preset's", "`--min-snr-gamma`": "none"}
+    return [[row[0], *(cell(row[0], recipe, absent.get(row[0], "")) for recipe in ("ddpm", "fast"))] for row in rows[1:]]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -672,9 +750,14 @@ def test_the_page_says_what_is_without_data(name):
     assert "not committed" in TABLES[name].around
 
 
-# Sentences of README.md
+# Sentences of README.md and of other pages
 
-README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").split())
+
+def prose(page: str) -> str:
+    return " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
+
+
+README = prose("README.md")
 
 
 def gpu_sentences() -> list[str]:
@@ -696,8 +779,8 @@ def gpu_sentences() -> list[str]:
     ]
 
 
-def fid(label: str, steps: int, model: str = "cifar10-64") -> str:
-    return f"{of_steps('quality', model, label, steps, '0-511')['FID-512']:.1f}"
+def fid(label: str, steps: int, model: str = "cifar10-64", decimals: int = 1) -> str:
+    return f"{of_steps('quality', model, label, steps, '0-511')['FID-512']:.{decimals}f}"
 
 
 def quality_sentences() -> list[str]:
@@ -722,6 +805,53 @@ def export_sentences() -> list[str]:
 @pytest.mark.parametrize("sentences", [gpu_sentences, quality_sentences, export_sentences])
 def test_the_readmes_sentences_are_those_of_the_results(sentences):
     assert [sentence for sentence in sentences() if sentence not in README] == []
+
+
+def sentences_on_sampling() -> list[str]:
+    unipc = solver_settings("UniPC, 10")
+    scaled, limited = (quality("cifar10-64", **unipc, **guidance_settings("2.5", interval)) for interval in ("", "100 to 700"))
+    guided = {"guide": "cifar10-small", **unipc}
+    away, high = (quality("cifar10-64", **guided, **guidance_settings("2", interval)) for interval in ("", "300 to 900"))
+    recalls = [
+        f"{of_2000(label)['recall']:.3f}" for label in ("", "3 away from `cifar10-small` in 300 to 900", "2.5 in 100 to 700")
+    ]
+    adaptive, quadratic = fid_of("unipc, adaptive", 5, "fashion-mnist"), fid_of("ddim, quadratic", 15, "fashion-mnist")
+    assert abs(float(adaptive) - float(quadratic)) < 0.5
+    noise = [fid_of("ddim, quadratic, eta 1", steps) for steps in (10, 50)]
+    half, none = (fid_of(f"ddim, quadratic{eta}", 50, "fashion-mnist") for eta in (", eta 0.5", ""))
+    return [
+        f"a scale of 2.5 gives an FID-512 of {scaled['FID']:.2f} in all steps ({scaled['evaluations']:.0f} evaluations), "
+        f"and {limited['FID']:.2f} in timesteps 100 to 700 ({limited['evaluations']:.0f} evaluations).",
+        f"A scale of 2 in all steps gives an FID-512 of {away['FID']:.2f}, "
+        f"and in timesteps 300 to 900 it gives {high['FID']:.2f}.",
+        f"recall falls from {recalls[0]} to {recalls[1]}, and to {recalls[2]} by classifier-free guidance",
+        f"UniPC in 5 adaptive steps, at {adaptive}, is level with DDIM in 15 quadratic ones.",
+        f"an FID-512 of {noise[0]} at 10 steps and of {noise[1]} at 50.",
+        f"eta 0.5 in 50 steps scores {half}, and eta 0 {none}.",
+    ]
+
+
+fid_of = functools.partial(fid, decimals=2)
+
+
+def sentences_on_quality() -> list[str]:
+    best = of_50000("unipc, quadratic, 3 away from `cifar10-small` in 300 to 900", 10)
+    (loss,) = found("loss", "cifar10-64", {})
+    assert float(fid_of("unipc, quadratic", 5)) < float(fid_of("ddim, quadratic", 10))
+    return [
+        f"reaches an FID of {best} in 10 steps, with four of them guided",
+        f"Without guidance DDIM reaches {of_50000('ddim, quadratic', 20)} in 20 steps.",
+        f"an FID-512 of {fid_of('unipc, quadratic', 10)} instead of 71.00.",  # the latter without data
+        f"the squared error is {float(reconstructed('cifar10-64', 50, 5).split()[0])} a dimension",
+        f"The squared error of epsilon on 2,000 test images is {with_error(loss, 'loss', 4)}.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "sentences"), [("docs/sampling.md", sentences_on_sampling), ("docs/quality.md", sentences_on_quality)]
+)
+def test_a_pages_sentences_are_those_of_the_results(page, sentences):
+    assert [sentence for sentence in sentences() if sentence not in prose(page)] == []
 
 
 def test_so_many_evaluations_are_worth_as_many_of_ddim():
