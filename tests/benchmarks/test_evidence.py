@@ -1,4 +1,4 @@
-"""The figures of README.md and of docs/{engines,kernels,quality}.md are those of the files in benchmarks/results.
+"""The figures of the pages in PAGES are those of the files in benchmarks/results.
 
 Each table has a function here that makes its rows from the results, or a place in NOT_MEASURED or WITHOUT_DATA. Cells without
 data are None there. Where a page and a result differ, correct the page.
@@ -22,24 +22,42 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
 MODELS = ROOT / "ddim_fast" / "models" / "packaged"
-PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/onnx.md", "docs/quality.md")
+PAGES = (
+    "README.md",
+    "docs/diffusers.md",
+    "docs/engines.md",
+    "docs/kernels.md",
+    "docs/onnx.md",
+    "docs/quality.md",
+    "benchmarks/results/h100/networks.md",
+    "benchmarks/results/h100/operators.md",
+    "benchmarks/results/zen4-two-cores/networks.md",
+    "benchmarks/results/zen4-two-cores/operators.md",
+)
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
-    "engines: How a sampling run is executed, 1",
-    "engines: The same bits, 1",
-    "kernels: The kernels: what was predicted, what was measured, 1",
+    "diffusers: Choose a part, 1",
+    "diffusers: The scheduler, 1",
+    "diffusers: The network, 1",
+    "engines: Choose an engine, 1",
+    "engines: Choose a dtype, 1",
+    "engines: Reproducibility, 1",
+    "kernels: Choose an implementation, 1",
+    "kernels: Choose an implementation, 2",
+    "onnx: Choose a precision, 1",
     "onnx: The folder, 1",
     "quality: Published values, 1",
 }
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
 WITHOUT_DATA = {
-    "engines: The same bits, 2": "there is no script for it",
-    "kernels: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
-    "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
-    "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
-    "onnx: Precisions, 1": "tests/deploy/test_precisions.py bounds them",
+    "diffusers: Speed, 1": "to be measured again by benchmarks/test_drop_in.py",
+    "h100/operators: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
+    "onnx: Choose a precision, 2": "tests/deploy/test_precisions.py bounds them",
+    "zen4-two-cores/networks: What the same bits cost a lone image, 1": "there is no script for it",
+    "zen4-two-cores/operators: fast_ddim_step, 1": "older than the kernels of now: measure by benchmarks/test_ddim_step.py",
+    "zen4-two-cores/operators: conv3x3, 1": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
     "quality: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
     "quality: fashion-mnist, 3": "the row of other test images",
     "quality: Adaptive timesteps and controlled steps, 1": "distances of the calibration, and FID of other lists",
@@ -72,7 +90,9 @@ class Table(NamedTuple):
 
 def read_tables(page: str) -> dict[str, Table]:
     """The tables of a page, without asterisks, each called by the page, its heading and its number under that."""
-    blocks = re.split(r"\n{2,}", (ROOT / page).read_text(encoding="utf-8").replace("**", ""))
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.split(r"\n{2,}", text.replace("**", ""))
+    name = re.sub(r"^(docs|benchmarks/results)/", "", page).removesuffix(".md")
     found: dict[str, Table] = {}
     heading, count = "", 0
     for i, block in enumerate(blocks):
@@ -83,7 +103,7 @@ def read_tables(page: str) -> dict[str, Table]:
             count += 1
             rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
             around = "\n".join(blocks[max(i - 1, 0) : i + 2])
-            found[f"{Path(page).stem}: {heading}, {count}"] = Table([rows[0], *rows[2:]], " ".join(around.split()))
+            found[f"{name}: {heading}, {count}"] = Table([rows[0], *rows[2:]], " ".join(around.split()))
     return found
 
 
@@ -161,18 +181,29 @@ def _(rows: Rows) -> Expected:
     return [[row[0], *against_diffusers(rows[0][1:], unet(files[row[0]], "cifar10-128 batch 8"))] for row in rows[1:]]
 
 
-@makes("engines: On a CPU, 1")
+@makes("engines: Speed on a CPU, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, *_ in rows[1:]:
+        network, batch, instructions = label.split(", ")
+        file = {"AVX-512": "unet-avx512", "AVX2": "unet-avx2"}[instructions]
+        expected.append([label, *against_diffusers(rows[0][1:], unet(file, f"{network} batch {batch}"))])
+    return expected
+
+
+@makes("zen4-two-cores/networks: One evaluation, AVX-512, 1")
 def unets(rows: Rows, file: str = "unet-avx512") -> Expected:
     return [[row[0], *against_diffusers(rows[0][1:], unet(file, row[0].replace(",", " batch")))] for row in rows[1:]]
 
 
-@makes("engines: On a CPU, 3")
+@makes("engines: Speed on a CPU, 2")
+@makes("zen4-two-cores/networks: Sampling runs, 1")
 def _(rows: Rows) -> Expected:
     groups = {row[0]: "1x32x32 batch {} steps {}".format(*numbers(row[0])) for row in rows[1:]}
     return [[label, *against_diffusers(rows[0][1:], unet("sampler-avx512", group))] for label, group in groups.items()]
 
 
-@makes("engines: What approximations cost, and what they bring, 1")
+@makes("engines: Choose a dtype, 2")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     names = [header.replace(",", "") for header in rows[0][1:]]
@@ -195,7 +226,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("engines: On a CPU, 2")
+@makes("zen4-two-cores/networks: One evaluation, AVX2, 1")
 def _(rows: Rows) -> Expected:
     return unets(rows, "unet-avx2")
 
@@ -207,7 +238,7 @@ def networks_on_h100() -> dict[tuple[int, str], tuple[float, float]]:
     return {(int(batch), name): (float(ms), float(error)) for batch, name, ms, error in lines}
 
 
-@makes("engines: On a GPU, 1")
+@makes("engines: Speed on a GPU, 1")
 def _(rows: Rows) -> Expected:
     found = networks_on_h100()
     expected = []
@@ -218,7 +249,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("kernels: Predicted, 1")
+@makes("h100/operators: Predicted and measured, 1")
 def _(rows: Rows) -> Expected:
     step = {batch: h100_times("ddim_step", f"ddim_step batch {batch}")["triton"] for batch in (512, 16384)}
     everything = h100_times("ddim_step", "everything batch 512")["triton"]
@@ -238,7 +269,7 @@ def _(rows: Rows) -> Expected:
     return [[*row[:-1], cell] for row, cell in zip(rows[1:], measured, strict=True)]
 
 
-@makes("kernels: Measured on a GPU, 1")
+@makes("h100/operators: group_norm_silu, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, *_ in rows[1:]:
@@ -258,7 +289,7 @@ def tiles(file: str) -> dict[str, float]:
     return {line: float(us) for line, us in lines}
 
 
-@makes("kernels: Measured on a GPU, 2")
+@makes("h100/operators: attention, 1")
 def _(rows: Rows) -> Expected:
     return [[label, attention_cell(*numbers(label))] for label, *_ in rows[1:]]
 
@@ -276,6 +307,22 @@ def attention_cell(tokens: int, dim: int) -> str:
     return ", ".join(f"{ratio:.{1 if faster else 2}f}" for ratio in ratios) + ("" if faster else ": PyTorch's serves")
 
 
+@makes("kernels: Speed on a GPU, 1")
+def _(rows: Rows) -> Expected:
+    ratios: list[list[float]] = []
+    file = "group_norm_silu-corrected"
+    groups = {benchmark["group"] for benchmark in result(f"h100/{file}.json")["benchmarks"]}
+    ratios.append([times["compiled"] / times["triton"] for times in (h100_times(file, group) for group in groups)])
+    for counts in ((16, 64), (256,)):
+        cells = [attention_cell(tokens, dim) for tokens in counts for dim in (128, 256)]
+        ratios.append([float(cell.split(":")[0].split(", ")[-1]) for cell in cells])
+    steps = [h100_times("ddim_step", f"ddim_step batch {batch}") for batch in (512, 16384)]
+    ratios.append([times["compiled"] / times["triton"] for times in steps])
+    decimals = (2, 1, 2, 2)
+    cells = [f"{min(found):.{n}f} to {max(found):.{n}f}" for found, n in zip(ratios, decimals, strict=True)]
+    return [[*row[:-1], cell] for row, cell in zip(rows[1:], cells, strict=True)]
+
+
 INSTRUCTIONS = {"avx512": "AVX-512", "avx2": "AVX2", "avx512_bf16": "AVX-512 BF16"}
 
 
@@ -285,7 +332,20 @@ def operators(**wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
 
 
-@makes("kernels: Measured on a CPU, 1")
+@makes("kernels: Speed on a CPU, 1")
+def _(rows: Rows) -> Expected:
+    def cell(operator: str, header: str) -> str:
+        _, instructions = header.split(", ")
+        (name,) = (name for name, printed in INSTRUCTIONS.items() if printed == instructions)
+        memory_format = "contiguous" if operator == "ddim_step" else "channels_last"
+        members = operators(**{"operator": operator, "instruction set": name, "memory format": memory_format})
+        ratios = [row["ratio"] for row in members]
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+    return [[row[0], *(cell(row[0].strip("`"), header) for header in rows[0][1:])] for row in rows[1:]]
+
+
+@makes("zen4-two-cores/operators: Every shape of the networks, 1")
 def _(rows: Rows) -> Expected:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in operators():
@@ -300,7 +360,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("kernels: Measured on a CPU, 3")
+@makes("zen4-two-cores/operators: conv3x3, 1")
 def _(rows: Rows) -> Expected:
     return [[label, *(conv3x3_ratio(label, instructions) for instructions in INSTRUCTIONS), None] for label, *_ in rows[1:]]
 
