@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash benchmarks/cpu.sh OUT: the tables of docs/engines.md, as JSON and Markdown, in about 15 minutes on two otherwise idle cores.
+# bash benchmarks/cpu.sh OUT: the CPU tables of docs/engines.md and of networks.md in benchmarks/results/zen4-two-cores, as JSON and
+# Markdown, in about 15 minutes on two otherwise idle cores.
 # The other programs come with pip install -c constraints.txt -e '.[dev,peers]'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -16,7 +16,7 @@ from .torch_private import is_observed
 __all__ = ["attention", "attention_reference"]
 
 # (dtype, tokens, head dimension, least N * heads) for which the Triton kernel was measured to be at least as fast as PyTorch's
-# scaled_dot_product_attention, without gradients: on an H100, for 1, 8, 64 and 512 images (docs/kernels.md).
+# scaled_dot_product_attention, without gradients: for 1, 8, 64 and 512 images (benchmarks/results/h100/operators.md).
 FASTER_IN_TRITON: tuple[tuple[torch.dtype, int, int, int], ...] = (
     (torch.bfloat16, 16, 128, 1),
     (torch.bfloat16, 16, 256, 1),

@@ -1,4 +1,4 @@
-"""The figures of README.md, of pages in docs and of those beside the results are those of the files in benchmarks/results.
+"""The figures of the pages in PAGES are those of the files in benchmarks/results.
 
 Each table has a function here that makes its rows from the results, or a place in NOT_MEASURED or WITHOUT_DATA. Cells without
 data are None there. Where a page and a result differ, correct the page.
@@ -28,16 +28,29 @@ SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
 MODELS = ROOT / "ddim_fast" / "models" / "packaged"
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("engines", "kernels", "onnx", "quality", "sampling", "training", "evaluation")),
+    *(
+        f"docs/{name}.md"
+        for name in ("diffusers", "engines", "kernels", "onnx", "quality", "sampling", "training", "evaluation")
+    ),
     *(f"benchmarks/results/{name}.md" for name in ("cifar10-64", "fashion-mnist", "trajectory-error", "training-recipes")),
+    *(f"benchmarks/results/{name}.md" for name in ("h100/networks", "h100/operators")),
+    *(f"benchmarks/results/{name}.md" for name in ("zen4-two-cores/networks", "zen4-two-cores/operators")),
 )
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
+    "README: Install, 1",
+    "README: What else it does, 1",
     "evaluation: What to measure, 1",
-    "engines: How a sampling run is executed, 1",
-    "engines: The same bits, 1",
-    "kernels: The kernels: what was predicted, what was measured, 1",
+    "diffusers: Choose a part, 1",
+    "diffusers: The scheduler, 1",
+    "diffusers: The network, 1",
+    "engines: Choose an engine, 1",
+    "engines: Choose a dtype, 1",
+    "engines: Reproducibility, 1",
+    "kernels: Choose an implementation, 1",
+    "kernels: Choose an implementation, 2",
+    "onnx: Choose a precision, 1",
     "onnx: The folder, 1",
     "quality: Published values, 1",
     "training: Data, 1",
@@ -45,11 +58,12 @@ NOT_MEASURED = {
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
 WITHOUT_DATA = {
-    "engines: The same bits, 2": "there is no script for it",
-    "kernels: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
-    "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
-    "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
-    "onnx: Precisions, 1": "tests/deploy/test_precisions.py bounds them",
+    "diffusers: Speed, 1": "to be measured again by benchmarks/test_drop_in.py",
+    "h100/operators: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
+    "onnx: Choose a precision, 2": "tests/deploy/test_precisions.py bounds them",
+    "zen4-two-cores/networks: What the same bits cost a lone image, 1": "there is no script for it",
+    "zen4-two-cores/operators: fast_ddim_step, 1": "older than the kernels of now: measure by benchmarks/test_ddim_step.py",
+    "zen4-two-cores/operators: conv3x3, 1": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
     "evaluation: Is the measure right?, 1": "single checks; those of the Frechet distance are tests",
     "quality: fashion-mnist, 2": "the row of other test images",
     "training: What the packaged models took, 1": "the models' cards; the log of one run alone is in the results",
@@ -60,14 +74,6 @@ WITHOUT_DATA = {
     "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
 }
-
-# What README.md says outside its tables and without data; it says so too.
-SENTENCES_WITHOUT_DATA = (
-    "on two cores three times as fast",
-    "other test images come out at 26.66",
-    "the step alone 1.4 to 5 times as fast",
-    "is 1.8 times as fast in float32 and 2.7 to 3.1 times in bfloat16",
-)
 
 Rows = list[list[str]]
 Expected = list[list[str | None]]
@@ -83,7 +89,9 @@ class Table(NamedTuple):
 
 def read_tables(page: str) -> dict[str, Table]:
     """The tables of a page, without asterisks, each called by the page, its heading and its number under that."""
-    blocks = re.split(r"\n{2,}", (ROOT / page).read_text(encoding="utf-8").replace("**", ""))
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.split(r"\n{2,}", text.replace("**", ""))
+    name = re.sub(r"^(docs|benchmarks/results)/", "", page).removesuffix(".md")
     found: dict[str, Table] = {}
     heading, count = "", 0
     for i, block in enumerate(blocks):
@@ -94,7 +102,7 @@ def read_tables(page: str) -> dict[str, Table]:
             count += 1
             rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
             around = "\n".join(blocks[max(i - 1, 0) : i + 2])
-            found[f"{Path(page).stem}: {heading}, {count}"] = Table([rows[0], *rows[2:]], " ".join(around.split()))
+            found[f"{name}: {heading}, {count}"] = Table([rows[0], *rows[2:]], " ".join(around.split()))
     return found
 
 
@@ -172,18 +180,29 @@ def _(rows: Rows) -> Expected:
     return [[row[0], *against_diffusers(rows[0][1:], unet(files[row[0]], "cifar10-128 batch 8"))] for row in rows[1:]]
 
 
-@makes("engines: On a CPU, 1")
+@makes("engines: Speed on a CPU, 1")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for label, *_ in rows[1:]:
+        network, batch, instructions = label.split(", ")
+        file = {"AVX-512": "unet-avx512", "AVX2": "unet-avx2"}[instructions]
+        expected.append([label, *against_diffusers(rows[0][1:], unet(file, f"{network} batch {batch}"))])
+    return expected
+
+
+@makes("zen4-two-cores/networks: One evaluation, AVX-512, 1")
 def unets(rows: Rows, file: str = "unet-avx512") -> Expected:
     return [[row[0], *against_diffusers(rows[0][1:], unet(file, row[0].replace(",", " batch")))] for row in rows[1:]]
 
 
-@makes("engines: On a CPU, 3")
+@makes("engines: Speed on a CPU, 2")
+@makes("zen4-two-cores/networks: Sampling runs, 1")
 def _(rows: Rows) -> Expected:
     groups = {row[0]: "1x32x32 batch {} steps {}".format(*numbers(row[0])) for row in rows[1:]}
     return [[label, *against_diffusers(rows[0][1:], unet("sampler-avx512", group))] for label, group in groups.items()]
 
 
-@makes("engines: What approximations cost, and what they bring, 1")
+@makes("engines: Choose a dtype, 2")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     names = [header.replace(",", "") for header in rows[0][1:]]
@@ -206,7 +225,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("engines: On a CPU, 2")
+@makes("zen4-two-cores/networks: One evaluation, AVX2, 1")
 def _(rows: Rows) -> Expected:
     return unets(rows, "unet-avx2")
 
@@ -218,7 +237,7 @@ def networks_on_h100() -> dict[tuple[int, str], tuple[float, float]]:
     return {(int(batch), name): (float(ms), float(error)) for batch, name, ms, error in lines}
 
 
-@makes("engines: On a GPU, 1")
+@makes("engines: Speed on a GPU, 1")
 def _(rows: Rows) -> Expected:
     found = networks_on_h100()
     expected = []
@@ -229,7 +248,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("kernels: Predicted, 1")
+@makes("h100/operators: Predicted and measured, 1")
 def _(rows: Rows) -> Expected:
     step = {batch: h100_times("ddim_step", f"ddim_step batch {batch}")["triton"] for batch in (512, 16384)}
     everything = h100_times("ddim_step", "everything batch 512")["triton"]
@@ -249,7 +268,7 @@ def _(rows: Rows) -> Expected:
     return [[*row[:-1], cell] for row, cell in zip(rows[1:], measured, strict=True)]
 
 
-@makes("kernels: Measured on a GPU, 1")
+@makes("h100/operators: group_norm_silu, 1")
 def _(rows: Rows) -> Expected:
     expected: Expected = []
     for label, *_ in rows[1:]:
@@ -269,7 +288,7 @@ def tiles(file: str) -> dict[str, float]:
     return {line: float(us) for line, us in lines}
 
 
-@makes("kernels: Measured on a GPU, 2")
+@makes("h100/operators: attention, 1")
 def _(rows: Rows) -> Expected:
     return [[label, attention_cell(*numbers(label))] for label, *_ in rows[1:]]
 
@@ -287,6 +306,22 @@ def attention_cell(tokens: int, dim: int) -> str:
     return ", ".join(f"{ratio:.{1 if faster else 2}f}" for ratio in ratios) + ("" if faster else ": PyTorch's serves")
 
 
+@makes("kernels: Speed on a GPU, 1")
+def _(rows: Rows) -> Expected:
+    ratios: list[list[float]] = []
+    file = "group_norm_silu-corrected"
+    groups = {benchmark["group"] for benchmark in result(f"h100/{file}.json")["benchmarks"]}
+    ratios.append([times["compiled"] / times["triton"] for times in (h100_times(file, group) for group in groups)])
+    for counts in ((16, 64), (256,)):
+        cells = [attention_cell(tokens, dim) for tokens in counts for dim in (128, 256)]
+        ratios.append([float(cell.split(":")[0].split(", ")[-1]) for cell in cells])
+    steps = [h100_times("ddim_step", f"ddim_step batch {batch}") for batch in (512, 16384)]
+    ratios.append([times["compiled"] / times["triton"] for times in steps])
+    decimals = (2, 1, 2, 2)
+    cells = [f"{min(found):.{n}f} to {max(found):.{n}f}" for found, n in zip(ratios, decimals, strict=True)]
+    return [[*row[:-1], cell] for row, cell in zip(rows[1:], cells, strict=True)]
+
+
 INSTRUCTIONS = {"avx512": "AVX-512", "avx2": "AVX2", "avx512_bf16": "AVX-512 BF16"}
 
 
@@ -296,7 +331,20 @@ def operators(**wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
 
 
-@makes("kernels: Measured on a CPU, 1")
+@makes("kernels: Speed on a CPU, 1")
+def _(rows: Rows) -> Expected:
+    def cell(operator: str, header: str) -> str:
+        _, instructions = header.split(", ")
+        (name,) = (name for name, printed in INSTRUCTIONS.items() if printed == instructions)
+        memory_format = "contiguous" if operator == "ddim_step" else "channels_last"
+        members = operators(**{"operator": operator, "instruction set": name, "memory format": memory_format})
+        ratios = [row["ratio"] for row in members]
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+    return [[row[0], *(cell(row[0].strip("`"), header) for header in rows[0][1:])] for row in rows[1:]]
+
+
+@makes("zen4-two-cores/operators: Every shape of the networks, 1")
 def _(rows: Rows) -> Expected:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in operators():
@@ -311,7 +359,7 @@ def _(rows: Rows) -> Expected:
     return expected
 
 
-@makes("kernels: Measured on a CPU, 3")
+@makes("zen4-two-cores/operators: conv3x3, 1")
 def _(rows: Rows) -> Expected:
     return [[label, *(conv3x3_ratio(label, instructions) for instructions in INSTRUCTIONS), None] for label, *_ in rows[1:]]
 
@@ -418,11 +466,6 @@ def fid_table(rows: Rows, model: str, decimals: int = 2) -> Expected:
     return by_steps(
         rows, lambda label, steps: f"{of_steps('quality', model, label[0], steps, '0-511')['FID-512']:.{decimals}f}", model
     )
-
-
-@makes("README: How few steps, 1")
-def _(rows: Rows) -> Expected:
-    return fid_table(rows, "fashion-mnist", 1)
 
 
 @makes("sampling: Solver and steps, 1")
@@ -768,43 +811,62 @@ def gpu_sentences() -> list[str]:
     attention = [times["compiled"] / times["triton"] for times in middle]
     steps = [h100_times("ddim_step", f"ddim_step batch {batch}") for batch in (512, 16384)]
     (step,) = {f"{times['compiled'] / times['triton']:.1f}" for times in steps}
-    everything = h100_times("ddim_step", "everything batch 512")["triton"]
-    networks = networks_on_h100()
-    ratios = [networks[batch, "diffusers"][0] / networks[batch, "ours"][0] for batch in (64, 512)]
     return [
         f"GroupNorm + SiLU {min(norms):.1f} to {max(norms):.1f},",
         f"(16 and 64 tokens) {min(attention):.1f} to {max(attention):.1f}, the DDIM step {step},",
-        f"the step costs {everything:.0f} us.",
-        f"without torch.compile only ({min(ratios):.1f} to {max(ratios):.1f} x,",
     ]
+
+
+def cpu_sentences() -> list[str]:
+    avx512, avx2 = (unet(f"unet-{name}", "cifar10-128 batch 8") for name in ("avx512", "avx2"))
+    ratios = [rates["eager fp32"] / rates["diffusers fp32"] for rates in (avx512, avx2)]
+    alone = unet("unet-avx512", "cifar10-64 batch 1")
+    openvino, ours = (alone[f"{name} bf16"] / alone["diffusers fp32"] for name in ("openvino", "eager"))
+    return [
+        f"{ratios[0]:.1f} times as fast as diffusers with AVX-512, and {ratios[1]:.1f} times with AVX2.",
+        f"ahead for single images of the 9M network on AVX-512: {openvino:.2f} against our {ours:.2f}.",
+    ]
+
+
+def sentences_on_engines() -> list[str]:
+    networks = networks_on_h100()
+    ratios = [networks[batch, "diffusers"][0] / networks[batch, "ours"][0] for batch in (64, 512)]
+    return [f"{min(ratios):.1f} to {max(ratios):.1f} times as fast in bfloat16"]
 
 
 def fid(label: str, steps: int, model: str = "cifar10-64", decimals: int = 1) -> str:
     return f"{of_steps('quality', model, label, steps, '0-511')['FID-512']:.{decimals}f}"
 
 
-def quality_sentences() -> list[str]:
-    ddim = [of_50000("ddim, quadratic", steps) for steps in (10, 20)]
+@makes("README: How good, 1")
+def _(rows: Rows) -> Expected:
+    assert {4: "four"}[sum(300 <= t <= 900 for t in quadratic(10))] in rows[3][0]
     best = of_50000("unipc, quadratic, 3 away from `cifar10-small` in 300 to 900", 10)
-    guided_steps = {4: "four"}[sum(300 <= t <= 900 for t in quadratic(10))]
-    return [
-        f"FID from 50,000 images is {ddim[0]} by DDIM in 10 quadratic steps and {ddim[1]} in 20,",
-        f"and {best} by UniPC in 10 of which {guided_steps} are guided",
-        f"its UniPC, without guidance, is at {fid('unipc, adaptive', 5)} in 5 steps and {fid('unipc, quadratic', 8)} in 8,",
-        f"DDIM at {fid('ddim, adaptive', 10)} in 10 adaptive steps and {fid('ddim, adaptive', 20)} in 20;",
-        f"in 50 quadratic steps they are at {fid('unipc, quadratic', 50)} and {fid('ddim, quadratic', 50)}.",
-    ]
+    figures = [*(of_50000("ddim, quadratic", steps) for steps in (10, 20)), best]
+    # A guided evaluation costs a quarter of one more: 10 and 4 times that are as much work as 11.
+    return [[row[0], *cells] for row, cells in zip(rows[1:], zip(("10", "20", "11"), figures, strict=True), strict=True)]
 
 
-def export_sentences() -> list[str]:
-    rates = [unet("onnx-avx512", group) for group in ("1x32x32 batch 8 steps 20", "3x32x32 batch 8 steps 4")]
-    small, large = (f"{r['step by step int8'] / r['step by step fp32']:.1f}" for r in rates)
-    return [f"8-bit exports are {small} (`fashion-mnist`) to {large} times (cifar10-128) as fast as float32 ones."]
+@makes("README: Models in the package, 1")
+def _(rows: Rows) -> Expected:
+    made: Expected = []
+    for row in rows[1:]:
+        (name,) = re.findall(r"\[`([\w-]+)`\]", row[1])
+        with torch.device("meta"):
+            network = UNet(UNetConfig.from_dict(json.loads((MODELS / name / "config.json").read_text())))
+        made.append([*row[:3], f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}M", row[4]])
+    return made
 
 
-@pytest.mark.parametrize("sentences", [gpu_sentences, quality_sentences, export_sentences])
+@pytest.mark.parametrize("sentences", [gpu_sentences, cpu_sentences])
 def test_the_readmes_sentences_are_those_of_the_results(sentences):
     assert [sentence for sentence in sentences() if sentence not in README] == []
+
+
+def sentences_on_onnx() -> list[str]:
+    rates = [unet("onnx-avx512", group) for group in ("1x32x32 batch 8 steps 20", "3x32x32 batch 8 steps 4")]
+    small, large = (f"{r['step by step int8'] / r['step by step fp32']:.1f}" for r in rates)
+    return [f"an int8 export is {small} to {large} times as fast as a float32 one"]
 
 
 def sentences_on_sampling() -> list[str]:
@@ -848,25 +910,21 @@ def sentences_on_quality() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "sentences"), [("docs/sampling.md", sentences_on_sampling), ("docs/quality.md", sentences_on_quality)]
+    ("page", "sentences"),
+    [
+        ("docs/engines.md", sentences_on_engines),
+        ("docs/onnx.md", sentences_on_onnx),
+        ("docs/quality.md", sentences_on_quality),
+        ("docs/sampling.md", sentences_on_sampling),
+    ],
 )
 def test_a_pages_sentences_are_those_of_the_results(page, sentences):
     assert [sentence for sentence in sentences() if sentence not in prose(page)] == []
 
 
-def test_so_many_evaluations_are_worth_as_many_of_ddim():
-    assert "five evaluations of UniPC are worth about fifteen of DDIM" in README
-    assert "and eight of either second-order solver about fifty" in README
-    ddim = {steps: float(fid("ddim, quadratic", steps, "fashion-mnist")) for steps in (15, 50)}
-    assert float(fid("unipc, adaptive", 5, "fashion-mnist")) < ddim[15] + 0.5
-    assert all(float(fid(f"{solver}, adaptive", 8, "fashion-mnist")) < ddim[50] + 0.5 for solver in ("unipc", "dpm-solver++"))
-
-
-def test_every_speed_in_the_readme_is_checked_or_listed():
-    assert "data of three others is not committed" in README
+def test_every_speed_in_the_readme_is_checked():
     text = README
-    for sentence in (*gpu_sentences(), *export_sentences(), *SENTENCES_WITHOUT_DATA):
-        assert sentence in text
+    for sentence in (*gpu_sentences(), *cpu_sentences()):
         text = text.replace(sentence, "")
     assert re.findall(r".{40}\b(?:[\d.]+|two|three|four|five|ten) (?:x|times|us|ms)\b", text) == []
 
