@@ -98,7 +98,8 @@ def _check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ValueError(f"--host {host} --port {port}: {reason}; --port 0 takes a free port") from None
 
 
 class DemoModel:

@@ -17,6 +17,7 @@ from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
 from .io.files import atomic_folder
+from .jobs.outputs import require_empty
 from .models.checkpoint import (
     AUTOENCODER,
     DEFAULT_MODEL,
@@ -91,6 +92,8 @@ _CLASS_HELP = (
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    with parser.usage_errors():
+        require_empty(settings.out)
     if settings.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(settings.model)

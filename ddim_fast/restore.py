@@ -266,7 +266,7 @@ def _read(
         pictures.append(fit_image(image, channels, height))
         labels.append(label)
     if not pictures:
-        raise ValueError(f"no images in {', '.join(settings.images)}")
+        raise ValueError(f"no images in {', '.join(settings.images)}: files such as .png or .jpg are needed")
     return item_names(places), torch.from_numpy(np.stack(pictures)), labels
 
 

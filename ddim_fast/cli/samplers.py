@@ -140,12 +140,14 @@ def load_sampler(
     from ..diffusion.latent import LatentSampler
     from ..diffusion.sampler import Sampler
     from ..interop.autoencoder import load_autoencoder
+    from ..ops.serving import require_backend
 
     model, folder = load_model(parser, name)
     if guide is not None:
         options["guide"] = load_model(parser, guide)[0].to(device)
     with parser.usage_errors():
         sampler = Sampler(model.to(device), **options)
+        require_backend(device, sampler.dtype)
     if not (folder / AUTOENCODER).is_dir():
         return sampler
     return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))

@@ -13,7 +13,7 @@ from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..io.pictures import image_format
 from ..io.processes import Processes
 from ..io.progress import collect, duration
-from ..jobs.outputs import Batches, FileFolder, Output
+from ..jobs.outputs import Batches, FileFolder, Output, require_parents
 from ..jobs.overview import Film, save_grid
 from ..jobs.places import free_folder, output_at, place_output
 from ..jobs.sampling import Job
@@ -61,6 +61,11 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
             parser.error(f"--trajectory writes a GIF; got {str(settings.trajectory)!r}")
         if settings.grid is not None:
             image_format(settings.grid)
+            if settings.grid == settings.trajectory:
+                raise ValueError(f"--grid and --trajectory are both {settings.grid}; name two files")
+        for option, file in (("--grid", settings.grid), ("--trajectory", settings.trajectory)):
+            if file is not None:
+                require_parents(option, file)
     channels, height, width = sampler.image_shape
     size = settings.batch_size or usual_batch_size(getattr(sampler, "provider", sampler.device.type))
     batches = Batches(settings.seeds, labels, min(size, len(settings.seeds)), (height, width, channels))

@@ -75,8 +75,8 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
     """The settings with what depends on the model filled in, and the model that ``--init`` names."""
+    start = None if settings.init is None else _load_start(parser, settings)
     with parser.usage_errors():
-        start = None if settings.init is None else _load_start(parser, settings)
         audio = AudioConfig.preset(settings.preset) if start is None else start.audio
         flip = audio is None if settings.flip is None else settings.flip
         return dataclasses.replace(settings, flip=flip, latents=_latents(settings)), start
@@ -85,19 +85,23 @@ def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSet
 def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
     """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
     its own."""
-    fields = _set_fields(settings)
-    for name in ("preset", "class_conditional", "prediction_type", "latents"):
-        if getattr(settings, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
-    for name in fields.keys() - {"sample_size"}:
-        raise ValueError(f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow")
-    model = UNet.from_pretrained(_start_folder(settings))
+    with parser.usage_errors():
+        fields = _set_fields(settings)
+        for name in ("preset", "class_conditional", "prediction_type", "latents"):
+            if getattr(settings, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
+        for name in sorted(fields.keys() - {"sample_size"}):
+            raise ValueError(
+                f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow"
+            )
+        folder = _start_folder(settings)
+    model = UNet.from_pretrained(folder)  # if that is damaged, it is not an option's fault
     own = model.config.sample_size
     size = fields.get("sample_size", own)
     if size == own:
         return model
     if size != 2 * own or model.audio is not None or _latents(settings) is not None:
-        raise ValueError(
+        parser.error(
             f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
             f"got {size}"
         )

@@ -43,6 +43,7 @@ _KINDS = (
     "(.parquet) and IDX files (idx3 in their names), and by evaluate from .npz files"
 )
 
+_NO_IMAGES = ": files such as .png or .jpg are needed"
 _SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
 
 # The columns of data sets in the layout of the Hugging Face Hub.
@@ -227,7 +228,7 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, size: int, equal: bo
         labels.append(label)
         places.append(name)
     if not images:
-        raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
+        raise ValueError(f"no images in {spec!r}{_SOUNDS if any(Path(spec).rglob('*.wav')) else _NO_IMAGES}")
     has_labels = all(label is not None for label in labels)
     return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None, places)
 
@@ -264,7 +265,8 @@ def image_files(folder: Path) -> set[Path]:
     suffixes = image_suffixes()
     files = {path for path in visible_files(folder) if not is_overview(path)}
     images = {path for path in files if path.suffix.lower() in suffixes}
-    warn_of_skipped(folder, files - images, "images")
+    if images:  # or else there will be an error
+        warn_of_skipped(folder, files - images, "images")
     return images
 
 
