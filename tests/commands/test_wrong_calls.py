@@ -351,6 +351,40 @@ sample --model exported
     2 exported is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes
 sample --engine onnx --model exported
     1 exported is not an export to ONNX: it has no SHA256SUMS
+sample --model small --nonsense
+    2 unrecognized arguments: --nonsense
+sample --model small --steps 1001
+    2 --steps must be a whole number from 1 to 1000, the number of training timesteps; got 1001
+sample --model small --steps -5
+    2 --steps must be a whole number from 1 to 1000, the number of training timesteps; got -5
+sample --model small --steps 1e3
+    2 argument --steps: '1e3' is not a whole number
+sample --model small --eta 1.5
+    2 --eta must lie in [0, 1] or be 'sigma-hat'; got 1.5
+sample --model small --eta nan
+    2 --eta must lie in [0, 1] or be 'sigma-hat'; got nan
+sample --model small --eta 1e400
+    2 --eta must lie in [0, 1] or be 'sigma-hat'; got inf
+sample --model small --clip nan
+    2 --clip must be a positive number; got nan
+sample --model small --tolerance inf
+    2 --tolerance must be a positive number; got inf
+sample --model small --spacing ''
+    2 unknown spacing ''; there are linear, quadratic, ...
+sample --model small --seeds ''
+    2 argument --seeds: '' is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9
+sample --model small --class 3-12
+    2 --class: class 10 is out of range: the network has classes 0..9
+sample --model small --class horse,,cat
+    2 --class: no class is called ''; there are airplane, ...
+sample --model small --device cpu:3
+    2 unknown device 'cpu:3'; choose auto, cpu or cuda
+sample --model small --device mps
+    2 unknown device 'mps'; choose auto, cpu or cuda
+sample --model small --device cuda:77
+    2 --device 'cuda:77' is not available: torch sees no CUDA device; choose auto or cpu
+sample --model no-classes
+    1 no-classes/model.safetensors: unexpected tensor 'class_embedding.weight'
 
 # reconstruct
 
@@ -558,6 +592,10 @@ without=imageio_ffmpeg interpolate --video photos --out new.mp4 --model small --
     1 video files need imageio-ffmpeg: pip install 'ddim_fast[video]'
 interpolate seed:1 seed:2 --model small --frmaes 3
     2 unrecognized arguments: --frmaes 3; did you mean --frames?
+interpolate --video photos --frames 3 --model small
+    2 --video takes the place of the ends and of --frames
+interpolate --video photos --class 10 --model small
+    2 --class: class 10 is out of range: the network has classes 0..9
 
 # restore
 
@@ -642,6 +680,10 @@ without=skimage restore photos --model small --task deblur --sigma 1 --degrade
 restore photos --model small --task inpaint --mask mask.png --out restored
     2 --out restored was begun with --mask sha256:..., not sha256:...; give the same settings to go on with it, or name
       another --out
+restore thumbs --model small --task super-resolution --factor 2 --seeds 0,0
+    2 --seeds names one twice: 0,0
+restore photos --model small --task super-resolution --degrade --factor 3
+    2 images of 16x16 pixels cannot be divided by the scale factor 3
 
 # restyle
 
@@ -800,6 +842,8 @@ evaluate --trajectory-error --model small --batch-size 0
     2 argument --batch-size: '0' is not a positive whole number
 evaluate --trajectory-error --modle small
     2 unrecognized arguments: --modle small; did you mean --model?
+evaluate --reference photos --solver euler
+    2 argument --solver: unknown name 'euler'; there are ddim, ddpm, dpm-solver++, unipc
 
 # export
 
@@ -1004,6 +1048,14 @@ train --data photos --out new --preset digits-mel
     1 no sounds in 'photos': files such as .wav or .flac are needed
 without=pyarrow train --data text.parquet --out new
     1 reading Parquet needs pyarrow: pip install 'ddim_fast[train]'
+train --data photos --out new --ema-snapshots 0
+    2 argument --ema-snapshots: '0' is not a positive whole number
+train --data photos --out new --ema-snapshots 5 --preset autoencoder
+    2 --ema-snapshots is for diffusion models, not for an autoencoder
+train --data photos --out new --set rescale_betas_zero_snr=true
+    2 ... at zero SNR ... use v_prediction
+train --data photos --out new --step 3
+    2 unrecognized arguments: --step 3; did you mean --steps?
 """
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -1059,6 +1111,10 @@ def _write_models():
         "wrong-type": lambda weights, config: (weights, config.replace(b'"base_channels": 8', b'"base_channels": "8"')),
         "wider": lambda weights, config: (weights, config.replace(b'"base_channels": 8', b'"base_channels": 16')),
         "deeper": lambda weights, config: (weights, config.replace(b'"layers_per_block": 1', b'"layers_per_block": 2')),
+        "no-classes": lambda weights, config: (
+            weights,
+            re.sub(rb'"(num_classes|class_names)": [^]}]*?([]\d]),\n', b"", config),
+        ),
         "no-weights": lambda weights, config: (None, config),
         "no-config": lambda weights, config: (weights, None),
     }.items():
