@@ -20,6 +20,7 @@ from .cli.options import (
     check_guidance_options,
 )
 from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, parse_seed, run_command
+from .cli.progress import notice
 from .cli.settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
@@ -105,7 +106,8 @@ _OUT_HELP = "where evaluation.json, its tables and pictures go; settings that ar
 def main() -> None:
     parser = _parser()
     arguments = _settings(parser)
-    from .cli.evaluation import evaluate  # which needs more than --help does
+    with notice("loading PyTorch", arguments.quiet):
+        from .cli.evaluation import evaluate  # which needs more than --help does
 
     with Processes() as processes:
         evaluate(parser, arguments, processes)

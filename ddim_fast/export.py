@@ -100,11 +100,11 @@ def main() -> None:
         path = local_model(settings.model)
     else:
         path = pixel_model(parser, settings.model, "other programs' formats have no place for its autoencoder")
-    from .models.formats.diffusers import fold_class  # these need more than --help does
-    from .models.unet import UNet
-    from .training.averages import average_of_length
-
     with notice(f"reading {settings.model}"):
+        from .models.formats.diffusers import fold_class  # these need more than --help does
+        from .models.unet import UNet
+        from .training.averages import average_of_length
+
         model = UNet.from_pretrained(path)
     if settings.to == "diffusers":
         _check_pipeline(parser, settings, model)

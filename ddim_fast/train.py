@@ -14,6 +14,7 @@ from typing import Any
 
 from .cli.options import CONVERT_HELP, EXECUTION, OUTPUT
 from .cli.parser import CommandParser, parse_positive, parse_seed, run_command
+from .cli.progress import notice
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
 from .io.files import write_json
@@ -189,10 +190,11 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
-    from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
-    from .jobs.training import run_training
-    from .models.autoencoder import Autoencoder
-    from .ops.devices import pick_device
+    with notice("loading PyTorch", settings.quiet):
+        from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
+        from .jobs.training import run_training
+        from .models.autoencoder import Autoencoder
+        from .ops.devices import pick_device
 
     is_default = settings.steps is None
     if is_default:

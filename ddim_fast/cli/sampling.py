@@ -21,7 +21,7 @@ from ..models.checksum import weights_checksum
 from .options import check_some_guided, class_record, seed_labels, usual_batch_size
 from .parser import CommandParser, list_integers, parse_spacing
 from .profiling import print_profile
-from .progress import announce, count_of, job_progress, say
+from .progress import announce, count_of, job_progress, notice, say
 from .samplers import audio_of, load_sampler, select_dtype, select_execution
 from .settings import SAMPLES_FOLDER, SampleSettings
 
@@ -37,11 +37,12 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
     """Check everything, then sample what is not there yet."""
     sampler: AnySampler | OnnxSampler
     audio = None
-    if settings.engine == "onnx":
-        sampler, checksum, made_on = _onnx_sampler(parser, settings)
-    else:
-        sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
-        audio = audio_of(sampler)
+    with notice(f"loading {settings.model}", settings.quiet or not processes.is_first):
+        if settings.engine == "onnx":
+            sampler, checksum, made_on = _onnx_sampler(parser, settings)
+        else:
+            sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
+            audio = audio_of(sampler)
     with parser.usage_errors():
         labels = seed_labels(settings.classes, settings.seeds, sampler.config)
         if settings.guidance is None and labels is not None:
