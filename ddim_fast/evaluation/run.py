@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..io.processes import Processes
+from ..io.progress import redrawn
 from .results import Results
 from .shards import Shards, make_shards
 
@@ -114,12 +116,14 @@ class Bar:
         self._disable, self._processes = silent, processes
 
     def __enter__(self) -> Bar:
-        self._bar = tqdm(**self._options, disable=self._disable)
+        self._stack = contextlib.ExitStack()
+        self._bar = self._stack.enter_context(tqdm(**self._options, disable=self._disable))
+        self._stack.enter_context(redrawn(self._bar))
         self._before = self._processes.add_done(0) - self._options["initial"]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        self._stack.close()
 
     def __call__(self, amount: int) -> None:
         self.to(self._processes.add_done(amount) - self._before)

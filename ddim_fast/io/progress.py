@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
-__all__ = ["Bar", "collect", "duration", "tell", "watch"]
+__all__ = ["Bar", "collect", "duration", "redrawn", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -46,6 +48,21 @@ def collect() -> Iterator[list[tuple[float, int]]]:
     told: list[tuple[float, int]] = []
     with watch(lambda images, evaluations: told.append((images, evaluations))):
         yield told
+
+
+@contextlib.contextmanager
+def redrawn(bar: Any) -> Iterator[None]:
+    """Inside, network evaluations redraw ``bar``, one of tqdm, once a second at most, so that its clock goes on."""
+    drawn = time.monotonic()
+
+    def redraw(images: float, evaluations: int) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > 1:
+            drawn = time.monotonic()
+            bar.refresh()
+
+    with watch(redraw):
+        yield
 
 
 def duration(seconds: float) -> str:
