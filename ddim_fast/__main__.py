@@ -27,8 +27,9 @@ def main() -> None:
         del sys.argv[1]
         runpy.run_module(_MODULES.get(name, f"ddim_fast.{name}"), run_name="__main__", alter_sys=True)
     else:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else "ddim_fast --help lists them"
+        known, alike = (["--help", "--version"], 0.8) if name.startswith("--") else (commands, 0.6)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=alike)
+        hint = f"did you mean {near[0]}?" if near else "ddim_fast --help lists them, and options come after one"
         print(f"ddim_fast: error: there is no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)
 

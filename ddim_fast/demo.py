@@ -14,6 +14,7 @@ from PIL import Image
 
 from .cli.options import MODEL_HELP
 from .cli.parser import CommandParser, run_command
+from .cli.progress import notice
 from .cli.samplers import load_sampler, require_pictures
 from .io.decoding import opaque
 from .io.pictures import image_grid, to_uint8
@@ -73,12 +74,14 @@ def main() -> None:
     with parser.usage_errors():
         _check_address(settings.host, settings.port)
     try:
-        import gradio
+        with notice("loading Gradio"):
+            import gradio
     except ModuleNotFoundError as error:  # of Gradio, or of what it needs
         raise RuntimeError(f"the page needs {error.name}: pip install 'ddim_fast[demo]'") from None
     with parser.usage_errors():
         device = pick_device(settings.device)
-    studio = DemoModel(load_sampler(parser, settings.model, device))
+    with notice(f"loading {settings.model}"):
+        studio = DemoModel(load_sampler(parser, settings.model, device))
     require_pictures(parser, settings.model, studio.sampler_of(20), "the page shows images")
     page = make_page(studio, settings.model)
     # Gradio's own fonts would be fetched from the network.
@@ -98,7 +101,8 @@ def _check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ValueError(f"--host {host} --port {port}: {reason}; --port 0 takes a free port") from None
 
 
 class DemoModel:

@@ -65,9 +65,9 @@ def _parser() -> CommandParser:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    sampler = make_sampler(parser, settings)
     from .diffusion.editing import start_timestep  # which needs more than --help does
 
-    sampler = make_sampler(parser, settings)
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     resizer = Resizer(sampler.image_shape[1], settings.resize)
     with parser.usage_errors():

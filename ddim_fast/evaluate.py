@@ -19,7 +19,8 @@ from .cli.options import (
     add_execution_options,
     check_guidance_options,
 )
-from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, run_command
+from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, parse_seed, run_command
+from .cli.progress import notice
 from .cli.settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 from .diffusion.solvers import SOLVERS
 from .diffusion.timesteps import ADAPTIVE, SPACINGS
@@ -57,7 +58,7 @@ def _parser() -> CommandParser:
     sampling = p.group(SAMPLING)
     number = sampling.add_argument("--num-images", metavar="N", type=parse_positive, help=_NUM_HELP)
     p.add_former_name("--num", number)
-    seed = sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the seeds are this one and those after it")
+    seed = sampling.add_argument("--seed", metavar="N", type=parse_seed, default=0, help="the seeds are this one and the next")
     p.add_former_name("--first-seed", seed)
     sampling.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
     sampling.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
@@ -105,7 +106,8 @@ _OUT_HELP = "where evaluation.json, its tables and pictures go; settings that ar
 def main() -> None:
     parser = _parser()
     arguments = _settings(parser)
-    from .cli.evaluation import evaluate  # which needs more than --help does
+    with notice("loading PyTorch", arguments.quiet):
+        from .cli.evaluation import evaluate  # which needs more than --help does
 
     with Processes() as processes:
         evaluate(parser, arguments, processes)
@@ -127,8 +129,6 @@ def _settings(parser: CommandParser) -> EvaluateSettings:
     check_guidance_options(parser, vars(arguments))
     if arguments.reference is not None and arguments.num_images == 1:
         parser.error("--num-images 1: a distribution of images needs at least 2")
-    if arguments.seed < 0:
-        parser.error(f"--seed must be 0 or more; got {arguments.seed}")
     return arguments
 
 

@@ -17,6 +17,7 @@ from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
 from .io.files import atomic_folder
+from .jobs.outputs import require_empty
 from .models.checkpoint import (
     AUTOENCODER,
     DEFAULT_MODEL,
@@ -91,17 +92,19 @@ _CLASS_HELP = (
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    with parser.usage_errors():
+        require_empty(settings.out)
     if settings.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(settings.model)
         path = local_model(settings.model)
     else:
         path = pixel_model(parser, settings.model, "other programs' formats have no place for its autoencoder")
-    from .models.formats.diffusers import fold_class  # these need more than --help does
-    from .models.unet import UNet
-    from .training.averages import average_of_length
-
     with notice(f"reading {settings.model}"):
+        from .models.formats.diffusers import fold_class  # these need more than --help does
+        from .models.unet import UNet
+        from .training.averages import average_of_length
+
         model = UNet.from_pretrained(path)
     if settings.to == "diffusers":
         _check_pipeline(parser, settings, model)

@@ -90,9 +90,9 @@ def main() -> None:
     if settings.video is not None:
         _interpolate_video(parser, settings, settings.video)
         return
-    import torch
-
     sampler = make_sampler(parser, settings)
+    import torch  # which loading the model has been told of
+
     medium = medium_of(sampler, settings.convert, settings.resize)
     with parser.usage_errors():
         label = class_or_none(settings.label, sampler.config)

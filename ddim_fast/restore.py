@@ -304,7 +304,7 @@ def _read(
         pictures.append(resizer.fit(place, image, channels))
         labels.append(label)
     if not pictures:
-        raise ValueError(f"no images in {', '.join(settings.images)}")
+        raise ValueError(f"no images in {', '.join(settings.images)}: files such as .png or .jpg are needed")
     return item_names(places), torch.from_numpy(np.stack(pictures)), labels
 
 

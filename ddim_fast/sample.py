@@ -27,7 +27,7 @@ from .diffusion.solvers import SOLVERS
 from .diffusion.step import SIGMA_HAT
 from .io.processes import Processes
 from .jobs.overview import GRID_IMAGES
-from .models.checkpoint import DEFAULT_MODEL, resolve_model
+from .models.checkpoint import AUDIO, AUTOENCODER, DEFAULT_MODEL, resolve_model
 
 _EXAMPLES = """\
   python -m ddim_fast.sample --compile --steps 20
@@ -130,6 +130,7 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a model was exported to ONNX with."""
     from .deploy.cache import ready_export
     from .deploy.folder import ExportFolder
+    from .deploy.session import pick_provider
 
     with parser.usage_errors():
         for option, given in {
@@ -143,7 +144,12 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
             if given:
                 hint = {"--device": " (see --provider)", "--dtype": " (see export --dtype)"}.get(option, "")
                 raise ValueError(f"{option} is not an option of --engine onnx{hint}")
-        resolve_model(options["model"])
+        if options["provider"] is not None:
+            pick_provider(options["provider"])  # before a model is exported
+        folder = Path(resolve_model(options["model"]))
+        for part, what in ((AUTOENCODER, "an autoencoder's latents"), (AUDIO, "sounds")):
+            if (folder / part).exists():
+                raise ValueError(f"--model {options['model']} is a model of {what}, which need torch: leave out --engine onnx")
     exported = ExportFolder.open(ready_export(options["model"])).settings
     listed = exported["spacing"] if isinstance(exported["spacing"], str) else ",".join(map(str, exported["spacing"]))
     own_list = options["spacing"] is not None and isinstance(parse_spacing(options["spacing"]), list)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .cli.options import CONVERT_HELP, EXECUTION, OUTPUT
-from .cli.parser import CommandParser, parse_positive, run_command
+from .cli.parser import CommandParser, parse_positive, parse_seed, run_command
+from .cli.progress import notice
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
 from .io.files import write_json
 from .io.records import RUN
+from .jobs.outputs import require_parents
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
 from .training.options import TRAINING_STATE, TrainingOptions
@@ -132,7 +134,7 @@ def _parser() -> CommandParser:
     p.add_former_name("--precision", dtype, {"auto": "auto", **_PRECISIONS})
     execution.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    how.add_argument("--seed", metavar="N", type=_seed, default=default.seed, help="of weights, order, noise and dropout")
+    how.add_argument("--seed", metavar="N", type=parse_seed, default=default.seed, help="of weights, order, noise and dropout")
     output = p.group(OUTPUT)
     output.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     output.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
@@ -149,12 +151,6 @@ def _absolute(text: str) -> str:
 
 def _model(text: str) -> str:
     return text if text in packaged_models() else _absolute(text)
-
-
-def _seed(text: str) -> int:
-    if text.isdecimal() and int(text) < 2**63:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
 
 
 def _minutes(text: str) -> float:
@@ -194,10 +190,11 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
-    from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
-    from .jobs.training import run_training
-    from .models.autoencoder import Autoencoder
-    from .ops.devices import pick_device
+    with notice("loading PyTorch", settings.quiet):
+        from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
+        from .jobs.training import run_training
+        from .models.autoencoder import Autoencoder
+        from .ops.devices import pick_device
 
     is_default = settings.steps is None
     if is_default:
@@ -274,6 +271,10 @@ def _settings(parser: CommandParser) -> TrainSettings:
         parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
     if settings.data is None:
         parser.error("--data is required")
+    if out.is_file():
+        parser.error(f"--out {out} is a file; name a folder")
+    with parser.usage_errors():
+        require_parents("--out", out)
     return settings
 
 

@@ -25,7 +25,7 @@ def gap(config: AudioConfig, start: float, end: float) -> Mask:
     """
     seconds = config.length / config.sample_rate
     if not 0 <= start < end <= seconds:
-        raise ValueError(f"a gap lies within the model's sounds, from 0 to {seconds:g} s; got {start:g} to {end:g}")
+        raise ValueError(f"a gap has a start and a later end, from 0 to {seconds:g} s; got {start:g} and {end:g}")
     first, last = start * config.sample_rate, end * config.sample_rate
     if config.kind == "waveform":
         samples = torch.arange(config.length)
@@ -50,12 +50,13 @@ def band_limit(config: AudioConfig, cutoff: float) -> Mask:
         raise ValueError("bandwidth extension needs a model of spectrograms; this one's sounds are waveforms")
     edges = librosa.mel_frequencies(config.mels + 2, fmax=config.sample_rate / 2)
     known = torch.from_numpy(edges[2:] <= cutoff)
-    return _of_spectrogram(_checked(known, f"a cutoff of {cutoff:g} Hz")[:, None].expand(-1, config.frames), config)
+    remedy = f"; name one from {edges[2]:.0f} to {edges[-1]:.0f} Hz"
+    return _of_spectrogram(_checked(known, f"a cutoff of {cutoff:g} Hz", remedy)[:, None].expand(-1, config.frames), config)
 
 
-def _checked(known: Tensor, what: str) -> Tensor:
+def _checked(known: Tensor, what: str, remedy: str = "") -> Tensor:
     if known.all() or not known.any():
-        raise ValueError(f"{what} leaves {'nothing to restore' if known.all() else 'nothing to restore from'}")
+        raise ValueError(f"{what} leaves {'nothing to restore' if known.all() else 'nothing to restore from'}{remedy}")
     return known
 
 

@@ -146,6 +146,8 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
                 data = _data(arguments, arguments.data, model, evaluation.is_silent)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
+        if not arguments.fit_timesteps:  # to which samplers can be the first that are possible
+            samplers = _checked_samplers(arguments, model, guide)
     dtype = select_dtype(arguments.dtype, arguments.compile, evaluation.device)
     evaluation.say(describe_model(arguments.model, [model], str(dtype).removeprefix("torch."), evaluation.device))
     evaluation.say(f"operators: {serving_line(evaluation.device, dtype)}")
@@ -153,12 +155,8 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
     if arguments.fit_timesteps:
         _fit(parser, evaluation, model, folder)
     with parser.usage_errors():
-        samplers = list(_samplers(arguments, model, guide))
-        if not samplers:
-            raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
-        for settings, make in samplers:
-            make(torch.float32)
-            _check_settings(arguments, settings)
+        if arguments.fit_timesteps:
+            samplers = _checked_samplers(arguments, model, guide)
         if arguments.reference is not None:
             reference = _reference(arguments.reference, evaluation, network, model.config.image_shape)
     if arguments.loss:
@@ -298,6 +296,17 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
                 yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
     for tolerance in arguments.tolerance:
         yield setting("eager", solver=None, spacing=None, eta=None, steps=None, tolerance=tolerance)
+
+
+def _checked_samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> list[tuple[Settings, _MakeSampler]]:
+    """:func:`_samplers`, of which each can be made and measured; otherwise a ValueError."""
+    samplers = list(_samplers(arguments, model, guide))
+    if not samplers:
+        raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
+    for settings, make in samplers:
+        make(torch.float32)
+        _check_settings(arguments, settings)
+    return samplers
 
 
 def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Path) -> None:

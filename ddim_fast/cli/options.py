@@ -116,7 +116,7 @@ def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) 
         if steps not in (None, len(listed)):
             parser.error(f"--steps {steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
         steps = len(listed)
-    return 20 if steps is None else steps, spacing or "quadratic"
+    return 20 if steps is None else steps, "quadratic" if spacing is None else spacing
 
 
 def check_guidance_options(parser: CommandParser, options: Mapping[str, Any]) -> None:
@@ -147,7 +147,8 @@ def _class_list(classes: str, config: UNetConfig) -> list[int] | str:
     try:
         for part in map(str.strip, classes.split(",")):
             is_range = re.fullmatch(r"\d+-\d+", part) and part not in (config.class_names or ())
-            numbers += parse_integers(part) if is_range else config.class_numbers(part)
+            for name in map(str, parse_integers(part)) if is_range else [part]:
+                numbers += config.class_numbers(name)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise ValueError(f"--class: {error}") from None
     return numbers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import errno
 import os
 import sys
 import warnings
@@ -21,9 +23,14 @@ __all__ = [
     "parse_eta",
     "parse_integers",
     "parse_positive",
+    "parse_seed",
     "parse_spacing",
     "run_command",
 ]
+
+
+# Parameters of the library whose option has another name.
+_OTHERWISE_CALLED = {"clip_sample_range": "clip"}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,6 +51,26 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._groups: dict[str, argparse._ArgumentGroup] = {}
+        self.register("type", int, _whole)  # Python's own errors speak of types
+        self.register("type", float, _number)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; an unknown option is an error that names the one that looks like it."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            first, shown = unknown[0].partition("=")[0], [a for a in self._actions if a.help != argparse.SUPPRESS]
+            options = [option for action in shown for option in action.option_strings]
+            close = difflib.get_close_matches(first, options, n=1, cutoff=0.75) if first.startswith("-") else []
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else ""))
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does, in words that are the same in all versions of Python, and with the choice that looks like it."""
+        if action.choices is None or value in action.choices:
+            return
+        close = difflib.get_close_matches(str(value), action.choices, n=1)
+        there = f"did you mean {close[0]!r}? There" if close else "there"
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there} are {', '.join(action.choices)}")
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """The options that --help shows under ``title``; the same for the same title."""
@@ -75,11 +102,15 @@ class CommandParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:
-        """Inside, a ValueError or a missing file is the fault of an option."""
+        """Inside, a ValueError or a missing file is the fault of an option. Where the library's message begins with the name of
+        a parameter, as "steps must be ...", it is said as that of the option."""
         try:
             yield
         except (ValueError, FileNotFoundError) as error:
-            self.error(one_line(error))
+            message = one_line(error)
+            name, _, rest = message.partition(" ")
+            option = f"--{_OTHERWISE_CALLED.get(name, name).replace('_', '-')}"
+            self.error(f"{option} {rest}" if option in self._option_string_actions else message)
 
 
 class _FormerName(argparse.Action):
@@ -117,17 +148,36 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # who read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError, MemoryError) as error:
         if os.environ.get("DDIM_FAST_TRACEBACK"):
             raise
-        text = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else one_line(error)
-        if isinstance(error, ModuleNotFoundError):
-            text = describe_missing(error)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {' '.join(_described(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+# What to do where the system refuses.
+_REMEDIES = {
+    errno.EACCES: "name a place that you may read and write",
+    errno.EPERM: "name a place that you may read and write",
+    errno.EROFS: "name a place on another disk",
+    errno.ENOSPC: "free some space, or name a place on another disk",
+}
+
+
+def _described(error: Exception) -> str:
+    """What went wrong, and what to do about it where that can be said."""
+    if isinstance(error, ModuleNotFoundError):
+        return describe_missing(error)
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}: ask for fewer images, or a smaller --batch-size"
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename!r}" if error.filename else ""
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        return f"{error.strerror}{place}{remedy}"
+    return str(error)
 
 
 _format_others = warnings.formatwarning
@@ -140,11 +190,15 @@ def _format_warning(
     return f"warning: {message}\n" if ours else _format_others(message, category, filename, lineno, line)
 
 
+# More images than anybody samples at once: a range of as many as 0-9999999999 is a slip, and would fill the memory.
+_MOST = 100_000_000
+
+
 def parse_integers(text: str) -> list[int]:
     """``"0-3,8"`` -> [0, 1, 2, 3, 8].
 
     Raises:
-        argparse.ArgumentTypeError: the text is no such list.
+        argparse.ArgumentTypeError: the text is no such list, or one of too many numbers.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -153,7 +207,10 @@ def parse_integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9")
         if dash and int(last) < int(first):
             raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
-        numbers += range(int(first), int(last or first) + 1)
+        part_numbers = range(int(first), int(last or first) + 1)
+        if part_numbers.stop - part_numbers.start > _MOST:
+            raise argparse.ArgumentTypeError(f"the range {part.strip()!r} has more than {_MOST:,} numbers")
+        numbers += part_numbers
     return numbers
 
 
@@ -176,7 +233,34 @@ def parse_positive(text: str) -> int:
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if int(text) > _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_MOST:,}")
     return int(text)
+
+
+def parse_seed(text: str) -> int:
+    """The seed of a random number generator.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    if text.isdecimal() and int(text) < 2**63:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def parse_spacing(text: str) -> str | list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["announce", "count_of", "describe_model", "job_progress", "notice", "say", "say_resized"]
 
 
-_PATIENCE = 1.0  # seconds
+_PATIENCE, _SILENCE = 1.0, 4.0  # seconds
 
 
 def say(text: str, quiet: bool) -> None:
@@ -35,19 +36,28 @@ def say(text: str, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def notice(text: str, quiet: bool = False) -> Iterator[None]:
-    """Inside, what takes longer than a second is named by a line, where stderr is a terminal, at which somebody waits.
+    """Inside, what takes longer than a second is named by a line, where stderr is a terminal, at which somebody waits; what
+    goes on, by another every four seconds.
 
     Args:
         quiet: print nothing.
     """
-    timer = threading.Timer(_PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
+    done = threading.Event()
+
+    def tell() -> None:
+        if done.wait(_PATIENCE):
+            return
+        print(text, file=sys.stderr, flush=True)
+        begun = time.monotonic() - _PATIENCE
+        while not done.wait(_SILENCE):
+            print(f"{text}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+
     if not quiet and sys.stderr.isatty():
-        timer.start()
+        threading.Thread(target=tell, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 def say_resized(resizer: Resizer, quiet: bool) -> None:

@@ -13,6 +13,7 @@ from ..models.checkpoint import AUTOENCODER, local_model, resolve_model
 from ..models.checksum import weights_checksum
 from .options import SamplerSettings, image_labels, usual_batch_size
 from .parser import CommandParser, list_integers, parse_spacing
+from .progress import notice
 
 if TYPE_CHECKING:
     import torch
@@ -90,19 +91,20 @@ def load_labelled(
 
 def make_sampler(parser: CommandParser, settings: SamplerSettings) -> AnySampler:
     """The deterministic DDIM sampler of a command's settings."""
-    from ..ops.devices import pick_device
+    with notice(f"loading {settings.model}", settings.quiet):
+        from ..ops.devices import pick_device
 
-    with parser.usage_errors():
-        device = pick_device(settings.device)
-    return load_sampler(
-        parser,
-        settings.model,
-        device,
-        steps=settings.steps,
-        spacing=parse_spacing(settings.spacing),
-        dtype=select_dtype(settings.dtype, settings.compile, device),
-        engine=select_execution(settings.engine, settings.compile, device),
-    )
+        with parser.usage_errors():
+            device = pick_device(settings.device)
+        return load_sampler(
+            parser,
+            settings.model,
+            device,
+            steps=settings.steps,
+            spacing=parse_spacing(settings.spacing),
+            dtype=select_dtype(settings.dtype, settings.compile, device),
+            engine=select_execution(settings.engine, settings.compile, device),
+        )
 
 
 def select_execution(engine: str, compiled: bool, device: torch.device) -> str:
@@ -143,12 +145,14 @@ def load_sampler(
     from ..diffusion.latent import LatentSampler
     from ..diffusion.sampler import Sampler
     from ..interop.autoencoder import load_autoencoder
+    from ..ops.serving import require_backend
 
     model, folder = load_model(parser, name)
     if guide is not None:
         options["guide"] = load_model(parser, guide)[0].to(device)
     with parser.usage_errors():
         sampler = Sampler(model.to(device), **options)
+        require_backend(device, sampler.dtype)
     if not (folder / AUTOENCODER).is_dir():
         return sampler
     return LatentSampler(sampler, load_autoencoder(folder / AUTOENCODER))

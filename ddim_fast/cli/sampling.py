@@ -13,7 +13,7 @@ from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..io.pictures import image_format
 from ..io.processes import Processes
 from ..io.progress import collect, duration
-from ..jobs.outputs import Batches, FileFolder, Output
+from ..jobs.outputs import Batches, FileFolder, Output, require_parents
 from ..jobs.overview import Film, save_grid
 from ..jobs.places import free_folder, output_at, place_output
 from ..jobs.sampling import Job
@@ -21,7 +21,7 @@ from ..models.checksum import weights_checksum
 from .options import check_some_guided, class_record, seed_labels, usual_batch_size
 from .parser import CommandParser, list_integers, parse_spacing
 from .profiling import print_profile
-from .progress import announce, count_of, job_progress, say
+from .progress import announce, count_of, job_progress, notice, say
 from .samplers import audio_of, load_sampler, select_dtype, select_execution
 from .settings import SAMPLES_FOLDER, SampleSettings
 
@@ -37,11 +37,12 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
     """Check everything, then sample what is not there yet."""
     sampler: AnySampler | OnnxSampler
     audio = None
-    if settings.engine == "onnx":
-        sampler, checksum, made_on = _onnx_sampler(parser, settings)
-    else:
-        sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
-        audio = audio_of(sampler)
+    with notice(f"loading {settings.model}", settings.quiet or not processes.is_first):
+        if settings.engine == "onnx":
+            sampler, checksum, made_on = _onnx_sampler(parser, settings)
+        else:
+            sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
+            audio = audio_of(sampler)
     with parser.usage_errors():
         labels = seed_labels(settings.classes, settings.seeds, sampler.config)
         if settings.guidance is None and labels is not None:
@@ -61,6 +62,11 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
             parser.error(f"--trajectory writes a GIF; got {str(settings.trajectory)!r}")
         if settings.grid is not None:
             image_format(settings.grid)
+            if settings.grid == settings.trajectory:
+                raise ValueError(f"--grid and --trajectory are both {settings.grid}; name two files")
+        for option, file in (("--grid", settings.grid), ("--trajectory", settings.trajectory)):
+            if file is not None:
+                require_parents(option, file)
     channels, height, width = sampler.image_shape
     size = settings.batch_size or usual_batch_size(getattr(sampler, "provider", sampler.device.type))
     batches = Batches(settings.seeds, labels, min(size, len(settings.seeds)), (height, width, channels))

@@ -13,7 +13,6 @@ import torch
 from ..data.images import ImageSet, load_images, to_unit_range
 from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
-from ..data.resizing import Resizer
 from ..diffusion.latent import LatentCodec, LatentSampler
 from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
@@ -31,7 +30,7 @@ from ..training.loop import Trainer
 from ..training.options import TRAINING_STATE, TrainingOptions
 from .modality import medium_of
 from .parser import CommandParser
-from .progress import count_of, describe_model, notice, say_resized
+from .progress import count_of, describe_model, notice
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -77,8 +76,8 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
     """The settings with what depends on the model filled in, and the model that ``--init`` names."""
+    start = None if settings.init is None else _load_start(parser, settings)
     with parser.usage_errors():
-        start = None if settings.init is None else _load_start(parser, settings)
         audio = AudioConfig.preset(settings.preset) if start is None else start.audio
         flip = audio is None if settings.flip is None else settings.flip
         return dataclasses.replace(settings, flip=flip, latents=_latents(settings)), start
@@ -87,19 +86,23 @@ def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSet
 def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
     """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
     its own."""
-    fields = _set_fields(settings)
-    for name in ("preset", "class_conditional", "prediction_type", "latents"):
-        if getattr(settings, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
-    for name in fields.keys() - {"sample_size"}:
-        raise ValueError(f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow")
-    model = UNet.from_pretrained(_start_folder(settings))
+    with parser.usage_errors():
+        fields = _set_fields(settings)
+        for name in ("preset", "class_conditional", "prediction_type", "latents"):
+            if getattr(settings, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} describes a network, and --init {settings.init} is one")
+        for name in sorted(fields.keys() - {"sample_size"}):
+            raise ValueError(
+                f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow"
+            )
+        folder = _start_folder(settings)
+    model = UNet.from_pretrained(folder)  # if that is damaged, it is not an option's fault
     own = model.config.sample_size
     size = fields.get("sample_size", own)
     if size == own:
         return model
     if size != 2 * own or model.audio is not None or _latents(settings) is not None:
-        raise ValueError(
+        parser.error(
             f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
             f"got {size}"
         )
@@ -164,7 +167,7 @@ def _autoencoder_trainer(
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
     with notice(f"reading {settings.data}", settings.quiet):
-        data = _load_pictures(settings, config.in_channels, config.sample_size, False)
+        data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options), None, seen
@@ -227,7 +230,7 @@ def _load(
 ) -> ImageSet:
     """The data, its classes numbered as the network that training starts from names them."""
     if audio is None:
-        return _load_pictures(settings, *image_shape[:2], labelled, class_names)
+        return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
     from ..data.sounds import load_sound_images
 
     return load_sound_images(settings.data, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
@@ -265,21 +268,12 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
         steps += f", of which {trainer.step:,} are made"
     elif options.steps <= options.warmup:
         steps += f"; all in the warm-up of {options.warmup:,}: for short runs there is --recipe fast"
+    resized = "" if trainer.data.resized is None else f"{trainer.data.resized}\n"
     return (
         f"{describe_model(network, [trainer.model], dtype, device)}\n"
-        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n"
+        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n{resized}"
         f"steps: {steps}"
     )
-
-
-def _load_pictures(
-    settings: TrainSettings, channels: int, size: int, labelled: bool, class_names: tuple[str, ...] | None = None
-) -> ImageSet:
-    """The data as pictures, with a line where they are of another size."""
-    resizer = Resizer(size)
-    data = load_images(settings.data, channels, size, labelled=labelled, class_names=class_names, resizer=resizer)
-    say_resized(resizer, settings.quiet)
-    return data
 
 
 def _grid_sampler(model: UNet) -> Sampler:

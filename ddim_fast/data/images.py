@@ -45,6 +45,7 @@ _KINDS = (
     "(.parquet) and IDX files (idx3 in their names), and by evaluate from .npz files"
 )
 
+_NO_IMAGES = ": files such as .png or .jpg are needed"
 _SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
 
 # The columns of data sets in the layout of the Hugging Face Hub.
@@ -63,12 +64,14 @@ class ImageSet:
         labels: (N,) int64 class labels, or None where the data has none.
         places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
         class_names: what the data set calls its classes, in the order of their numbers, or None.
+        resized: what was done to pictures of another size, in words; None where there were none.
     """
 
     images: Tensor
     labels: Tensor | None
     places: Sequence[str] = ()
     class_names: tuple[str, ...] | None = None
+    resized: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,7 +82,8 @@ class ImageSet:
 
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
-        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageSet(self.images.to(device), labels, resized=self.resized)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -233,9 +237,10 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, resizer: Resizer, eq
         labels.append(label)
         places.append(name)
     if not images:
-        raise ValueError(f"no images in {spec!r}" + (_SOUNDS if any(Path(spec).rglob("*.wav")) else ""))
+        raise ValueError(f"no images in {spec!r}{_SOUNDS if any(Path(spec).rglob('*.wav')) else _NO_IMAGES}")
     has_labels = all(label is not None for label in labels)
-    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels) if has_labels else None, places)
+    known = torch.tensor(labels) if has_labels else None
+    return ImageSet(torch.from_numpy(np.stack(images)), known, places, resized=resizer.line)
 
 
 def _checked(label: Any, name: str) -> int | None:
@@ -254,7 +259,8 @@ def image_files(folder: Path) -> set[Path]:
     suffixes = image_suffixes()
     files = {path for path in visible_files(folder) if not is_overview(path)}
     images = {path for path in files if path.suffix.lower() in suffixes}
-    warn_of_skipped(folder, files - images, "images")
+    if images:  # or else there will be an error
+        warn_of_skipped(folder, files - images, "images")
     return images
 
 

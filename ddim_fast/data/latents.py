@@ -41,4 +41,4 @@ def encoded(data: ImageSet, codec: LatentCodec, mirrored: bool) -> ImageSet:
     for images in (data.images, data.images.flip(3)) if mirrored else (data.images,):
         parts += [codec.encode(to_unit_range(batch)).cpu() for batch in images.split(256)]
     labels = data.labels if data.labels is None or not mirrored else data.labels.repeat(2)
-    return ImageSet(torch.cat(parts), labels)
+    return ImageSet(torch.cat(parts), labels, resized=data.resized)

@@ -91,7 +91,7 @@ def _open(path: Path) -> Any:
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
+        raise ModuleNotFoundError("reading Parquet needs pyarrow: pip install 'ddim_fast[train]'") from None
     with _whole(path):
         file = pq.ParquetFile(path)
         _ = file.schema_arrow

@@ -65,7 +65,7 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
         labels.append(label)
         places.append(name)
     if not waves:
-        raise ValueError(f"no sounds in {spec!r}")
+        raise ValueError(f"no sounds in {spec!r}: files such as .wav or .flac are needed")
     named = [label for label in labels if label is not None]
     return SoundSet(np.stack(waves), named if len(named) == len(labels) else None, places)
 
@@ -90,7 +90,8 @@ def _open(spec: str) -> Iterator[_Row]:
 def _read_folder(folder: Path) -> Iterator[_Row]:
     files = set(visible_files(folder))
     sounds = {path for path in files if path.suffix.lower() in _SUFFIXES}
-    warn_of_skipped(folder, files - sounds, "sounds")
+    if sounds:  # or else there will be an error
+        warn_of_skipped(folder, files - sounds, "sounds")
     for path in sorted(sounds):
         inside = path.parent.relative_to(folder)
         yield str(path), path.read_bytes(), inside.as_posix() if inside.parts else None

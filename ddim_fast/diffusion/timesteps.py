@@ -179,8 +179,9 @@ def _explicit(timesteps: Sequence[int], steps: int | None, total: int) -> np.nda
         raise ValueError(f"timesteps must be a non-empty list of whole numbers; got {timesteps!r}")
     if chosen.min() < 0 or chosen.max() >= total:
         raise ValueError(f"timesteps must lie in 0..{total - 1}; got {chosen.min()}..{chosen.max()}")
-    if len(np.unique(chosen)) != len(chosen):
-        raise ValueError("timesteps must be distinct")
+    values, times = np.unique(chosen, return_counts=True)
+    if len(values) != len(chosen):
+        raise ValueError(f"timesteps must be distinct; {values[times > 1][0]} is listed {times.max()} times")
     if steps is not None and steps != len(chosen):
         raise ValueError(f"steps is {steps}, but {len(chosen)} timesteps are listed; leave steps out")
     return np.sort(chosen)[::-1].astype(np.int64)

@@ -54,14 +54,15 @@ def check_similarity(size: tuple[int, int]) -> None:
     """See that :func:`structural_similarity` can look at pictures of ``size``, height and width.
 
     Raises:
-        ValueError: they are smaller than its window, or scikit-image is missing.
+        ValueError: they are smaller than its window.
+        ModuleNotFoundError: scikit-image is missing.
     """
     if min(size) < _WINDOW:
         raise ValueError(f"SSIM looks through a window of {_WINDOW}x{_WINDOW} pixels; these pictures are {size[0]}x{size[1]}")
     try:
         import skimage.metrics  # noqa: F401
     except ImportError:
-        raise ValueError("SSIM needs scikit-image: pip install 'ddim_fast[restore]'") from None
+        raise ModuleNotFoundError("SSIM needs scikit-image: pip install 'ddim_fast[restore]'") from None
 
 
 def _check_shapes(pictures: np.ndarray, truth: np.ndarray) -> None:

@@ -41,7 +41,8 @@ _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: written beside its place, flushed to disk, then renamed over it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _errors_name_place(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -86,7 +87,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if exists and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder if exists else folder.parent, prefix=f".{folder.name}."))
+    with _errors_name_place(folder):
+        temporary = Path(tempfile.mkdtemp(dir=folder if exists else folder.parent, prefix=f".{folder.name}."))
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
@@ -99,6 +101,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _errors_name_place(path: Path) -> Iterator[None]:
+    """Inside, an OSError about the temporary name of ``path`` names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def is_hidden(name: str) -> bool:
@@ -179,7 +190,8 @@ def errors_name_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
+        reason = f"not whole JSON ({error})" if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def one_line(error: Exception) -> str:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Bar", "collect", "count_of", "duration", "tell", "watch"]
+__all__ = ["Bar", "collect", "count_of", "duration", "redrawn", "tell", "watch"]
 
 # Called with the arguments of tell.
 Watcher = Callable[[float, int], None]
@@ -55,6 +56,21 @@ def collect() -> Iterator[list[tuple[float, int]]]:
 def count_of(count: int, noun: str) -> str:
     """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
     return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
+
+
+@contextlib.contextmanager
+def redrawn(bar: Any) -> Iterator[None]:
+    """Inside, network evaluations redraw ``bar``, one of tqdm, once a second at most, so that its clock goes on."""
+    drawn = time.monotonic()
+
+    def redraw(images: float, evaluations: int) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > 1:
+            drawn = time.monotonic()
+            bar.refresh()
+
+    with watch(redraw):
+        yield
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,13 @@ from ..io.records import GRID, OVERVIEWS, RECORD
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder", "require_empty"]
+__all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder", "require_empty", "require_parents"]
+
+# Whoever gives --out one of these does not mean a folder.
+_FILES = {
+    *(".zip", ".npy", ".npz", ".pt", ".safetensors", ".onnx", ".parquet", ".json"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mp4", ".avi", ".mov", ".wav", ".flac", ".mp3"),
+}
 
 _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -134,8 +140,11 @@ class Output(abc.ABC):
         path = self.folder / RECORD
         if not path.exists():
             return None
-        with errors_name_file(path):
-            return _checked_record(json.loads(path.read_bytes()))
+        try:
+            with errors_name_file(path):
+                return _checked_record(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{error}; name another --out") from None
 
     def begun(self) -> dict[str, Any]:
         """The same of a job that has begun."""
@@ -146,7 +155,11 @@ class Output(abc.ABC):
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder, with its record of an unfinished job."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / RECORD, {**record, "finished": False})
+        try:
+            write_json(self.folder / RECORD, {**record, "finished": False})
+        except OSError:
+            self.folder.rmdir()  # empty, because nothing can be written there
+            raise
 
     def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:
         """Begin a job, or get ready to go on with one.
@@ -185,13 +198,13 @@ class Output(abc.ABC):
             return
         if there.get("command") != record["command"]:
             made = there.get("command") or "another version"
-            raise ValueError(f"{self.path} holds what {made} made, not {record['command']}; name another --out")
+            raise ValueError(f"--out {self.path} holds what {made} made, not {record['command']}; name another --out")
         begun, settings = there["settings"], record["settings"]
         for option in [*settings, *(begun.keys() - settings.keys())]:
             old, new = begun.get(option), settings.get(option)
             if old != new:
                 raise ValueError(
-                    f"{self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
+                    f"--out {self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
                     "give the same settings to go on with it, or name another --out"
                 )
 
@@ -224,7 +237,7 @@ class FileFolder(Output):
         if times > 1:
             if names is None:
                 raise ValueError(
-                    f"--seeds names {twice} {times} times: a folder holds one image a seed, a .npz file holds them all"
+                    f"--seeds names {twice} more than once: a folder holds one image a seed, a .npz file holds them all"
                 )
             raise ValueError(f"{times} images would be {twice}{self.suffix} in {path}; write them into different folders")
 
@@ -343,10 +356,27 @@ def require_empty(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; name a folder that is new or empty")
+    require_parents("--out", folder)
     things = sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name)) if folder.exists() else []
     if things:
         more = f" and {len(things) - 1} more" if len(things) > 1 else ""
         raise ValueError(f"--out {folder} is not empty ({things[0]}{more}); name a folder that is new or empty")
+    if not folder.exists() and folder.suffix.lower() in _FILES:
+        raise ValueError(f"--out {folder} would be a folder of that name; name one without {folder.suffix}")
+
+
+def require_parents(option: str, path: Path) -> None:
+    """See that the folders around ``path`` are there or can be made.
+
+    Args:
+        option: which names it.
+
+    Raises:
+        ValueError: one of them is a file.
+    """
+    for parent in path.parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ValueError(f"{option} {path}: {parent} is a file, in which nothing can be; name another place")
 
 
 def _checked_record(record: Any) -> dict[str, Any]:

@@ -18,9 +18,6 @@ __all__ = ["free_folder", "output_at", "place_output"]
 
 Kind = TypeVar("Kind", bound=Output)
 
-# Whoever gives --out one of these does not mean a folder.
-_FILES = {".zip", ".npy", ".pt", ".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".wav"}
-
 
 def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
     """A folder of sounds where the images are some, otherwise an .npz file or a folder of pictures.
@@ -32,11 +29,8 @@ def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output
         from .sound_outputs import WavFolder
 
         return WavFolder(path, batches, audio)
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return NpzFile(path, batches)
-    if suffix in _FILES:
-        raise ValueError(f"--out {path} would be a folder of that name; give a folder, or for images an .npz file")
     check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
     return PngFolder(path, batches)
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..io.files import atomic_write
-from ..io.progress import duration
+from ..io.progress import duration, redrawn
 from ..io.records import SAMPLES, STATS
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
@@ -102,7 +102,8 @@ def run_training(
                 saved = step.step
             if last or step.step % sample_every == 0:
                 bar.set_description("sampling a grid")
-                interrupt.abandons(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+                with redrawn(bar):
+                    interrupt.abandons(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
             if interrupt.came and saved < step.step:
                 trainer.save(out)
             if last or interrupt.came:

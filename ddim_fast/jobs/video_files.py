@@ -155,7 +155,7 @@ def _ffmpeg() -> ModuleType:
     try:
         import imageio_ffmpeg
     except ImportError:
-        raise ValueError("video files need imageio-ffmpeg: pip install 'ddim_fast[video]'") from None
+        raise ModuleNotFoundError("video files need imageio-ffmpeg: pip install 'ddim_fast[video]'") from None
     return imageio_ffmpeg
 
 

@@ -7,6 +7,7 @@ ddim_fast.models.formats reads the checkpoints of other programs.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .weights import Checkpoint
 
 __all__ = [
+    "AUDIO",
     "AUTOENCODER",
     "DEFAULT_MODEL",
     "HUB_FILES",
@@ -49,7 +51,7 @@ _FORMER_NAMES = "labels"
 
 PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "cifar10-64"
-_AUDIO = "audio.json"
+AUDIO = "audio.json"
 
 # The name of the weights' file, without its suffix.
 WEIGHTS = "model"
@@ -98,9 +100,10 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
         return text
     if re.fullmatch(r"[\w-]+/[\w.-]+", text) and not Path(text).parent.is_dir():
         return text
+    close = difflib.get_close_matches(text, packaged_models(), n=1)
     raise FileNotFoundError(
         f"unknown model {text!r}: neither a folder or file nor a packaged model "
-        f"({', '.join(packaged_models()) or 'there are none'})"
+        f"({', '.join(packaged_models()) or 'there are none'})" + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
 
@@ -121,8 +124,10 @@ def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES), **hub_options))
     except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason}") from error
+        reason = re.sub(r"^Got: \w+: ", "", str(error).strip().splitlines()[0])
+        raise FileNotFoundError(
+            f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason} (a local folder is named by its path)"
+        ) from error
 
 
 def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[assignment]
@@ -135,8 +140,12 @@ def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[
     path = folder / "config.json"
     values = read_json(path)
     with errors_name_file(path):
+        if kind is UNetConfig and "latent_channels" in values:
+            raise ValueError("this describes an autoencoder, not a diffusion model; name the folder of a model of its latents")
+        if kind is not UNetConfig and "prediction_type" in values:
+            raise ValueError("this describes a diffusion model, not an autoencoder; name the folder of one")
         config = kind.from_dict(values)
-    audio = folder / _AUDIO
+    audio = folder / AUDIO
     if isinstance(config, UNetConfig) and config.class_names is None and audio.is_file():
         names = read_json(audio).get(_FORMER_NAMES)
         with errors_name_file(audio):
@@ -177,7 +186,7 @@ def load_audio(path: Path, config: UNetConfig) -> AudioConfig | None:
     Raises:
         ValueError: it is damaged or does not fit ``config``; the message names the file.
     """
-    file = path / _AUDIO
+    file = path / AUDIO
     if not file.is_file():
         return None
     values = read_json(file)
@@ -208,7 +217,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     timesteps_file(folder).unlink(missing_ok=True)
     if audio is not None:
-        write_json(folder / _AUDIO, audio.to_dict())
+        write_json(folder / AUDIO, audio.to_dict())
     write_weights(folder, WEIGHTS, state, max_shard_size)
     write_json(folder / "config.json", config.to_dict())
 

@@ -164,7 +164,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)}); copy or download it again") from None
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:

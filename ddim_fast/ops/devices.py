@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; choose auto, cpu or cuda") from None
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        there = f"torch sees {count} CUDA devices" if count else "torch sees no CUDA device; choose auto or cpu"
+        raise ValueError(f"device {name!r} is not available: {there}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch's functions want the number
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from . import attention, conv3x3, ddim_step, group_norm_silu
 from .devices import bf16_is_fast
 from .dispatch import explain
 
-__all__ = ["serving", "serving_line"]
+__all__ = ["require_backend", "serving", "serving_line"]
 
 
 def serving(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -38,6 +39,18 @@ def serving_line(device: torch.device, dtype: torch.dtype) -> str:
         server = "native" if is_int8 and operator == "conv3x3" else choice.partition(";")[0].partition(",")[0]
         operators.setdefault(server.partition(":")[0], []).append(operator)
     return ", ".join(f"{server} ({', '.join(names)})" for server, names in operators.items())
+
+
+def require_backend(device: torch.device, dtype: torch.dtype) -> None:
+    """See that what DDIM_FAST_BACKEND names can serve a network's typical calls.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    if os.environ.get("DDIM_FAST_BACKEND") and dtype != torch.int8:
+        for choice in serving(device, dtype).values():
+            if choice.startswith("none: "):
+                raise ValueError(choice.removeprefix("none: "))
 
 
 def _calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, ModuleType, Callable[[], object]]]:

@@ -31,11 +31,11 @@ def test_a_band_limit_hides_what_lies_above():
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [
-        (0.3, 0.2, "a gap lies within"),
-        (-0.1, 0.2, "a gap lies within"),
+        (0.3, 0.2, "a gap has a start and a later end"),
+        (-0.1, 0.2, "a gap has a start and a later end"),
         (0.1, 0.6, "from 0 to 0.512 s"),
         (0.0, 0.512, "nothing to restore from"),
-        (float("nan"), 0.2, "a gap lies within"),
+        (float("nan"), 0.2, "a gap has a start and a later end"),
     ],
 )
 def test_impossible_gaps(config, start, end, message):

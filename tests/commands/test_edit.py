@@ -98,39 +98,6 @@ def test_an_attribute(run, pictures, here, sampler):
     assert written(here / "darker").mean() < written(shoes).mean() < written(here / "brighter").mean()
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["{p}/shoes"], "say how to edit: --strength for SDEdit, --to for another class, or --direction"),
-        (["{p}/shoes", "--strength", "1.5"], "strength must lie in [0, 1]; got 1.5"),
-        (["{p}/shoes", "--strength", "half"], "--strength"),
-        (["{p}/shoes", "--strength", "0.1", "--spacing", "900,500"], "no listed timestep lies in 0..99"),
-        (["{p}/shoes", "--strength", "0.5", "--seed", "-3"], "a seed is a whole number"),
-        (["{p}/shoes", "--strength", "0.5", "--exact"], "--exact belongs to --to and --direction"),
-        (["{p}/shoes", "--strength", "0.5", "--amount", "2"], "--amount belongs to --direction"),
-        (["{p}/shoes", "--to", "9", "--from", "7", "--seed", "1"], "--seed belongs to SDEdit"),
-        (["{p}/shoes", "--to", "9"], "give their class by --from, or say --from none"),
-        (["{p}/shoes", "--to", "10", "--from", "7"], "class 10 is out of range"),
-        (["{p}/shoes", "--to", "9", "--from", "boot"], "--class/--from: no class is called 'boot'; did you mean 'ankle boot'?"),
-        (["{p}/shoes", "--to", "none", "--from", "7"], "--to: no class is called 'none'; there are T-shirt/top, trouser,"),
-        (["{p}/shoes", "--to", "9", "--direction", "{p}/dark", "{p}/shoes"], "not allowed with"),
-        (["{p}/shoes", "--direction", "{p}/dark", "{p}/empty"], "no images in"),
-        (["{p}/shoes", "--direction", "{p}/dark", "{p}/shoes", "--amount", "inf"], "--amount must be a finite number"),
-        (["{p}/shoes", "--strength", "0.5", "--guidance", "2"], "needs class labels to guide towards"),
-        (["{p}/empty", "--strength", "0.5"], "no images in"),
-        (["nowhere", "--strength", "0.5"], "no images at 'nowhere'"),
-        (["text.png", "--strength", "0.5"], "text.png: not a readable image"),
-        (["{p}/shoes", "--strength", "0.5", "--out", "{p}"], "is not empty (dark and 2 more)"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, pictures, here):
-    (here / "text.png").write_text("no picture")
-    code, out, err = run(*(a.format(p=pictures) for a in arguments), "--quiet")
-    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert [p.name for p in here.iterdir()] == ["text.png"]
-
-
 def test_an_interrupted_edit_leaves_nothing(run, pictures, here, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

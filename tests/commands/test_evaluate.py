@@ -340,33 +340,6 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 2 and "deterministic" in err
 
 
-@pytest.mark.parametrize(
-    "options,words",
-    [
-        ([], "nothing to measure"),
-        (["--loss"], "--data SPEC"),
-        (["--images", "x", "--loss", "--data", "y"], "--images can be measured against --reference only"),
-        (["--reference", "x", "--num-images", "0"], "--num-images"),
-        (["--reference", "x", "--solver", "euler"], "unknown name 'euler'"),
-        (["--reference", "x", "--tolerance", "small"], "'small' is not a list of numbers"),
-        (["--trajectory-error", "--tolerance", "-1"], "tolerance must be a positive number; got -1"),
-        (["--trajectory-error", "--guidance", "2", "--guidance-interval", "600", "300"], "the lower one first"),
-        (["--trajectory-error", "--guidance-interval", "300", "600"], "give its scale, such as --guidance 2, as well"),
-        (["--loss", "--data", "x", "--class", "7"], "--class is of what is sampled"),
-        (["--reference", "x", "--num-images", "1"], "--num-images 1: a distribution of images needs at least 2"),
-        (["--reference", "x"], "there is no feature network"),
-        (["--trajectory-error", "--model", "nobody"], "unknown model 'nobody'"),
-        (["--trajectory-error", "--guide", "cifar10-64"], "give its scale, such as --guidance 2"),
-        (["--trajectory-error", "--guide", "fashion-mnist", "--guidance", "2"], "the guide must be of the same kind"),
-        (["--trajectory-error", "--solver", "unipc", "--eta", "1"], "there is no setting to measure"),
-        (["--trajectory-error", "--eta", "0,1"], "--trajectory-error is of deterministic samplers"),
-    ],
-)
-def test_usage_errors_are_one_line(options, words, run):
-    code, out, err = run(*options)
-    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
-
-
 def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, small_unet, photos, tmp_path, tiny_inception):
     with torch.no_grad():
         small_unet.conv_out.weight.fill_(3e38)  # finite, as weights have to be

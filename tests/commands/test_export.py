@@ -121,37 +121,6 @@ def test_a_class_is_called_by_name(run, tmp_path):
     assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        ([], "--to"),
-        (["--to", "tensorrt"], "--to"),
-        (["--class", "10"], "class 10 is out of range: the network has classes 0..9"),
-        (["--class", "boot"], "--class: no class is called 'boot'; there are classes 0..9, without names"),
-        (["--class", "-1"], "--class"),
-        (["--model", "nonesuch"], "unknown model 'nonesuch'"),
-        (["--class", "all", "--out", "."], "--out: . exists and is not an empty folder"),
-        (["--steps", "5"], "--steps is an option of --to onnx"),
-        (["--dtype", "float16"], "--dtype is an option of --to checkpoint and --to onnx"),
-        (["--max-shard-size", "1MB"], "--max-shard-size is an option of --to checkpoint"),
-        (["--to", "checkpoint", "--dtype", "int8"], "weights of a checkpoint are float32, float16 or bfloat16"),
-        (["--ema-length", "0.1"], "--ema-length is an option of --to checkpoint"),
-        (["--to", "checkpoint", "--ema-length", "0.5"], "length of an average must be above 0 and at most 0.288; got 0.5"),
-        (["--to", "checkpoint", "--ema-length", "0.1"], "there are no snapshots of averages in"),
-        (["--to", "checkpoint", "--max-shard-size", "16"], "'16' is not a size such as 500KB"),
-    ],
-    ids=str,
-)
-def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, message, run, checkpoint, tmp_path):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "kept").write_text("")
-    to = ["--to", "diffusers"] if arguments else []
-    code, out, err = run(*to, "--model", checkpoint, "--out", "out", *arguments)
-    assert code == 2
-    assert message in err and err.count("\n") == 1 and out == ""
-    assert [p.name for p in (tmp_path / "here").iterdir()] == ["kept"]
-
-
 def test_an_unconditional_network_has_no_classes(run, unconditional, tmp_path):
     code, _, err = run("--to", "diffusers", "--model", unconditional, "--class", "3", "--out", tmp_path / "out")
     assert code == 2 and "the network is unconditional: it has no classes" in err

@@ -62,26 +62,3 @@ def test_four_corners_make_a_square(run, here):
     assert sorted(p.name for p in (here / "o").iterdir())[:16] == [f"{i:02d}.png" for i in range(16)]
     assert not (here / "o" / "film.gif").exists()
     assert Image.open(here / "o" / "grid.png").size == (2 * (2 + 4 * 34), 2 * (2 + 4 * 34))
-
-
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["seed:1"], "give two ends, or four corners; got 1"),
-        (["seed:1", "seed:x"], "'seed:x' is no seed: write it as seed:7"),
-        (["seed:1", "nowhere.png"], "no images at 'nowhere.png'"),
-        (["seed:1", "seed:2", "--frames", "1"], "--frames must be at least 2"),
-        (["seed:1", "seed:2", "--class", "10"], "--class: class 10 is out of range"),
-        (["seed:1", "seed:2", "--class", "boot"], "--class: no class is called 'boot'"),
-        (["seed:1", "seed:2", "--out", "full"], "--out full is not empty (kept)"),
-        (["seed:1", "text.png"], "text.png: not a readable image"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, here):
-    (here / "text.png").write_text("no picture")
-    (here / "full").mkdir()
-    (here / "full" / "kept").touch()
-    code, out, err = run(*arguments, "--steps", "1")
-    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert sorted(p.name for p in here.iterdir()) == ["full", "text.png"]

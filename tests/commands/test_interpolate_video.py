@@ -103,34 +103,3 @@ def test_the_same_folder_takes_no_other_job(run, checkpoint, clip, here):
     (clip / "4.png").unlink()
     code, _, err = run(*options)
     assert code == 2 and "o was begun with --video sha256:" in err
-
-
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["seed:1", "seed:2", "--factor", "2"], "--factor is an option of --video"),
-        (["seed:1", "--video", "clip"], "--video takes the place of the ends"),
-        (["--video", "clip", "--frames", "3"], "--video takes the place of the ends and of --frames"),
-        (["--video", "clip", "--factor", "1"], "--factor must be at least 2, for a new frame between each two; got 1"),
-        (["--video", "clip", "--fps", "0", "--out", "a.gif"], "--fps must be a positive number; got 0.0"),
-        (
-            ["--video", "clip", "--fps", "51", "--out", "a.gif"],
-            "a GIF shows at most 50 frames a second, and this film would have 51",
-        ),
-        (["--video", "clip", "--fps", "5"], "--fps is for a GIF or MP4"),
-        (["--video", "clip", "--out", "a.avi"], "a film is a folder, or a file .gif or .mp4; got 'a.avi'"),
-        (["--video", "clip", "--out", "there.gif"], "--out there.gif exists; name another file"),
-        (["--video", "clip", "--class", "10"], "class 10 is out of range"),
-        (["--video", "nowhere"], "no frames at 'nowhere'"),
-        (["--video", "text"], "a film has two frames or more; text has 0"),
-        (["--video", "there.gif"], "a film has two frames or more; there.gif has 1"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, checkpoint, clip, here):
-    (here / "text").mkdir()
-    Image.new("L", (16, 16)).save(here / "there.gif")
-    before = sorted(here.rglob("*"))
-    code, out, err = run(*arguments, "--model", checkpoint, "--steps", 1)
-    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert sorted(here.rglob("*")) == before

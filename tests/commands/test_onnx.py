@@ -155,7 +155,7 @@ def test_a_wrong_option_of_sample_is_one_line_and_exit_code_2(arguments, message
         (["--steps", "0"], "steps must be a whole number"),
         (["--spacing", "5,3", "--eta", "2"], "eta must lie in [0, 1]"),
         (["--to", "diffusers", "--steps", "7"], "--steps is an option of --to onnx"),
-        (["--out", "."], "--out: . exists and is not an empty folder"),
+        (["--out", "."], "--out . is not empty (kept)"),
     ],
     ids=str,
 )

@@ -81,27 +81,6 @@ def test_files_and_a_class_by_hand(run, pictures, here):
     assert load_file(here / "five" / "latents.safetensors")["labels"].tolist() == [5]
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["nowhere"], "no images at 'nowhere'"),
-        (["{pictures}", "--class", "10"], "class 10 is out of range"),
-        (["{pictures}", "--class", "boot"], "--class: no class is called 'boot'; did you mean 'ankle boot'?"),
-        (["{pictures}", "--steps", "0"], "steps must be a whole number"),
-        (["{pictures}", "--class", "none", "--guidance", "2"], "needs class labels to guide towards"),
-        (["{pictures}", "--out", "{pictures}"], "is not empty (0 and 9 more)"),
-        (["{text}"], "text.png: not a readable image"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_one_line_and_leaves_nothing(arguments, message, run, pictures, here):
-    text = here / "text.png"
-    text.write_text("no picture")
-    code, out, err = run(*(a.format(pictures=pictures, text=text) for a in arguments))
-    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert [p.name for p in here.iterdir()] == ["text.png"]
-
-
 def test_a_warning_of_this_package_is_a_line(run_here, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     run_here(reconstruct, "--help")

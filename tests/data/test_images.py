@@ -587,7 +587,7 @@ def test_images_of_the_hub_are_decoded_as_all_others_are(tmp_path, monkeypatch):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", [pixels(0, 8, 8, 3)])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'ddim_fast\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs pyarrow: pip install 'ddim_fast\[train\]'"):
         load_images(str(tmp_path), 3, 8)
 
 

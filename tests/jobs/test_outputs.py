@@ -120,7 +120,7 @@ def test_the_folder_holds_a_png_a_seed(tmp_path):
 
 
 def test_a_folder_has_no_place_for_a_seed_twice(tmp_path):
-    with pytest.raises(ValueError, match="names 7 2 times"):
+    with pytest.raises(ValueError, match="names 7 more than once"):
         PngFolder(tmp_path, Batches([7, 8, 7], None, 2, (4, 6, 1)))
     NpzFile(tmp_path / "a.npz", Batches([7, 8, 7], None, 2, (4, 6, 1)))
 

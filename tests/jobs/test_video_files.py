@@ -68,7 +68,7 @@ def test_what_is_no_film_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     (tmp_path / "a.mp4").write_text("no film")
     for read_or_write in (lambda: list(read_frames(tmp_path / "a.mp4")), lambda: write(tmp_path / "b.mp4", moving_square())):
-        with pytest.raises(ValueError, match=r"pip install 'ddim_fast\[video\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'ddim_fast\[video\]'"):
             read_or_write()
     monkeypatch.undo()
     pytest.importorskip("imageio_ffmpeg")
