@@ -1,4 +1,4 @@
-"""The figures of README.md and of docs/{engines,kernels,quality}.md are those of the files in benchmarks/results.
+"""The figures of README.md, of docs and of the pages beside the results are those of the files in benchmarks/results.
 
 Each table has a function here that makes its rows from the results, or a place in NOT_MEASURED or WITHOUT_DATA. Cells without
 data are None there. Where a page and a result differ, correct the page.
@@ -22,20 +22,36 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEDULE = NoiseSchedule.linear(1e-4, 0.02, 1000)
 MODELS = ROOT / "ddim_fast" / "models" / "packaged"
-PAGES = ("README.md", "docs/engines.md", "docs/kernels.md", "docs/onnx.md", "docs/quality.md")
+PAGES = (
+    *("README.md", "docs/engines.md", "docs/kernels.md", "docs/onnx.md", "docs/quality.md"),
+    *("docs/architecture.md", "docs/audio.md", "docs/editing.md", "docs/gallery.md", "docs/latent.md", "docs/restoration.md"),
+    *("benchmarks/results/guidance-by-class.md", "benchmarks/results/restoration-psnr.md"),
+)
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
+    "architecture: Architecture, 1",
+    "architecture: Rooms, 1",
+    "audio: How a sound is an image, 1",
+    "audio: Options, 1",
+    "editing: Which edit, 1",
     "engines: How a sampling run is executed, 1",
     "engines: The same bits, 1",
     "kernels: The kernels: what was predicted, what was measured, 1",
+    "latent: Which autoencoder, 1",
     "onnx: The folder, 1",
     "quality: Published values, 1",
+    "restoration: Options, 1",
 }
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
 WITHOUT_DATA = {
+    "audio: Figures, 1": "to be measured again by benchmarks/audio_recognition.py",
+    "audio: Figures, 2": "to be measured again by benchmarks/audio_restyle.py",
+    "editing: Figures, 1": "to be measured again by benchmarks/classified.py --swap",
     "engines: The same bits, 2": "there is no script for it",
+    "guidance-by-class: Classifier guidance, 1": "to be measured again by benchmarks/classified.py --gradients",
+    "guidance-by-class: Classifier-free guidance, 1": "to be measured again by benchmarks/classified.py",
     "kernels: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
     "kernels: Measured on a CPU, 2": "older than the kernels of now: to be measured again by benchmarks/test_ddim_step.py",
     "kernels: Measured on a CPU, 3": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
@@ -48,6 +64,11 @@ WITHOUT_DATA = {
     "quality: Training recipes, 3": "the first stage's loss by timestep",
     "quality: Training recipes, 4": "timesteps of an earlier fit to the second stage",
     "quality: Training recipes, 5": "models of some minutes, which were not kept",
+    "restoration: Figures, 1": "to be measured again by ddim_fast.restore --degrade",
+    "restoration: Films, 1": "there is no script for it",
+    "restoration-psnr: Classes, 1": "to be measured again by ddim_fast.restore --degrade",
+    "restoration-psnr: Steps, eta and time travel, 1": "of an earlier model",
+    "restoration-psnr: Time travel by task, 1": "to be measured again by ddim_fast.restore --degrade",
 }
 
 # What README.md says outside its tables and without data; it says so too.
