@@ -44,7 +44,7 @@ _EXAMPLES = """\
 # Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
 _ROUNDING = 2 / 255 / 12**0.5
 
-# Time travel that helps in every task, but where a blurred image is noisy: docs/restoration.md.
+# Time travel that helps in every task, but where a blurred image is noisy: benchmarks/results/restoration-psnr.md.
 _TRAVEL = (1, 3)
 
 # What an image has lost, and which options say how.

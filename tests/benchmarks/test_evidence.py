@@ -35,6 +35,8 @@ PAGES = (
     *(f"benchmarks/results/{name}.md" for name in ("cifar10-64", "fashion-mnist", "trajectory-error", "training-recipes")),
     *(f"benchmarks/results/{name}.md" for name in ("h100/networks", "h100/operators")),
     *(f"benchmarks/results/{name}.md" for name in ("zen4-two-cores/networks", "zen4-two-cores/operators")),
+    *("docs/architecture.md", "docs/audio.md", "docs/editing.md", "docs/gallery.md", "docs/latent.md", "docs/restoration.md"),
+    *("benchmarks/results/guidance-by-class.md", "benchmarks/results/restoration-psnr.md"),
 )
 
 # Tables of words, of predictions and of other people's figures.
@@ -54,6 +56,13 @@ NOT_MEASURED = {
     "onnx: The folder, 1",
     "quality: Published values, 1",
     "training: Data, 1",
+    "architecture: Architecture, 1",
+    "architecture: Rooms, 1",
+    "audio: How a sound is an image, 1",
+    "audio: Options, 1",
+    "editing: Which edit, 1",
+    "latent: Which autoencoder, 1",
+    "restoration: Options, 1",
 }
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
@@ -73,6 +82,16 @@ WITHOUT_DATA = {
     "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 2": "timesteps of an earlier fit to the second stage",
     "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
+    "audio: Figures, 1": "to be measured again by benchmarks/audio_recognition.py",
+    "audio: Figures, 2": "to be measured again by benchmarks/audio_restyle.py",
+    "editing: Figures, 1": "to be measured again by benchmarks/classified.py --swap",
+    "guidance-by-class: Classifier guidance, 1": "to be measured again by benchmarks/classified.py --gradients",
+    "guidance-by-class: Classifier-free guidance, 1": "to be measured again by benchmarks/classified.py",
+    "restoration: Figures, 1": "to be measured again by ddim_fast.restore --degrade",
+    "restoration: Films, 1": "there is no script for it",
+    "restoration-psnr: Classes, 1": "to be measured again by ddim_fast.restore --degrade",
+    "restoration-psnr: Steps, eta and time travel, 1": "of an earlier model",
+    "restoration-psnr: Time travel by task, 1": "to be measured again by ddim_fast.restore --degrade",
 }
 
 Rows = list[list[str]]
