@@ -8,7 +8,7 @@ INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 # Two processes of one thread each are faster than one of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: sample check test test-all bench clean
+.PHONY: sample check docs test test-all bench clean
 
 sample: $(VENV)/.installed
 	$(BIN)/python -m ddim_fast.sample --compile --steps 20
@@ -17,6 +17,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check ddim_fast kernels benchmarks tests examples setup.py
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"

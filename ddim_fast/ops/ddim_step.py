@@ -50,7 +50,7 @@ def ddim_step(
         coefficients: see :class:`ddim_fast.diffusion.step.StepCoefficients`; seven numbers, or tensors that broadcast, or a
             table: a float32 tensor of shape (S, 7) on the sample's device, of which row ``step`` counts. One captured CUDA
             graph with a table serves every step; a row that is not there gives NaN on a GPU.
-        clip: bound on |x_0|, or None.
+        clip: bound on the absolute x_0, or None.
         noise: like ``sample``, or None to leave its term out.
         out: where the result goes, of the sample's shape; may be one of the inputs.
         unconditional: the network's output without its condition, for classifier-free guidance; None leaves out the first line.
