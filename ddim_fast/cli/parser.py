@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import errno
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +46,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
             prog=f"python -m ddim_fast.{command}",
-            description=description,
-            epilog="examples:\n" + examples,
+            description=f"{description}\n\nexamples:\n{examples}",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
@@ -71,6 +71,14 @@ class CommandParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(str(value), action.choices, n=1)
         there = f"did you mean {close[0]!r}? There" if close else "there"
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there} are {', '.join(action.choices)}")
+
+    def format_help(self) -> str:
+        # All options stand below; in the usage line they would fill a screen.
+        required = [action for action in self._actions if action.option_strings and action.required]
+        words = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in required]
+        arguments = [str(action.metavar) for action in self._actions if not action.option_strings]
+        self.usage = " ".join(["%(prog)s", *words, "[OPTIONS]", *(f"{word} ..." for word in arguments)])
+        return super().format_help()
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """The options that --help shows under ``title``; the same for the same title."""
@@ -130,6 +138,9 @@ class _FormerName(argparse.Action):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2))
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Defaults that mean "nothing" are not shown; the help text says so where it matters."""
         shows_nothing = action.default is None or action.default is False or action.default == []
