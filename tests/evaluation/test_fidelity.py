@@ -54,5 +54,5 @@ def test_what_cannot_be_measured_is_named(monkeypatch):
     with pytest.raises(ValueError, match="window of 11x11 pixels; these pictures are 8x20"):
         check_similarity((8, 20))
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
-    with pytest.raises(ValueError, match=r"pip install 'ddim_fast\[restore\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ddim_fast\[restore\]'"):
         check_similarity((16, 16))
