@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -55,15 +56,17 @@ class Screen:
     """The lines of a terminal that knows carriage returns."""
 
     def __init__(self) -> None:
-        self.lines = [""]
+        self.lines, self.column = [""], 0
 
     def write(self, text: str) -> None:
-        for part in text.replace("\r\n", "\n").split("\n"):
-            for i, written in enumerate(part.split("\r")):
-                line = self.lines[-1]
-                self.lines[-1] = (written + line[len(written) :] if i else line + written)[: 4 * COLUMNS]
-            self.lines.append("")
-        self.lines.pop()
+        for part in re.split(r"([\r\n])", text.replace("\r\n", "\n")):
+            if part == "\n":
+                self.lines.append("")
+            if part in ("\n", "\r"):
+                self.column = 0
+                continue
+            line, end = self.lines[-1], self.column + len(part)
+            self.lines[-1], self.column = line[: self.column] + part + line[end:], end
 
     def frame(self, font: ImageFont.FreeTypeFont) -> Image.Image:
         wrapped = [line[i : i + COLUMNS] for line in self.lines for i in range(0, max(1, len(line.rstrip())), COLUMNS)]

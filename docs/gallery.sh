@@ -125,3 +125,5 @@ run restyle jackson --model spoken-digits --to 7/theo --guidance 3 --out restyle
 cp restyled/comparison.png "$pictures/restyled.png"
 run restore_sounds jackson --model spoken-digits --gap 0.45 0.55 --guidance 2 --out filled
 cp filled/comparison.png "$pictures/filled.png"
+
+python "$docs/film.py" "$docs/first-minute.gif"
