@@ -242,13 +242,13 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
         gr.Markdown(f"# ddim_fast\nDDIM with the model `{name}`")
         with gr.Tab("Sample"), gr.Row():
             with gr.Column():
-                count = gr.Slider(1, _MAX_IMAGES, value=10, step=1, label="Images")
+                count = gr.Slider(1, _MAX_IMAGES, value=9, step=1, label="Images")
                 inputs = [steps(), seed(), count, label(), guidance()]
                 go = gr.Button("Sample", variant="primary")
             images = gr.Gallery(
                 label="Images",
                 format="png",
-                columns=4,
+                columns=3,
                 object_fit="contain",
                 interactive=False,
                 buttons=["download", "download_all", "fullscreen"],

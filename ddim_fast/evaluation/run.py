@@ -94,6 +94,7 @@ _SILENT = (
     "reference content",
     "features",
     "data",
+    "content",
     "data content",
     "seeds",
     "class",
