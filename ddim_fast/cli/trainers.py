@@ -147,7 +147,9 @@ def make_trainer(
         else:
             trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} ({parser.hint})" if settings.resume else error) from None
+        if settings.resume:  # what the run remembers, not what the user has named
+            raise FileNotFoundError(f"{error} ({parser.hint})") from None
+        parser.error(str(error))
     if _goes_on(settings):
         trainer.load(settings.out)
     return trainer, codec, seen

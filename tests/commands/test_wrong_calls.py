@@ -937,7 +937,7 @@ train --data photos --out notes/new --steps 1 --device cpu
 train --data photos --out album --preset cifar --steps 1
     2 argument --preset: invalid choice: 'cifar'; did you mean 'cifar10-64'? There are cifar10-64, ...
 train --data nowhere --out new --steps 1 --set sample_size=8
-    1 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
 train --data empty --out new --steps 1 --set sample_size=8
     1 no images in 'empty': files such as .png or .jpg are needed
 train --data mixed --out new --steps 1 --set sample_size=16
