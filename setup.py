@@ -43,6 +43,9 @@ if IS_X86:
 KERNELS = {
     "csrc/conv3x3_kernel.cpp": (INSTRUCTION_SETS | BF16 | INT8, ["-ffp-contract=fast"]),
     "csrc/group_norm_silu_kernel.cpp": (INSTRUCTION_SETS | BF16, ["-ffp-contract=fast"]),
+    "csrc/product_kernel.cpp": (INSTRUCTION_SETS | BF16, ["-ffp-contract=fast"]),
+    "csrc/attention_kernel.cpp": (INSTRUCTION_SETS, ["-ffp-contract=fast"]),
+    "csrc/elementwise_kernel.cpp": (INSTRUCTION_SETS, []),
     "csrc/ddim_step_kernel.cpp": (INSTRUCTION_SETS, []),
 }
 

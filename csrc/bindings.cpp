@@ -13,6 +13,7 @@
 #include "ddim_step.h"
 #include "group_norm_silu.h"
 #include "instruction_set.h"
+#include "plan_bindings.h"
 
 namespace py = pybind11;
 
@@ -377,6 +378,8 @@ out_ptr: (tile + 2)^2 * out_channels * in_channels numbers, of bf16 or fp32; of 
 tile: 2 or, in fp32, 4.
 scales: addresses of steps, 16 fp32 numbers that bring the components of the transformed pixels to -128..127, and of the
     results units (fp32) and start (int32), 16 * out_channels of each.)");
+
+    ddim_fast::bind_plan(module);
 
     module.def("instruction_set", &ddim_fast::instruction_set_name,
                "What the operators of the CPU use: avx512, avx2 or baseline. DDIM_FAST_CPU=baseline or avx2, read once, asks for "

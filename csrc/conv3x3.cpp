@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <memory>
 
 #include "conv3x3_kernel.h"
 #include "parallel.h"
+#include "weights.h"
 
 namespace ddim_fast {
 namespace {
@@ -15,41 +14,19 @@ namespace {
 // second-level cache.
 constexpr int64_t tiles_a_task(int tile) { return tile == 4 ? 36 : 72; }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, typename W = T>
-using RunTiles = void (*)(const Conv3x3<T, W>& op, const TileRange& range, void* scratch);
+using RunTiles = void (*)(const Conv3x3<T, W>& op, const Part& part, void* scratch);
 
 template <typename T, typename W>
 void run_parallel(const Conv3x3<T, W>& op, int num_threads, RunTiles<T, W> run) {
     const int64_t tiles = op.images * tiles_along(op, op.height) * tiles_along(op, op.width);
-    const int64_t groups = divide_up(tiles, kTileGroup);
     if (tiles == 0) return;
-    // A task is a run of tiles and, where those are few, a part of the output channels: then each thread reads its own weights.
-    const int64_t blocks = divide_up(op.out_channels, kBlock);
-    int64_t runs = divide_up(tiles, tiles_a_task(op.tile)), splits = 1;
-    if (runs < num_threads) splits = std::min(blocks, divide_up(num_threads, runs));
-    runs = std::min(groups, divide_up(runs * splits, num_threads) * num_threads / splits);
-    const Scratch<T, W> scratch(op, divide_up(groups, runs) * kTileGroup);
-    parallel_for(runs * splits, 1, num_threads, [&](int64_t begin, int64_t end) {
-        constexpr int64_t kLine = Scratch<T, W>::kLine;
-        const std::unique_ptr<char[]> memory(new char[scratch.bytes + kLine]);
-        char* const lines = memory.get() + (kLine - reinterpret_cast<uintptr_t>(memory.get()) % kLine);
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t part = task / splits, split = task % splits;
-            const int64_t first = groups * part / runs * kTileGroup, last = groups * (part + 1) / runs * kTileGroup;
-            run(op, {first, std::min(last, tiles), blocks * split / splits, blocks * (split + 1) / splits}, lines);
-        }
+    const Division division(tiles, op.out_channels, tiles_a_task(op.tile), num_threads);
+    const Scratch<T, W> scratch(op, division.most_rows());
+    parallel_for(division.tasks(), 1, num_threads, [&](int64_t begin, int64_t end) {
+        char* const memory = scratch_memory(scratch.bytes);
+        for (int64_t task = begin; task < end; ++task) run(op, division.part(task), memory);
     });
-}
-
-void write(float* p, float value) { *p = value; }
-
-void write(bfloat16* p, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    p->bits = static_cast<uint16_t>((nan ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 // One side of G g G^T: three numbers become four, or six.
@@ -78,16 +55,6 @@ void for_each_component(const float* weight, int64_t k, int64_t in_channels, int
         for (int i = 0; i < side; ++i) transform_weights(half + 3 * i, 1, whole + side * i, 1, tile);
         for (int i = 0; i < side * side; ++i) visit(i, c, static_cast<float>(whole[i]));
     }
-}
-
-// Where a weight lies: (components, strips of `columns` output channels, input channels, output channels of the strip), but as
-// many input channels beside each other as fill 32 bits.
-template <typename W>
-W* place_of_weight(W* out, int64_t component, int64_t k, int64_t c, int64_t out_channels, int64_t in_channels) {
-    constexpr int64_t kBeside = sizeof(float) / sizeof(W);
-    const int64_t strip = DDIM_FAST_CHOOSE(int64_t, columns), first = k / strip * strip;
-    const int64_t width = std::min(strip, out_channels - first);
-    return out + (component * out_channels + first) * in_channels + (c / kBeside * width + k - first) * kBeside + c % kBeside;
 }
 
 template <typename T>

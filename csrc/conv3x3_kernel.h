@@ -3,19 +3,9 @@
 
 #include "conv3x3.h"
 #include "instruction_set.h"
+#include "tile.h"
 
 namespace ddim_fast {
-
-// Output channels whose sums are taken together.
-constexpr int64_t kBlock = 64;
-
-// Tiles that are multiplied together: tasks are multiples of it, and rows beyond the last tile are computed, but not read.
-constexpr int64_t kTileGroup = 6;
-
-// The tiles [begin, end), and the blocks [first_block, last_block) of kBlock output channels.
-struct TileRange {
-    int64_t begin, end, first_block, last_block;
-};
 
 // A task's memory, of cache lines: a pixel's worth of zeros; the transformed pixels, (components, rows, in_channels); the sums,
 // (components, rows, kBlock). A line more between components keeps them from falling on the same sets of a cache.
@@ -35,22 +25,20 @@ struct Scratch {
     int64_t rows, pixel_stride, sum_stride, zeros_bytes, pixel_bytes, bytes;
 };
 
-// run_tiles: `scratch` begins with a cache line, and has room for the range.
-// columns: so many output channels' weights lie together, see prepare_conv3x3.
-DDIM_FAST_DECLARE_EACH(void run_tiles(const Conv3x3<float>& op, const TileRange& range, void* scratch);
-                       extern const int64_t columns;)
+// run_tiles: `scratch` begins with a cache line, and has room for the part.
+DDIM_FAST_DECLARE_EACH(void run_tiles(const Conv3x3<float>& op, const Part& part, void* scratch);)
 
 #ifdef DDIM_FAST_X86
 namespace avx512bf16 {
-void run_tiles(const Conv3x3<bfloat16>& op, const TileRange& range, void* scratch);
+void run_tiles(const Conv3x3<bfloat16>& op, const Part& part, void* scratch);
 }
 namespace avx512vnni {
-void run_tiles(const Conv3x3<float, int8_t>& op, const TileRange& range, void* scratch);
-void run_tiles(const Conv3x3<bfloat16, int8_t>& op, const TileRange& range, void* scratch);
+void run_tiles(const Conv3x3<float, int8_t>& op, const Part& part, void* scratch);
+void run_tiles(const Conv3x3<bfloat16, int8_t>& op, const Part& part, void* scratch);
 }  // namespace avx512vnni
 namespace avxvnni {
-void run_tiles(const Conv3x3<float, int8_t>& op, const TileRange& range, void* scratch);
-void run_tiles(const Conv3x3<bfloat16, int8_t>& op, const TileRange& range, void* scratch);
+void run_tiles(const Conv3x3<float, int8_t>& op, const Part& part, void* scratch);
+void run_tiles(const Conv3x3<bfloat16, int8_t>& op, const Part& part, void* scratch);
 }  // namespace avxvnni
 #endif
 

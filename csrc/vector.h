@@ -139,31 +139,43 @@ DDIM_FAST_INLINE Vector at_least(float least, Vector v) {
 #endif
 }
 
-// y / (1 + e^-y), with e^-y = 2^n 2^f to 2 ulp: n a whole number and 2^f a polynomial on [-1/2, 1/2]. NaN stays NaN.
-DDIM_FAST_INLINE Vector silu(Vector y) {
-    const float log2_e = 1.44269504088896341f;
+// e^(factor x / log2(e)) to 2 ulp, x * factor being at most 127 in magnitude: 2^n 2^f, n a whole number and 2^f a polynomial on
+// [-1/2, 1/2].
+DDIM_FAST_INLINE Vector power_of_two(Vector x, float factor) {
 #ifdef __AVX512F__
-    const Vector x = at_most(88.0f, y);
-    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(x * -log2_e), 0);
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(x * factor), 0);
 #else
-    const Vector x = at_least(-87.0f, at_most(87.0f, y));
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const Vector shifted = x * -log2_e + magic;
+    const Vector shifted = x * factor + magic;
     const Vector n = shifted - magic;
 #endif
-    const Vector f = x * -log2_e - n;
+    const Vector f = x * factor - n;
     Vector p = f * 0.00132647273f + 0.00967151299f;
     p = p * f + 0.0555073359f;
     p = p * f + 0.240222424f;
     p = p * f + 0.693147004f;
     p = p * f + 1.0f;
 #ifdef __AVX512F__
-    const Vector denominator = (Vector)_mm512_scalef_ps((__m512)p, (__m512)n) + 1.0f;
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     // The integer becomes the exponent of 2^n; the magic number's own bits are shifted out.
-    const Vector denominator = p * (Vector)(((BitsVector)shifted << 23) + 0x3F800000u) + 1.0f;
+    return p * (Vector)(((BitsVector)shifted << 23) + 0x3F800000u);
 #endif
-    return y / denominator;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// e^x for x up to 0; below -87, where results are smaller than any normal number, about zero. NaN stays NaN.
+DDIM_FAST_INLINE Vector exponential(Vector x) { return power_of_two(at_least(-87.0f, x), kLog2E); }
+
+// y / (1 + e^-y). NaN stays NaN.
+DDIM_FAST_INLINE Vector silu(Vector y) {
+#ifdef __AVX512F__
+    const Vector x = at_most(88.0f, y);
+#else
+    const Vector x = at_least(-87.0f, at_most(87.0f, y));
+#endif
+    return y / (power_of_two(x, -kLog2E) + 1.0f);
 }
 
 }  // namespace

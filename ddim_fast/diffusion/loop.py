@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
         conditions: of the denoiser.
         table: (S, ...) float32, the solver's coefficients.
         steps: (S,) int64, 0 to S - 1.
+        ages: (S,) float32, how far each step is from the last one that computed the deep features, as a part of ``reuse``.
         seeds: (N,) int64 of stochastic sampling, or None.
     """
 
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
     conditions: Conditions
     table: Tensor
     steps: Tensor
+    ages: Tensor
     seeds: Tensor | None
 
 
@@ -86,11 +88,13 @@ class Loop(Generic[F]):
         prepared: Prepared = self.denoiser.prepare(
             timesteps, request.labels, request.guidance, request.guidance_interval, request.gradient, self.solver.clip
         )
+        steps = torch.arange(len(timesteps), device=device)
         inputs = Inputs(
             initial_noise(request, self.denoiser) if x is None else x,
             prepared.conditions,
             torch.from_numpy(table).to(device),
-            torch.arange(len(timesteps), device=device),
+            steps,
+            steps % self.reuse / self.reuse,
             request.seeds if self.solver.stochastic else None,
         )
         return Run(inputs, prepared.unguided, prepared.correction)
@@ -153,7 +157,8 @@ class Loop(Generic[F]):
         if deep is None:
             return self.denoiser(x, inputs.conditions, index)
         features, change = deep
-        extrapolated = torch.addcmul(features, change, (index % self.reuse / self.reuse).to(change.dtype))
+        age = inputs.ages.index_select(0, index.reshape(1))[0]
+        extrapolated = torch.addcmul(features, change, age.to(change.dtype))
         return self.denoiser(x, inputs.conditions, index, extrapolated)
 
     def _last(self, engine: Engine, inputs: Inputs, plan: tuple[tuple[int, ...], ClassifierGuidance | None]) -> Tensor:

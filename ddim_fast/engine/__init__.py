@@ -10,6 +10,7 @@ import torch
 from ..ops import native
 from ..ops.measured import is_faster_in_cpp
 from .captured import Captured
+from .captured_cpu import CapturedOnCpu
 from .compiled import Compiled, why_not_compiled
 from .eager import Eager
 from .inference import inference
@@ -38,8 +39,11 @@ def select_engine(name: str, device: torch.device) -> str:
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; there are {', '.join(ENGINES)}")
-    if name == "captured" and device.type != "cuda":
-        raise ValueError(f"the captured engine is a CUDA graph, but the network is on {device}; choose eager or compiled")
+    if name == "captured":
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(f"the captured engine is for CUDA and CPUs, but the network is on {device}; choose eager or compiled")
+        if device.type == "cpu" and native.module is None:
+            raise ValueError(f"the captured engine needs the C++ operators on a CPU: {native.why_not}")
     return "eager" if name == "auto" else name
 
 
@@ -68,4 +72,5 @@ def make_engine(name: str, device: torch.device) -> Engine:
     Raises:
         ValueError: there is no such engine, or not there.
     """
-    return {"eager": Eager, "compiled": Compiled, "captured": Captured}[select_engine(name, device)]()
+    captured = CapturedOnCpu if device.type == "cpu" else Captured
+    return {"eager": Eager, "compiled": Compiled, "captured": captured}[select_engine(name, device)]()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..io.progress import collect, tell
 from .compiled import Compiled, signature
 
-__all__ = ["Captured"]
+__all__ = ["Captured", "cloned", "tensors_of"]
 
 
 class Captured(Compiled):
@@ -41,7 +41,7 @@ class Captured(Compiled):
             self._graphs[key] = graph
             stream = torch.cuda.current_stream(graph.result.device)
             stream.wait_event(graph.read)
-            for static, new in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
+            for static, new in zip(tensors_of(graph.inputs), tensors_of(inputs), strict=True):
                 static.copy_(new)
             graph.graph.replay()
             result = graph.result.clone()
@@ -50,9 +50,9 @@ class Captured(Compiled):
             return result
 
     def _capture(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> _Graph:
-        static = _cloned(inputs)
+        static = cloned(inputs)
         # What is compiled, tuned or allocated at first use must not be captured; nor may the default stream be in use.
-        device = next(_tensors(inputs)).device
+        device = next(tensors_of(inputs)).device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), collect():
@@ -76,20 +76,20 @@ class _Graph(NamedTuple):
     told: tuple[float, int]
 
 
-def _cloned(value: Any) -> Any:
+def cloned(value: Any) -> Any:
     """Copies of tensors nested in tuples and named tuples."""
     if isinstance(value, Tensor):
         return value.clone()
     if not isinstance(value, tuple):
         return value
-    copies = map(_cloned, value)
+    copies = map(cloned, value)
     return type(value)(*copies) if hasattr(value, "_fields") else tuple(copies)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Those nested in tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)

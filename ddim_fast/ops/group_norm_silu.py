@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .capturing import is_capturing
 from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
 from .torch_private import is_observed, is_transformed
@@ -60,6 +61,8 @@ def group_norm_silu(
     _check(call)
     if weight is None or bias is None:
         call = _with_parameters(call)
+    if is_capturing():
+        return _registered(*call)
     if torch.compiler.is_compiling():
         return _registered(*call) if _compiles_to_operator(call) else _reference(call)
     return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)

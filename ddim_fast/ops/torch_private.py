@@ -27,6 +27,7 @@ __all__ = [
     "is_compiled",
     "is_observed",
     "is_transformed",
+    "is_view",
     "named_cpp_kernels",
     "remove_pre_hooks",
     "storage_id",
@@ -84,6 +85,11 @@ def storage_id(tensor: Tensor) -> int:
     """The ``cdata`` of a :class:`StorageWeakRef` to the tensor's storage. While such a reference is held, no other storage
     has it."""
     return tensor.untyped_storage()._cdata
+
+
+def is_view(operator: Any) -> bool:
+    """Whether an operator of torch.ops returns its argument's memory as it is."""
+    return operator.is_view
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,0 +1,33 @@
+"""Whether a run is being captured on a CPU. Operators then go through torch.library, where the capture sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["capturing", "is_capturing", "is_compiling"]
+
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """A context in which :func:`is_capturing` holds in the calling thread."""
+    _state.active = True
+    try:
+        yield
+    finally:
+        _state.active = False
+
+
+def is_capturing() -> bool:
+    """Whether the calling thread captures a run."""
+    return getattr(_state, "active", False)
+
+
+def is_compiling() -> bool:
+    """Whether operators are to be called as torch.library registers them: under torch.compile, or in a capture."""
+    return torch.compiler.is_compiling() or is_capturing()
