@@ -47,7 +47,8 @@ def test_approximations(benchmark, solver):
     solution = Sampler(model, steps=100, solver="unipc", spacing="log-snr").sample(**request)
     calls, errors = {}, {}
     for name, options in _runs():
-        options = {"steps": STEPS, "solver": solver, "engine": fastest_engine(torch.device(DEVICE)), **options}
+        engine = fastest_engine(torch.device(DEVICE), options.get("dtype", torch.float32))
+        options = {"steps": STEPS, "solver": solver, "engine": engine, **options}
         sampler = Sampler(model, **options)
         errors[name] = relative_error(sampler.sample(**request), solution)
         assert errors[name] < 0.5

@@ -31,12 +31,10 @@ struct Attention {
     int64_t images;
     int64_t heads;
     int64_t queries;
-    int64_t keys;
-    int64_t dim;  // this and keys: at least kAttentionLeast
+    int64_t keys;  // at least 1
+    int64_t dim;
     float scale;
 };
-
-constexpr int64_t kAttentionLeast = 6;
 
 // On the host.
 void attention(const Attention<float>& op, int num_threads);

@@ -7,8 +7,6 @@
 
 namespace ddim_fast {
 
-static_assert(kAttentionLeast == kTileGroup);
-
 // Up to kBlock queries of one head.
 struct Queries {
     int64_t image, head, first, count;

@@ -237,7 +237,7 @@ struct AttentionStep : Plan::Step {
 
     explicit AttentionStep(Arguments& a) {
         op.images = a.size(), op.heads = a.size(), op.queries = a.size();
-        op.keys = a.integer(kAttentionLeast, 1 << 24), op.dim = a.integer(kAttentionLeast, 1 << 24);
+        op.keys = a.integer(1, 1 << 24), op.dim = a.integer(1, 1 << 24);
         for (TokenStrides* const s : {&op.query_strides, &op.key_strides, &op.value_strides, &op.out_strides})
             s->image = a.size(), s->head = a.size(), s->token = a.size();
         op.scale = a.real();
@@ -247,6 +247,7 @@ struct AttentionStep : Plan::Step {
             int64_t last = 0;
             for (const int64_t part : parts)
                 if (__builtin_add_overflow(last, part, &last)) throw PlanError("a size is out of range");
+            if (multiply({op.images, op.heads, tokens, op.dim}) > last) throw PlanError("tokens overlap");
             return multiply({last, sizeof(T)});
         };
         query = a.reads(bytes(op.query_strides, op.queries), sizeof(T));
@@ -321,6 +322,7 @@ struct ElementwiseStep : Plan::Step {
             const int64_t reach = op.sizes[i] == 0 ? 0 : multiply({op.sizes[i] - 1, x.strides[i]});
             if (__builtin_add_overflow(last, reach, &last)) throw PlanError("a size is out of range");
         }
+        if (is_written && numbers > 0 && numbers - 1 > last) throw PlanError("elements that it writes overlap");
         const int64_t bytes = numbers == 0 ? 0 : multiply({last + 1, size_of(x.dtype)});
         return is_written ? a.writes(bytes, size_of(x.dtype)) : a.reads(bytes, size_of(x.dtype));
     }
@@ -388,8 +390,9 @@ Plan::Plan(const std::vector<Segment>& segments, const std::vector<Call>& calls)
             const auto found = operators().find(call.name);
             if (found == operators().end()) throw PlanError("there is no such operator");
             Arguments arguments(call, segments);
-            steps_.push_back(found->second(arguments));
+            StepPointer step = found->second(arguments);
             arguments.finish();
+            steps_.push_back(std::move(step));
         } catch (const PlanError& error) {
             throw PlanError("call " + std::to_string(steps_.size()) + ", " + call.name + ": " + error.what());
         }

@@ -270,7 +270,7 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
     """The samplers that the user names, each with its settings."""
     device = model.device
     dtype = select_dtype(arguments.dtype, arguments.compile, device)
-    engine = select_engine(select_execution(arguments.engine, arguments.compile, device), device)
+    engine = select_engine(select_execution(arguments.engine, arguments.compile, device, arguments.dtype), device)
     denoiser_of = functools.cache(lambda chosen: Denoiser(model, dtype=chosen, guide=guide))
 
     def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:

@@ -102,11 +102,12 @@ def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: st
 
 def _reasons(settings: SamplerSettings | SampleSettings, sampler: Any) -> list[str]:
     """Why a run with --compile is not compiled, and not in bfloat16, where nobody asked for that."""
-    from ..engine import cpp_is_fastest
     from ..ops.devices import bf16_is_fast
 
     reasons, device = [], sampler.device
-    if settings.engine == "auto" and cpp_is_fastest(device):
+    if sampler.tolerance is not None:
+        reasons.append("eager, since each image takes steps of its own")
+    elif settings.engine == "auto" and sampler.engine == "eager" and device.type == "cpu":
         reasons.append("eager, since this package's C++ operators are faster here than torch.compile")
     if settings.dtype == "auto" and not bf16_is_fast(device):
         reasons.append(f"float32, since this {'processor' if device.type == 'cpu' else 'GPU'} is not fast at bfloat16")

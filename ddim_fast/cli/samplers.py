@@ -103,15 +103,15 @@ def make_sampler(parser: CommandParser, settings: SamplerSettings) -> AnySampler
             steps=settings.steps,
             spacing=parse_spacing(settings.spacing),
             dtype=select_dtype(settings.dtype, settings.compile, device),
-            engine=select_execution(settings.engine, settings.compile, device),
+            engine=select_execution(settings.engine, settings.compile, device, settings.dtype),
         )
 
 
-def select_execution(engine: str, compiled: bool, device: torch.device) -> str:
-    """The engine that ``--engine`` names; ``auto`` is the fastest one with ``--compile``."""
+def select_execution(engine: str, compiled: bool, device: torch.device, dtype: str) -> str:
+    """The engine that ``--engine`` names; ``auto`` is the fastest one with ``--compile``, for what ``--dtype`` names."""
     from ..engine import fastest_engine
 
-    return fastest_engine(device) if compiled and engine == "auto" else engine
+    return fastest_engine(device, select_dtype(dtype, compiled, device)) if compiled and engine == "auto" else engine
 
 
 def batch_size_of(settings: SamplerSettings, sampler: AnySampler) -> int:

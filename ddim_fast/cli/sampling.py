@@ -121,7 +121,7 @@ def _torch_sampler(
         eta=settings.eta,
         spacing=parse_spacing(settings.spacing),
         solver=settings.solver,
-        engine=select_execution(settings.engine, settings.compile, device),
+        engine=_engine(settings, device),
         reuse=settings.reuse,
         tolerance=settings.tolerance,
         clip_sample_range=settings.clip,
@@ -129,6 +129,13 @@ def _torch_sampler(
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return sampler, weights_checksum(*sampler.networks), {"device": name, "torch": torch.__version__}
+
+
+def _engine(settings: SampleSettings, device: Any) -> str:
+    """The engine of a run. With a tolerance no steps are known before it, so only eager can serve."""
+    if settings.tolerance is not None:
+        return settings.engine
+    return select_execution(settings.engine, settings.compile, device, settings.dtype)
 
 
 def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[OnnxSampler, str, dict[str, str]]:

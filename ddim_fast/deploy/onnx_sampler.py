@@ -68,6 +68,7 @@ class OnnxSampler:
     """
 
     engine = "onnx"
+    needs_one_batch_size = True
     device = _Device()
     tolerance = None  # its steps are fixed
 

@@ -155,6 +155,11 @@ class Sampler:
         return other
 
     @property
+    def needs_one_batch_size(self) -> bool:
+        """Whether every batch size costs a preparation, so that a smaller last batch is better padded."""
+        return self._engine.needs_one_batch_size
+
+    @property
     def evaluations(self) -> Tensor | None:
         """(N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None before.
         Evaluations of a guide are not counted."""
@@ -215,7 +220,7 @@ class Sampler:
 
         none = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
         with Bar(len(request), shown=progress):
-            images = request.compute(compute, batch_size, none, padded=self._engine.needs_one_batch_size)
+            images = request.compute(compute, batch_size, none, padded=self.needs_one_batch_size)
         self._latest.evaluations = torch.cat(counts)[: len(request)]  # only the last batch may be padded
         return images
 

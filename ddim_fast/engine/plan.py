@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..ops import native
+from ..ops.torch_private import is_profiled
 
 __all__ = ["Buffer", "Call", "NotRecorded", "Plan", "View"]
 
@@ -102,9 +103,8 @@ class Plan:
                     segments.append((view.buffer.bytes, False))
                     self._tensors.append(view.buffer.tensor)
         places = [[(-1, 0) if v is None else (v.buffer.segment, v.buffer.offset + v.offset) for v in c.views()] for c in only]
-        self._plan = native.module.Plan(
-            segments, [(c.name, p, c.integers, c.reals) for c, p in zip(only, places, strict=True)]
-        )
+        self._plan = native.module.Plan(segments, [(c.name, p, c.integers, c.reals) for c, p in zip(only, places, strict=True)])
+        self._names = [call.name for call in only]
         self._addresses = [t.untyped_storage().data_ptr() for t in self._tensors]
         self._result = result.buffer.offset + result.offset
 
@@ -115,7 +115,12 @@ class Plan:
         """Executes the calls between two marks, or before the first one, or after the last one."""
         begin = self._marks[part - 1] if part else 0
         end = self._marks[part] if part < len(self._marks) else len(self._plan)
-        self._plan.run(self._addresses, begin, end, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if not is_profiled():
+            return self._plan.run(self._addresses, begin, end, threads)
+        for number in range(begin, end):
+            with record_function(f"ddim_fast::{self._names[number]}[native]"):
+                self._plan.run(self._addresses, number, number + 1, threads)
 
     def result(self, like: Tensor) -> Tensor:
         """A copy of what was computed."""
@@ -222,5 +227,3 @@ def _give_back(free: list[tuple[int, int]], offset: int, length: int) -> None:
         before = free.pop(at - 1)
         offset, length, at = before[0], before[1] + length, at - 1
     free.insert(at, (offset, length))
-
-

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import conv3x3, ddim_step, group_norm_silu, native  # noqa: F401  (what torch.ops.ddim_fast has)
-from ..ops.torch_private import StorageWeakRef, is_view, storage_id
+from ..ops.torch_private import StorageWeakRef, is_view, storage_id, tree_map_only
 from .plan import Buffer, Call, NotRecorded, View
 
-__all__ = ["Recorder"]
+__all__ = ["Derived", "Recorder"]
 
 aten = torch.ops.aten
 
@@ -23,6 +23,11 @@ FILL, COPY, ADD, MULTIPLY, DIVIDE, CLAMP, LERP, ADDCMUL = range(8)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LAST = torch.channels_last
+
+_REFUSED = " cannot be part of a captured run on a CPU; choose the eager or the compiled engine"
+
+# By kind and weight, with a reference to the weight: while it is held, no other weight has its storage's number.
+Derived = dict[Any, tuple[StorageWeakRef, Tensor]]
 
 Handler = Callable[..., None]
 HANDLERS: dict[Any, Handler] = {}
@@ -38,25 +43,28 @@ _ALLOCATIONS = (
 
 
 class Recorder(TorchDispatchMode):
-    """A context in which each operation of PyTorch is executed and recorded.
+    """A context in which each operation of PyTorch is recorded instead of executed.
 
-    Views need no call: a call names memory, by its buffer and strides. What is computed from weights alone is a weight itself.
+    Views need no call: a call names memory, by its buffer and strides. What is computed from weights alone is executed, and a
+    weight itself.
 
     Args:
         inputs: tensors that a replay reads anew.
-        packed: weights that products read, by the tensors they were made of; shared by recordings, which add to it.
+        derived: what was made of weights; shared by recordings, which add to it.
 
     Attributes:
         calls: what was recorded so far.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], packed: dict[Any, Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], derived: Derived) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._buffers: dict[int, Buffer] = {}
         self._references: list[StorageWeakRef] = []  # while they are held, each storage's number is its own
         self._padded: dict[Buffer, tuple[Tensor, Sequence[int]]] = {}
-        self._packed = packed
+        self._derived = derived
+        for key in [key for key, (reference, _) in derived.items() if reference.expired()]:
+            del derived[key]
         for tensor in inputs:
             self._new_buffer(tensor, "input")
 
@@ -68,23 +76,36 @@ class Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
         if is_view(func):
-            return result
-        given = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        made = [t for t in _tensors(result) if not any(storage_id(t) == storage_id(g) for g in given)]
+            return func(*args, **kwargs)
         if func in _ALLOCATIONS:
+            result = func(*args, **kwargs)
             self._new_buffer(result, "scratch")
-        elif all(self.buffer(t).kind == "weight" for t in given):
-            for t in made:
+        elif all(self.buffer(t).kind == "weight" for t in _tensors([args, list(kwargs.values())])):
+            result = func(*args, **kwargs)
+            for t in _tensors(result):
                 self._new_buffer(t, "weight")
         elif handler is None:
-            raise NotRecorded(f"{func} cannot be part of a captured run on a CPU; choose the eager or the compiled engine")
+            raise NotRecorded(f"{func}{_REFUSED}")
         else:
-            for t in made:
-                self._new_buffer(t, "scratch")
+            result = args[0] if func._schema.is_mutable else self._without_values(func, args, kwargs)
             handler(self, result, *args, **kwargs)
         return result
+
+    def _without_values(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Results of the shapes and layouts that ``func`` would return. What is in them the plan will compute."""
+
+        def allocate(t: Tensor) -> Tensor:
+            # An image of one channel has two layouts; a product writes this one.
+            strides = t.to(memory_format=_LAST).stride() if func is aten.convolution.default else t.stride()
+            made = torch.empty_strided(t.shape, strides, dtype=t.dtype)
+            self._new_buffer(made, "scratch")
+            return made
+
+        meta_args, meta_kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), kwargs))
+        if "device" in kwargs:
+            meta_kwargs["device"] = "meta"
+        return tree_map_only(Tensor, allocate, func(*meta_args, **meta_kwargs))
 
     def buffer(self, tensor: Tensor) -> Buffer:
         """The memory of a tensor; one that was there before is a weight."""
@@ -93,16 +114,18 @@ class Recorder(TorchDispatchMode):
 
     def view(self, tensor: Tensor) -> View:
         """Where a tensor begins."""
-        return View(self.buffer(tensor), tensor.storage_offset() * tensor.element_size())
+        return View(self.buffer(tensor), int(tensor.storage_offset()) * tensor.element_size())
 
-    def emit(self, name: str, reads: Sequence[Tensor | None], out: Tensor, integers: Sequence[int], reals: Sequence[float] = ()) -> None:
+    def emit(
+        self, name: str, reads: Sequence[Tensor | None], out: Tensor, integers: Sequence[int], reals: Sequence[float] = ()
+    ) -> None:
         """Records a call. ``reads`` are its buffers in their order; that of ``out`` stands where plan.cpp reads it."""
         views = [None if t is None else self.view(t) for t in reads]
         self.calls.append(Call(name, views, self.view(out), list(map(int, integers)), list(map(float, reals))))
 
     def elementwise(self, arithmetic: int, out: Tensor, *inputs: Any, number: float = 1.0, most: float = 0.0) -> None:
         """Records arithmetic on elements; inputs are tensors that broadcast against ``out``, or numbers."""
-        tensors = [t if isinstance(t, Tensor) else self.weight(float(t)) for t in inputs]
+        tensors = [t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float32) for t in inputs]
         operands = [*(t.expand(out.shape) for t in tensors), out]
         sizes, strides = _coalesced(operands)
         integers = [arithmetic, *sizes]
@@ -110,22 +133,19 @@ class Recorder(TorchDispatchMode):
             integers += [_code(operand), *own]
         self.emit("elementwise", tensors, out, integers, [number, most])
 
-    def weight(self, value: float) -> Tensor:
-        """A number as a tensor."""
-        return self.constant(("number", value), lambda: torch.tensor(value, dtype=torch.float32))
-
-    def constant(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """A weight that was made of others once."""
-        if key not in self._packed:
-            self._packed[key] = make()
-        return self._packed[key]
+    def derived(self, kind: Any, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, once for each weight and kind."""
+        key = kind, storage_id(weight), weight.storage_offset(), tuple(weight.shape), weight.stride()
+        if key not in self._derived:
+            self._derived[key] = StorageWeakRef(weight.untyped_storage()), make()
+        return self._derived[key][1]
 
     def floats(self, tensor: Tensor | None) -> Tensor | None:
         """A weight in float32, one number after the other."""
         if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
             return tensor
         self.require(self.buffer(tensor).kind == "weight", f"numbers in {tensor.dtype} that are computed in the run")
-        return self.constant(("floats", *self._identity(tensor)), lambda: tensor.float().contiguous())
+        return self.derived("floats", tensor, lambda: tensor.float().contiguous())
 
     def packed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """(K, height, width, C) weights, or (K, C), as a product reads them."""
@@ -138,7 +158,7 @@ class Recorder(TorchDispatchMode):
             native.module.prepare_product(rows.data_ptr(), made.data_ptr(), *rows.shape, dtype == torch.bfloat16)
             return made
 
-        return self.constant(("packed", dtype, *self._identity(weight)), pack)
+        return self.derived(dtype, weight, pack)
 
     def product(
         self,
@@ -160,7 +180,7 @@ class Recorder(TorchDispatchMode):
 
     def require(self, condition: bool, what: str) -> None:
         if not condition:
-            raise NotRecorded(f"{what} cannot be part of a captured run on a CPU; choose the eager or the compiled engine")
+            raise NotRecorded(what + _REFUSED)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
         """The image that ``x`` is made of, and the numbers of rows and columns of zeros before it."""
@@ -168,9 +188,6 @@ class Recorder(TorchDispatchMode):
 
     def note_padding(self, out: Tensor, x: Tensor, before: Sequence[int]) -> None:
         self._padded[self.buffer(out)] = x, before
-
-    def _identity(self, tensor: Tensor) -> tuple[Any, ...]:
-        return storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
     def _new_buffer(self, tensor: Tensor, kind: str) -> Buffer:
         storage = tensor.untyped_storage()
@@ -213,6 +230,11 @@ def _(recorder: Recorder, out: Tensor, a: Any, b: Any, alpha: float = 1.0) -> No
 @handles(aten.sub.Tensor, aten.sub_.Tensor)
 def _(recorder: Recorder, out: Tensor, a: Any, b: Any, alpha: float = 1.0) -> None:
     recorder.elementwise(ADD, out, a, b, number=-alpha)
+
+
+@handles(aten.rsub.Scalar, aten.rsub.Tensor)
+def _(recorder: Recorder, out: Tensor, x: Tensor, other: Any, alpha: float = 1.0) -> None:
+    recorder.elementwise(ADD, out, other, x, number=-alpha)
 
 
 @handles(aten.mul.Tensor, aten.mul_.Tensor)
@@ -259,7 +281,7 @@ def _(recorder: Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor) -> No
 @handles(aten.constant_pad_nd.default)
 def _(recorder: Recorder, out: Tensor, x: Tensor, pad: Sequence[int], value: float = 0.0) -> None:
     recorder.require(x.ndim == 4 and len(pad) <= 4 and min(pad) >= 0, "padding of another number of dimensions than two")
-    left, right, top, bottom = [*pad, 0, 0][:4]
+    left, _, top, _ = [*pad, 0, 0][:4]
     recorder.elementwise(FILL, out, number=value)
     recorder.elementwise(COPY, out[:, :, top : top + x.shape[2], left : left + x.shape[3]], x)
     if value == 0:
@@ -275,9 +297,7 @@ def _(recorder: Recorder, out: Tensor, a: Tensor, b: Tensor) -> None:
 def _(recorder: Recorder, out: Tensor, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
     recorder.require(beta == alpha == 1, "a scaled product")
     is_bias = added.ndim == 1
-    recorder.product(
-        _rows(out), _rows(a), b.t()[:, None, None], added if is_bias else None, None if is_bias else _rows(added)
-    )
+    recorder.product(_rows(out), _rows(a), b.t()[:, None, None], added if is_bias else None, None if is_bias else _rows(added))
 
 
 @handles(aten.convolution.default)
@@ -325,7 +345,6 @@ def _(
 ) -> None:
     out, (n, heads, queries, dim) = result[0], q.shape
     recorder.require(dropout == 0 and not is_causal and attn_mask is None, "attention with a mask")
-    recorder.require(min(k.shape[2], dim) >= 6, "attention to fewer than 6 tokens or of fewer than 6 dimensions")
     recorder.require(all(t.stride(3) == 1 for t in (q, k, v, out)), "attention of tokens that are not laid out by rows")
     strides = [stride for t in (q, k, v, out) for stride in t.stride()[:3]]
     integers = [_code(q), n, heads, queries, k.shape[2], dim, *strides]
@@ -399,12 +418,17 @@ def _(
     out_dtype: torch.dtype,
 ) -> None:
     images = [t for t in (sample, model_output, noise, out) if t is not None]
-    recorder.require(table is not None and unconditional is None, "a step without a table of coefficients")
+    if table is None or unconditional is not None:
+        raise NotRecorded("a step without a table of coefficients" + _REFUSED)
     recorder.require(all(t.is_contiguous() for t in images), "a step of images that are not contiguous")
     image = max(1, math.prod(sample.shape[1:]))
     integers = [*map(_code, (sample, model_output, out)), sample.numel(), image, len(table)]
     clips = math.inf if clip is None else clip
     recorder.emit("ddim_step", [sample, model_output, noise, seeds, table, step_index], out, integers, [clips])
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -414,7 +438,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _code(t: Tensor) -> int:
     if t.dtype not in _DTYPES:
-        raise NotRecorded(f"{t.dtype} cannot be part of a captured run on a CPU; choose the eager or the compiled engine")
+        raise NotRecorded(f"{t.dtype}{_REFUSED}")
     return _DTYPES[t.dtype]
 
 
@@ -430,7 +454,7 @@ def _coalesced(operands: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
     """Four sizes, and four strides of each tensor of one shape: dimensions in the order of the last one's memory, and those
     that lie beside each other in all of them as one."""
     shape, out = operands[0].shape, operands[-1]
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -out.stride(d))
+    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -int(out.stride(d)))
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for d in order:
@@ -444,6 +468,6 @@ def _coalesced(operands: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
         for s, stride in zip(strides, own, strict=True):
             s.append(stride)
     if len(sizes) > 4:
-        raise NotRecorded(f"arithmetic on {len(sizes)} dimensions cannot be part of a captured run on a CPU")
+        raise NotRecorded(f"arithmetic on {len(sizes)} dimensions{_REFUSED}")
     missing = 4 - len(sizes)
     return [1] * missing + sizes, [[0] * missing + s for s in strides]

@@ -85,6 +85,10 @@ def accelerate(
     if not denoisers and engine not in ("auto", "eager"):
         raise ValueError(f"engine {engine!r} is for denoising networks, and there is none here")
     for model in denoisers:
+        if engine == "captured" and model.device.type != "cuda":
+            raise ValueError(
+                f"the captured engine is a CUDA graph here, but the network is on {model.device}; choose eager or compiled"
+            )
         engine = select_engine(engine, model.device)
     unaccelerate(model_or_pipeline)
     report = Report("eager" if engine == "auto" else engine)

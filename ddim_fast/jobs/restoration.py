@@ -64,7 +64,7 @@ class RestorationJob:
         seeds, labels = self.batches[k]
         count, measurement = len(seeds), self.measurement[self.image[self.batches.part(k)]]
         # What is compiled is so for one number of images: a last, smaller batch is filled up with its last image.
-        size = count if self.sampler.engine == "eager" else self.batches.size
+        size = self.batches.size if self.sampler.needs_one_batch_size else count
         which = [min(i, count - 1) for i in range(size)]
         restored = self.sampler.restore(
             measurement[which],

@@ -139,7 +139,7 @@ class Job:
         """Seeds and labels of batch k. What is compiled or captured is so for one number of images, so a last, smaller batch is
         filled up with its last image."""
         seeds, labels = self.batches[k]
-        missing = 0 if self.sampler.engine == "eager" else max(0, self._at_once - len(seeds))
+        missing = max(0, self._at_once - len(seeds)) if self.sampler.needs_one_batch_size else 0
         return [*seeds, *[seeds[-1]] * missing], None if labels is None else [*labels, *[labels[-1]] * missing]
 
     def _reporter(self, k: int, count: int) -> Callable[[SamplerState | LatentState], None] | None:

@@ -23,7 +23,7 @@ _OPERATORS = {
     _ATTENTION: r"::attention|scaled_dot_product|_attention_",
     _NORMS: r"::\w*(group|layer|batch|instance|rms)_norm",
     _CONVOLUTIONS: r"::\w*conv(\d|olution)",
-    _PRODUCTS: r"::_?(linear|matmul|einsum|(add|badd|addb|int_|scaled_)?(b?mm|mv))_?$|_linear_pointwise",
+    _PRODUCTS: r"ddim_fast::product|::_?(linear|matmul|einsum|(add|badd|addb|int_|scaled_)?(b?mm|mv))_?$|_linear_pointwise",
 }
 
 # The same for kernels of a GPU, and for what torch.compile generates. A fused kernel with a norm in it counts as a norm,

@@ -26,6 +26,9 @@ FASTER_IN_CPP: frozenset[tuple[str, str, str, str]] = frozenset(
         ("ddim_step", "avx2", "float32", "contiguous"),
         ("ddim_step", "avx512", "float32", "contiguous"),
         ("ddim_step", "avx512_bf16", "bfloat16", "contiguous"),
+        ("captured", "avx2", "float32", "channels_last"),
+        ("captured", "avx512", "float32", "channels_last"),
+        ("captured", "avx512_bf16", "bfloat16", "channels_last"),
     }
 )
 
@@ -35,7 +38,7 @@ def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> b
     """Whether the C++ operator was measured to be faster than PyTorch's on a processor like this one.
 
     Args:
-        operator: ``conv3x3``, ``group_norm_silu`` or ``ddim_step``.
+        operator: ``conv3x3``, ``group_norm_silu`` or ``ddim_step``; or ``captured``, the engine, beside the eager one.
         dtype: of the images.
         memory_format: of the images, ``channels_last`` or ``contiguous``.
     """

@@ -26,6 +26,7 @@ __all__ = [
     "has_hooks",
     "is_compiled",
     "is_observed",
+    "is_profiled",
     "is_transformed",
     "is_view",
     "named_cpp_kernels",
@@ -85,6 +86,11 @@ def storage_id(tensor: Tensor) -> int:
     """The ``cdata`` of a :class:`StorageWeakRef` to the tensor's storage. While such a reference is held, no other storage
     has it."""
     return tensor.untyped_storage()._cdata
+
+
+def is_profiled() -> bool:
+    """Whether torch.profiler is watching."""
+    return torch.autograd.profiler._is_profiler_enabled
 
 
 def is_view(operator: Any) -> bool:

@@ -1,6 +1,7 @@
 """Every engine gives the images of the eager one, for whatever is asked of it next."""
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,22 +16,47 @@ from ddim_fast.engine import fastest_engine, make_engine
 from ddim_fast.engine.compiled import signature
 from ddim_fast.ops import native
 
-SHAPE = (3, 8, 8)
 SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm-solver++", 0.0), ("unipc", 0.0)]
-ENGINES = ["compiled", pytest.param("captured", marks=pytest.mark.gpu)]
 
 
-def on_device_of(engine, network):
-    return network.to("cuda") if engine == "captured" else network
+class Case(NamedTuple):
+    """An engine, and where it runs."""
+
+    name: str
+    device: str
+
+
+ENGINES = [
+    pytest.param(Case("compiled", "cpu"), id="compiled"),
+    pytest.param(Case("captured", "cpu"), id="captured-cpu"),
+    pytest.param(Case("captured", "cuda"), id="captured-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture
+def make_network(fake_network):
+    """A function (engine, num_classes) that makes a network: a fake one or, for plans of native operators, a U-Net."""
+
+    def make(engine: Case, num_classes: int | None = None) -> torch.nn.Module:
+        if engine != Case("captured", "cpu"):
+            return fake_network(num_classes=num_classes).to(engine.device)
+        sizes = {"base_channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1, "attention_resolutions": ()}
+        torch.manual_seed(0)
+        network = UNet(UNetConfig(sample_size=8, norm_num_groups=8, num_classes=num_classes, **sizes)).eval()
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        return network
+
+    return make
 
 
 @pytest.mark.parametrize("guidance", [None, 2.5])
 @pytest.mark.parametrize("solver,eta", SOLVERS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_agrees_with_eager_and_repeats_itself(engine, solver, eta, guidance, fake_network):
-    network = on_device_of(engine, fake_network(num_classes=4))
+def test_agrees_with_eager_and_repeats_itself(engine, solver, eta, guidance, make_network):
+    network = make_network(engine, num_classes=4)
     options = {"steps": 4, "solver": solver, "eta": eta, "spacing": "trailing"}
-    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine.name, **options)
     request = {"seeds": [3, 1, 2], "labels": [0, 3, 1], "guidance": guidance}
     images = other.sample(**request)
     torch.testing.assert_close(images, eager.sample(**request), atol=1e-4, rtol=1e-4)
@@ -41,9 +67,9 @@ def test_agrees_with_eager_and_repeats_itself(engine, solver, eta, guidance, fak
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, fake_network):
-    network = on_device_of(engine, fake_network(num_classes=4))
-    eager, other = Sampler(network, steps=3), Sampler(network, steps=3, engine=engine)
+def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, make_network):
+    network = make_network(engine, num_classes=4)
+    eager, other = Sampler(network, steps=3), Sampler(network, steps=3, engine=engine.name)
     for request in ({"seeds": [1]}, {"seeds": [1, 2, 3]}, {"seeds": [5, 6], "labels": 1}, {"seeds": [1]}, {"seeds": [4, 5, 6]}):
         torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
     images = other.sample(seeds=range(5), batch_size=3)
@@ -57,21 +83,21 @@ def test_another_batch_size_or_kind_of_request_is_prepared_anew(engine, fake_net
 
 @pytest.mark.parametrize("solver", ["ddim", "unipc"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_guidance_interval_leaves_out_the_same_steps(engine, solver, fake_network):
-    network = on_device_of(engine, fake_network(num_classes=4))
+def test_a_guidance_interval_leaves_out_the_same_steps(engine, solver, make_network):
+    network = make_network(engine, num_classes=4)
     options = {"steps": None, "spacing": [900, 600, 300, 0], "solver": solver}
-    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine.name, **options)
     for interval in ((300, 600), (600, 999), None):
         request = {"seeds": [1, 2], "labels": [0, 3], "guidance": 2.5, "guidance_interval": interval}
         torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_guide_is_part_of_the_step(engine, fake_network):
-    network, guide = (on_device_of(engine, fake_network(num_classes=4)) for _ in range(2))
-    guide.weight.data *= 0.8
+def test_a_guide_is_part_of_the_step(engine, make_network):
+    network, guide = (make_network(engine, num_classes=4) for _ in range(2))
+    next(guide.parameters()).data *= 0.8
     options = {"steps": None, "spacing": [900, 600, 300, 0], "solver": "unipc", "guide": guide}
-    eager, other = Sampler(network, **options), Sampler(network, engine=engine, **options)
+    eager, other = Sampler(network, **options), Sampler(network, engine=engine.name, **options)
     for guidance, interval in ((2.5, (300, 600)), (4.0, (300, 600)), (1.5, None), (None, None)):
         request = {"seeds": [1, 2], "labels": [0, 3], "guidance": guidance, "guidance_interval": interval}
         torch.testing.assert_close(other.sample(**request), eager.sample(**request), atol=1e-4, rtol=1e-4)
@@ -80,8 +106,8 @@ def test_a_guide_is_part_of_the_step(engine, fake_network):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_requests_that_differ_in_layout_or_mode_follow_each_other(engine, small_unet):
-    network = on_device_of(engine, small_unet)
-    sampler, eager = Sampler(network, steps=2, engine=engine), Sampler(network, steps=2)
+    network = small_unet.to(engine.device)
+    sampler, eager = Sampler(network, steps=2, engine=engine.name), Sampler(network, steps=2)
     guided = {"labels": [0, 1, 2, 3], "guidance": 2.0, "guidance_interval": (10, 600)}
     x_T = torch.randn(4, 3, 16, 16)
     plain = {"x_T": x_T, "batch_size": 3}
@@ -117,10 +143,9 @@ def test_a_gradient_runs_between_what_is_compiled(fake_network):
             torch.testing.assert_close(state.x, expected.x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.gpu
 def test_a_gradient_cannot_be_captured(fake_network):
     with pytest.raises(ValueError, match="gradient is called between the steps of a run"):
-        Sampler(fake_network().cuda(), steps=2, engine="captured").sample(seeds=[0], gradient=lambda x, t, x0: x)
+        Sampler(fake_network(), steps=2, engine="captured").sample(seeds=[0], gradient=lambda x, t, x0: x)
 
 
 def test_samplers_do_not_count_as_recompilations_of_each_other(fake_network):
@@ -137,8 +162,10 @@ def test_a_recompilation_is_an_error(fake_network):
         sampler.sample(seeds=[0])
 
 
-def test_captured_needs_a_gpu(fake_network):
-    with pytest.raises(ValueError, match="captured engine is a CUDA graph, but the network is on cpu"):
+def test_captured_needs_the_native_operators_on_a_cpu(fake_network, monkeypatch):
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_not", "it was not built")
+    with pytest.raises(ValueError, match=r"captured engine needs the C\+\+ operators on a CPU: it was not built"):
         Sampler(fake_network(), steps=2, engine="captured")
 
 
@@ -193,7 +220,7 @@ def test_conditions_are_the_networks_own(small_unet):
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ["eager", "compiled", "captured"])
 def test_bfloat16_errs_no_more_than_twice_what_eager_pytorch_does(engine, small_unet, monkeypatch):
     request = {"seeds": range(4), "labels": [1, 2, 3, 4], "guidance": 2.0}
     exact = Sampler(small_unet, steps=4).sample(**request)
@@ -223,19 +250,28 @@ def test_peak_memory_does_not_depend_on_the_steps():
 
 
 def test_the_fastest_engine_is_one_that_works_here(monkeypatch):
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    gpu, cpu, fp32 = torch.device("cuda", 0), torch.device("cpu"), torch.float32
     monkeypatch.setattr("ddim_fast.engine.why_not_compiled", lambda device: None)
-    assert fastest_engine(gpu) == "captured"
+    assert fastest_engine(gpu, fp32) == "captured"
     monkeypatch.setattr(native, "module", object())
-    for serves, engine in ((True, "eager"), (False, "compiled")):
-        monkeypatch.setattr("ddim_fast.engine.is_faster_in_cpp", lambda *arguments, serves=serves: serves)
-        assert fastest_engine(cpu) == engine
+    for faster, engine in (({"conv3x3", "captured"}, "captured"), ({"conv3x3"}, "eager"), (set(), "compiled")):
+        monkeypatch.setattr("ddim_fast.engine.is_faster_in_cpp", lambda operator, *others, faster=faster: operator in faster)
+        assert fastest_engine(cpu, fp32) == engine
     monkeypatch.setattr(native, "module", None)
-    assert fastest_engine(cpu) == "compiled"
+    assert fastest_engine(cpu, fp32) == "compiled"
     monkeypatch.setattr("ddim_fast.engine.why_not_compiled", lambda device: "no working C++ compiler")
     for device in (cpu, gpu):
         with pytest.warns(UserWarning, match="torch.compile does not work here.*: no working C"):
-            assert fastest_engine(device) == "eager"
+            assert fastest_engine(device, fp32) == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_matrix_units_are_left_to_eager_pytorch(dtype, monkeypatch):
+    monkeypatch.setattr(native, "module", object())
+    for name, value in (("is_faster_in_cpp", True), ("bf16_is_fast", True), ("bf16_products", "amx")):
+        monkeypatch.setattr(f"ddim_fast.engine.{name}", lambda *arguments, value=value: value)
+    assert fastest_engine(torch.device("cpu"), dtype) == "eager"
+    assert fastest_engine(torch.device("cpu"), torch.float32) == "captured"
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,11 @@ def test_a_run_is_the_loop_in_plain_words(reuse, small_unet):
 
 
 @pytest.mark.parametrize("reuse", [2, 3])
-@pytest.mark.parametrize("engine", ["compiled", pytest.param("captured", marks=pytest.mark.gpu)])
-def test_engines_agree(engine, reuse, small_unet):
-    model = small_unet.to("cuda") if engine == "captured" else small_unet
+@pytest.mark.parametrize(
+    "engine,device", [("compiled", "cpu"), ("captured", "cpu"), pytest.param("captured", "cuda", marks=pytest.mark.gpu)]
+)
+def test_engines_agree(engine, device, reuse, small_unet):
+    model = small_unet.to(device)
     eager = Sampler(model, **OPTIONS, reuse=reuse)
     other = Sampler(model, **OPTIONS, reuse=reuse, engine=engine)
     images = other.sample(**REQUEST)
