@@ -281,7 +281,7 @@ def test_another_feature_network_has_rows_and_references_of_its_own(run, photos,
 def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
     np.savez(tmp_path / "s.npz", mu=np.zeros(6), sigma=np.eye(6))
     for reference, count, words in (
-        (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds statistics"),
+        (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds only statistics"),
         (photos, 3, "KID, precision and recall: they need more than 3 images a side; there are 3"),
     ):
         code, out, err = run("--images", photos, "--reference", reference, "--inception", tmp_path, "--num-images", count)
@@ -311,7 +311,7 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
     few, many = rows(tmp_path, "reconstruction")
     assert (few["settings"]["steps"], many["settings"]["steps"]) == (2, 20) and many["error"] < few["error"]
     code, _, err = run("--model", checkpoint, "--data", photos, "--reconstruction", "--eta", 1)
-    assert code == 2 and "--reconstruction is of deterministic DDIM" in err
+    assert code == 2 and "--reconstruction needs deterministic DDIM" in err
     code, _, err = run("--model", checkpoint, "--data", photos, "--loss", "--num-images", 41)
     assert code == 2 and "holds 40 images, fewer than the 41" in err
 

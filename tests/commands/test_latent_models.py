@@ -110,7 +110,7 @@ def test_what_is_not_done_in_latent_space(runs, run_here):
         code, out, error = run_here(command, "--model", runs / "model", *arguments)
         assert (code, out) == (2, "") and error.count("\n") == 1 and why in error
     code, _, error = run_here(sample, "--engine=onnx", "--model", runs / "model")
-    assert code == 2 and error.count("\n") == 1 and "latents, which need torch: leave out --engine onnx" in error
+    assert code == 2 and error.count("\n") == 1 and "latents, which needs torch: leave out --engine onnx" in error
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, mon
         (["--class", "kind"], "--class: no class is called 'kind'; did you mean 'kind"),
         (["--steps", "0"], "steps must be a whole number"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
-        (["--engine", "eager", "--provider", "cpu"], "--provider is an option of --engine onnx"),
+        (["--engine", "eager", "--provider", "cpu"], "--provider needs --engine onnx"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ def test_writes_a_trace_and_prints_where_the_time_went(run, checkpoint, here):
     assert out.startswith("a batch of 3 in 2 steps, eager, float32, cpu: ")
     for line in ("convolutions ", "attention ", "norms with SiLU ", "solver ", "gaps ", "sum ", "implementations: "):
         assert f"\n{line}" in out
-    assert out.endswith("\nprofile/trace.json has each operator; ui.perfetto.dev shows it\n")
+    assert out.endswith("\nprofile/trace.json lists every operator; open it in ui.perfetto.dev\n")
 
 
 def test_goes_into_the_folder_that_is_named_and_says_nothing_if_told_so(run, checkpoint, here):
