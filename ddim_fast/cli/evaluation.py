@@ -300,7 +300,9 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
 
 
 def _checked_samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> list[tuple[Settings, _MakeSampler]]:
-    """:func:`_samplers`, each checked to work and to have the measures; otherwise a ValueError."""
+    """:func:`_samplers`, each checked to work and to have the measures; otherwise a ValueError. Empty if no measure samples."""
+    if not (arguments.reference or arguments.trajectory_error or arguments.reconstruction):
+        return []
     samplers = list(_samplers(arguments, model, guide))
     if not samplers:
         raise ValueError("--eta other than 0 needs --solver ddim, so there is no setting to measure")

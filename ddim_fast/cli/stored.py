@@ -31,9 +31,11 @@ def stored_options(
         words = [word for name, value in values.items() for word in _words(name, value)]
         unknown = sorted(values.keys() - known)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{record}: not the record of a run ({error})") from None
+        raise ValueError(f"{record}: not the record of a run ({error}); begin another in another --out") from None
     if unknown:
-        raise ValueError(f"{record}: not the record of a run (there is no option {unknown[0]!r})")
+        raise ValueError(
+            f"{record}: not the record of a run (there is no option {unknown[0]!r}); begin another in another --out"
+        )
     hint, parser.hint = parser.hint, f"as {record} says"
     own = vars(parser.parse_args([*words, *required]))
     parser.hint = hint

@@ -313,7 +313,8 @@ def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
     label_path = _idx_labels(path) if labelled else None
     labels = None if label_path is None else _idx_array(label_path, rank=1)
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{path} has {count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}")
+        numbers = f"{count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}"
+        raise ValueError(f"{path} has {numbers}; download both again")
     for i, image in enumerate(images):
         yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
 
@@ -345,7 +346,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
             raise ValueError(f"its header says {'x'.join(map(str, shape))}, but its data have another size")
         return np.frombuffer(data, np.uint8).reshape(shape)
     except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole IDX file ({error})") from None
+        raise ValueError(f"{path}: not a whole IDX file ({error}); copy or download it again") from None
 
 
 def _read_hub(name: str, background: str) -> _Source:

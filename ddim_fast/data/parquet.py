@@ -103,4 +103,4 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
+        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)}); copy or download it again") from None

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -14,12 +15,14 @@ import soundfile
 
 from ..io.files import check_expansion, one_line, visible_files, warn_of_skipped
 from ..models.audio import AudioConfig
-from .parquet import parquet_files, read_parquet
+from .parquet import parquet_class_names, parquet_files, read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]
 
 # Formats of libsndfile under the names that recorders use.
 _SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"}
+
+_REMEDY = "copy or download it again, or save it as WAV"
 
 
 @dataclass
@@ -51,7 +54,7 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
               with a warning; a file's label is its subfolder, such as "7" or "7/jackson";
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any) or with
               ``data/train*``, in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and
-              with it ``speaker``. A label is then "LABEL/SPEAKER".
+              with it ``speaker``. A label is then "LABEL/SPEAKER", by the names in the file's features, if any.
         convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it, such
             recordings are refused.
 
@@ -99,9 +102,20 @@ def _read_folder(folder: Path) -> Iterator[_Row]:
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
-    for name, data, label, speaker in read_parquet(paths, ("audio",), ("label",), ("speaker",)):
-        parts = [str(part) for part in (label, speaker) if part is not None]
-        yield name, data, "/".join(parts) if label is not None else None
+    for path in paths:
+        names = [parquet_class_names(path, (column,)) for column in ("label", "speaker")]
+        for place, data, *values in read_parquet([path], ("audio",), ("label",), ("speaker",)):
+            parts = [_class_name(place, *pair) for pair in zip(values, names, strict=True) if pair[0] is not None]
+            yield place, data, "/".join(parts) if values[0] is not None else None
+
+
+def _class_name(place: str, value: Any, names: list[str] | None) -> str:
+    """A label or speaker as text: by its name if the file's features name the classes."""
+    if names is None or type(value) is not int:
+        return str(value)
+    if not 0 <= value < len(names):
+        raise ValueError(f"{place}: class {value} has no name; the file's features name 0 to {len(names) - 1}")
+    return names[value]
 
 
 class _Stream(io.BytesIO):
@@ -124,9 +138,9 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
             check_expansion(len(data), 4 * samples, usual=1000)  # Opus at its lowest rate expands 200 times
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name}: not a readable sound ({error.error_string})") from None
+        raise ValueError(f"{name}: not a readable sound ({error.error_string}); {_REMEDY}") from None
     except Exception as error:  # soundfile raises other errors for a damaged header
-        raise ValueError(f"{name}: not a readable sound ({one_line(error)})") from None
+        raise ValueError(f"{name}: not a readable sound ({one_line(error)}); {_REMEDY}") from None
     if not len(wave):
         raise ValueError(f"{name}: the sound is empty; remove the file or record it again")
     if not (np.abs(wave) < 1e30).all():  # larger samples overflow once they are mixed and resampled

@@ -127,7 +127,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
     file = folder / name
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}")
+        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}; export or copy it again")
     if name not in sums:
         raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
     if _sha256(file) != sums[name]:

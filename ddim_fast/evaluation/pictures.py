@@ -127,7 +127,9 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
     except Exception as error:  # numpy and zipfile raise any exception for a damaged file
-        raise ValueError(f"{path}: not a whole .npz file ({one_line(error)})") from None
+        raise ValueError(
+            f"{path}: not a whole .npz file ({one_line(error)}); copy it again, or write it again by numpy.savez"
+        ) from None
 
 
 def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
@@ -150,7 +152,9 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
                 raise ValueError(f"its header says {shape}, but it has {member.file_size} bytes")
         return archive[name]
     except Exception as error:  # as above
-        raise ValueError(f"{path}: array {name!r} is damaged ({one_line(error)})") from None
+        raise ValueError(
+            f"{path}: array {name!r} is damaged ({one_line(error)}); copy the file again, or write it again by numpy.savez"
+        ) from None
 
 
 def _read_npz(path: Path) -> Tensor:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ..io.files import atomic_write, errors_name_file, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, one_line, read_json, write_json
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
 
 Row = dict[str, Any]
+
+_REMEDY = "restore the file from a copy, or name another --out"
 
 # FID's usual number of images. With fewer, FID is larger and not comparable.
 _USUAL = 50_000
@@ -57,6 +59,10 @@ class Results:
         self.folder = folder
         self._path = folder / "evaluation.json"
         self._read()
+        try:
+            self.markdown()  # needs every field of a row
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{self._path}: a row or run in it is damaged ({one_line(error)}); {_REMEDY}") from None
 
     @property
     def rows(self) -> list[Row]:
@@ -119,7 +125,7 @@ class Results:
         with errors_name_file(self._path):
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
-                raise ValueError("not the results of an evaluation")
+                raise ValueError(f"not the results of an evaluation; {_REMEDY}")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

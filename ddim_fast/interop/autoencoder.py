@@ -36,7 +36,7 @@ def load_autoencoder(folder: Path) -> nn.Module:
     try:
         autoencoder = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # diffusers also raises errors of its dependencies; all mean the same to the user
-        raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)})") from None
+        raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)}); copy or download it again") from None
     with errors_name_file(folder / "diffusion_pytorch_model.safetensors"):
         check_finite(autoencoder.state_dict())
     return autoencoder.eval()

@@ -66,7 +66,9 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
         image = opaque(_keyed(image, tiles, data), background)
         return image if turn is None else image.transpose(turn)
     except Exception as error:
-        raise ValueError(f"{name}: not a readable image ({reason_of(error)})") from None
+        raise ValueError(
+            f"{name}: not a readable image ({reason_of(error)}); copy or download it again, or save it as PNG"
+        ) from None
 
 
 def check_size(image: Image.Image, copies: int) -> None:

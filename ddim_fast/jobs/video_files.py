@@ -22,6 +22,8 @@ __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames
 
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
+_REMEDY = "copy or download it again, or give its frames as a folder of pictures"
+
 # The largest frame rate that players show at full speed; and the longest frame, in hundredths of a second: a GIF has two bytes.
 GIF_RATE, _LONGEST_GIF_FRAME = 50, 65535
 
@@ -72,7 +74,7 @@ def _gif_frames(source: Path) -> Iterator[tuple[Image.Image, int]]:
                 check_size(frame, copies=4)
                 yield opaque(frame), frame.info.get("duration", 0)
     except Exception as error:  # Pillow raises any exception for a damaged file
-        raise ValueError(f"{source}: not a readable GIF ({reason_of(error)})") from None
+        raise ValueError(f"{source}: not a readable GIF ({reason_of(error)}); {_REMEDY}") from None
 
 
 class VideoFile(PngFolder):
@@ -149,7 +151,7 @@ def _decoded(source: Path) -> tuple[Generator[bytes, None, None], dict[str, Any]
     try:
         return decoded, next(decoded)
     except (OSError, RuntimeError):  # ffmpeg's own message fills a screen
-        raise ValueError(f"{source}: not a readable video") from None
+        raise ValueError(f"{source}: not a readable video; {_REMEDY}") from None
 
 
 def _ffmpeg() -> ModuleType:

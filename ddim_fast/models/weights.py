@@ -127,7 +127,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(shard_of.values())):
         path = index.parent / shard
         if not path.is_file():
-            raise FileNotFoundError(f"{index}: there is no {shard!r} beside it")
+            raise FileNotFoundError(f"{index}: there is no {shard!r} beside it; copy or download it")
         found = _read_tensors(path)
         for name in sorted(found.keys() ^ {name for name, holder in shard_of.items() if holder == shard}):
             raise ValueError(f"{path}: {'unexpected' if name in found else 'missing'} tensor {name!r}")

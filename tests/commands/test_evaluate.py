@@ -317,7 +317,6 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
 
 
 def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, monkeypatch):
-    import dataclasses
 
     torch.manual_seed(0)
     config = dataclasses.replace(small_config, num_train_timesteps=25, beta_end=0.3, sample_size=8, attention_resolutions=())
@@ -338,6 +337,17 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert found[None, None]["evaluations"] > 1
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
     assert code == 2 and "deterministic" in err
+
+
+def test_fitting_alone_does_not_check_the_default_number_of_steps(run, small_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = dataclasses.replace(small_config, num_train_timesteps=4, sample_size=8, attention_resolutions=())
+    UNet(config).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("ddim_fast.cli.evaluation._CALIBRATION_SEEDS", range(1000, 1002))
+    code, out, err = run("--model", tmp_path / "model", "--fit-timesteps")
+    assert code == 0 and "timesteps.json" in out, err
+    code, _, err = run("--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error")
+    assert code == 2 and "--steps must be a whole number from 1 to 4" in err
 
 
 def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, small_unet, photos, tmp_path, tiny_inception):

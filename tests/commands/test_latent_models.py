@@ -143,4 +143,4 @@ def test_a_foreign_autoencoder_of_another_kind_is_refused(runs, tmp_path, capsys
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text(json.dumps({"_class_name": "os.system"}))
     assert run_train("--data", runs / "photos", "--latents", tmp_path / "foreign", "--out", tmp_path / "run") == 2
-    assert "'os.system' is no autoencoder that serves here; AutoencoderKL, AutoencoderTiny do" in capsys.readouterr().err
+    assert "'os.system' is not supported; use AutoencoderKL or AutoencoderTiny" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_it_runs_without_torch(exported, tmp_path):
 def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, out, err = run_here(sample, "--model", exported / "checkpoint")
-    assert (code, out, err) == (1, "", "error: torch is not installed; without it there is --engine onnx\n")
+    assert (code, out, err) == (1, "", "error: torch is not installed; --engine onnx samples without it\n")
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def test_goes_into_the_folder_that_is_named_and_says_nothing_if_told_so(run, che
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--engine", "onnx"], "not with --engine onnx"),
-        (["--tolerance", "0.1"], "not with --tolerance"),
-        (["--grid", "grid.png"], "not with --grid"),
-        (["--trajectory", "film.gif"], "not with --trajectory"),
-        (["--out", "images.npz"], "not with an .npz file as --out"),
+        (["--engine", "onnx"], "leave out --engine onnx"),
+        (["--tolerance", "0.1"], "leave out --tolerance"),
+        (["--grid", "grid.png"], "leave out --grid"),
+        (["--trajectory", "film.gif"], "leave out --trajectory"),
+        (["--out", "images.npz"], "leave out an .npz file as --out"),
         (["--steps", "0"], "steps must be a whole number"),
     ],
 )

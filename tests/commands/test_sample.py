@@ -194,7 +194,7 @@ def test_steps_are_as_many_as_are_listed(run, checkpoint, tmp_path):
 
 def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
     _, out, _ = run("--model", checkpoint, "--steps", 300, "--spacing", "ermongroup-uniform", "--seeds", "0", "--class", "none")
-    assert "makes 334 timesteps of 300 steps" in out
+    assert "gives 334 timesteps for 300 steps" in out
 
 
 def _change_config(folder, **changes):
@@ -235,7 +235,7 @@ def test_images_that_are_no_pictures_go_into_an_npz_file(run, small_config, tmp_
     UNet(dataclasses.replace(small_config, in_channels=4)).save_pretrained(tmp_path / "model")
     options = ["--model", tmp_path / "model", "--steps", 1, "--seeds", "0,1", "--quiet"]
     code, _, err = run(*options)
-    assert code == 2 and "images of 4 channels are no pictures, which have 1 or 3; --out FILE.npz" in err
+    assert code == 2 and "images of 4 channels are no pictures, which have 1 or 3; name --out FILE.npz" in err
     assert run(*options, "--out", tmp_path / "o.npz") == (0, "", "")
     assert np.load(tmp_path / "o.npz")["arr_0"].shape == (2, 16, 16, 4)
 

@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pyarrow
@@ -37,6 +38,30 @@ def test_parquet_in_the_hubs_layout(tmp_path, recordings, speaker):
     np.testing.assert_array_equal(sounds.waves, load_sounds(str(recordings), MEL).waves)
 
 
+def _named_classes(path, files, labels):
+    """A Parquet file whose features name its labels and speakers, as the Hugging Face Hub's do."""
+    columns = {
+        "audio": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "label": labels,
+        "speaker": [i % 2 for i in range(len(files))],
+    }
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in CLASS_NAMES.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
+
+
+CLASS_NAMES = {"label": ["zero", "one"], "speaker": ["ann", "bob"]}
+
+
+def test_the_features_of_a_data_set_name_the_classes_of_sounds(tmp_path, recordings):
+    files = sorted(recordings.rglob("*.wav"))[:3]
+    _named_classes(tmp_path / "a.parquet", files, [1, 0, 1])
+    assert load_sounds(str(tmp_path), MEL).labels == ["one/ann", "zero/bob", "one/ann"]
+    _named_classes(tmp_path / "a.parquet", files, [1, 0, 2])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: class 2 has no name; the file's features name 0 to 1$"):
+        load_sounds(str(tmp_path), MEL)
+
+
 def test_a_sound_stands_in_the_middle_at_the_configs_peak(tmp_path):
     short, long = tone(300, 100), np.r_[np.zeros(1000), tone(300, 2048), np.zeros(1000)]
     soundfile.write(tmp_path / "a.flac", short / 10, RATE)
@@ -73,7 +98,7 @@ def test_what_is_no_sound(tmp_path):
         load_sounds(str(tmp_path), MEL)
     for name, data in (("a.wav", b"not a sound"), ("a.wav", b"")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.wav: not a readable sound"):
+        with pytest.raises(ValueError, match=r"a\.wav: not a readable sound .*; copy or download it again, or save it as WAV$"):
             load_sounds(str(tmp_path), MEL)
     soundfile.write(tmp_path / "a.wav", np.zeros(0), RATE)
     with pytest.raises(ValueError, match=r"a\.wav: the sound is empty; remove the file or record it again"):
