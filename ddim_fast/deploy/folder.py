@@ -1,9 +1,10 @@
 """The folder of an export, and reading it without torch or the package onnx.
 
-unet.onnx       the network                     sampler.onnx   the whole sampler config.json     the network's configuration, as
-in a checkpoint timesteps.json  the timesteps fitted to it, if any, as in a checkpoint schedule.json   the sampler's settings,
-timesteps and coefficients, and how the files were made README.md       for people                      SHA256SUMS of all the
-others, as sha256sum writes them
+unet.onnx       the network                     sampler.onnx   the whole sampler
+config.json     the network's configuration, as in a checkpoint
+timesteps.json  the timesteps fitted to it, if any, as in a checkpoint
+schedule.json   the sampler's settings, timesteps and coefficients, and how the files were made
+README.md       for people                      SHA256SUMS     of all the others, as sha256sum writes them
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def export_network(model: UNet, dtype: torch.dtype, opset: int) -> tuple[ModelPr
             verbose=False,
             custom_translation_table={torch.ops.aten.group_norm.default: _group_norm()},
         )
-    assert program is not None  # every export by dynamo warns
+    assert program is not None  # every export by dynamo returns one
     whole = program.model_proto
     embeddings = _part(whole, [name for name in inputs if name != "x"], "condition")
     return embeddings, _part(whole, ["x", "condition"], "prediction")

@@ -45,10 +45,11 @@ def sampler_model(
     """All steps of a sampling run as one model: noise in, images out.
 
     Inputs:
-        ``seeds`` (N,) int64, each in [0, 2^63), as for :meth:`ddim_fast.Sampler.sample`. ``x_T`` (M, C, H, W) float32, M = 0 or
-        M = N: noise or latents to start from. The model draws the noise of ``seeds`` from the Mth on. ``labels`` (N,) int64 and
-        ``guidance`` () float32, for a class-conditional network: ``num_classes`` means no label, and 1 no guidance, which
-        halves the work.
+        ``seeds`` (N,) int64, each in [0, 2^63), as for :meth:`ddim_fast.Sampler.sample`.
+        ``x_T`` (M, C, H, W) float32, M = 0 or M = N: noise or latents to start from. The model draws the noise of ``seeds``
+        from the Mth on.
+        ``labels`` (N,) int64 and ``guidance`` () float32, for a class-conditional network: ``num_classes`` means no label,
+        and 1 no guidance, which halves the work.
     Output: ``images`` (N, C, H, W) float32, in [-1, 1] as the network was trained, not clipped.
 
     Args:

@@ -22,12 +22,22 @@ def select_timesteps(
 
     With T training timesteps, S steps and i = 0..S-1 (noise grows with i):
 
-    linear floor(i (T - 1) / (S - 1)): tau_i = floor(c i) of Song et al. 2021, appendix D.2 quadratic floor(c i^2) with c = (T -
-    1) / (S - 1)^2: small steps at low noise (ibid.) leading i floor(T / S); diffusers' default trailing round((i + 1) T / S) -
-    1; always starts from t = T - 1 (Lin et al. 2024, table 2) linspace round(i (T - 1) / (S - 1)) log-snr uniform in the log
-    signal-to-noise ratio (Lu et al. 2022, DPM-Solver) ermongroup-uniform, ermongroup-quad the lists of the DDIM authors' code.
-    ``range(0, T, T // S)`` has more than S timesteps if S does not divide T. ``int(linspace(0, sqrt(0.8 T), S)^2)`` starts at t
-    = 0.8 T and can repeat timesteps near 0; a repeated one is a step that changes nothing
+    linear
+        floor(i (T - 1) / (S - 1)): tau_i = floor(c i) of Song et al. 2021, appendix D.2
+    quadratic
+        floor(c i^2) with c = (T - 1) / (S - 1)^2: small steps at low noise (ibid.)
+    leading
+        i floor(T / S); diffusers' default
+    trailing
+        round((i + 1) T / S) - 1; always starts from t = T - 1 (Lin et al. 2024, table 2)
+    linspace
+        round(i (T - 1) / (S - 1))
+    log-snr
+        uniform in the log signal-to-noise ratio (Lu et al. 2022, DPM-Solver)
+    ermongroup-uniform, ermongroup-quad
+        the lists of the DDIM authors' code. ``range(0, T, T // S)`` has more than S timesteps if S does not divide T.
+        ``int(linspace(0, sqrt(0.8 T), S)^2)`` starts at t = 0.8 T and can repeat timesteps near 0; a repeated one is a step
+        that changes nothing
 
     All but the last two give S distinct timesteps: a timestep that rounding would repeat moves to the next free one.
 

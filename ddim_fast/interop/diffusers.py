@@ -245,9 +245,10 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):  # type: ignore[misc]
     Args:
         compat: ``diffusers`` takes the next timestep to be ``num_train_timesteps // num_inference_steps`` below, as diffusers
             does. That is wrong for nearly every run with ``linspace``, and with ``trailing`` where S does not divide T; there
-            diffusers sometimes adds a timestep -1 (T = 1000, S = 61). ``exact`` takes the next timestep of the run, and allows
-            ``set_timesteps(timesteps=[...])`` and any of :data:`ddim_fast.diffusion.timesteps.SPACINGS` as
-            ``timestep_spacing``. For a timestep outside the run, the next one is the largest smaller one.
+            diffusers sometimes adds a timestep -1 (T = 1000, S = 61).
+            ``exact`` takes the next timestep of the run, and allows ``set_timesteps(timesteps=[...])`` and any of
+            :data:`ddim_fast.diffusion.timesteps.SPACINGS` as ``timestep_spacing``. For a timestep outside the run, the next one
+            is the largest smaller one.
 
             Where diffusers' arithmetic is NaN or infinite (with eta = 1 at many numbers of steps of the cosine and zero-SNR
             schedules; with epsilon at zero SNR), so is ``diffusers``, with one warning. ``exact`` is right, or raises an error

@@ -28,10 +28,11 @@ class AudioConfig(JsonDataclass):
         peak: the largest value of a recording after reading; its level is scaled to it, since levels of recordings are
             arbitrary.
 
-    Spectrogram, also for the loudness and picture of a waveform: n_fft: samples per frame, under a Hann window. hop: samples
-    from frame to frame. The ``length / hop`` frames are centred in the sound. mels: bands of the mel scale (Slaney's), from 0
-    Hz to half the sample rate. floor_db, ceiling_db: the band powers that map to -1 and 1, in decibels; the bands of a frame
-    add up to its mean square.
+    Spectrogram, also for the loudness and picture of a waveform:
+        n_fft: samples per frame, under a Hann window.
+        hop: samples from frame to frame. The ``length / hop`` frames are centred in the sound.
+        mels: bands of the mel scale (Slaney's), from 0 Hz to half the sample rate.
+        floor_db, ceiling_db: the band powers that map to -1 and 1, in decibels; the bands of a frame add up to its mean square.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
