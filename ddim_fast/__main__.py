@@ -1,4 +1,4 @@
-"""The commands in one: ``python -m ddim_fast sample ...``, or ``ddim_fast sample ...``; without a name, a list of them."""
+"""All commands: ``python -m ddim_fast sample ...`` or ``ddim_fast sample ...``; without a command, a list of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __version__
 
-# Commands that are no module beside this one, where a folder has their name.
+# Commands whose module is not beside this file, because a folder has their name.
 _MODULES = {"models": "ddim_fast.cli.models"}
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _commands() -> dict[str, str]:
-    """The commands, and the first sentence of each one's module; none is imported."""
+    """The commands, and the first sentence of each one's module, read without importing any."""
     here = Path(__file__).parent
     found = {path.stem: path for path in here.glob("*.py") if path.stem[0] != "_"}
     found |= {name: here.parent.joinpath(*module.split(".")).with_suffix(".py") for name, module in _MODULES.items()}

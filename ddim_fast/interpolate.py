@@ -1,4 +1,4 @@
-"""The way from one image or sound to another: ``python -m ddim_fast.interpolate A.png B.png``."""
+"""Interpolation between images or sounds: ``python -m ddim_fast.interpolate A.png B.png``."""
 
 from __future__ import annotations
 
@@ -44,31 +44,26 @@ _EXAMPLES = """\
 
 _USUAL = "interpolation"
 
-# Frames a second of a film that does not say.
+# Frame rate of a film whose file gives none.
 _RATE = 12
 
-_ENDS_HELP = "two ends, or the four corners of a square: each an image or sound file, which is encoded, or seed:N"
-_FRAMES_HELP = "images or sounds from end to end, both included; of four corners, along each side (default: 9)"
+_ENDS_HELP = "two ends, or the four corners of a square: each an image or sound file to encode, or seed:N"
+_FRAMES_HELP = "images or sounds from end to end, both included; with four corners, along each side (default: 9)"
 _VIDEO_HELP = (
-    "instead of ends, a film: a folder of frames, a GIF or a video file; new frames are put between each two of it. Each frame "
-    "given is encoded and each new one sampled, by --steps network evaluations each, where a cross-fade takes none. New frames "
-    "are images of the model's own kind, without a cross-fade's ghosts of both neighbours, but know nothing of motion: in a "
-    "test a cross-fade was nearer to the true frames, 17.0 dB against 15.2 (16.1 with --class)"
+    "instead of ends, a film: a folder of frames, a GIF or a video file; new frames go between every two of it. Each given "
+    "frame is encoded and each new frame sampled, with --steps network evaluations each. The model does not know motion: new "
+    "frames lack a cross-fade's ghosts, but in a test a cross-fade was nearer to the true frames (17.0 dB against 15.2, or "
+    "16.1 with --class)"
 )
-_FACTOR_HELP = "of a film, how many times as many frames it gets (default: 2)"
-_FPS_HELP = (
-    "frames a second of an MP4, or of a GIF, up to 50 (default: so that it lasts as long as before; a folder counts as "
-    f"{_RATE})"
-)
+_FACTOR_HELP = "with --video: multiply the number of frames by this (default: 2)"
+_FPS_HELP = f"frame rate of an MP4, or of a GIF up to 50 (default: the film keeps its length; a folder counts as {_RATE})"
 _OUT_HELP = (
-    "a new or empty folder; of a film, a folder, or a .gif or .mp4 file, and the same command goes on with an unfinished one"
+    "a new or empty folder; with --video, a folder, or a .gif or .mp4 file. The same command continues an unfinished film"
 )
 
 
 def _parser() -> CommandParser:
-    p = CommandParser(
-        "interpolate", "What lies between images, or between sounds, by way of the noise that they come from.", _EXAMPLES
-    )
+    p = CommandParser("interpolate", "Interpolate between images or sounds in noise space.", _EXAMPLES)
     p.add_argument("ends", nargs="*", metavar="END", help=_ENDS_HELP)
     p.add_argument("--frames", metavar="N", type=parse_positive, help=_FRAMES_HELP)
     p.add_argument("--video", metavar="FILM", type=Path, help=_VIDEO_HELP)
@@ -91,7 +86,7 @@ def main() -> None:
         _interpolate_video(parser, settings, settings.video)
         return
     sampler = make_sampler(parser, settings)
-    import torch  # which loading the model has been told of
+    import torch  # loading the model has counted these
 
     medium = medium_of(sampler, settings.convert, settings.resize)
     with parser.usage_errors():
@@ -103,7 +98,7 @@ def main() -> None:
             say_resized(medium.resizer, settings.quiet)
         count = settings.frames if len(ends) == 2 else settings.frames**2
         announce(settings, sampler, count_of(count, medium.noun), settings.quiet)
-        # Files are encoded first, each as much work as one of the images between.
+        # Files are encoded first, at the cost of one sampled image each.
         with Bar(count + sum(image is not None for image, _ in ends), medium.noun, shown=not settings.quiet):
             noise = torch.stack([_noise(image, seed, sampler, settings, label) for image, seed in ends])
             images = _between(noise, sampler, settings, label)
@@ -129,7 +124,7 @@ class InterpolateSettings(SamplerSettings):
 
 
 def _settings(parser: CommandParser) -> InterpolateSettings:
-    """The settings; options that do not fit together are a usage error."""
+    """The settings; options that contradict each other are a usage error."""
     options = vars(parser.parse_args())
     ends, video, frames, factor, fps = (options[name] for name in ("ends", "video", "frames", "factor", "fps"))
     options["frames"] = 9 if frames is None else frames
@@ -157,7 +152,7 @@ def _settings(parser: CommandParser) -> InterpolateSettings:
 
 
 def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, video: Path) -> None:
-    """Make the frames that are not there yet."""
+    """Make the missing frames."""
     from .jobs.video import VideoJob, scan_frames
 
     with parser.usage_errors():
@@ -204,7 +199,7 @@ def _interpolate_video(parser: CommandParser, settings: InterpolateSettings, vid
 
 
 def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
-    """Frames a second with which a film lasts as long as before, or as many as its file can have."""
+    """The frame rate that keeps a film's length, at most its file format's largest."""
     rate = settings.factor * (frame_rate(video) or _RATE)
     if out.suffix.lower() != ".gif" or rate <= GIF_RATE:
         return rate
@@ -213,7 +208,7 @@ def _rate(settings: InterpolateSettings, out: Path, video: Path) -> float:
 
 
 def _between(noise: Tensor, sampler: AnySampler, settings: InterpolateSettings, label: int | None) -> Tensor:
-    """The images from one of two ends to the other, or of the square between four corners."""
+    """The images from one end to the other, or the square between four corners."""
     import torch
 
     from .diffusion.interpolation import slerp, slerp_grid
@@ -243,7 +238,7 @@ def _end(
 def _noise(
     image: Tensor | None, seed: int | None, sampler: AnySampler, settings: InterpolateSettings, label: int | None
 ) -> Tensor:
-    """(C, H, W) on the host: what the sampler makes an end from."""
+    """The noise of an end, (C, H, W) on the host."""
     if image is None:
         assert seed is not None
         return sampler.noise([seed])[0].cpu()
@@ -253,7 +248,7 @@ def _noise(
 def _write(
     folder: Path, images: Tensor, medium: Medium, settings: InterpolateSettings, label: int | None, sampler: AnySampler
 ) -> None:
-    """A numbered file each, all in one picture, and of two ends a film that goes there and back."""
+    """Write a numbered file each, a picture of all, and for two ends a film that runs there and back."""
     medium.write(folder, numbers(len(images)), images)
     shown = medium.shown(images)
     scale = max(1, 64 // shown.shape[-1])

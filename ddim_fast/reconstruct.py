@@ -86,7 +86,7 @@ def _reconstruct(
     settings: ReconstructSettings,
     folder: Path,
 ) -> Tensor:
-    """Writes the latents, the images made of them, the error of each and a comparison; returns the errors."""
+    """Write the latents, the decoded images, their errors and a comparison; returns the errors."""
     import torch
     from safetensors.torch import save_file
 
@@ -110,7 +110,7 @@ def _reconstruct(
     record = job_record("reconstruct", settings.own(), settings, sampler)
     figures = {"mean": float(errors.mean()), "errors": dict(zip(names, errors.tolist(), strict=True))}
     write_json(folder / RECORD, {**record, **figures, "finished": True})
-    # Noise of three standard deviations is black or white; that of latents is no picture.
+    # Three standard deviations of noise are black or white; a latent's noise is no picture.
     rows = [images, noise / 3, again] if noise.shape == images.shape else [images, again]
     save_comparison(medium, folder, *rows)
     return errors

@@ -41,13 +41,13 @@ _EXAMPLES = """\
   python -m ddim_fast.restore --task inpaint photos/ --rectangle 8,8,16,16 --degrade --out figures
 """
 
-# Standard deviation of what rounding to 8 bits adds to an image in [-1, 1]: uniform over a step of 2/255.
+# Standard deviation of 8-bit rounding in an image in [-1, 1]: uniform over a step of 2/255.
 _ROUNDING = 2 / 255 / 12**0.5
 
-# Time travel that helps in every task, but where a blurred image is noisy: benchmarks/results/restoration-psnr.md.
+# Time travel that helps in every task except noisy deblurring: benchmarks/results/restoration-psnr.md.
 _TRAVEL = (1, 3)
 
-# What an image has lost, and which options say how.
+# The degradations, and the options that describe each.
 _TASKS = {
     "inpaint": ("mask", "rectangle"),
     "super-resolution": ("factor",),
@@ -57,38 +57,34 @@ _TASKS = {
 }
 
 _IMAGES_HELP = (
-    "image files, or data sets: folders, Parquet or IDX files; of any size, see --resize. What is restored has the model's size"
+    "image files, or data sets: folders, Parquet or IDX files; of any size, see --resize. Restored images have the model's size"
 )
-_MASK_HELP = (
-    "inpaint: a picture of the images' size, or of the model's, white where they are to be filled in (black or transparent "
-    "elsewhere)"
-)
-_RECTANGLE_HELP = (
-    "inpaint: left, top, width and height of what is to be filled in, in pixels of the model's size; may be given several times"
-)
+_MASK_HELP = "inpaint: a picture of the images' size or the model's, white where to fill in, black or transparent elsewhere"
+_RECTANGLE_HELP = "inpaint: left, top, width and height of the part to fill in, in pixels of the model's size; may be repeated"
 _FACTOR_HELP = (
-    "super-resolution: how many times larger the images become; they are brought to the model's size divided by it (default: 2)"
+    "super-resolution: enlarge the images this many times; the inputs are resized to the model's size divided by it (default: "
+    "2)"
 )
 _SIGMA_HELP = "deblur: standard deviation of the Gaussian blur, in pixels of the model's size"
-_RATIO_HELP = "compressed-sensing: the share of coefficients that is measured (default: 0.25)"
+_RATIO_HELP = "compressed-sensing: share of coefficients measured (default: 0.25)"
 _DEGRADE_HELP = (
-    "the images are clean ones: degrade them first, and report PSNR and SSIM of the restored ones (needs scikit-image; "
-    "compressed-sensing is only there with it)"
+    "degrade clean images first, and report PSNR and SSIM of the restored ones (needs scikit-image; required for "
+    "compressed-sensing)"
 )
 _NOISE_HELP = (
-    "standard deviation of the noise in the degraded images, as images in [-1, 1]; with --degrade, it is added "
-    "(default: 0; to deblur files, 0.0023, what rounding to 8 bits adds)"
+    "standard deviation of the noise in the degraded images, in units of [-1, 1]; --degrade adds it (default: 0; to deblur "
+    "files, 0.0023, the error of 8-bit rounding)"
 )
 _TRAVEL_HELP = (
-    "time travel: take every LENGTH steps REPEATS times, which takes that many times as long and restores better; 1 1 is "
-    f"without (default: {_TRAVEL[0]} {_TRAVEL[1]}, but 1 1 to deblur with --noise-std)"
+    "time travel: take every LENGTH steps REPEATS times, which restores better and takes REPEATS times as long; 1 1 is off "
+    f"(default: {_TRAVEL[0]} {_TRAVEL[1]}, but 1 1 to deblur with --noise-std)"
 )
-_SEEDS_HELP = "restore each image once a seed: another seed is another image that explains the same one"
-_OUT_HELP = "a folder for a PNG an image, of the model's size; the same command goes on with an unfinished one"
+_SEEDS_HELP = "restore each image once per seed; each seed gives another image that fits the same input"
+_OUT_HELP = "a folder for one PNG per image, of the model's size; the same command continues an unfinished one"
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("restore", "Restore images: fill in what a mask, a blur or a small size has taken away.", _EXAMPLES)
+    p = CommandParser("restore", "Restore images: inpaint, enlarge, deblur or colorize them.", _EXAMPLES)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=_IMAGES_HELP)
     p.add_argument("--task", choices=_TASKS, required=True, help="what is restored")
     p.add_argument("--mask", metavar="FILE", type=Path, help=_MASK_HELP)
@@ -104,7 +100,7 @@ def _parser() -> CommandParser:
     p.add_argument("--degrade", action="store_true", help=_DEGRADE_HELP)
     p.add_argument("--num-images", metavar="N", type=parse_positive, help="the first N images only")
     p.add_argument("--noise-std", metavar="X", type=float, help=_NOISE_HELP)
-    p.add_argument("--eta", metavar="X", type=float, default=1.0, help="noise of the steps, 0 to 1")
+    p.add_argument("--eta", metavar="X", type=float, default=1.0, help="noise of each step, 0 to 1")
     p.add_argument("--travel", metavar=("LENGTH", "REPEATS"), nargs=2, type=parse_positive, help=_TRAVEL_HELP)
     p.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0", help=_SEEDS_HELP)
     add_resize_option(p)
@@ -114,7 +110,7 @@ def _parser() -> CommandParser:
 
 
 def main() -> None:
-    """Check everything, then restore what is not there yet."""
+    """Check the settings, then restore the missing images."""
     parser = _parser()
     settings = _settings(parser)
     sampler = make_sampler(parser, settings)
@@ -153,7 +149,7 @@ class RestoreSettings(SamplerSettings):
 
 
 def _settings(parser: CommandParser) -> RestoreSettings:
-    """The settings; options that do not fit together are a usage error."""
+    """The settings; options that contradict each other are a usage error."""
     options = vars(parser.parse_args())
     task = options["task"]
     with parser.usage_errors():
@@ -162,7 +158,7 @@ def _settings(parser: CommandParser) -> RestoreSettings:
                 if other != task and options[name] is not None:
                     raise ValueError(f"--{name} is an option of --task {other}, not of {task}")
         if task == "inpaint" and (options["mask"] is None) == (options["rectangle"] is None):
-            raise ValueError("--task inpaint needs either --mask or --rectangle, for what is to be filled in")
+            raise ValueError("--task inpaint needs --mask or --rectangle, the part to fill in")
         if task == "deblur" and options["sigma"] is None:
             raise ValueError("--task deblur needs --sigma, the standard deviation of the blur in pixels")
         if task == "compressed-sensing" and not options["degrade"]:
@@ -178,7 +174,7 @@ def _settings(parser: CommandParser) -> RestoreSettings:
 
 
 def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob, dict[str, Any], Resizer]:
-    """The job that the settings describe, the settings that decide its result, and what has resized the images.
+    """The job of the settings, the settings that decide its result, and the resizer of the images.
 
     Raises:
         ValueError: an option or an image does not fit.
@@ -207,7 +203,7 @@ def _job(settings: RestoreSettings, sampler: AnySampler) -> tuple[RestorationJob
     if settings.degrade:
         measurement = measure(operator, measurement, settings.noise_std, range(len(names)))
     elif settings.task == "inpaint":
-        measurement = operator(measurement)  # whatever the files have where they are to be filled in
+        measurement = operator(measurement)  # the files' own pixels in the part to fill in do not count
     image = [i for i in range(len(names)) for _ in seeds]
     labels = image_labels(settings.label, own, sampler.config)
     batches = Batches(
@@ -273,14 +269,14 @@ def _mask(path: Path) -> Image.Image:
 
 
 def _known(mask: Image.Image, settings: RestoreSettings, size: int) -> Tensor:
-    """(size, size), False where a mask is white; of one of another size, where any part of a pixel is."""
+    """(size, size), False where a mask is white; in a resized mask, where any part of a pixel is white."""
     import torch
 
     white = Image.fromarray(np.where(np.asarray(mask.convert("L")) < 128, np.uint8(0), np.uint8(255)))
-    # The mean over each pixel: what is known must hold nothing of what is to be filled in.
+    # The mean over each pixel: known pixels must not mix with the part to fill in.
     known = torch.from_numpy(fit_image(white, 1, size, settings.resize, Image.Resampling.BOX)[0] == 0)
     if known.all():
-        raise ValueError(f"--mask: nothing in {settings.mask} is white, so there is nothing to fill in")
+        raise ValueError(f"--mask: {settings.mask} has no white pixel, so there is nothing to fill in")
     return known
 
 
@@ -298,7 +294,7 @@ def _read(
         if mask is not None and mask.size not in (image.size, (resizer.size, resizer.size)):
             raise ValueError(
                 f"{place} is {_size(image.size)} pixels and --mask {settings.mask} {_size(mask.size)}; a mask has the size of "
-                f"the images, or the model's, {resizer.size}x{resizer.size}"
+                f"the images or the model's, {resizer.size}x{resizer.size}"
             )
         places.append(place)
         pictures.append(resizer.fit(place, image, channels))
@@ -309,7 +305,7 @@ def _read(
 
 
 def _run(job: RestorationJob, output: PngFolder, missing: list[int], settings: RestoreSettings) -> None:
-    """Restore the missing batches, write the files, and say what was done."""
+    """Restore the missing batches, write the files, and print a summary."""
     images = count_of(len(job.names), "images")
     evaluations = len(job.sampler.restoration_steps(job.operator, **job.steps)[0])
     way = f"{images} by {count_of(evaluations, 'network evaluations')} each"

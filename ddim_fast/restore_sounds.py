@@ -30,12 +30,12 @@ _EXAMPLES = """\
   python -m ddim_fast.restore_sounds recordings/ --model runs/digits --cutoff 2000 --guidance 2
 """
 
-_GAP_HELP = "fill in what is missing between two times, in seconds of the model's sound, in whose middle a recording lies"
-_CUTOFF_HELP = "extend the bandwidth: make up what the recordings lack above this frequency, in Hz"
+_GAP_HELP = "fill in the gap between two times, in seconds of the model's sound; a recording lies in its middle"
+_CUTOFF_HELP = "extend the bandwidth: fill in the frequencies above this one, in Hz"
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("restore_sounds", "Restore recordings: fill in a gap, or what lies above a frequency.", _EXAMPLES)
+    p = CommandParser("restore_sounds", "Restore recordings: fill in a gap, or extend the bandwidth.", _EXAMPLES)
     p.add_argument("sounds", nargs="+", metavar="SOUNDS", help=SOUNDS_HELP)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--gap", metavar=("START", "END"), nargs=2, type=float, help=_GAP_HELP)
@@ -66,7 +66,7 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds")
-    import torch  # these need more than --help does
+    import torch  # these import more than --help needs
 
     from .audio.restoration import band_limit, gap
     from .cli.sounds import Sounds

@@ -1,4 +1,4 @@
-"""Say the same thing in another voice: ``python -m ddim_fast.restyle SOUNDS --model MODEL --to CLASS``."""
+"""Convert recordings to another voice or word: ``python -m ddim_fast.restyle SOUNDS --model MODEL --to CLASS``."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _EXAMPLES = """\
   python -m ddim_fast.restyle seven.wav --model runs/digits --from 7/jackson --to 7/theo --control loud.wav
 """
 
-_CONTROL_HELP = "the recording whose loudness is followed, frame by frame (default: each recording's own)"
-_STD_HELP = "how far the loudness of a frame may stray from it, in decibels, as a standard deviation; inf leaves it free"
+_CONTROL_HELP = "recording whose loudness to follow, frame by frame (default: each recording's own)"
+_STD_HELP = "standard deviation of a frame's loudness from that curve, in dB; inf leaves it free"
 
 
 def _parser() -> CommandParser:
-    p = CommandParser("restyle", "Recordings in another voice or with another word, as loud as before.", _EXAMPLES)
+    p = CommandParser("restyle", "Convert recordings to another voice or word, and keep their loudness.", _EXAMPLES)
     p.add_argument("sounds", nargs="+", metavar="SOUNDS", help=SOUNDS_HELP)
     p.add_argument("--from", dest="source", metavar="CLASS", help=SOUND_CLASS_HELP)
-    p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="the class that they become, a name or number")
+    p.add_argument("--to", dest="target", metavar="CLASS", required=True, help="target class, a name or number")
     p.add_argument("--control", metavar="SOUND", help=_CONTROL_HELP)
     p.add_argument("--loudness-std", metavar="X", type=float, default=8.0, help=_STD_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
@@ -70,7 +70,7 @@ def main() -> None:
     audio = audio_of(sampler)
     if audio is None:
         parser.error(f"--model {settings.model} makes images, not sounds; see python -m ddim_fast.edit")
-    from .audio.control import loudness_guidance  # these need more than --help does
+    from .audio.control import loudness_guidance  # these import more than --help needs
     from .cli.sounds import Sounds
     from .diffusion.sampler import Sampler
 
@@ -79,9 +79,9 @@ def main() -> None:
         target = one_class(settings.target, sampler.config, "--to")
         images, source, names = medium.load_labelled(settings.sounds, settings.source, sampler.config, "--from")
         if source is None and settings.source is None:
-            raise ValueError("the recordings do not say what they are: give their class by --from, or say --from none")
+            raise ValueError("the recordings have no class: give one by --from, or say --from none")
         sampler.check(x_T=images, labels=target, guidance=settings.guidance)
-        assert isinstance(sampler, Sampler)  # that of latents has refused images
+        assert isinstance(sampler, Sampler)  # a latent model has refused the images before
         curve = medium.codec.loudness(images if settings.control is None else medium.load(settings.control))
         if settings.control is not None and len(curve) != 1:
             raise ValueError(f"--control is one recording; {settings.control!r} holds {len(curve)}")
@@ -92,7 +92,7 @@ def main() -> None:
         restyled = _restyle(sampler, medium.codec, images, source, target, curve, settings)
         errors = (medium.codec.loudness(restyled) - curve).abs().mean(1)
         how = settings.own()
-        if how["loudness-std"] == float("inf"):  # which JSON has no number for
+        if how["loudness-std"] == float("inf"):  # JSON has no infinity
             how["loudness-std"] = "inf"
         record = job_record("restyle", how, settings, sampler)
         figures = {"loudness_errors": dict(zip(names, errors.tolist(), strict=True))}

@@ -42,7 +42,7 @@ _EXAMPLES = """\
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 
-# torch is imported when it is known to be needed: not with --engine onnx.
+# torch is imported only where it is needed: not with --engine onnx.
 _ENGINES = (*ENGINES, "onnx")
 
 
@@ -50,12 +50,14 @@ def _parser() -> CommandParser:
     p = CommandParser("sample", "Sample images or sounds from a diffusion model.", _EXAMPLES)
     p.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--seeds", metavar="LIST", type=parse_integers, default="0-59", help="one image a seed: 0-63 or 1,5,7-9")
+    which.add_argument(
+        "--seeds", metavar="LIST", type=parse_integers, default="0-59", help="one image per seed: 0-63 or 1,5,7-9"
+    )
     which.add_argument("--num-images", metavar="N", type=parse_positive, help="the seeds 0 to N - 1")
     p.add_argument("--class", dest="classes", metavar="LIST", default="all", help=_CLASS_HELP)
     add_step_options(p)
     sampling = p.group(SAMPLING)
-    sampling.add_argument("--solver", choices=SOLVERS, help="how a step is made (default: ddim)")
+    sampling.add_argument("--solver", choices=SOLVERS, help="solver of the sampling ODE (default: ddim)")
     sampling.add_argument("--eta", metavar="X", type=parse_eta, help=_ETA_HELP)
     sampling.add_argument("--tolerance", metavar="X", type=float, help=_TOLERANCE_HELP)
     sampling.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
@@ -75,29 +77,28 @@ def _parser() -> CommandParser:
 
 
 _GUIDANCE_HELP = (
-    "classifier-free guidance scale of images of a class; 1 is none (default: the one that the model's card names as best, if "
-    "any)"
+    "classifier-free guidance scale for images of a class; 1 is off (default: the best one named by the model's card, if any)"
 )
-_ETA_HELP = f"0: DDIM, 1: DDPM's variance, between, or {SIGMA_HAT} (default: 0.0)"
+_ETA_HELP = f"0: DDIM, 1: DDPM's variance, any value between, or {SIGMA_HAT} (default: 0.0)"
 _OUT_HELP = (
-    "a folder for a PNG a seed, of sounds a WAV, or one file for evaluations, of all images (arr_0) and their classes (arr_1); "
-    "the same command goes on with an unfinished one"
+    "a folder for one PNG (sounds: WAV) per seed; or one .npz file for evaluations, with all images (arr_0) and classes "
+    "(arr_1). The same command continues an unfinished one"
 )
 _GRID_HELP = (
     f"the first {GRID_IMAGES} images, or spectrograms of sounds, in one picture (default: grid.png or spectrograms.png in the "
     "folder; none beside a .npz file)"
 )
 _TOLERANCE_HELP = (
-    "control the step size while sampling, instead of --steps and --spacing: the largest estimated error of a step, such as "
-    "0.05; each image takes the steps it needs"
+    "adaptive step size instead of --steps and --spacing: the largest estimated error of a step, such as 0.05; each image "
+    "takes as many steps as it needs"
 )
-_REUSE_HELP = "compute the network's deep features in every Nth step only: faster, and an approximation; 1 is each step"
+_REUSE_HELP = "compute the network's deep features in every Nth step only, a faster approximation; 1 is every step"
 _PROVIDER_HELP = (
     "with --engine onnx, ONNX Runtime's execution provider, such as cuda or cpu (default: the fastest that starts here)"
 )
 _CLASS_HELP = (
     "for a class-conditional model: class numbers or names, used in turn; 'all', or 'none' for unconditional samples. A part "
-    "of a name means each class that has it, as 7 does 7/jackson and 7/theo"
+    "of a name means every class that has it: 7 means 7/jackson and 7/theo"
 )
 
 
@@ -145,11 +146,11 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
                 hint = {"--device": " (see --provider)", "--dtype": " (see export --dtype)"}.get(option, "")
                 raise ValueError(f"{option} is not an option of --engine onnx{hint}")
         if options["provider"] is not None:
-            pick_provider(options["provider"])  # before a model is exported
+            pick_provider(options["provider"])  # checked before a model is exported
         folder = Path(resolve_model(options["model"]))
         for part, what in ((AUTOENCODER, "an autoencoder's latents"), (AUDIO, "sounds")):
             if (folder / part).exists():
-                raise ValueError(f"--model {options['model']} is a model of {what}, which need torch: leave out --engine onnx")
+                raise ValueError(f"--model {options['model']} is a model of {what}, which needs torch: leave out --engine onnx")
     exported = ExportFolder.open(ready_export(options["model"])).settings
     listed = exported["spacing"] if isinstance(exported["spacing"], str) else ",".join(map(str, exported["spacing"]))
     own_list = options["spacing"] is not None and isinstance(parse_spacing(options["spacing"]), list)

@@ -38,11 +38,11 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --model runs/photos
 """
 
-# Values of options that are not given. "ddpm" is the papers', which the options' own defaults are. "fast" is for runs that are
-# much shorter: v-prediction (Salimans and Ho 2022) with min-SNR weights, which stop the timesteps from pulling in different
-# directions (Hang et al. 2023; their gamma of 5 leaves grain in the images: docs/training.md); a higher learning rate, a short
-# warm-up, and a cosine to zero, after which a run needs less averaging; so a shorter EMA (Karras et al. 2024: the best length
-# grows with that of the run).
+# Defaults of the options. "ddpm" has the papers' values, which the parser has too. "fast" is for much shorter runs:
+# v-prediction (Salimans and Ho 2022) with min-SNR weights, which stop the timesteps from pulling in different directions (Hang
+# et al. 2023; their gamma of 5 leaves grain in the images: docs/training.md); a higher learning rate, a short warm-up, and a
+# cosine decay to zero, after which a run needs less averaging; so a shorter EMA (Karras et al. 2024: the best length grows with
+# the run).
 _RECIPES: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "fast": {
@@ -55,14 +55,14 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# The steps of a recipe on a GPU; and of both on a CPU, where those would take months: on two cores about 45 minutes of the
-# packaged fashion-mnist's network, after which most of what its loss falls by is done.
+# Steps of each recipe on a GPU, and of both on a CPU, where the GPU's would take months. 2000 steps of the packaged
+# fashion-mnist's network take about 45 minutes on two cores and reach most of the fall of its loss.
 _STEPS, _CPU_STEPS = {"ddpm": TrainingOptions.steps, "fast": 100_000}, 2000
 
-# Values of --precision, as --dtype was called, and what they are now.
+# Values of --precision, the former name of --dtype, and their present names.
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
-# What describes how a run goes on rather than what it is: not remembered from one call to the next.
+# Options of a single call, not of the run: a resumed run does not remember them.
 _PER_CALL = ("out", "resume", "device", "minutes", "quiet")
 
 
@@ -81,7 +81,7 @@ def _parser() -> CommandParser:
         metavar="NAME",
         choices=(*preset_names(), AUTOENCODER),
         default="cifar10-64",
-        help=f"the network: {', '.join(preset_names())}; or {AUTOENCODER}, a network to train others in the latent space of",
+        help=f"the network: {', '.join(preset_names())}; or {AUTOENCODER}, whose latents --latents trains a network on",
     )
     p.add_argument("--init", metavar="MODEL", type=_model, help=_INIT_HELP)
     p.add_argument("--latents", metavar="DIR", type=_absolute, help=_LATENTS_HELP)
@@ -90,15 +90,15 @@ def _parser() -> CommandParser:
         metavar="KEY=VALUE",
         nargs="+",
         default=[],
-        help="change fields of the preset, such as layers_per_block=1; with --init, sample_size alone",
+        help="change fields of the preset, such as layers_per_block=1; with --init, only sample_size",
     )
     p.add_argument("--recipe", choices=_RECIPES, default="ddpm", help=_recipe_help())
     p.add_argument("--class-conditional", action="store_true", help=_CLASSES_HELP)
-    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, which is also the checkpoint")
+    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, also its checkpoint")
     p.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in --out; options not given are the run's own",
+        help="continue from the last checkpoint in --out; options not given are the run's own",
     )
     how = p.group("training")
     how.add_argument("--steps", metavar="N", type=parse_positive, help=_STEPS_HELP)
@@ -110,14 +110,18 @@ def _parser() -> CommandParser:
     how.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
     how.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
     how.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
-    how.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts (default: the preset's)")
-    how.add_argument("--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors: 5 (default: unweighted)")
+    how.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="prediction type of the network (default: the preset's)"
+    )
+    how.add_argument(
+        "--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors use 5 (default: unweighted)"
+    )
     how.add_argument(
         "--label-dropout",
         metavar="X",
         type=float,
         default=default.label_dropout,
-        help="share of labels dropped, for guidance",
+        help="share of labels dropped in training, for guidance",
     )
     how.add_argument(
         "--flip",
@@ -129,23 +133,25 @@ def _parser() -> CommandParser:
         "--dtype",
         choices=("auto", *_PRECISIONS.values()),
         default="auto",
-        help="what the network computes in; auto: bfloat16, by autocast, where the device is fast at it, otherwise float32",
+        help="dtype of the computation; auto: bfloat16 autocast where the device is fast at it, otherwise float32",
     )
     p.add_former_name("--precision", dtype, {"auto": "auto", **_PRECISIONS})
     execution.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
-    how.add_argument("--seed", metavar="N", type=parse_seed, default=default.seed, help="of weights, order, noise and dropout")
+    how.add_argument(
+        "--seed", metavar="N", type=parse_seed, default=default.seed, help="seed of weights, order, noise and dropout"
+    )
     output = p.group(OUTPUT)
     output.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     output.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
     output.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
-    how.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
+    how.add_argument("--minutes", metavar="M", type=_minutes, help="stop after M minutes, with a checkpoint to --resume from")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no lines about the run")
     return p
 
 
 def _absolute(text: str) -> str:
-    """A path from here made absolute, so that it is the same from another working directory."""
+    """An existing path made absolute, so that it holds from another working directory."""
     return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
 
 
@@ -161,37 +167,36 @@ def _minutes(text: str) -> float:
 
 
 _CLASSES_HELP = (
-    "condition the network on the data's labels; its folders' names, or the data set's own, become the names that --class takes"
+    "condition the network on the data's labels; --class then takes the names of the folders or of the data set's classes"
 )
 _INIT_HELP = (
-    "begin with the network and the weights of this model (as --model of ddim_fast.sample), instead of with a preset's and "
-    "random ones. For data without labels a class-conditional one loses its classes and keeps its null class; for images twice "
-    "as large (--set sample_size=64 where the model's is 32) it gets one more level around it"
+    "start from the network and weights of this model (named as --model of ddim_fast.sample), not from a preset and random "
+    "weights. For data without labels, a class-conditional model keeps its null class only. For images twice as large (--set "
+    "sample_size=64 for a 32x32 model), it gets one more level"
 )
 _STEPS_HELP = (
-    f"optimiser steps in all (default: {_STEPS['ddpm']:,} on a GPU, with --recipe fast {_STEPS['fast']:,}; {_CPU_STEPS:,} on a "
-    "CPU, for which more have to be asked for)"
+    f"optimiser steps in all (default: {_STEPS['ddpm']:,} on a GPU, with --recipe fast {_STEPS['fast']:,}; {_CPU_STEPS:,} on "
+    "a CPU)"
 )
 _SNAPSHOTS_HELP = (
-    "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length afterwards "
-    "(default: none)"
+    "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length (default: none)"
 )
 _LATENTS_HELP = (
-    "train on the latents of the autoencoder in this folder, an earlier run's or one saved by diffusers, of which the "
-    "checkpoint gets a copy; size and channels of the preset are then the latents'"
+    "train on the latents of the autoencoder in this folder, from an earlier run or saved by diffusers. The checkpoint gets a "
+    "copy; the preset's size and channels become the latents'"
 )
 
 
 def _recipe_help() -> str:
     fast = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in _RECIPES["fast"].items())
-    return f"defaults of the options below: ddpm, those of the papers, or fast, for shorter runs: {fast}"
+    return f"defaults of the options below: ddpm, the papers' values, or fast, for shorter runs: {fast}"
 
 
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
     with notice("loading PyTorch", settings.quiet):
-        from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
+        from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these import more than --help needs
         from .jobs.training import run_training
         from .models.autoencoder import Autoencoder
         from .ops.devices import pick_device
@@ -237,8 +242,8 @@ def _default_steps(recipe: str, device: str) -> int:
 
 
 def _settings(parser: CommandParser) -> TrainSettings:
-    """The settings of a run that may begin or go on in ``--out``; otherwise a usage error."""
-    # These decide the defaults of the others.
+    """The settings of a run that can start or resume in ``--out``; otherwise a usage error."""
+    # These options decide the defaults of the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = parser.error  # type: ignore[method-assign]
     first.add_argument("--out", type=Path, default=Path())

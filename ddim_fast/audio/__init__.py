@@ -1,4 +1,4 @@
-"""Sounds: spectrograms and waveforms as images of a network, read from and written to files. Needs librosa and soundfile."""
+"""Sounds as a network's images: spectrograms and waveforms, read from and written to files. Needs librosa and soundfile."""
 
 import importlib.util
 

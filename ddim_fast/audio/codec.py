@@ -1,4 +1,4 @@
-"""From sounds to the images that a network is trained on, and back."""
+"""Conversion of sounds to a network's images, and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Codec(abc.ABC):
     images (N, C, H, W) float32 tensors in [-1, 1].
 
     Attributes:
-        silence: what images are where there is no sound.
+        silence: the value of images where there is no sound.
     """
 
     silence: float
@@ -101,7 +101,7 @@ class WaveformCodec(Codec):
         return images[:, :, 0].transpose(1, 2).flatten(1)
 
 
-# What makes a decibel of power a natural logarithm.
+# Factor from decibels of power to natural logarithms.
 _NEPERS = math.log(10) / 10
 
 

@@ -1,4 +1,4 @@
-"""Guidance by what is heard: sounds that follow a curve of loudness."""
+"""Guidance of sounds along a loudness curve."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["loudness_guidance", "restyle"]
 
 
 def loudness_guidance(sampler: Sampler, codec: Codec, curve: Tensor, std: float) -> Gradient:
-    """Classifier guidance towards a curve of loudness, around which that of each frame is taken to be normally distributed.
+    """Classifier guidance towards a loudness curve; each frame's loudness is modelled as normally distributed around it.
 
     Args:
         curve: (N, frames) in decibels, such as ``codec.loudness`` of a recording.
-        std: standard deviation in decibels. The smaller it is, the closer the curve is followed, until steps overshoot.
+        std: standard deviation in decibels. Smaller values follow the curve more closely, until steps overshoot.
 
     Returns:
-        What :meth:`ddim_fast.Sampler.sample` takes as ``gradient``, for batches of N sounds.
+        The ``gradient`` for :meth:`ddim_fast.Sampler.sample`, for batches of N sounds.
 
     Raises:
-        ValueError: the standard deviation is not positive, or the curve has not the model's frames.
+        ValueError: the standard deviation is not positive, or the curve lacks the model's number of frames.
     """
     if not std > 0:
         raise ValueError(f"the standard deviation of the loudness must be positive, in decibels; got {std}")
@@ -44,13 +44,13 @@ def restyle(
     guidance: float | None = None,
     exact: bool = False,
 ) -> Tensor:
-    """Recordings in another voice or with another word: encoded to noise under one class and decoded under another (Su et al.
-    2023), while their loudness follows a curve.
+    """Convert recordings to another voice or word: encode to noise under one class and decode under another (Su et al. 2023),
+    while the loudness follows a curve.
 
     Args:
-        images: (N, C, H, W), what ``codec`` makes of the recordings.
+        images: (N, C, H, W), the recordings encoded by ``codec``.
         source: the recordings' classes, one or N of them, or None.
-        target: the classes that they become.
+        target: the new classes, one or N of them.
         curve, std: as of :func:`loudness_guidance`; None leaves the loudness free.
         guidance: scale of classifier-free guidance towards ``target``.
         exact: as of :meth:`ddim_fast.Sampler.encode`.

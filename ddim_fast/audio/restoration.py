@@ -14,14 +14,14 @@ __all__ = ["band_limit", "gap"]
 
 
 def gap(config: AudioConfig, start: float, end: float) -> Mask:
-    """Recordings from which a part is missing. Of a spectrogram, that is each frame that reaches into the gap.
+    """Recordings with a gap in time. In a spectrogram, every frame that overlaps the gap is missing.
 
     Args:
-        config: the model's sounds, in the middle of which a shorter recording lies.
+        config: the model's sound format; a shorter recording lies in the middle of the sound.
         start, end: in seconds from the beginning of the model's sound.
 
     Raises:
-        ValueError: the gap is empty, or not within the sound, or there is nothing else.
+        ValueError: the gap is empty, not within the sound, or the whole of it.
     """
     seconds = config.length / config.sample_rate
     if not 0 <= start < end <= seconds:
@@ -37,17 +37,17 @@ def gap(config: AudioConfig, start: float, end: float) -> Mask:
 
 
 def band_limit(config: AudioConfig, cutoff: float) -> Mask:
-    """Recordings without what lies above a frequency, as over a telephone. Known are the bands that end below it.
+    """Recordings without the frequencies above a cutoff, as over a telephone. The bands that end below it are known.
 
     Args:
-        config: the model's sounds; spectrograms, because a waveform's samples are not divided by frequency.
+        config: the model's sound format; spectrograms, because a waveform has no frequency axis.
         cutoff: in Hz.
 
     Raises:
-        ValueError: the model is one of waveforms, or the cutoff leaves nothing known, or nothing to restore.
+        ValueError: the model is of waveforms, or the cutoff leaves nothing known or nothing to restore.
     """
     if config.kind != "mel":
-        raise ValueError("bandwidth extension needs a model of spectrograms; this one's sounds are waveforms")
+        raise ValueError("bandwidth extension needs a model of spectrograms; this model's sounds are waveforms")
     edges = librosa.mel_frequencies(config.mels + 2, fmax=config.sample_rate / 2)
     known = torch.from_numpy(edges[2:] <= cutoff)
     remedy = f"; name one from {edges[2]:.0f} to {edges[-1]:.0f} Hz"

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms, and sounds from them."""
+"""Log-mel spectrograms, and sounds reconstructed from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..models.audio import AudioConfig
 
 __all__ = ["griffin_lim", "log_mel"]
 
-# Of Griffin and Lim's algorithm, with the momentum of Perraudin et al. 2013: after 32 the error hardly falls.
+# Iterations of Griffin and Lim's algorithm, with the momentum of Perraudin et al. 2013: after 32 the error hardly falls.
 _PHASE_ITERATIONS = 32
 
-# Of the multiplicative updates that undo the mel filters. librosa's own solver gets no closer, and takes two seconds a sound.
+# Multiplicative updates that invert the mel filters. librosa's own solver gets no closer and takes two seconds per sound.
 _MEL_ITERATIONS = 30
 
 
@@ -32,20 +32,20 @@ def log_mel(waves: np.ndarray, config: AudioConfig) -> np.ndarray:
 
 
 def griffin_lim(decibels: np.ndarray, config: AudioConfig) -> np.ndarray:
-    """(N, mels, frames) decibels -> (N, length) float32: sounds of that spectrogram, their phase by Griffin and Lim 1984, not
-    clipped. The phase starts from the same random numbers each time: the same spectrogram gives the same sound.
+    """(N, mels, frames) decibels -> (N, length) float32 sounds, not clipped; the phase is by Griffin and Lim 1984. It starts
+    from the same random numbers each time, so the same spectrogram gives the same sound.
     """
     power = librosa.db_to_power(decibels.astype(np.float32)) / _scale(config)
     magnitude = np.sqrt(_without_filters(power, _filters(config)))
     options = {"n_iter": _PHASE_ITERATIONS, "hop_length": config.hop, "n_fft": config.n_fft, "random_state": 0}
-    # One at a time: in a batch a sound would begin from another part of the random numbers.
+    # One at a time: in a batch, sounds would start from different random numbers.
     waves = np.stack([librosa.griffinlim(part, center=False, **options) for part in magnitude])
     return waves[:, config.margin : config.margin + config.length]
 
 
 def _without_filters(power: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """(N, mels, frames) -> (N, 1 + n_fft / 2, frames): powers that are nowhere negative, of which the filters make ``power``
-    but for a small error: least squares by the multiplicative updates of Lee and Seung 2001, beginning with a smooth spectrum.
+    """(N, mels, frames) -> (N, 1 + n_fft / 2, frames): non-negative powers that the filters map to ``power`` up to a small
+    error. Least squares by the multiplicative updates of Lee and Seung 2001, from a smooth spectrum.
     """
     transposed = filters.T
     target, gram = transposed @ power, transposed @ filters

@@ -18,7 +18,7 @@ def to_int16(waves: np.ndarray) -> np.ndarray:
     """Floating-point samples in [-1, 1] -> int16, values outside clipped.
 
     Raises:
-        ValueError: a number is infinite or none.
+        ValueError: a sample is NaN or infinite.
     """
     if not np.isfinite(waves).all():
         raise ValueError("the sounds are not finite; try --dtype float32")
@@ -33,12 +33,12 @@ def write_wav(path: Path, wave: np.ndarray, sample_rate: int) -> None:
 
 
 def read_wav(path: Path) -> np.ndarray:
-    """(samples,) int16: what :func:`write_wav` has written."""
+    """(samples,) int16, from a file of :func:`write_wav`."""
     return soundfile.read(path, dtype="int16")[0]
 
 
 def is_whole_wav(path: Path, config: AudioConfig) -> bool:
-    """Whether there is a sound of the model's rate and length, all of its samples there."""
+    """Whether the file is a complete sound of the model's rate and length."""
     try:
         wave, rate = soundfile.read(path, dtype="int16")
     except (soundfile.LibsndfileError, OSError):

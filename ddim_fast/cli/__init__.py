@@ -1,4 +1,4 @@
-"""What commands share. It is imported before anything that a command needs and that may not be installed."""
+"""The shared parts of the commands. This module is imported before any package that may not be installed."""
 
 from .missing import name_missing_packages
 

@@ -1,4 +1,4 @@
-"""Commands that make new images of given ones, batch by batch, into a folder with a picture of before and after."""
+"""The shared part of commands that turn given images into new ones, in a folder with a picture of before and after."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 20
 
 @contextlib.contextmanager
 def new_folder(parser: CommandParser, given: Path | None, usual: str) -> Iterator[tuple[Path, Path]]:
-    """:func:`atomic_folder` of the place that :func:`free_folder` finds: where to write, and where it will be."""
+    """:func:`atomic_folder` in the place that :func:`free_folder` finds; yields the folder to write to and its final place."""
     with parser.usage_errors():
         place = free_folder(given, usual)
     with atomic_folder(place) as folder:
@@ -45,12 +45,12 @@ def change_images(
     result: str | None = None,
     remedy: str = "--dtype float32",
 ) -> Tensor:
-    """The images that ``change`` makes of ``count`` images, called with a slice of them at a time, under a progress bar.
+    """The results of ``change`` for ``count`` images, which it takes a slice at a time, under a progress bar.
 
     Args:
-        noun: what the images are called.
+        noun: the name of the images, in the plural.
         runs: as of :class:`Bar`.
-        result: what the new ones are called in an error (default: ``noun``).
+        result: the name of the new images in an error (default: ``noun``).
         remedy: as of :func:`require_finite`.
 
     Returns:
@@ -68,11 +68,11 @@ def change_images(
 
 
 def require_finite(images: Tensor, result: str, remedy: str = "--dtype float32") -> Tensor:
-    """The images themselves.
+    """The images, checked to be finite.
 
     Args:
-        result: what they are called.
-        remedy: what to try where they are not finite.
+        result: the name of the images in the error.
+        remedy: the remedy that the error names.
 
     Raises:
         ValueError: they are not finite.
@@ -85,14 +85,14 @@ def require_finite(images: Tensor, result: str, remedy: str = "--dtype float32")
 def write_comparison(
     medium: Medium, folder: Path, names: Sequence[str], before: Tensor, after: Tensor, record: dict[str, Any]
 ) -> None:
-    """A file for each image of ``after``, ``comparison.png`` with the first ones under what they were made of, and a record."""
+    """Write a file for each image of ``after``, ``comparison.png`` with the first ones below their originals, and a record."""
     medium.write(folder, names, after)
     save_comparison(medium, folder, before, after)
     write_json(folder / RECORD, {**record, "finished": True})
 
 
 def save_comparison(medium: Medium, folder: Path, *rows: Tensor) -> None:
-    """``comparison.png``, a row for the first images of each of ``rows``."""
+    """Write ``comparison.png``: one row for the first images of each of ``rows``."""
     import torch
 
     shown = medium.shown(torch.cat([row[:_SHOWN] for row in rows]))

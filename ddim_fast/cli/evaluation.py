@@ -1,4 +1,4 @@
-"""What is measured, of which images and of which samplers, from the options of evaluate."""
+"""The measures, images and samplers that the options of evaluate name."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ from .settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 
 __all__ = ["evaluate"]
 
-# Calibration trajectories start from seeds that nobody evaluates.
+# Calibration seeds must not be evaluated ones.
 _CALIBRATION_SEEDS = range(2**61, 2**61 + 16)
 
 
 def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Processes) -> None:
-    """Check everything, then measure what is not there yet."""
+    """Check the settings, then measure those that the results lack."""
     with parser.usage_errors():
         device = pick_device(processes.device_name(arguments.device))
     if device.type == "cuda":
@@ -133,10 +133,10 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         guide = load_model(parser, arguments.guide)[0].to(evaluation.device)
         weights |= {"guide": arguments.guide, "guide weights": f"sha256:{weights_checksum(guide)}"}
     with parser.usage_errors():
-        # What is impossible is found before anything is measured.
+        # Impossible settings are found before anything is measured.
         check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
-            raise ValueError(f"--guidance: {arguments.model} is unconditional, and there is nothing to guide it towards")
+            raise ValueError(f"--guidance: {arguments.model} is unconditional, so guidance needs a --guide")
         if arguments.reference is not None:
             network = _feature_network(arguments, evaluation)
             check_reference(arguments.reference, network, model.config.image_shape)
@@ -146,7 +146,7 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
                 data = _data(arguments, arguments.data, model, evaluation.is_silent)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
-        if not arguments.fit_timesteps:  # to which samplers can be the first that are possible
+        if not arguments.fit_timesteps:  # the samplers may need the fitted timesteps
             samplers = _checked_samplers(arguments, model, guide)
     dtype = select_dtype(arguments.dtype, arguments.compile, evaluation.device)
     evaluation.say(describe_model(arguments.model, [model], str(dtype).removeprefix("torch."), evaluation.device))
@@ -180,20 +180,20 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
 
 
 def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
-    """See that what is to be measured is something that a sampler of these settings has.
+    """Check that a sampler with these settings has the requested measures.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it lacks one.
     """
     guided = settings["guidance"] not in (None, 1)
     if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):
-        raise ValueError("--reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
+        raise ValueError("--reconstruction needs deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
     if arguments.trajectory_error and (settings["solver"] == "ddpm" or settings["eta"] not in (None, 0)):
-        raise ValueError("--trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0")
+        raise ValueError("--trajectory-error needs a deterministic sampler: --eta 0 and no --solver ddpm")
 
 
 def _numbers(arguments: EvaluateSettings, data: ImageSet | None, quality: SampleSet, trajectories: SampleSet) -> str:
-    """How many images there are to measure, and for what."""
+    """The number of images of each measure, in words."""
     numbers = {
         "--reference": len(quality.seeds) if arguments.reference is not None else 0,
         "--trajectory-error": len(trajectories.seeds) if arguments.trajectory_error else 0,
@@ -240,13 +240,13 @@ def _data(arguments: EvaluateSettings, spec: str, model: UNet, quiet: bool) -> I
 
 def _held_out(arguments: EvaluateSettings, data: ImageSet) -> Settings:
     content = hashlib.sha256(data.images.numpy().tobytes())
-    if data.labels is not None:  # the network is told them
+    if data.labels is not None:  # the network takes labels
         content.update(data.labels.numpy().tobytes())
     return {"data": arguments.data, "data content": content.hexdigest(), "num": len(data)}
 
 
 def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[SampleSet, Settings]:
-    """The images to sample, ``count`` if the user says nothing else, and how they stand in the results."""
+    """The images to sample (``count`` of them by default), and their description in the results."""
     seeds = range(arguments.seed, arguments.seed + (arguments.num_images or count))
     draws = SampleSet(seeds, seed_labels(arguments.classes, seeds, model.config), _guidance(arguments))
     return draws, {
@@ -257,12 +257,13 @@ def _draws(arguments: EvaluateSettings, model: UNet, count: int) -> tuple[Sample
 
 
 def _guidance(arguments: EvaluateSettings) -> Settings:
-    """As the sampler takes it, and as it stands in the results: without an interval where there is none, as in older ones."""
+    """The guidance for the sampler and its description in the results, without an interval where none is given, as in older
+    results."""
     interval = {} if arguments.guidance_interval is None else {"guidance_interval": arguments.guidance_interval}
     return {"guidance": arguments.guidance, **interval}
 
 
-# Makes a sampler in a dtype, or in the one that the user named.
+# Makes a sampler in the given dtype; None is the user's.
 _MakeSampler = Callable[..., Sampler]
 
 
@@ -276,11 +277,11 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
     def setting(engine: str, **options: Any) -> tuple[Settings, _MakeSampler]:
         def make(chosen: torch.dtype = dtype) -> Sampler:
             named = {name: value for name, value in options.items() if value is not None}
-            if chosen == torch.int8:  # whose scales are found for the sampler's own timesteps
+            if chosen == torch.int8:  # its scales are calibrated on the sampler's own timesteps
                 return Sampler(model, guide=guide, engine=engine, dtype=chosen, **named)
             return Sampler(denoiser_of(chosen), engine=engine, **named)
 
-        # A fit can be made anew: then these are other timesteps.
+        # Timesteps may be fitted again, so the record keeps them.
         fitted = {"timesteps": make(torch.float32).timesteps.tolist()} if options["spacing"] == ADAPTIVE else {}
         return {
             **options,
@@ -291,7 +292,7 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
         }, make
 
     for solver, spacing, eta in itertools.product(arguments.solver, arguments.spacing, arguments.eta):
-        if solver == "ddim" or eta == 0:  # eta is an option of that solver
+        if solver == "ddim" or eta == 0:  # only that solver takes eta
             for steps in arguments.steps:
                 yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
     for tolerance in arguments.tolerance:
@@ -299,10 +300,12 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
 
 
 def _checked_samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> list[tuple[Settings, _MakeSampler]]:
-    """:func:`_samplers`, of which each can be made and measured; otherwise a ValueError."""
+    """:func:`_samplers`, each checked to work and to have the measures; otherwise a ValueError. Empty if no measure samples."""
+    if not (arguments.reference or arguments.trajectory_error or arguments.reconstruction):
+        return []
     samplers = list(_samplers(arguments, model, guide))
     if not samplers:
-        raise ValueError("--eta other than 0 is an option of --solver ddim, so there is no setting to measure")
+        raise ValueError("--eta other than 0 needs --solver ddim, so there is no setting to measure")
     for settings, make in samplers:
         make(torch.float32)
         _check_settings(arguments, settings)
@@ -312,7 +315,7 @@ def _checked_samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | No
 def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Path) -> None:
     """Fit timesteps, write them beside the checkpoint, and give them to the model."""
     if not path.exists():
-        parser.error(f"--fit-timesteps writes beside the checkpoint: {path} is on the Hub; download it into a folder")
+        parser.error(f"--fit-timesteps writes beside the checkpoint, but {path} is on the Hub; download it into a folder")
     seeds, classes = _CALIBRATION_SEEDS, model.config.num_classes
     labels = None if classes is None else [i % classes for i in range(len(seeds))]
 

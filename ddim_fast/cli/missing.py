@@ -8,13 +8,13 @@ from types import TracebackType
 
 __all__ = ["describe_missing", "name_missing_packages"]
 
-# Packages that pip knows by another name than Python.
+# Packages whose pip name differs from their import name.
 _PIP_NAMES = {"PIL": "pillow", "skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
 
 
 def describe_missing(error: ModuleNotFoundError) -> str:
-    """Which package is missing and how to install it; the error's own words where it has such, or where no package is missing
-    but a module of this one."""
+    """The missing package and how to install it; the error's own message where it has one, or where a module of this package is
+    missing."""
     module = (error.name or "").partition(".")[0]
     if module in ("", "ddim_fast"):
         return str(error)
@@ -23,8 +23,8 @@ def describe_missing(error: ModuleNotFoundError) -> str:
 
 
 def name_missing_packages() -> None:
-    """Has a command whose own imports fail, before :func:`ddim_fast.cli.parser.run_command` runs, end with one line instead of
-    a traceback. In programs that are no command of this package, nothing changes."""
+    """End a command with one line instead of a traceback where its imports fail before :func:`ddim_fast.cli.parser.run_command`
+    runs. Other programs are not affected."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None or not spec.name.startswith("ddim_fast."):
         return

@@ -19,18 +19,18 @@ __all__ = ["Medium", "Pictures", "medium_of"]
 
 
 class Medium(Protocol):
-    """How the commands deal with images, (N, C, H, W) float32 in [-1, 1].
+    """Reading, writing and showing images, (N, C, H, W) float32 in [-1, 1].
 
     Attributes:
-        noun: what several of them are called.
-        width: how many pixels wide a small one is shown, about.
+        noun: their name, in the plural.
+        width: the approximate width of a small one when shown, in pixels.
     """
 
     noun: str
     width: int
 
     def load(self, spec: str) -> Tensor:
-        """Those of files, brought to the network's size, on the host."""
+        """The images of files, resized to the network's size, on the host."""
         ...
 
     def shown(self, images: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Medium(Protocol):
         ...
 
     def write(self, folder: Path, names: Sequence[str], images: Tensor) -> None:
-        """A file each, NAME.png or NAME.wav."""
+        """Write one file each, NAME.png or NAME.wav."""
         ...
 
 
@@ -46,11 +46,11 @@ class Pictures:
     """Images that are pictures.
 
     Args:
-        image_shape: (C, H, W) of the network's.
-        resize: how those of other sizes are brought to it, one of :data:`ddim_fast.data.resizing.RESIZES`.
+        image_shape: (C, H, W) of the network's images.
+        resize: the way to resize pictures of other sizes, one of :data:`ddim_fast.data.resizing.RESIZES`.
 
     Attributes:
-        resizer: what has brought the loaded ones to that size.
+        resizer: resizes loaded pictures, and counts them.
     """
 
     noun, width = "images", 64

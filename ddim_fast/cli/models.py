@@ -17,22 +17,22 @@ _EXAMPLES = """\
   ddim_fast sample --model fashion-mnist
 """
 
-# The names of more classes fill no line.
+# Names of more classes do not fit a line.
 _NAMED = 12
 
 
 def main() -> None:
     CommandParser("models", "List the packaged models, which --model takes by name.", _EXAMPLES).parse_args()
     for name in packaged_models():
-        usual = " (where no --model is named)" if name == DEFAULT_MODEL else ""
+        usual = " (the default of --model)" if name == DEFAULT_MODEL else ""
         print(f"{name}{usual}")
         for title, text in _facts(local_model(name)):
             print(f"  {title:9}  {text}")
-    print("Any folder of a checkpoint, of diffusers too, and owner/name on the Hugging Face Hub can be named in their place.")
+    print("--model also takes a checkpoint folder, one of diffusers too, or owner/name on the Hugging Face Hub.")
 
 
 def _facts(folder: Path) -> list[tuple[str, str]]:
-    """What there is to know of a model, by title."""
+    """The description of a model, by title."""
     from safetensors import safe_open
 
     config = UNetConfig.from_dict(read_json(folder / "config.json"))

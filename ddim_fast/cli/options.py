@@ -52,55 +52,56 @@ __all__ = [
 ]
 
 
-# Of --help, in this order.
+# Titles of --help, in this order.
 SAMPLING, EXECUTION, OUTPUT = "sampling", "execution", "output"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-# Those of ddim_fast.engine, which imports torch.
+# The engines of ddim_fast.engine, which imports torch.
 ENGINES = ("auto", "eager", "compiled", "captured")
 CLIP_HELP = "clip the predicted image to [-R, R] at each step (default: never)"
-CONVERT_HELP = "of sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
+CONVERT_HELP = "sounds: mix channels down to one and resample to the model's rate, instead of refusing such recordings"
 EXACT_HELP = (
-    "encode by exact inversion: instead of one network evaluation a step it takes 5 or 6 in 50 steps, 6 to 11 in 20, 8 to 17 "
-    "in 10, 20 to 42 in 5"
+    "encode by exact inversion. It takes more than one network evaluation per step: 5 or 6 in 50 steps, 6 to 11 in 20, 8 to "
+    "17 in 10, 20 to 42 in 5"
 )
-# What commands for sounds take where no --model is named.
+# The default --model of commands for sounds.
 SOUND_MODEL = "spoken-digits"
 SOUNDS_HELP = "sound files, folders of them, or Parquet files"
 SOUND_CLASS_HELP = (
-    "the class of all recordings, a name or number, or 'none' (default: that of each, where its folder or data set names one)"
+    "class of all recordings: a name or number, or 'none' (default: each recording's own, where its folder or data set names "
+    "one)"
 )
 IMAGES_HELP = "image files, or a data set: a folder, a Parquet file or an IDX file; of any size, see --resize"
 RESIZE_HELP = (
-    "how pictures of another size are brought to the model's: crop, as training data are: the square in the middle, resized, "
-    "or a smaller picture in a black frame; pad: all of it, resized, in a black frame; stretch: all of it, out of proportion"
+    "how to resize pictures of another size. crop, as for training data: the central square, resized, or a smaller picture in "
+    "a black frame; pad: the whole picture, resized, in a black frame; stretch: the whole picture, out of proportion"
 )
 IMAGE_CLASS_HELP = (
-    "for a class-conditional model: the class of all images, a name or number, or 'none' (default: that of each image, where "
-    "the data has them: in folders called by their names or numbers, or as many as there are classes)"
+    "for a class-conditional model, the class of all images: a name or number, or 'none' (default: each image's own, where "
+    "the data has labels, or one folder per class or folders named by class names or numbers)"
 )
 GUIDE_HELP = (
-    "a worse model of the same images, smaller or trained for less long: --guidance leads away from it instead of from no "
-    "class, in a class or none (autoguidance)"
+    "a worse model of the same images, smaller or trained for less time: --guidance leads away from it instead of from no "
+    "class, with or without --class (autoguidance)"
 )
 GUIDANCE_HELP = "classifier-free guidance scale (default: none)"
-INTERVAL_HELP = "guide only in steps of the timesteps LO to HI, both included; the others are twice as fast (default: all)"
+INTERVAL_HELP = "guide only the steps at timesteps LO to HI, both included; other steps are twice as fast (default: all)"
 SPACING_HELP = (
-    f"how the timesteps are chosen: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
+    f"spacing of the timesteps: {', '.join((*SPACINGS, ADAPTIVE))}, or the timesteps themselves, as 999,500,0 "
     "(default: quadratic)"
 )
 COMPILE_HELP = (
-    "the fastest execution on the device, in the precision it is fast at: on a GPU all steps compiled into one CUDA graph; "
-    "on a CPU this package's C++ operators, or torch.compile where those were not built"
+    "the fastest execution and dtype of the device. GPU: all steps compiled into one CUDA graph. CPU: this package's C++ "
+    "operators, or torch.compile where they were not built"
 )
-ENGINE_HELP = "name the execution, instead of --compile's choice"
+ENGINE_HELP = "engine to use, instead of --compile's choice"
 ONNX_ENGINE_HELP = (
-    f"{ENGINE_HELP}. onnx: by ONNX Runtime, without torch; MODEL is what export --to onnx wrote, whose settings are the "
-    "defaults then, or is exported at its first use"
+    f"{ENGINE_HELP}. onnx: by ONNX Runtime, without torch; MODEL is a folder of export --to onnx, whose settings become the "
+    "defaults, or a model that is exported at its first use"
 )
 DTYPE_HELP = (
-    "what the network computes in; auto: with --compile bfloat16 where the device is fast at it, otherwise float32; "
-    "int8: 8-bit convolutions, on x86 processors with AVX-512 VNNI (servers from Cascade Lake and Zen 4 on) or AVX-VNNI (Alder "
-    "Lake and later); elsewhere an error"
+    "dtype of the network's computation. auto: with --compile bfloat16 where the device is fast at it, otherwise float32. "
+    "int8: 8-bit convolutions, only on x86 processors with AVX-512 VNNI (servers from Cascade Lake and Zen 4 on) or AVX-VNNI "
+    "(Alder Lake and later)"
 )
 STEPS_HELP = "number of steps (default: 20, or as many as are listed)"
 MODEL_HELP = (
@@ -110,11 +111,11 @@ MODEL_HELP = (
 
 
 def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) -> tuple[int, str]:
-    """--steps and --spacing, and what they are where they are not given; a usage error where they contradict each other."""
+    """Settle --steps and --spacing with their defaults; contradictory ones are a usage error."""
     listed = None if spacing is None else parse_spacing(spacing)
     if isinstance(listed, list):
         if steps not in (None, len(listed)):
-            parser.error(f"--steps {steps} does not fit the {len(listed)} timesteps of --spacing; leave it out")
+            parser.error(f"--steps {steps} does not match the {len(listed)} timesteps of --spacing; leave it out")
         steps = len(listed)
     return 20 if steps is None else steps, "quadratic" if spacing is None else spacing
 
@@ -132,7 +133,7 @@ def check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: S
     low, high = interval
     if not guided_steps(timesteps, guidance, (low, high)).any() and guidance != 1:
         raise ValueError(
-            f"--guidance-interval {low} {high}: no step is there, so nothing would be guided; they are at "
+            f"--guidance-interval {low} {high} holds no step, so nothing would be guided; the steps are at  "
             + ", ".join(map(str, timesteps))
         )
 
@@ -155,14 +156,14 @@ def _class_list(classes: str, config: UNetConfig) -> list[int] | str:
 
 
 def class_record(classes: str, config: UNetConfig) -> str:
-    """What ``--class`` lists, for a record: by number, however the user has written it."""
+    """The value of ``--class`` for a record: class numbers, however the user has written them."""
     chosen = _class_list(classes, config)
     return chosen if isinstance(chosen, str) else list_integers(chosen)
 
 
 def seed_labels(classes: str, seeds: Sequence[int], config: UNetConfig) -> list[int] | None:
-    """One label a seed. ``all`` gives seed s class s mod num_classes; a list is used in turn, of names, numbers and ranges of
-    numbers, such as "horse,7,0-3".
+    """One label per seed. ``all`` gives seed s class s mod num_classes. A list of names, numbers and ranges of numbers, such as
+    "horse,7,0-3", is used in turn.
 
     Raises:
         ValueError: a class is not the model's, or the model is unconditional.
@@ -174,7 +175,7 @@ def seed_labels(classes: str, seeds: Sequence[int], config: UNetConfig) -> list[
 
 
 def class_or_none(chosen: str | None, config: UNetConfig, option: str = "--class") -> int | None:
-    """:func:`one_class`; None for ``none``, or where nothing was chosen."""
+    """:func:`one_class`; None for ``none`` or without the option."""
     return None if chosen is None or chosen == "none" else one_class(chosen, config, option)
 
 
@@ -182,7 +183,7 @@ def one_class(chosen: str, config: UNetConfig, option: str) -> int:
     """The number of the class that an option chooses.
 
     Raises:
-        ValueError: it is not the model's, or a name of several; the message names the option.
+        ValueError: the model has no such class, or several of that name; the message names the option.
     """
     try:
         return config.class_number(chosen)
@@ -193,11 +194,11 @@ def one_class(chosen: str, config: UNetConfig, option: str) -> int:
 def image_labels(
     chosen: str | None, own: Sequence[int | None], config: UNetConfig, option: str = "--class"
 ) -> list[int] | None:
-    """One label an image: the chosen class, or its own, where all images and the model have classes; None for no class.
+    """One label per image: the chosen class, or the image's own where all images and the model have classes; None for no class.
 
     Args:
-        chosen: what the option says, or None where nothing was chosen.
-        own: of each image, its label or None.
+        chosen: the option's value, or None without it.
+        own: the label of each image, or None.
         config: of the model.
         option: its name.
 
@@ -213,7 +214,7 @@ def image_labels(
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """The settings that commands which encode and decode share: :func:`add_sampler_options`, and where the results go."""
+    """The settings shared by commands that encode and decode: :func:`add_sampler_options`, and the place of the results."""
 
     model: str
     steps: int
@@ -228,25 +229,25 @@ class SamplerSettings:
     quiet: bool
 
     def own(self) -> dict[str, Any]:
-        """By option, the settings that are the command's own."""
+        """The command's own settings, by option."""
         shared = [field.name for field in dataclasses.fields(SamplerSettings)]
         return {name.replace("_", "-"): value for name, value in vars(self).items() if name not in shared}
 
 
 def settle_sampler(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command with those of :func:`add_sampler_options`, where nothing is open any more but what the device
-    decides."""
+    """The options of a command with those of :func:`add_sampler_options`, settled except for those that depend on the
+    device."""
     steps, spacing = settle_steps(parser, options["steps"], options["spacing"])
     return {**options, "steps": steps, "spacing": spacing}
 
 
 def add_sampler_options(parser: CommandParser, usual: str, out_help: str, model: str = DEFAULT_MODEL) -> None:
-    """The options of a command that encodes and decodes, for :func:`settle_sampler`.
+    """Add the options of a command that encodes and decodes, for :func:`settle_sampler`.
 
     Args:
-        usual: the folder that the command fills where none is named.
-        out_help: what --out may be.
-        model: the command's usual model.
+        usual: the default folder of the command.
+        out_help: the help of --out.
+        model: the command's default model.
     """
     parser.add_argument("--model", metavar="MODEL", default=model, help=MODEL_HELP)
     add_step_options(parser)
@@ -257,23 +258,23 @@ def add_sampler_options(parser: CommandParser, usual: str, out_help: str, model:
 
 
 def add_resize_option(parser: CommandParser) -> None:
-    """How pictures of another size are brought to the model's."""
+    """Add --resize, the way to resize pictures of another size."""
     parser.add_argument("--resize", choices=RESIZES, default="crop", help=RESIZE_HELP)
 
 
 def add_step_options(parser: CommandParser) -> None:
-    """How many steps, and where."""
+    """Add the options for the number of steps and their spacing."""
     sampling = parser.group(SAMPLING)
     sampling.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     sampling.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
 
 
 def add_execution_options(parser: CommandParser, engines: Sequence[str], batch_size: int | None = None) -> None:
-    """What computes, and how.
+    """Add the options for the device, engine and dtype.
 
     Args:
-        engines: those that --engine may name.
-        batch_size: the usual one; None is :func:`usual_batch_size`.
+        engines: the choices of --engine.
+        batch_size: the default one; None is :func:`usual_batch_size`.
     """
     execution = parser.group(EXECUTION)
     execution.add_argument("--compile", action="store_true", help=COMPILE_HELP)
@@ -281,22 +282,22 @@ def add_execution_options(parser: CommandParser, engines: Sequence[str], batch_s
     execution.add_argument("--engine", choices=engines, default="auto", help=engine_help)
     execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     execution.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=DTYPE_HELP)
-    size_help = "images a network call" + ("" if batch_size else " (default: 12 on a CPU, 64 on a GPU)")
+    size_help = "images per network call" + ("" if batch_size else " (default: 12 on a CPU, 64 on a GPU)")
     execution.add_argument("--batch-size", metavar="N", type=parse_positive, default=batch_size, help=size_help)
 
 
 def add_output_options(parser: CommandParser, usual: str, out_help: str, metavar: str = "DIR") -> None:
-    """Where the results go, and what is said of them."""
+    """Add the options for the results and the progress."""
     output = parser.group(OUTPUT)
-    following = f"(default: {usual}, or {usual}-2 ... where that is not empty)"
+    following = f"(default: {usual}, or {usual}-2 ... if that is not empty)"
     output.add_argument("--out", metavar=metavar, type=Path, help=f"{out_help} {following}")
     output.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 
 def usual_batch_size(where: str) -> int:
-    """Images a network call where nobody says how many: on a CPU so few that the first pictures are soon there.
+    """The default number of images per network call: small on a CPU, so that the first pictures appear soon.
 
     Args:
-        where: a type of device, or an execution provider of ONNX Runtime.
+        where: a device type, or an execution provider of ONNX Runtime.
     """
     return 12 if where.lower().startswith("cpu") else 64

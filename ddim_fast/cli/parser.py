@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-# Parameters of the library whose option has another name.
+# Library parameters whose option has another name.
 _OTHERWISE_CALLED = {"clip_sample_range": "clip"}
 
 
@@ -38,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose usage errors are one line on stderr and exit code 2.
 
     Attributes:
-        hint: what a usage error says at its end.
+        hint: the end of each usage error.
     """
 
     hint = "--help shows the options"
@@ -51,11 +51,11 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._groups: dict[str, argparse._ArgumentGroup] = {}
-        self.register("type", int, _whole)  # Python's own errors speak of types
+        self.register("type", int, _whole)  # Python's own errors name types
         self.register("type", float, _number)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; an unknown option is an error that names the one that looks like it."""
+        """As argparse; an unknown option is an error that names the most similar one."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             first, shown = unknown[0].partition("=")[0], [a for a in self._actions if a.help != argparse.SUPPRESS]
@@ -65,7 +65,7 @@ class CommandParser(argparse.ArgumentParser):
         return found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse does, in words that are the same in all versions of Python, and with the choice that looks like it."""
+        """As argparse, in the same words in all versions of Python, with the most similar choice."""
         if action.choices is None or value in action.choices:
             return
         close = difflib.get_close_matches(str(value), action.choices, n=1)
@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there} are {', '.join(action.choices)}")
 
     def format_help(self) -> str:
-        # All options stand below; in the usage line they would fill a screen.
+        # The options are listed below; in the usage line they would fill a screen.
         required = [action for action in self._actions if action.option_strings and action.required]
         words = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in required]
         arguments = [str(action.metavar) for action in self._actions if not action.option_strings]
@@ -81,7 +81,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     def group(self, title: str) -> argparse._ArgumentGroup:
-        """The options that --help shows under ``title``; the same for the same title."""
+        """The group of options that --help shows under ``title``; one group per title."""
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title]
@@ -90,10 +90,10 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({self.hint})\n")
 
     def add_former_name(self, former: str, option: argparse.Action, values: dict[str, str] | None = None) -> None:
-        """Accept an option by its name in the version before, with a warning; --help does not show it.
+        """Accept an option's name of the version before, with a warning; --help does not show it.
 
         Args:
-            values: the former names of its values, and what they are now.
+            values: the former names of its values, and the present ones.
         """
         kind: Any = option.type if values is None else None
         self.add_argument(
@@ -110,8 +110,8 @@ class CommandParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def usage_errors(self) -> Iterator[None]:
-        """Inside, a ValueError or a missing file is the fault of an option. Where the library's message begins with the name of
-        a parameter, as "steps must be ...", it is said as that of the option."""
+        """Inside, a ValueError or a missing file is a usage error. A message that begins with a parameter of the library, as
+        "steps must be ...", names the option instead."""
         try:
             yield
         except (ValueError, FileNotFoundError) as error:
@@ -142,21 +142,21 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Defaults that mean "nothing" are not shown; the help text says so where it matters."""
+        """Do not show defaults that mean "nothing"; the help text names them where it matters."""
         shows_nothing = action.default is None or action.default is False or action.default == []
         return action.help if shows_nothing else super()._get_help_string(action)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's ``main``: what goes wrong outside of its options is one line on stderr and exit code 1. Warnings of
-    this package are a line each."""
+    """Run a command's ``main``. An error outside of its options is one line on stderr and exit code 1; a warning of this
+    package is one line."""
     warnings.formatwarning = _format_warning
-    # torch.compile would write to a temporary folder, which does not last.
+    # torch.compile's default is a temporary folder, which does not last.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError, MemoryError) as error:
@@ -169,7 +169,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-# What to do where the system refuses.
+# Remedies for errors of the operating system.
 _REMEDIES = {
     errno.EACCES: "name a place that you may read and write",
     errno.EPERM: "name a place that you may read and write",
@@ -179,7 +179,7 @@ _REMEDIES = {
 
 
 def _described(error: Exception) -> str:
-    """What went wrong, and what to do about it where that can be said."""
+    """The error in one line, with its remedy where there is one."""
     if isinstance(error, ModuleNotFoundError):
         return describe_missing(error)
     if isinstance(error, MemoryError):
@@ -201,7 +201,7 @@ def _format_warning(
     return f"warning: {message}\n" if ours else _format_others(message, category, filename, lineno, line)
 
 
-# More images than anybody samples at once: a range of as many as 0-9999999999 is a slip, and would fill the memory.
+# A range such as 0-9999999999 is a slip, and would fill the memory.
 _MOST = 100_000_000
 
 
@@ -209,7 +209,7 @@ def parse_integers(text: str) -> list[int]:
     """``"0-3,8"`` -> [0, 1, 2, 3, 8].
 
     Raises:
-        argparse.ArgumentTypeError: the text is no such list, or one of too many numbers.
+        argparse.ArgumentTypeError: the text is not such a list, or has too many numbers.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -226,7 +226,7 @@ def parse_integers(text: str) -> list[int]:
 
 
 def list_integers(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 3, 8] -> "0-3,8", what :func:`parse_integers` takes."""
+    """[0, 1, 2, 3, 8] -> "0-3,8", the inverse of :func:`parse_integers`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

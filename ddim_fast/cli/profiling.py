@@ -13,13 +13,13 @@ from .parser import CommandParser
 __all__ = ["PROFILE_HELP", "check_profile_options", "print_profile"]
 
 PROFILE_HELP = (
-    "sample the first batch twice and show where the second time went: in a table, and in trace.json for ui.perfetto.dev, in "
-    "the folder --out (default: profile); no images are written"
+    "sample the first batch twice and profile the second run: a table, and trace.json for ui.perfetto.dev in the folder --out "
+    "(default: profile); no images are written"
 )
 
 
 def check_profile_options(parser: CommandParser, options: Mapping[str, Any]) -> None:
-    """A usage error where --profile does not go with the other options."""
+    """A usage error where --profile contradicts other options."""
     if not options["profile"]:
         return
     for name, given in {
@@ -31,25 +31,25 @@ def check_profile_options(parser: CommandParser, options: Mapping[str, Any]) -> 
         "torchrun": Processes().count > 1,
     }.items():
         if given:
-            parser.error(f"--profile is for fixed steps in torch and in one process, and makes no images; not with {name}")
+            parser.error(f"--profile needs fixed steps in torch in one process and writes no images; leave out {name}")
 
 
 def print_profile(
     sampler: Any, batch: tuple[Sequence[int], Sequence[int] | None], folder: Path, quiet: bool, **guidance: Any
 ) -> None:
-    """Profiles a batch.
+    """Profile a batch.
 
     Args:
-        sampler: one of torch.
-        batch: its seeds and labels.
-        folder: of the trace.
+        sampler: a sampler of torch.
+        batch: seeds and labels to sample.
+        folder: the folder for the trace.
         quiet: print nothing.
         guidance: as of :meth:`ddim_fast.Sampler.sample`.
     """
     from ..jobs.profiling import profile_sampling
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler would write lines of its own on the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler prints lines of its own
     trace = folder / "trace.json"
     profile = profile_sampling(sampler, trace, seeds=batch[0], labels=batch[1], **guidance)
     if not quiet:
-        print(f"{profile}\n{trace} has each operator; ui.perfetto.dev shows it")
+        print(f"{profile}\n{trace} lists every operator; open it in ui.perfetto.dev")

@@ -1,4 +1,4 @@
-"""What a command says while it works: a line at its start, then a bar."""
+"""The output of a running command: a first line, then a progress bar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PATIENCE, _SILENCE = 1.0, 4.0  # seconds
 
 
 def say(text: str, quiet: bool) -> None:
-    """A line of progress, on stderr: results are on stdout. A bar that is there stays below it."""
+    """Print a line of progress on stderr, above a bar that is shown; results go to stdout."""
     if not quiet:
         from tqdm import tqdm
 
@@ -36,8 +36,7 @@ def say(text: str, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def notice(text: str, quiet: bool = False) -> Iterator[None]:
-    """Inside, what takes longer than a second is named by a line, where stderr is a terminal, at which somebody waits; what
-    goes on, by another every four seconds.
+    """Inside, work of more than a second prints a line naming it, where stderr is a terminal; then one every four seconds.
 
     Args:
         quiet: print nothing.
@@ -61,13 +60,13 @@ def notice(text: str, quiet: bool = False) -> Iterator[None]:
 
 
 def say_resized(resizer: Resizer, quiet: bool) -> None:
-    """A line where pictures were of another size than the model's."""
+    """Print a line where pictures were resized to the model's size."""
     if resizer.line is not None:
         say(resizer.line, quiet)
 
 
 def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch.device) -> str:
-    """A model's name and size, and what it computes in.
+    """A model's name, size and dtype, in words.
 
     Args:
         networks: its modules.
@@ -78,13 +77,13 @@ def describe_model(name: str, networks: Sequence[Any], dtype: str, device: torch
 
 
 def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: str, quiet: bool) -> None:
-    """A command's first line: model, parameters, dtype, device, engine, what serves the operators, and what is made. Where
-    ``--compile`` came to nothing, or to half of it, a second one says why.
+    """Print a command's first line: model, parameters, dtype, device, engine, operator implementations and items. Where
+    ``--compile`` did not compile or did not use bfloat16, a second line says why.
 
     Args:
-        settings: of the command, which name the model.
-        sampler: one of torch, or of ONNX Runtime.
-        items: what is made, as "60 images of 20 steps".
+        settings: the command's settings, which name the model.
+        sampler: a sampler of torch or of ONNX Runtime.
+        items: the result, as "60 images of 20 steps".
     """
     if quiet:
         return
@@ -101,7 +100,7 @@ def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: st
 
 
 def _reasons(settings: SamplerSettings | SampleSettings, sampler: Any) -> list[str]:
-    """Why a run with --compile is not compiled, and not in bfloat16, where nobody asked for that."""
+    """The reasons why a run with --compile is not compiled or not in bfloat16, where no option asked for that."""
     from ..ops.devices import bf16_is_fast
 
     reasons, device = [], sampler.device
@@ -118,22 +117,22 @@ def _reasons(settings: SamplerSettings | SampleSettings, sampler: Any) -> list[s
 def job_progress(
     output: Output, missing: Sequence[int], quiet: bool, *, noun: str | None = None, processes: Processes | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """A progress bar of a job that fills ``output``, and a line on how to go on where it is interrupted.
+    """A progress bar for a job that fills ``output``; an interrupted job prints how to continue.
 
     Args:
         missing: the batches to make.
-        noun: what its items are called (default: as the output calls them).
-        processes: among which the batches are divided; None is this one alone.
+        noun: the name of its items (default: the output's).
+        processes: the processes that share the batches; None is this one alone.
 
     Yields:
-        A function to call with the number of each batch that is made.
+        A function to call with the number of each finished batch.
     """
     processes = Processes() if processes is None else processes
     batches, noun = output.batches, noun or output.noun
     total = len(batches.seeds)
     there = total - batches.count(missing)
     if there and processes.is_first:
-        say(f"{output.path} holds {_progress(batches, missing, noun)}; going on", quiet)
+        say(f"{output.path} holds {_progress(batches, missing, noun)}; continuing", quiet)
     try:
         with Bar(total, noun, there=there, shown=processes.is_first and not quiet) as bar:
             yield lambda k: bar.made(there + processes.add_done(batches.count([k])))
@@ -141,10 +140,10 @@ def job_progress(
     except KeyboardInterrupt:
         if processes.is_first:
             done = _progress(batches, output.missing(), noun)
-            print(f"stopped: {output.path} holds {done}; the same command goes on with it", file=sys.stderr)
+            print(f"stopped: {output.path} holds {done}; the same command continues it", file=sys.stderr)
         raise
 
 
 def _progress(batches: Batches, missing: Sequence[int], noun: str) -> str:
-    """How many images there are, as "40 of 60 images"."""
+    """The number of finished images, as "40 of 60 images"."""
     return f"{len(batches.seeds) - batches.count(missing)} of {count_of(len(batches.seeds), noun)}"

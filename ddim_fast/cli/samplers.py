@@ -44,7 +44,7 @@ __all__ = [
 
 
 def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype:
-    """The dtype that ``--dtype`` names: ``auto`` is bfloat16 for a run that is compiled, where the device is fast at it."""
+    """The dtype of ``--dtype``; ``auto`` is bfloat16 for a compiled run on a device that is fast at it, otherwise float32."""
     import torch
 
     from ..ops.devices import bf16_is_fast
@@ -57,13 +57,13 @@ def select_dtype(name: str, compiled: bool, device: torch.device) -> torch.dtype
 def load_labelled(
     specs: Sequence[str], chosen: str | None, sampler: AnySampler, resizer: Resizer, option: str = "--class"
 ) -> tuple[Tensor, list[int] | None, list[str]]:
-    """The images that a command is given, their classes, and names for what is made of them.
+    """A command's images, their classes, and names for the results.
 
     Args:
         specs: data sets or image files, each as :func:`ddim_fast.data.images.load_images` takes one.
         chosen, option: as of :func:`image_labels`.
-        sampler: says how many channels and which classes.
-        resizer: brings them to the size of the sampler's images.
+        sampler: its images' channels and classes count.
+        resizer: resizes them to the sampler's images.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1] of the sampler's images' size, N labels or None, and N names.
@@ -115,7 +115,7 @@ def select_execution(engine: str, compiled: bool, device: torch.device, dtype: s
 
 
 def batch_size_of(settings: SamplerSettings, sampler: AnySampler) -> int:
-    """Images a network call."""
+    """Images per network call."""
     return settings.batch_size or usual_batch_size(sampler.device.type)
 
 
@@ -128,18 +128,18 @@ def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
         resolve_model(name)
     path = local_model(name)
     if is_export(path):
-        parser.error(f"{name} is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes")
+        parser.error(f"{name} is an export to ONNX; sample it with python -m ddim_fast.sample --engine onnx")
     return UNet.from_pretrained(path), path
 
 
 def load_sampler(
     parser: CommandParser, name: str, device: torch.device, guide: str | None = None, **options: Any
 ) -> AnySampler:
-    """The sampler of a checkpoint; in latent space, if an autoencoder lies beside it.
+    """The sampler of a checkpoint, in latent space if an autoencoder lies beside it.
 
     Args:
         name: the model, as of ``--model``.
-        guide: the same of its guide.
+        guide: the name of the guide, or None.
         options: of :class:`ddim_fast.Sampler`.
     """
     from ..diffusion.latent import LatentSampler
@@ -159,7 +159,7 @@ def load_sampler(
 
 
 def audio_of(sampler: AnySampler) -> AudioConfig | None:
-    """What a sampler's images mean where they are sounds; None where they are pictures."""
+    """The sound format of a sampler's images; None for pictures."""
     return getattr(sampler.model, "audio", None)
 
 
@@ -167,14 +167,14 @@ def require_pictures(parser: CommandParser, name: str, sampler: AnySampler, inst
     """A usage error where the images of model ``name`` are sounds.
 
     Args:
-        instead: which command is for those.
+        instead: the command for sounds.
     """
     if audio_of(sampler) is not None:
         parser.error(f"--model {name} is a model of sounds, not of pictures: {instead}")
 
 
 def pixel_model(parser: CommandParser, name: str, instead: str) -> Path:
-    """The folder or file of a model of images themselves, for what is not done in latent space.
+    """The folder or file of a model that works on pixels; a usage error for a model of latents.
 
     Args:
         name: the model, as of ``--model``.
@@ -192,7 +192,7 @@ def job_record(command: str, own: dict[str, Any], settings: SamplerSettings, sam
     """The record of a job of :func:`make_sampler`'s sampler.
 
     Args:
-        own: by option, what else decides its result.
+        own: other settings that decide its result, by option.
     """
     import torch
 
@@ -200,7 +200,7 @@ def job_record(command: str, own: dict[str, Any], settings: SamplerSettings, sam
         **own,
         "model": f"sha256:{weights_checksum(*sampler.networks)}",
         "steps": settings.steps,
-        # A fit can be made anew: then these are other timesteps.
+        # Timesteps may be fitted again, so the record keeps them.
         "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,
         "guidance": settings.guidance,
         "batch-size": batch_size_of(settings, sampler),

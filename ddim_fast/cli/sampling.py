@@ -34,7 +34,7 @@ __all__ = ["run_sampling"]
 
 
 def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Processes) -> None:
-    """Check everything, then sample what is not there yet."""
+    """Check the settings, then sample the missing images."""
     sampler: AnySampler | OnnxSampler
     audio = None
     with notice(f"loading {settings.model}", settings.quiet or not processes.is_first):
@@ -47,7 +47,7 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
         labels = seed_labels(settings.classes, settings.seeds, sampler.config)
         if settings.guidance is None and labels is not None:
             settings = dataclasses.replace(settings, guidance=sampler.config.guidance)
-        # Before anything is written or computed.
+        # Checked before anything is written or computed.
         sampler.check(
             seeds=settings.seeds,
             labels=labels,
@@ -57,7 +57,10 @@ def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Pro
         if settings.guidance_interval is not None and settings.tolerance is None:
             check_some_guided(sampler.timesteps, settings.guidance, settings.guidance_interval)
         if settings.tolerance is not None and settings.trajectory is not None:
-            parser.error("--trajectory films steps that all images share; with --tolerance each image takes its own")
+            parser.error(
+                "--trajectory films steps that all images share, but with --tolerance each image takes its own; "
+                "leave out one of them"
+            )
         if settings.trajectory is not None and settings.trajectory.suffix.lower() != ".gif":
             parser.error(f"--trajectory writes a GIF; got {str(settings.trajectory)!r}")
         if settings.grid is not None:
@@ -100,13 +103,13 @@ def _torch_sampler(
     try:
         import torch
     except ModuleNotFoundError:
-        raise RuntimeError("torch is not installed; without it there is --engine onnx") from None
+        raise RuntimeError("torch is not installed; --engine onnx samples without it") from None
 
     from ..ops.devices import pick_device
 
     with parser.usage_errors():
         if settings.provider is not None:
-            raise ValueError("--provider is an option of --engine onnx")
+            raise ValueError("--provider needs --engine onnx")
         device = pick_device(processes.device_name(settings.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -139,7 +142,7 @@ def _engine(settings: SampleSettings, device: Any) -> str:
 
 
 def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[OnnxSampler, str, dict[str, str]]:
-    """The same by ONNX Runtime."""
+    """The same for ONNX Runtime."""
     from ..deploy.cache import ready_export
     from ..deploy.onnx_sampler import OnnxSampler
     from ..deploy.session import onnxruntime
@@ -154,20 +157,20 @@ def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[Onnx
             clip_sample_range=settings.clip,
             provider=settings.provider,
         )
-    sampler.load()  # before anything is written
+    sampler.load()  # checked before anything is written
     return sampler, sampler.folder.identity, {"device": sampler.provider, "onnxruntime": onnxruntime.__version__}
 
 
 def _decisive(
     settings: SampleSettings, sampler: AnySampler | OnnxSampler, batches: Batches, checksum: str
 ) -> dict[str, str | float | list[int] | None]:
-    """The options that decide the images: the record that an unfinished output is compared with."""
+    """The options that decide the images, to compare with an unfinished output's record."""
     return {
         "model": f"sha256:{checksum}",
         "seeds": list_integers(settings.seeds),
         "class": class_record(settings.classes, sampler.config),
         "steps": settings.steps,
-        # A fit can be made anew: then these are other timesteps.
+        # Timesteps may be fitted again, so the record keeps them.
         "spacing": list_integers(sampler.timesteps[::-1].tolist()) if settings.spacing == ADAPTIVE else settings.spacing,
         "tolerance": settings.tolerance,
         "solver": settings.solver,
@@ -187,7 +190,7 @@ def _decisive(
 def _prepare(
     parser: CommandParser, settings: SampleSettings, batches: Batches, audio: AudioConfig | None, record: dict[str, Any]
 ) -> tuple[Path, list[int] | None]:
-    """The place of the output, made ready, and the batches that it lacks; None when it is finished."""
+    """The prepared place of the output and its missing batches; None when it is finished."""
     with parser.usage_errors():
         output, there = place_output(settings.out, SAMPLES_FOLDER, lambda path: output_at(path, batches, audio), record)
         for option, file in (("--grid", settings.grid), ("--trajectory", settings.trajectory)):
@@ -197,13 +200,13 @@ def _prepare(
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     missing = output.prepare(there, record)
-    # A film is of the first batch, which is made again where a run without a film has made it.
+    # A film shows the first batch, which is sampled again if a run without a film has made it.
     filmed = settings.trajectory is None or settings.trajectory.exists()
     if missing is None:
         if filmed and (settings.grid is None or settings.grid.exists()):
             return output.path, None
         if not isinstance(output, FileFolder):
-            parser.error(f"{output.path} is finished, and a picture or a film is made together with it; name another --out")
+            parser.error(f"{output.path} is finished, and --grid and --trajectory are made while sampling; name another --out")
         missing = []
     return output.path, missing if filmed or 0 in missing else [0, *missing]
 
@@ -211,17 +214,17 @@ def _prepare(
 def _run(
     sampler: AnySampler | OnnxSampler, output: Output, missing: list[int], settings: SampleSettings, processes: Processes
 ) -> None:
-    """Sample the missing batches, write the files, and say what was done."""
+    """Sample the missing batches, write the files, and print a summary."""
     batches, share = output.batches, processes.share(missing)
     count, quiet = batches.count(missing), settings.quiet or not processes.is_first
     film = Film(settings.trajectory, len(sampler.timesteps), output.shown) if settings.trajectory is not None else None
-    # Without a film all steps may be one graph, which is faster.
+    # Without a film, all steps may run as one graph, which is faster.
     watch = {} if film is None else {0: film.add}
     job = Job(sampler, batches, settings.guidance, watch.get, settings.guidance_interval, output.convert)
     announce(settings, sampler, f"{count_of(count, output.noun)} {_way(sampler, settings)}", quiet)
     with job_progress(output, missing, settings.quiet, processes=processes) as made:
         started = time.perf_counter()
-        with collect():  # these images are thrown away
+        with collect():  # these images are not kept
             if share:
                 job.warm_up(share[0])
             warm_up = time.perf_counter() - started
@@ -242,7 +245,7 @@ def _run(
 
 
 def _finish(output: Output, settings: SampleSettings) -> list[Path]:
-    """Completes an output whose batches are all there; returns the files to look at."""
+    """Complete an output that has all batches; returns the files to look at."""
     grid = settings.grid
     if grid is None and isinstance(output, FileFolder):
         grid = output.path / output.overview
@@ -253,14 +256,14 @@ def _finish(output: Output, settings: SampleSettings) -> list[Path]:
 
 
 def _way(sampler: AnySampler | OnnxSampler, settings: SampleSettings) -> str:
-    """How the images are made, in words."""
+    """The sampler's settings, in words."""
     steps = f"of {count_of(len(sampler.timesteps), 'steps')}"
     if sampler.tolerance is not None:
         steps = f"to tolerance {sampler.tolerance:g}"
     if settings.guidance in (None, 1):
         return steps
     is_own = settings.guide is None and settings.guidance == sampler.config.guidance
-    own = " (the model's own; --guidance 1 is without)" if is_own else ""
+    own = " (the model's own; --guidance 1 turns it off)" if is_own else ""
     return f"{steps}, guidance {settings.guidance:g}{own}"
 
 
@@ -273,12 +276,12 @@ def _summary(
     if sampler.tolerance is not None:
         spent: Any = getattr(sampler, "evaluations", None)
         return (
-            f"{made}: {rate}, those of the last batch by {spent.float().mean():.1f} network evaluations each "
-            f"(warm-up {warm_up:.1f} s)"
+            f"{made}: {rate}; the last batch took {spent.float().mean():.1f} network evaluations per image (warm-up "
+            f"{warm_up:.1f} s)"
         )
     interval = settings.guidance_interval
     guided = guided_steps(sampler.timesteps, settings.guidance, None if interval is None else (interval[0], interval[1]))
     evaluations = count * (steps + guided.sum())
     named = settings.spacing in SPACINGS and steps != settings.steps
-    note = f"{settings.spacing} makes {steps} timesteps of {settings.steps} steps\n" if named else ""
+    note = f"{settings.spacing} gives {steps} timesteps for {settings.steps} steps\n" if named else ""
     return note + f"{made}: {rate}, {evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s)"

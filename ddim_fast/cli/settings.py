@@ -1,4 +1,4 @@
-"""Settings of commands whose work lies in modules that import torch."""
+"""Settings of commands whose work is done in modules that import torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 __all__ = ["NUM_IMAGES", "NUM_TRAJECTORIES", "SAMPLES_FOLDER", "EvaluateSettings", "SampleSettings", "TrainSettings"]
 
-# Where samples go.
+# The default folder of samples.
 SAMPLES_FOLDER = "samples"
 
-# FID's usual number, and what is enough for a mean over trajectories.
+# FID's usual number of images, and enough of them for a mean over trajectories.
 NUM_IMAGES, NUM_TRAJECTORIES = 50_000, 64
 
 
@@ -51,7 +51,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The settings of sample, from its options. Steps that these leave open are those of the export, or the usual ones."""
+    """The settings of sample, from its options. Without --steps they are the export's, or the default."""
 
     model: str
     steps: int
@@ -81,10 +81,10 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of train; those of a run that goes on, where options do not give them again.
+    """The settings of train; a resumed run keeps its own where no option replaces them.
 
     Attributes:
-        steps: None where neither says, until the device is known.
+        steps: None until the device is known, where neither names a number.
     """
 
     data: str

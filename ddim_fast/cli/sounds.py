@@ -1,4 +1,4 @@
-"""Sounds as the commands deal with them."""
+"""Reading, writing and showing sounds in the commands."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["Sounds"]
 
 
 class Sounds:
-    """Images that are sounds; a :class:`ddim_fast.cli.modality.Medium`.
+    """Images that represent sounds; a :class:`ddim_fast.cli.modality.Medium`.
 
     Args:
-        audio: what the images mean.
+        audio: the sound format of the images.
         convert: as of :func:`load_sounds`.
     """
 
@@ -44,16 +44,16 @@ class Sounds:
     def load_labelled(
         self, specs: Sequence[str], chosen: str | None, config: UNetConfig, option: str = "--class"
     ) -> tuple[Tensor, Tensor | None, list[str]]:
-        """The images of several data sets or files, their classes, and names for what is made of them.
+        """The images of several data sets or files, their classes, and names for the results.
 
         Args:
-            chosen, config, option: as of :func:`image_labels`; the class of a recording is the one that its data names.
+            chosen, config, option: as of :func:`image_labels`; a recording's own class is the one that its data names.
 
         Returns:
             (N, C, H, W) float32, (N,) int64 or None, and N names.
 
         Raises:
-            ValueError: a class is not the model's, or as of :func:`load_sounds`.
+            ValueError: the model lacks a class, or as of :func:`load_sounds`.
         """
         sets = [self.read(spec) for spec in specs]
         images = self.codec.encode(np.concatenate([part.waves for part in sets]))

@@ -1,4 +1,4 @@
-"""The options of a run that goes on: kept in its folder, read as a command line is."""
+"""The stored options of a resumed run, parsed as a command line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def stored_options(
     """The options in ``record``, checked and converted as words of a command.
 
     Args:
-        required: words without which there is no command.
+        required: words that every command line needs.
         known: the options that a record may have.
-        update: makes a record of an earlier version one of this.
+        update: converts a record of an earlier version.
 
     Raises:
-        ValueError: the record is damaged, or has other options than this version.
+        ValueError: the record is damaged, or has options that this version lacks.
     """
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
@@ -31,9 +31,11 @@ def stored_options(
         words = [word for name, value in values.items() for word in _words(name, value)]
         unknown = sorted(values.keys() - known)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{record}: not the record of a run ({error})") from None
+        raise ValueError(f"{record}: not the record of a run ({error}); begin another in another --out") from None
     if unknown:
-        raise ValueError(f"{record}: not the record of a run (there is no option {unknown[0]!r})")
+        raise ValueError(
+            f"{record}: not the record of a run (there is no option {unknown[0]!r}); begin another in another --out"
+        )
     hint, parser.hint = parser.hint, f"as {record} says"
     own = vars(parser.parse_args([*words, *required]))
     parser.hint = hint
@@ -41,7 +43,7 @@ def stored_options(
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """An option and its value as they stand in a command."""
+    """An option and its value as words of a command line."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [option] if value else ["--no-flip"] if name == "flip" else []

@@ -1,4 +1,4 @@
-"""Networks to train, their data, what trains them and grids of what they make, from the options of train."""
+"""The network, data, trainer and sample grids that the options of train describe."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ __all__ = ["describe_run", "find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
-    """Whether there is a checkpoint to go on from; a run can end before its first one, and then starts over."""
+    """Whether a resumed run has a checkpoint; a run that ended before its first one starts over."""
     return settings.resume and (settings.out / TRAINING_STATE).is_file()
 
 
 def _check_same_network(parser: CommandParser, settings: TrainSettings, config: UNetConfig | AutoencoderConfig) -> None:
-    """A usage error where the options describe another network than that of the run that goes on; dropout has no weights,
-    nor has what is for people."""
+    """A usage error where the options describe another network than the resumed run's. Dropout and the fields for people may
+    differ: they have no weights."""
     if not _goes_on(settings):
         return
     own = load_config(settings.out, type(config)).to_dict()
@@ -58,7 +58,7 @@ def _check_same_network(parser: CommandParser, settings: TrainSettings, config: 
 
 
 def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRecord) -> None:
-    """A usage error where a run that goes on would lose images or mistake their classes; a line where it gets more images."""
+    """A usage error where a resumed run would lose images or mistake their classes; a line where it gets more images."""
     before = DataRecord.load(settings.out) if _goes_on(settings) else None
     if before is None:
         return
@@ -71,11 +71,11 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
         )
     if added:
         there = count_of(now.images, "images")
-        print(f"{now.path} holds {there}, {added} more than before: the run goes on with all", file=sys.stderr)
+        print(f"{now.path} holds {there}, {added} more than before: the run continues with all of them", file=sys.stderr)
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
-    """The settings with what depends on the model filled in, and the model that ``--init`` names."""
+    """The settings, completed with those that depend on the model, and the model of ``--init``."""
     start = None if settings.init is None else _load_start(parser, settings)
     with parser.usage_errors():
         audio = AudioConfig.preset(settings.preset) if start is None else start.audio
@@ -84,8 +84,8 @@ def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSet
 
 
 def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
-    """The model that ``--init`` names, with one more level where its images are to be twice as large; of a run that goes on,
-    its own."""
+    """The model of ``--init``, with one more level where ``--set sample_size`` doubles its images; for a resumed run, the run's
+    own."""
     with parser.usage_errors():
         fields = _set_fields(settings)
         for name in ("preset", "class_conditional", "prediction_type", "latents"):
@@ -96,30 +96,30 @@ def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
                 f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow"
             )
         folder = _start_folder(settings)
-    model = UNet.from_pretrained(folder)  # if that is damaged, it is not an option's fault
+    model = UNet.from_pretrained(folder)  # a damaged model is not a usage error
     own = model.config.sample_size
     size = fields.get("sample_size", own)
     if size == own:
         return model
     if size != 2 * own or model.audio is not None or _latents(settings) is not None:
         parser.error(
-            f"--set sample_size: --init {settings.init} has {own}, which can stay, or double where its images are pictures; "
-            f"got {size}"
+            f"--set sample_size: --init {settings.init} has {own}, which can stay, or double for a model of pictures; got "
+            f"{size}"
         )
     torch.manual_seed(settings.seed)
     return enclose(model)
 
 
 def _start_folder(settings: TrainSettings) -> Path:
-    begun = settings.resume and (settings.out / "config.json").is_file()  # not before its first checkpoint
+    begun = settings.resume and (settings.out / "config.json").is_file()  # it has no config.json before its first checkpoint
     if begun:
         return settings.out
-    assert settings.init is not None  # otherwise nothing asks
+    assert settings.init is not None  # the callers check
     return local_model(settings.init)
 
 
 def _latents(settings: TrainSettings) -> str | None:
-    """The folder of the autoencoder: the one named, or that of the model that ``--init`` names."""
+    """The folder of the autoencoder: the given one, or that of the ``--init`` model."""
     if settings.init is not None and (_start_folder(settings) / AUTOENCODER).is_dir():
         return str(_start_folder(settings) / AUTOENCODER)
     return settings.latents
@@ -128,11 +128,11 @@ def _latents(settings: TrainSettings) -> str | None:
 def make_trainer(
     parser: CommandParser, settings: TrainSettings, start: UNet | None
 ) -> tuple[Trainer[Any], LatentCodec | None, DataRecord]:
-    """The trainer, from the last checkpoint of a run that goes on; the autoencoder of a network of latents; and the record of
-    the data.
+    """The trainer, at a resumed run's last checkpoint; the autoencoder of a latent network, or None; and the record of the
+    data.
 
     Args:
-        settings, start: of :func:`find_start`.
+        settings, start: the results of :func:`find_start`.
     """
     with parser.usage_errors():
         device = pick_device(settings.device)
@@ -147,7 +147,7 @@ def make_trainer(
         else:
             trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
     except FileNotFoundError as error:
-        if settings.resume:  # what the run remembers, not what the user has named
+        if settings.resume:  # the run's stored data, not the user's option
             raise FileNotFoundError(f"{error} ({parser.hint})") from None
         parser.error(str(error))
     if _goes_on(settings):
@@ -202,10 +202,12 @@ def _unet_trainer(
     if labelled and data.labels is None:
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
-        print(f"{settings.data} has no label for every image: --init {settings.init} goes on without classes", file=sys.stderr)
+        print(
+            f"{settings.data} has no label for every image: --init {settings.init} continues without classes", file=sys.stderr
+        )
         config, weights = fold_class(config, start.state_dict(), None)
     if settings.class_conditional:
-        assert data.labels is not None  # else it has been refused
+        assert data.labels is not None  # data without labels has been refused
         config = dataclasses.replace(config, num_classes=config.num_classes or int(data.labels.max()) + 1)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
@@ -216,7 +218,7 @@ def _unet_trainer(
             data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
-        _grid_sampler(model)  # what cannot be sampled is not worth training
+        _grid_sampler(model)  # a network that cannot be sampled is refused before training
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
@@ -230,7 +232,7 @@ def _load(
     labelled: bool,
     class_names: tuple[str, ...] | None,
 ) -> ImageSet:
-    """The data, its classes numbered as the network that training starts from names them."""
+    """The data, with classes numbered as in the network that training starts from."""
     if audio is None:
         return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
     from ..data.sounds import load_sound_images
@@ -239,8 +241,8 @@ def _load(
 
 
 def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> UNetConfig:
-    """The configuration with the names of its classes: those of ``--set``, or the data's, or those of the network that training
-    starts from. A run that goes on keeps what its config.json says, where a user may have written other ones."""
+    """The configuration with class names from ``--set``, the data, or the network that training starts from. A resumed run
+    keeps the names in its config.json, which a user may have edited."""
     if config.num_classes is None:
         return config
     guidance, names = config.guidance, config.class_names
@@ -254,10 +256,10 @@ def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> 
 
 
 def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: bool) -> str:
-    """The lines that a run begins with: what is trained, on what data, for how many steps.
+    """The first lines of a run: network, data and number of steps.
 
     Args:
-        default_steps: whether the number of steps is the device's default, not the user's.
+        default_steps: whether the number of steps is the device's default.
     """
     options, device = trainer.options, trainer.model.device
     network = f"preset {settings.preset}" if settings.init is None else settings.init
@@ -267,9 +269,9 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     if default_steps:
         steps += f", the default on a {'CPU' if device.type == 'cpu' else 'GPU'}; --steps N asks for another number"
     if trainer.step:
-        steps += f", of which {trainer.step:,} are made"
+        steps += f", {trainer.step:,} of them done"
     elif options.steps <= options.warmup:
-        steps += f"; all in the warm-up of {options.warmup:,}: for short runs there is --recipe fast"
+        steps += f"; all within the warm-up of {options.warmup:,}: use --recipe fast for short runs"
     resized = "" if trainer.data.resized is None else f"{trainer.data.resized}\n"
     return (
         f"{describe_model(network, [trainer.model], dtype, device)}\n"
@@ -284,8 +286,8 @@ def _grid_sampler(model: UNet) -> Sampler:
 
 
 def save_grid(trainer: Trainer[Any], codec: LatentCodec | None, path: Path) -> None:
-    """Forty images of the averaged weights, the same seeds each time, so that a folder of them shows the progress. Of an
-    autoencoder, the first images of the data above what it makes of them."""
+    """Write a grid of forty images from the averaged weights, with the same seeds each time to show the progress. An
+    autoencoder's grid shows the first images of the data above their reconstructions."""
     path.parent.mkdir(exist_ok=True)
     if isinstance(trainer.model, Autoencoder):
         originals = to_unit_range(trainer.data.images[:10])
@@ -317,7 +319,7 @@ def _overrides(settings: TrainSettings) -> dict[str, Any]:
     fields = _set_fields(settings)
     for name in ("dropout", "prediction_type"):
         if getattr(settings, name) is not None:
-            fields.setdefault(name, getattr(settings, name))  # a recipe's, where --set does not say another
+            fields.setdefault(name, getattr(settings, name))  # a recipe's value; --set has priority
     return fields
 
 

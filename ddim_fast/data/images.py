@@ -41,12 +41,12 @@ __all__ = [
 ]
 
 _KINDS = (
-    "a file of unknown kind; images are read from folders, image files (.png, .jpg and what else Pillow decodes), Parquet "
-    "(.parquet) and IDX files (idx3 in their names), and by evaluate from .npz files"
+    "unknown kind of file; give a folder, an image file (.png, .jpg or another format of Pillow), a Parquet (.parquet) or IDX "
+    "file (idx3 in its name), or for evaluate a .npz file"
 )
 
 _NO_IMAGES = ": files such as .png or .jpg are needed"
-_SOUNDS = ", but sounds: train with --preset digits-mel, and give other commands a model of sounds"
+_SOUNDS = ", but sounds: use --preset digits-mel in train, or a model of sounds in other commands"
 
 # The columns of data sets in the layout of the Hugging Face Hub.
 _IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
@@ -60,11 +60,11 @@ class ImageSet:
     """Images in memory.
 
     Attributes:
-        images: (N, C, H, W) uint8; or float32, for what a network learns as it is: sounds, latents.
+        images: (N, C, H, W) uint8; or float32 for sounds and latents, which are trained on unscaled.
         labels: (N,) int64 class labels, or None where the data has none.
-        places: where each is from, its file or the data set's file and a number; empty where they are made, not read.
-        class_names: what the data set calls its classes, in the order of their numbers, or None.
-        resized: what was done to pictures of another size, in words; None where there were none.
+        places: the origin of each: its file, or the data set's file and a number; empty for images that were not read.
+        class_names: the data set's names of its classes, in the order of their numbers, or None.
+        resized: how pictures of another size were resized, in words; None where there were none.
     """
 
     images: Tensor
@@ -77,8 +77,8 @@ class ImageSet:
         return len(self.images)
 
     def to(self, device: torch.device) -> ImageSet:
-        """Moved to ``device`` where they fit into half of its free memory; left where they are otherwise."""
-        import torch  # not above: --help of commands that read images needs none of it
+        """Moved to ``device`` if they fit into half of its free memory; otherwise left in place."""
+        import torch  # not above: --help must not import torch
 
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
@@ -87,7 +87,7 @@ class ImageSet:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1], channels_last; float32 is there already."""
+    """uint8 in 0..255 -> float32 in [-1, 1], channels_last; float32 stays as it is."""
     import torch
 
     unit = images.to(torch.float32, memory_format=torch.channels_last)
@@ -104,16 +104,15 @@ def load_images(
     class_names: Sequence[str] | None = None,
     resizer: Resizer | None = None,
 ) -> ImageSet:
-    """Read a data set and bring its images to (channels, size, size): larger ones are cropped to a square and resized,
-    smaller ones are padded with black to the middle of the frame (28x28 -> 32x32). Photos may be of different sizes, where none
-    of them would have to be padded.
+    """Read a data set as images of (channels, size, size). Larger pictures are cropped to a square and resized; smaller ones
+    are centred in a black frame (28x28 -> 32x32). Sizes may differ if none of the pictures needs the frame.
 
     Args:
         spec: one of
 
-            - an image file of any format that Pillow decodes, or a folder of them; where it holds folders with images, each is
-              a class, labelled in the order of their names, numbers by their values. Other files are skipped with a warning.
-              Of an animation the first picture is read; what is transparent is white;
+            - an image file of any format that Pillow decodes, or a folder of them. Folders with images inside it are classes,
+              in the order of their names; numbers are ordered by value. Other files are skipped with a warning. An animation
+              gives its first picture; transparent pixels become white;
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
               ``data/train*``, in the layout of the Hugging Face Hub: a column ``image`` (or ``img``) of encoded images,
               optionally ``label`` (or ``fine_label``), whose classes are named where the file's features name them;
@@ -122,22 +121,20 @@ def load_images(
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
 
         equal: refuse images of different sizes in any case.
-        num_classes: of a model that the labels are for. Folders are its classes then where they are called by their numbers, or
-            where there are just as many; otherwise their images have no label.
-        labelled: whether the labels are wanted; otherwise nothing looks at them.
-        class_names: of a model that the labels are for. Folders that are all called by them are these classes.
-        resizer: brings them to ``size``, and knows afterwards of which that was not the own; where the user chose its way, they
-            may all be of different sizes. None is one of training data.
+        num_classes: the model's number of classes. Folders are then its classes if they are named by class numbers, or if there
+            are as many folders as classes; otherwise their images have no label.
+        labelled: whether to read the labels.
+        class_names: the model's class names. If all folders have such names, they are these classes.
+        resizer: resizes pictures to ``size`` and counts those of another size. With a ``how`` of the user's choice, all sizes
+            may differ. None is a resizer for training data.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: it is a file of another kind, holds no images, damaged ones, or images of different sizes; or the network's
-            are no square pictures.
+        ValueError: the file is of another kind, holds no images, damaged ones, or images of different sizes; or the network's
+            images are not square pictures.
     """
     if channels not in (1, 3) or not isinstance(size, int):
-        raise ValueError(
-            f"{spec!r} cannot be read as pictures of the network's: those have {channels} channels, of size {size}"
-        )
+        raise ValueError(f"{spec!r} cannot be read as images of the network, which have {channels} channels and size {size}")
     source = _open(spec, num_classes, class_names, labelled, "white")
     data = _collect(_checked_rows(source, labelled), spec, channels, resizer or Resizer(size), equal)
     names = _usable(source.class_names)
@@ -146,8 +143,8 @@ def load_images(
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
-    """(channels, height, width) of a data set's images as they are stored: the size of the first, and one channel where all
-    are grey; ``spec`` and errors as for :func:`load_images`."""
+    """(channels, height, width) of a data set's stored images: the size of the first one, and one channel if all are grey;
+    ``spec`` and errors as for :func:`load_images`."""
     size = None
     for _, image, _ in read_images(spec, labelled=False):
         size = size or (image.height, image.width)
@@ -159,7 +156,7 @@ def native_shape(spec: str) -> tuple[int, int, int]:
 
 
 def stored_image(image: Image.Image) -> np.ndarray:
-    """(C, H, W) uint8: an image of its own size, with one channel where it has no colour."""
+    """(C, H, W) uint8: an image in its own size, with one channel if it has no colour."""
     return _array(image.convert("L" if image.mode in _GREY else "RGB"))
 
 
@@ -167,10 +164,10 @@ Row = tuple[str, Image.Image, int | None]
 
 
 class _Source(NamedTuple):
-    """A data set that is open.
+    """An open data set.
 
     Attributes:
-        rows: where each image is from, the image, and its class as it is stored.
+        rows: the origin of each image, the image, and its class as stored.
         class_names: by number, or None.
     """
 
@@ -185,9 +182,9 @@ def read_images(
     background: str = "white",
     class_names: Sequence[str] | None = None,
 ) -> Iterator[Row]:
-    """The images of a data set one by one, as they are stored: where each is from (its file, or the data set's file and a
-    number), the image, and its class label or None. ``background`` is as of
-    :func:`ddim_fast.io.decoding.decode_image`; other arguments and errors as for :func:`load_images`."""
+    """The images of a data set one by one, as stored: the origin of each (its file, or the data set's file and a number), the
+    image, and its class label or None. ``background`` is as of :func:`ddim_fast.io.decoding.decode_image`; other arguments and
+    errors as for :func:`load_images`."""
     return _checked_rows(_open(spec, num_classes, class_names, labelled, background), labelled)
 
 
@@ -244,7 +241,7 @@ def _collect(rows: Iterable[Row], spec: str, channels: int, resizer: Resizer, eq
 
 
 def _checked(label: Any, name: str) -> int | None:
-    """A class label, or None, as the data set has it."""
+    """A class label of the data set, or None."""
     if label is None or (type(label) is int and label >= 0):
         return label
     raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
@@ -255,11 +252,11 @@ def _array(image: Image.Image) -> np.ndarray:
 
 
 def image_files(folder: Path) -> set[Path]:
-    """The images in a folder and in those inside it, without what a command of this package made to show them all."""
+    """The images in a folder and its subfolders, without the overviews that commands of this package write."""
     suffixes = image_suffixes()
     files = {path for path in visible_files(folder) if not is_overview(path)}
     images = {path for path in files if path.suffix.lower() in suffixes}
-    if images:  # or else there will be an error
+    if images:  # otherwise an error follows
         warn_of_skipped(folder, files - images, "images")
     return images
 
@@ -270,7 +267,7 @@ def _read_folder(folder: Path, num_classes: int | None, class_names: Sequence[st
     labels, names = _labels(sorted(set(classes.values())), num_classes, class_names)
     empty = sorted({p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)} - set(classes.values()))
     if classes and empty:
-        warn_once(f"{folder}: folders without images of their own are no classes: {', '.join(empty)}")
+        warn_once(f"{folder}: folders without images of their own are not classes: {', '.join(empty)}")
     rows = (
         (str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path, ""))) for path in files
     )
@@ -280,7 +277,7 @@ def _read_folder(folder: Path, num_classes: int | None, class_names: Sequence[st
 def _labels(
     folders: list[str], num_classes: int | None, class_names: Sequence[str] | None
 ) -> tuple[dict[str, int], Sequence[str] | None]:
-    """The class of each folder, as :func:`load_images` says, and the names of all classes where they have some."""
+    """The class of each folder, as in :func:`load_images`, and the names of all classes if they have any."""
     named = [named_classes(folder, class_names or ()) for folder in folders]
     if folders and all(len(numbers) == 1 for numbers in named):
         return {folder: numbers[0] for folder, numbers in zip(folders, named, strict=True)}, class_names
@@ -294,8 +291,8 @@ def _labels(
 
 
 def _usable(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Names of classes for a model: None where they are only the numbers; of several classes of one name, each gets its number
-    as a part, for ImageNet has two cranes."""
+    """Class names for a model: None if they are only the numbers. Classes that share a name get their numbers added, for
+    ImageNet has two cranes."""
     if names is None or list(names) == [str(i) for i in range(len(names))]:
         return None
     counts = Counter(names)
@@ -316,13 +313,14 @@ def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
     label_path = _idx_labels(path) if labelled else None
     labels = None if label_path is None else _idx_array(label_path, rank=1)
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{path} has {count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}")
+        numbers = f"{count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}"
+        raise ValueError(f"{path} has {numbers}; download both again")
     for i, image in enumerate(images):
         yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
 
 
 def _idx_labels(path: Path) -> Path | None:
-    """The labels beside images: the file that is called as they are, but for what differs from one download to another."""
+    """The label file beside an image file: the same name, but for the differences between downloads."""
 
     def key(name: str) -> str:
         return name.removesuffix(".gz").replace(".", "-")
@@ -345,10 +343,10 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
             check_expansion(stored, size)
             data = file.read(size + 1)
         if len(data) != size or 0 in shape[1:]:
-            raise ValueError(f"its header says {'x'.join(map(str, shape))}, which its data are not")
+            raise ValueError(f"its header says {'x'.join(map(str, shape))}, but its data have another size")
         return np.frombuffer(data, np.uint8).reshape(shape)
     except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole IDX file ({error})") from None
+        raise ValueError(f"{path}: not a whole IDX file ({error}); copy or download it again") from None
 
 
 def _read_hub(name: str, background: str) -> _Source:
@@ -360,7 +358,7 @@ def _read_hub(name: str, background: str) -> _Source:
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library raises its dependencies' exceptions too; each means the same to the user
+    except Exception as error:  # the library also raises exceptions of its dependencies; all mean the same to the user
         raise ValueError(f"cannot load {name!r} from the hub: {error}") from None
     image = next((c for c in _IMAGES if c in rows.column_names), None)
     label = next((c for c in _LABELS if c in rows.column_names), None)
@@ -368,7 +366,7 @@ def _read_hub(name: str, background: str) -> _Source:
         raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
 
     def read() -> Iterator[tuple[str, Image.Image, Any]]:
-        # As they are stored, so that they are decoded as all others are.
+        # Encoded as stored, to be decoded like all others.
         for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
             place, stored = f"{name}, row {i}", row[image]
             data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()

@@ -11,7 +11,7 @@ __all__ = ["encoded", "latent_space"]
 
 
 def latent_space(codec: LatentCodec, size: int | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The shapes of the images that an autoencoder is given, and of their latents.
+    """The shapes of an autoencoder's images and of their latents.
 
     Args:
         codec: an autoencoder whose config has ``in_channels`` and ``latent_channels``.
@@ -24,7 +24,7 @@ def latent_space(codec: LatentCodec, size: int | None) -> tuple[tuple[int, int, 
     factor = codec.decode(torch.zeros(1, config.latent_channels, 8, 8, dtype=torch.float32)).shape[-1] // 8
     if size is None:
         if getattr(config, "sample_size", None) is None:
-            raise ValueError(f"the autoencoder names no size of images: give --set sample_size=N for images of {factor} * N")
+            raise ValueError(f"the autoencoder has no image size: give --set sample_size=N for images of {factor} * N")
         size = config.sample_size // factor
     return (config.in_channels, size * factor, size * factor), (config.latent_channels, size, size)
 
@@ -35,7 +35,7 @@ def encoded(data: ImageSet, codec: LatentCodec, mirrored: bool) -> ImageSet:
     Args:
         data: the images, (N, C, H, W).
         codec: the autoencoder.
-        mirrored: append the latents of the images mirrored left to right: those are not the mirrored latents.
+        mirrored: append the latents of the images mirrored left to right, which differ from mirrored latents.
     """
     parts = []
     for images in (data.images, data.images.flip(3)) if mirrored else (data.images,):

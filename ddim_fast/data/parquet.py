@@ -1,4 +1,4 @@
-"""Parquet files in the layout of the Hugging Face Hub: a column of encoded files, beside columns of what is known of each."""
+"""Parquet files in the layout of the Hugging Face Hub: a column of encoded files and columns of their labels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["parquet_class_names", "parquet_files", "read_parquet"]
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files of a folder: those in it, or those of the data set from the Hub that lies in it, as ``data/train-*`` or
-    ``NAME/train/*``. Of several the training part, if any is named ``train*``.
+    """The Parquet files of a folder: those in it, or those of a Hub data set inside it, as ``data/train-*`` or
+    ``NAME/train/*``; only the training part if some are named ``train*``.
 
     Raises:
         ValueError: several such data sets lie in it.
@@ -31,8 +31,8 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None where there is no
-    such column.
+    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None for missing
+    columns.
 
     Args:
         paths: the files.
@@ -40,22 +40,21 @@ def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[st
         columns: names that each of the others may have.
 
     Raises:
-        ValueError: a file is damaged or has no such content, or pyarrow is missing.
+        ValueError: a file is damaged or lacks the content, or pyarrow is missing.
     """
     for path in paths:
         for row, (value, *others) in enumerate(_records(path, content, *columns)):
             data = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(data, bytes):
-                raise ValueError(f"{path}, row {row}: no encoded {content[0]} in its column")
+                raise ValueError(f"{path}, row {row}: its column has no encoded {content[0]}")
             yield f"{path}, row {row}", data, *others
 
 
 def parquet_class_names(path: Path, columns: tuple[str, ...]) -> list[str] | None:
-    """The names of the classes, by number, that the features of a data set give a column of class labels, as the Hugging Face
-    Hub stores them; None where there are none.
+    """The class names of a label column, by number, from the features that the Hugging Face Hub stores; None if there are none.
 
     Args:
-        path: a file of it.
+        path: a file of the data set.
         columns: names that the column may have.
 
     Raises:
@@ -71,14 +70,14 @@ def parquet_class_names(path: Path, columns: tuple[str, ...]) -> list[str] | Non
 
 
 def _records(path: Path, *names: tuple[str, ...]) -> Iterator[list[Any]]:
-    """The values of each row, in the order of what the columns are called."""
+    """The values of each row, in the order of the columns' names."""
     file = _open(path)
     there = file.schema_arrow.names
     picked = [next((n for n in called if n in there), None) for called in names]
     if picked[0] is None:
         raise ValueError(f"{path}: no column {names[0][0]!r} (there are {', '.join(map(repr, there))})")
     with _whole(path):
-        # Nothing is asked of the columns' metadata: where they are damaged, pyarrow ends the process.
+        # The columns' metadata are not read: damaged ones make pyarrow end the process.
         for group in range(file.num_row_groups):
             check_expansion(path.stat().st_size, file.metadata.row_group(group).total_byte_size)
         for batch in file.iter_batches(16, columns=[name for name in picked if name]):  # photographs have megabytes each
@@ -100,8 +99,8 @@ def _open(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Inside, whatever is wrong is the file: pyarrow raises errors of many kinds, and of many lines."""
+    """Inside, any error is a ValueError about the file in one line: pyarrow raises many kinds."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
+        raise ValueError(f"{path}: not a whole Parquet file ({one_line(error)}); copy or download it again") from None

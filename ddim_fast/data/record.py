@@ -1,4 +1,4 @@
-"""The record of a training run's data, so that it goes on with the same."""
+"""The record of a training run's data, to resume with the same data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DATA_RECORD = "data.json"
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The data of a run, as ``data.json`` in its folder remembers it.
+    """The data of a run, stored as ``data.json`` in its folder.
 
     Attributes:
         path: of the data set, absolute; or the name of one on the Hugging Face Hub.
-        images: how many there are, or how many sounds.
-        classes: how many each class has, by its name, in the order of the classes' numbers; None where no class is used.
-        files: the size of each file in bytes, by its name inside the data set; none of the Hub's.
+        images: the number of images or sounds.
+        classes: the number in each class, by its name, in the order of the classes' numbers; None if no class is used.
+        files: the size of each file in bytes, by its name inside the data set; empty for a data set on the Hub.
     """
 
     path: str
@@ -33,7 +33,7 @@ class DataRecord:
 
     @classmethod
     def of(cls, spec: str, data: ImageSet) -> DataRecord:
-        """The record of data that was read from ``spec``. A class without a name is called by its number."""
+        """The record of data read from ``spec``. A class without a name gets its number as a name."""
         folder = Path(spec) if os.path.isdir(spec) else Path(spec).parent
         files: dict[str, int] = {}
         for place in data.places:
@@ -50,7 +50,7 @@ class DataRecord:
 
     @classmethod
     def load(cls, folder: Path) -> DataRecord | None:
-        """The record in a run's folder; None in folders of earlier versions, which have none.
+        """The record in a run's folder; None in folders of earlier versions, which lack it.
 
         Raises:
             ValueError: it is damaged.
@@ -70,10 +70,10 @@ class DataRecord:
         write_json(folder / DATA_RECORD, asdict(self))
 
     def added(self, now: DataRecord) -> int:
-        """How many images ``now`` has more than the run has seen.
+        """The number of images in ``now`` that the run has not seen.
 
         Raises:
-            ValueError: it lacks some of what the run has seen, or its classes are others; the message says which.
+            ValueError: it lacks images that the run has seen, or its classes differ; the message says which.
         """
         if os.path.isabs(self.path) != os.path.isabs(now.path):
             raise ValueError(f"the run was trained on {self.path!r}, not on {now.path!r}")

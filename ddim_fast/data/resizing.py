@@ -1,4 +1,4 @@
-"""Pictures brought to a network's size, and the line that says so."""
+"""Resizing pictures to a network's size, and the line that reports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 __all__ = ["RESIZES", "Resizer", "fit_image"]
 
-# Ways to bring a picture to a square of another size.
+# Ways to resize a picture to a square.
 RESIZES = ("crop", "pad", "stretch")
 
 
@@ -20,13 +20,13 @@ def fit_image(
     how: str = "crop",
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> np.ndarray:
-    """(channels, size, size) uint8: a picture brought to a network's size and colours.
+    """(channels, size, size) uint8: a picture in a network's size and colours.
 
     Args:
         channels: 1 or 3.
-        how: "crop", as training data are: the square in the middle, resized; a picture with a side of ``size`` or less is put
-            unchanged into the middle of a black frame (28x28 -> 32x32). "pad": all of it, resized to fit into a black frame.
-            "stretch": all of it, resized without regard to its proportions.
+        how: "crop", as for training data: the central square, resized; a picture with a side of ``size`` or less stays
+            unchanged in the middle of a black frame (28x28 -> 32x32). "pad": the whole picture, resized to fit a black frame.
+            "stretch": the whole picture, resized without regard to its proportions.
         resample: the filter.
     """
     mode = "L" if channels == 1 else "RGB"
@@ -50,15 +50,14 @@ def fit_image(
 
 
 class Resizer:
-    """Brings pictures to one size, and counts those that had another.
+    """Resizes pictures to one size, and counts those of another.
 
     Args:
         size: pixels each way.
-        how: one of :data:`RESIZES`, as of :func:`fit_image`; None for training data, which are cropped, and of which the user
-            chooses nothing.
+        how: one of :data:`RESIZES`, as of :func:`fit_image`; None for training data, which are always cropped.
 
     Raises:
-        ValueError: there is no such way.
+        ValueError: ``how`` is unknown.
     """
 
     def __init__(self, size: int, how: str | None = None) -> None:
@@ -81,7 +80,7 @@ class Resizer:
 
     @property
     def line(self) -> str | None:
-        """What was done to pictures of another size, in one line; None where there were none."""
+        """How pictures of another size were resized, in one line; None where there were none."""
         count = self._done.total()
         if not count:
             return None
@@ -92,7 +91,7 @@ class Resizer:
         )
 
     def _way(self, width: int, height: int) -> str:
-        """What :func:`fit_image` does to a picture of this size, in words."""
+        """How :func:`fit_image` resizes a picture of this size, in words."""
         if self.how == "stretch":
             return "resized" if width == height else "stretched"
         if self.how == "pad":

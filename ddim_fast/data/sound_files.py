@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -14,12 +15,14 @@ import soundfile
 
 from ..io.files import check_expansion, one_line, visible_files, warn_of_skipped
 from ..models.audio import AudioConfig
-from .parquet import parquet_files, read_parquet
+from .parquet import parquet_class_names, parquet_files, read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]
 
-# Of what libsndfile decodes and who records calls so.
+# Formats of libsndfile under the names that recorders use.
 _SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"}
+
+_REMEDY = "copy or download it again, or save it as WAV"
 
 
 @dataclass
@@ -28,8 +31,8 @@ class SoundSet:
 
     Attributes:
         waves: (N, length) float32 in [-1, 1].
-        labels: N names of classes, or None where the data has none.
-        places: where each is from, its file or the data set's file and a number.
+        labels: N class names, or None where the data has none.
+        places: the origin of each: its file, or the data set's file and a number.
     """
 
     waves: np.ndarray
@@ -41,23 +44,24 @@ class SoundSet:
 
 
 def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundSet:
-    """Read recordings and bring them to (length,) samples with the largest at ``config.peak``: longer ones are cropped to their
-    middle, shorter ones stand in the middle of silence.
+    """Read recordings as (length,) samples with the largest at ``config.peak``: longer ones are cropped to their middle,
+    shorter ones are centred in silence.
 
     Args:
         spec: one of
 
-            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files
-              are skipped with a warning; a file's label is the folder in this one that it lies in, such as "7" or "7/jackson";
+            - a sound file (WAV, FLAC, OGG, MP3 and others of libsndfile), or a folder of them, in which other files are skipped
+              with a warning; a file's label is its subfolder, such as "7" or "7/jackson";
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any) or with
               ``data/train*``, in the Hugging Face Hub's layout: a column ``audio`` of encoded sounds, optionally ``label``, and
-              with it ``speaker``. A label is then "LABEL/SPEAKER".
-        convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it,
-            recordings of another kind are refused.
+              with it ``speaker``. A label is then "LABEL/SPEAKER", by the names in the file's features, if any.
+        convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it, such
+            recordings are refused.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: it holds no sounds, damaged ones, or ones of another rate or number of channels; the message names the file.
+        ValueError: it holds no sounds, damaged ones, or sounds of another rate or number of channels; the message names the
+            file.
     """
     waves, labels, places = [], [], []
     for name, data, label in _open(spec):
@@ -90,7 +94,7 @@ def _open(spec: str) -> Iterator[_Row]:
 def _read_folder(folder: Path) -> Iterator[_Row]:
     files = set(visible_files(folder))
     sounds = {path for path in files if path.suffix.lower() in _SUFFIXES}
-    if sounds:  # or else there will be an error
+    if sounds:  # otherwise an error follows
         warn_of_skipped(folder, files - sounds, "sounds")
     for path in sorted(sounds):
         inside = path.parent.relative_to(folder)
@@ -98,14 +102,25 @@ def _read_folder(folder: Path) -> Iterator[_Row]:
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[_Row]:
-    for name, data, label, speaker in read_parquet(paths, ("audio",), ("label",), ("speaker",)):
-        parts = [str(part) for part in (label, speaker) if part is not None]
-        yield name, data, "/".join(parts) if label is not None else None
+    for path in paths:
+        names = [parquet_class_names(path, (column,)) for column in ("label", "speaker")]
+        for place, data, *values in read_parquet([path], ("audio",), ("label",), ("speaker",)):
+            parts = [_class_name(place, *pair) for pair in zip(values, names, strict=True) if pair[0] is not None]
+            yield place, data, "/".join(parts) if values[0] is not None else None
+
+
+def _class_name(place: str, value: Any, names: list[str] | None) -> str:
+    """A label or speaker as text: by its name if the file's features name the classes."""
+    if names is None or type(value) is not int:
+        return str(value)
+    if not 0 <= value < len(names):
+        raise ValueError(f"{place}: class {value} has no name; the file's features name 0 to {len(names) - 1}")
+    return names[value]
 
 
 class _Stream(io.BytesIO):
-    """Bytes in which a seek to before their start, as damaged files ask for, goes nowhere: soundfile prints a traceback of each
-    error in here."""
+    """Bytes in which a seek before the start, as damaged files cause it, does nothing: soundfile would print a traceback of its
+    error."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
@@ -120,16 +135,16 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
         with soundfile.SoundFile(_Stream(data)) as sound:
             actual = sound.samplerate
             samples = sound.frames * max(sound.channels, rate / actual if convert else 1)
-            check_expansion(len(data), 4 * samples, usual=1000)  # Opus at its least has 200 times
+            check_expansion(len(data), 4 * samples, usual=1000)  # Opus at its lowest rate expands 200 times
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name}: not a readable sound ({error.error_string})") from None
-    except Exception as error:  # soundfile runs into what a damaged header says
-        raise ValueError(f"{name}: not a readable sound ({one_line(error)})") from None
+        raise ValueError(f"{name}: not a readable sound ({error.error_string}); {_REMEDY}") from None
+    except Exception as error:  # soundfile raises other errors for a damaged header
+        raise ValueError(f"{name}: not a readable sound ({one_line(error)}); {_REMEDY}") from None
     if not len(wave):
-        raise ValueError(f"{name}: a sound of no length")
-    if not (np.abs(wave) < 1e30).all():  # what is larger is not finite once it is mixed and resampled
-        raise ValueError(f"{name}: its samples are not all finite")
+        raise ValueError(f"{name}: the sound is empty; remove the file or record it again")
+    if not (np.abs(wave) < 1e30).all():  # larger samples overflow once they are mixed and resampled
+        raise ValueError(f"{name}: some samples are NaN, infinite or too large; convert the file again")
     if not convert and wave.shape[1] != 1:
         raise ValueError(f"{name} has {wave.shape[1]} channels, the model's sounds have one; --convert mixes them down")
     if not convert and actual != rate:
@@ -138,7 +153,7 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
 
 
 def _fit(wave: np.ndarray, config: AudioConfig) -> np.ndarray:
-    """(length,) of any number of samples."""
+    """(length,) from any number of samples."""
     start = max(0, len(wave) - config.length) // 2
     wave = librosa.util.pad_center(wave[start : start + config.length], size=config.length)
     largest = np.abs(wave).max()

@@ -17,16 +17,16 @@ __all__ = ["load_sound_images"]
 def load_sound_images(
     spec: str, audio: AudioConfig, *, labelled: bool, class_names: Sequence[str] | None = None, convert: bool = False
 ) -> ImageSet:
-    """Sounds as the images that a network is trained on.
+    """Read sounds as the images that a network is trained on.
 
     Args:
         spec, convert: as of :func:`load_sounds`.
-        audio: what the images mean.
-        labelled: whether the classes are wanted.
-        class_names: of the network, by their numbers; None numbers the data's classes in the order of their names.
+        audio: the sound format of the images.
+        labelled: whether to read the classes.
+        class_names: the network's classes, by number; None numbers the data's classes in the order of their names.
 
     Raises:
-        ValueError: as of :func:`load_sounds`, or a class is not one of the network's.
+        ValueError: as of :func:`load_sounds`, or the network lacks a class.
     """
     sounds = load_sounds(spec, audio, convert)
     images = make_codec(audio).encode(sounds.waves)

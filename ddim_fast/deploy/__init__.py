@@ -1,4 +1,4 @@
-"""Sampling without torch: export to ONNX, and a sampler of what was exported."""
+"""Sampling without torch: export to ONNX, and a sampler for exports."""
 
 from __future__ import annotations
 

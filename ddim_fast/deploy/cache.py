@@ -1,4 +1,4 @@
-"""Exports made at first use, kept in the user's cache."""
+"""Exports made at their first use and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["ready_export"]
 
 
 def ready_export(model: str | Path) -> Path:
-    """The folder of an export of ``model``: it is one, or there is one in the cache, or one is made there now.
+    """The folder of an export of ``model``: itself if it is one, otherwise one in the cache, made now if missing.
 
-    The cache is ``onnx`` in :func:`ddim_fast.io.files.cache_folder`. What was exported from other weights, or by another
-    version of this package, is not used.
+    The cache is ``onnx`` in :func:`ddim_fast.io.files.cache_folder`. Exports of other weights, or by another version of this
+    package, are not used.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: it is a model of latents, whose autoencoder would not be exported.
-        RuntimeError: it has to be exported, and what that needs is not installed.
+        ValueError: it is a model of latents, whose autoencoder cannot be exported.
+        RuntimeError: it has to be exported, and a package for that is not installed.
     """
     path = Path(resolve_model(model))
     if is_export(path):
         return path
     if not path.exists():
         raise FileNotFoundError(
-            f"{str(model)!r} is not here: give a folder, such as `python -m ddim_fast.export --to onnx` writes"
+            f"there is no {str(model)!r}: give a folder that `python -m ddim_fast.export --to onnx` has written"
         )
     if (path / AUTOENCODER).is_dir():
-        raise ValueError(f"{model} is a model of an autoencoder's latents: it is sampled with torch, not by ONNX Runtime")
+        raise ValueError(f"{model} is a model of an autoencoder's latents: sample it with torch, not by ONNX Runtime")
     folder = cache_folder() / "onnx" / f"{path.stem}-{_digest(path)[:16]}"
     if is_export(folder):
         return folder
@@ -51,7 +51,7 @@ def ready_export(model: str | Path) -> Path:
     try:
         export_onnx(folder, network, source=str(model))
     except OSError:
-        if not is_export(folder):  # or else another process was faster
+        if not is_export(folder):  # unless another process was faster
             raise
     return folder
 

@@ -16,9 +16,9 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
     Args:
         config: the network.
         schedule: what schedule.json holds.
-        source: what the model is called.
-        command: what was typed, or None.
-        parameters: of the network.
+        source: the name of the model.
+        command: the command line, or None.
+        parameters: the network's number of parameters.
     """
     settings, image = schedule["settings"], ", ".join(map(str, config.image_shape))
     chosen = ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings.items())
@@ -35,15 +35,15 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
         "| | `timesteps` | (N,) int64 | training timesteps |",
         *(conditional[:1] if labels else []),
         f"| | `prediction`, out | (N, {image}) float32 | {config.prediction_type} |",
-        f"| `{SAMPLER}` | `seeds` | (N,) int64 | from 0 to 2^63 - 1, an image each |",
-        f"| | `x_T` | (M, {image}) float32 | noise to start from, M = 0 or N; with none, the model draws it |",
+        f"| `{SAMPLER}` | `seeds` | (N,) int64 | from 0 to 2^63 - 1, one per image |",
+        f"| | `x_T` | (M, {image}) float32 | noise to start from, M = N; with M = 0 the model draws it from the seeds |",
         *(conditional if labels else []),
         f"| | `images`, out | (N, {image}) float32 | in [-1, 1], not clipped |",
     ]
     names = [f"The classes, from 0: {', '.join(config.class_names)}.", ""] if config.class_names else []
-    order = "one after the other" if schedule["unroll"] else "in a loop"
+    order = "unrolled" if schedule["unroll"] else "in a loop"
     made = f"By `{command}`, with" if command else "With"
-    fused = ["Fused for ONNX Runtime's CUDA provider: it runs nowhere else.", ""] if schedule["optimize"] else []
+    fused = ["Fused for ONNX Runtime's CUDA provider: the models run nowhere else.", ""] if schedule["optimize"] else []
     return "\n".join(
         [
             f"# {source}, as ONNX",
@@ -56,7 +56,7 @@ def model_card(config: UNetConfig, schedule: dict[str, Any], source: str, comman
             *rows,
             "",
             *names,
-            f"`config.json` describes the network, `{SCHEDULE}` the sampler: its timesteps, noise levels and coefficients.",
+            f"`config.json` describes the network; `{SCHEDULE}` has the sampler's timesteps, noise levels and coefficients.",
             f"`sha256sum -c {CHECKSUMS}` checks the files.",
             "",
             "```python",

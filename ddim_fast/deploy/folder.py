@@ -1,8 +1,8 @@
-"""The folder that an export writes, and how it is read again: with neither torch nor the package onnx.
+"""The folder of an export, and reading it without torch or the package onnx.
 
 unet.onnx       the network                     sampler.onnx   the whole sampler
-config.json     what the network is, as in a checkpoint
-timesteps.json  the timesteps fitted to it, if there are some, as in a checkpoint
+config.json     the network's configuration, as in a checkpoint
+timesteps.json  the timesteps fitted to it, if any, as in a checkpoint
 schedule.json   the sampler's settings, timesteps and coefficients, and how the files were made
 README.md       for people                      SHA256SUMS     of all the others, as sha256sum writes them
 """
@@ -23,7 +23,7 @@ __all__ = ["CHECKSUMS", "SAMPLER", "SCHEDULE", "UNET", "ExportFolder", "is_expor
 
 UNET, SAMPLER, SCHEDULE, CHECKSUMS = "unet.onnx", "sampler.onnx", "schedule.json", "SHA256SUMS"
 
-# Of schedule.json.
+# Keys of schedule.json.
 _FIELDS = {"settings": dict, "dtype": str, "timesteps": list, "versions": dict}
 _SETTINGS = {"steps", "eta", "spacing", "solver", "clip"}
 
@@ -42,13 +42,13 @@ def write_checksums(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ExportFolder:
-    """An export, its description checked; the models themselves are when :meth:`model` is asked for them.
+    """An export with its description checked; :meth:`model` checks the models themselves.
 
     Attributes:
         path: the folder.
         config: the network.
-        schedule: what schedule.json holds.
-        identity: a checksum of everything in it.
+        schedule: the contents of schedule.json.
+        identity: a checksum of the whole folder.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class ExportFolder:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or was changed, or a name leads out of the folder.
+            ValueError: a file is damaged or was changed, or a name leads out of the folder.
         """
         sums = _checksums(path)
         for name in ("config.json", SCHEDULE):
@@ -71,7 +71,7 @@ class ExportFolder:
         with errors_name_file(path / SCHEDULE):
             for name, kind in _FIELDS.items():
                 if not isinstance(schedule.get(name), kind):
-                    raise ValueError(f"{name!r} is missing or is not what an export writes")
+                    raise ValueError(f"{name!r} is missing or damaged; export the model again")
             if set(schedule["settings"]) != _SETTINGS:
                 raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
             if not isinstance(schedule["settings"]["solver"], str):
@@ -81,11 +81,11 @@ class ExportFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampler's: steps, eta, spacing, solver and clip."""
+        """The sampler's settings: steps, eta, spacing, solver and clip."""
         return self.schedule["settings"]
 
     def fitted_timesteps(self) -> dict[str, dict[int, list[int]]] | None:
-        """Those of the network, by solver and number of steps; None where there are none.
+        """The network's fitted timesteps, by solver and number of steps; None if there are none.
 
         Raises:
             ValueError: their file is damaged or was changed.
@@ -96,7 +96,7 @@ class ExportFolder:
         return load_timesteps(self.path, self.config.num_train_timesteps)
 
     def model(self, name: str) -> Path:
-        """The path of one of the models, after it was compared with its checksum, and external data of it as well.
+        """The path of one of the models, after comparing it and its external data with their checksums.
 
         Raises:
             FileNotFoundError: it is missing.
@@ -109,7 +109,7 @@ class ExportFolder:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """By name, the checksums that ``SHA256SUMS`` lists."""
+    """The checksums in ``SHA256SUMS``, by file name."""
     path = folder / CHECKSUMS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not an export to ONNX: it has no {CHECKSUMS}")
@@ -128,7 +128,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
     file = folder / name
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}")
+        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}; export or copy it again")
     if name not in sums:
         raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
     if _sha256(file) != sums[name]:

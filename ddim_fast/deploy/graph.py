@@ -1,6 +1,6 @@
 """Building ONNX graphs by computing: arithmetic on a :class:`Value` adds nodes to a graph.
 
-So what is written once for tensors and arrays, the solvers' steps and the noise by seed, is what the graph computes as well.
+So the solvers' steps and the noise by seed, written once for tensors and arrays, build the graph too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Graph:
     """A graph that grows. A graph made for the body of a loop may use the values of the one around it.
 
     Args:
-        prefix: of all names in it: an inner graph must not repeat a name of an outer one.
+        prefix: the prefix of all names in it; an inner graph must not repeat a name of an outer one.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -32,17 +32,17 @@ class Graph:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> Value:
-        """An input of the graph; dimensions that are names are dynamic."""
+        """Add an input to the graph; named dimensions are dynamic."""
         self.inputs.append(_info(name, dtype, shape))
         return Value(self, name, np.dtype(dtype))
 
     def output(self, name: str, value: Value, shape: Sequence[int | str]) -> None:
-        """Makes ``value`` an output of the graph, called ``name``."""
+        """Make ``value`` the output ``name`` of the graph."""
         self.nodes.append(helper.make_node("Identity", [value.name], [name], name=self._name("output")))
         self.outputs.append(_info(name, value.dtype, shape))
 
     def constant(self, array: Any, dtype: Any = None) -> Value:
-        """A value known now. Equal small ones are stored once."""
+        """A constant. Equal small ones are stored once."""
         array = np.asarray(array, dtype)
         key = (str(array.dtype), array.tobytes(), array.shape) if array.size < 16 else None
         if key is not None and key in self._constants:
@@ -58,7 +58,7 @@ class Graph:
         return self.ops(kind, first, *others, dtypes=[first.dtype if dtype is None else dtype], **attributes)[0]
 
     def ops(self, kind: str, *inputs: Value | None, dtypes: Sequence[Any], **attributes: Any) -> list[Value]:
-        """The results of an operator that has several, one for each of ``dtypes``."""
+        """The results of an operator with several outputs, one for each of ``dtypes``."""
         names = [self._name(kind) for _ in dtypes]
         taken = ["" if value is None else value.name for value in inputs]
         self.nodes.append(helper.make_node(kind, taken, names, name=names[0], **attributes))
@@ -69,8 +69,8 @@ class Graph:
 
         Args:
             model: the other model.
-            inputs: what takes the place of its inputs.
-            name: what the names of its nodes and results begin with.
+            inputs: the values in place of its inputs.
+            name: the prefix of the names of its nodes and results.
             share: the ``name`` of an earlier call with the same model, whose weights are used.
         """
         outer = {i: value.name for i, value in inputs.items()}
@@ -95,7 +95,7 @@ class Graph:
         return Value(self, renamed(model.graph.output[0].name), np.dtype(np.float32))
 
     def proto(self, name: str) -> GraphProto:
-        """The graph as ONNX has it, without the constants that nothing came to use."""
+        """The graph in ONNX's form, without unused constants."""
         used = set(_taken(self.nodes))
         constants = [tensor for tensor in self.initializers if tensor.name in used]
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs, constants)
@@ -109,9 +109,9 @@ class Value:
     """A tensor of a graph.
 
     Attributes:
-        graph: where arithmetic on it adds nodes.
-        name: in that graph.
-        dtype: of its elements.
+        graph: the graph to which arithmetic on it adds nodes.
+        name: its name in that graph.
+        dtype: the dtype of its elements.
     """
 
     # An array to the left of an operator leaves the operation to this class.
@@ -125,11 +125,11 @@ class Value:
         return Value(graph, self.name, self.dtype)
 
     def cast(self, dtype: Any) -> Value:
-        """Converted; from one kind of whole number to another, with the same bits."""
+        """Converted to another dtype; integers keep their bits."""
         return self.graph.op("Cast", self, dtype=dtype, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def reshape(self, *shape: int) -> Value:
-        """In another shape; -1 is what remains, 0 is a dimension that stays."""
+        """In another shape; -1 is the remaining size, 0 keeps a dimension."""
         return self.graph.op("Reshape", self, self.graph.constant(shape, np.int64))
 
     def rows(self, start: Value | int, stop: Value | int | None = None) -> Value:
@@ -183,7 +183,7 @@ class Value:
 
 
 def _taken(nodes: Iterable[NodeProto]) -> Iterator[str]:
-    """The names of all that nodes take, those in the bodies of loops included."""
+    """The names of all inputs of nodes, including nodes in the bodies of loops."""
     for node in nodes:
         yield from node.input
         for attribute in node.attribute:

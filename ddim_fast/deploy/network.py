@@ -1,4 +1,4 @@
-"""The network in ONNX, in two parts: embeddings, which need timesteps and labels alone, and the rest, which needs images."""
+"""The network in ONNX, in two parts: the embeddings of timesteps and labels, and the rest, which takes images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def export_network(model: UNet, dtype: torch.dtype, opset: int) -> tuple[ModelPr
     """The parts of the network.
 
     Args:
-        model: what is exported.
-        dtype: what convolutions and attention compute in; embeddings, statistics and what goes in and out are float32.
+        model: the network to export.
+        dtype: the dtype of convolutions and attention; embeddings, statistics, inputs and outputs are float32.
         opset: the version of ONNX's operators.
 
     Returns:
@@ -34,7 +34,7 @@ def export_network(model: UNet, dtype: torch.dtype, opset: int) -> tuple[ModelPr
     """
     inputs = {"x": torch.zeros(2, *model.config.image_shape), "timesteps": torch.tensor([1, 2])}
     if model.config.num_classes is not None:
-        inputs["labels"] = torch.tensor([0, 1])  # not the same tensor: that would be one input
+        inputs["labels"] = torch.tensor([0, 1])  # two tensors: the same one twice would become one input
     batch = torch.export.Dim("N")
     with _quiet():
         program = torch.onnx.export(
@@ -48,18 +48,18 @@ def export_network(model: UNet, dtype: torch.dtype, opset: int) -> tuple[ModelPr
             verbose=False,
             custom_translation_table={torch.ops.aten.group_norm.default: _group_norm()},
         )
-    assert program is not None  # as of every export by dynamo
+    assert program is not None  # every export by dynamo returns one
     whole = program.model_proto
     embeddings = _part(whole, [name for name in inputs if name != "x"], "condition")
     return embeddings, _part(whole, ["x", "condition"], "prediction")
 
 
 class _Parts(nn.Module):
-    """The network, whose embeddings can be seen."""
+    """The network with its embeddings exposed."""
 
     def __init__(self, model: UNet, dtype: torch.dtype) -> None:
         super().__init__()
-        # In the layout of ONNX: in the other one, some operators are exported as what is fast in PyTorch.
+        # In ONNX's layout: in the other one, some operators are exported in PyTorch's fast form.
         self.model = copy.deepcopy(model).for_inference(dtype).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.dtype = dtype
 
@@ -69,8 +69,8 @@ class _Parts(nn.Module):
 
 
 def _group_norm() -> Callable[..., Any]:
-    """How a GroupNorm is written: as InstanceNormalization of its groups, which ONNX Runtime computes in two passes over the
-    numbers. What later opsets have for it is expanded into more than this; LayerNormalization subtracts squares of means."""
+    """A GroupNorm as InstanceNormalization of its groups, which ONNX Runtime computes in two passes over the numbers. It
+    expands the GroupNormalization of later opsets into more passes, and its LayerNormalization subtracts squares of means."""
     from onnxscript import FLOAT
     from onnxscript import opset18 as op
 
@@ -87,7 +87,7 @@ def _group_norm() -> Callable[..., Any]:
 
 
 def _part(model: ModelProto, inputs: Sequence[str], output: str) -> ModelProto:
-    """The part of a model that leads from some of its values to another."""
+    """The part of a model that computes one value from others."""
     needed, nodes = {output}, []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output) and not set(node.output) <= set(inputs):
@@ -101,7 +101,7 @@ def _part(model: ModelProto, inputs: Sequence[str], output: str) -> ModelProto:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's talk of packages that are not needed, and of its own future."""
+    """Inside, the exporter does not warn of unneeded packages or of its own deprecations."""
     with errors_only("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

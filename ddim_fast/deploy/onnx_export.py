@@ -1,4 +1,4 @@
-"""Export to ONNX: a folder with the network, the whole sampler, and all that is to be known of them."""
+"""Export to ONNX: a folder with the network, the whole sampler and their description."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["DTYPES", "OPTIMISATIONS", "export_onnx"]
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 OPTIMISATIONS = ("cuda",)
 
-# Of opset 21 is GroupNormalization, which ONNX Runtime expands; of 22, convolutions of bfloat16. Below 18 the noise has no
-# bitwise operators, and above 23 what this was tested with ends.
+# Opset 21 adds GroupNormalization, which ONNX Runtime expands; 22 adds bfloat16 convolutions. Below 18 the noise lacks bitwise
+# operators; versions above 23 are untested.
 OPSET, BFLOAT16_OPSET, OPSETS = 20, 22, range(18, 24)
 
-# What one protobuf message can hold, less something for its other parts. Above it, weights go to a file of their own.
+# The size limit of a protobuf message, less a reserve for its other parts. Larger weights go to a file of their own.
 LARGEST = 2**31 - 2**24
 
 
@@ -56,27 +56,27 @@ def export_onnx(
     stage: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> None:
     """Write ``folder``: ``unet.onnx`` (:func:`ddim_fast.deploy.sampler_graph.unet_model`), ``sampler.onnx``
-    (:func:`ddim_fast.deploy.sampler_graph.sampler_model`), and what describes them.
+    (:func:`ddim_fast.deploy.sampler_graph.sampler_model`), and their description.
 
     Args:
         folder: new or empty.
         model: the network, on the CPU, in float32.
         steps, eta, spacing, solver, clip_sample_range: of the whole sampler, as of :class:`ddim_fast.Sampler`.
-        dtype: what the network computes in: float32, float16, bfloat16; or int8, for convolutions of 8-bit numbers on a CPU,
-            scaled for what they see in a few trajectories.
-        opset: the version of ONNX's operators; None is 20, and 22 for bfloat16, which has no convolutions before.
+        dtype: dtype of the network's computation: float32, float16, bfloat16; or int8, for 8-bit convolutions on a CPU,
+            calibrated on a few trajectories.
+        opset: the version of ONNX's operators; None is 20, or 22 for bfloat16, whose convolutions begin there.
         unroll: write the steps one after the other, in place of a loop.
         optimize: ``cuda`` fuses for ONNX Runtime's CUDA provider: the models then run nowhere else.
-        source: what the model is called, for people.
-        command: what was typed, for people.
-        stage: makes of the name of each part of the work a context in which it is done, to show the progress.
+        source: the name of the model, for people.
+        command: the command line, for people.
+        stage: from the name of a part of the work to a context around it, to show the progress.
 
     Raises:
-        FileExistsError: the folder is there and not empty.
+        FileExistsError: the folder exists and is not empty.
         ValueError: an option is out of range or does not fit another; the message names it.
     """
     if model.audio is not None:
-        raise ValueError(f"{source} makes sounds; what its images mean as sound has no place in an ONNX export")
+        raise ValueError(f"{source} makes sounds, and an ONNX export cannot hold their format; sample it with torch")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if optimize not in (None, *OPTIMISATIONS):
@@ -98,7 +98,7 @@ def export_onnx(
         "clip": clip_sample_range,
     }
     with atomic_folder(folder) as place:
-        # int8 is made of float32, and so is what is fused for CUDA, which has a float16 of its own.
+        # int8 and the fusions for CUDA, with their own float16, start from float32.
         exact = torch.float32 if dtype == "int8" or optimize == "cuda" else getattr(torch, dtype)
         with stage("translating the network to ONNX"):
             embeddings, denoise = export_network(model, exact, opset)
@@ -147,7 +147,7 @@ def _conditions(model: UNet, timesteps: np.ndarray) -> np.ndarray:
 
 
 def _save(model: ModelProto, path: Path) -> None:
-    """Write a model, checked."""
+    """Check a model and write it."""
     external = model.ByteSize() > LARGEST
     onnx.save(
         model,

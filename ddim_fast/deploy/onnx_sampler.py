@@ -34,23 +34,22 @@ AS_EXPORTED = "as exported"
 
 
 class _Device(NamedTuple):
-    """Where results are: in the host's memory, wherever the network runs."""
+    """The device of the results: the host, wherever the network runs."""
 
     type: str = "cpu"
 
 
 class OnnxSampler:
-    """:class:`ddim_fast.Sampler` without torch: the same seeds give the same images, but for rounding.
+    """:class:`ddim_fast.Sampler` without torch: the same seeds give the same images, up to rounding.
 
-    With the settings it was exported with, an export's whole sampler is one call of ONNX Runtime. With others, or when somebody
-    watches the steps, the exported network is called once a step. Threads may share a sampler: their calls of ONNX Runtime take
-    turns, each on all cores.
+    With the settings of the export, sampling is one call of ONNX Runtime. With other settings, or when the steps are watched,
+    the exported network is called once per step. Threads may share a sampler: their calls of ONNX Runtime take turns, each on
+    all cores.
 
     Args:
         model: a folder written by ``python -m ddim_fast.export --to onnx``; or a packaged model or a checkpoint, which is
-            exported at its first use, for which torch is needed then, and kept in the user's cache.
-        steps, eta, spacing, solver, clip_sample_range: as of :class:`ddim_fast.Sampler`; each is as it was exported, unless it
-            is given.
+            exported at its first use (this needs torch) and kept in the user's cache.
+        steps, eta, spacing, solver, clip_sample_range: as of :class:`ddim_fast.Sampler`; each defaults to the export's.
         provider: ONNX Runtime's execution provider, ``cuda`` or ``cpu`` for instance; None is the fastest that starts here.
         cuda_graph: whether, on CUDA, steps are replayed as a CUDA graph.
 
@@ -58,13 +57,13 @@ class OnnxSampler:
         config: the network.
         image_shape: (C, H, W) of the images.
         timesteps: (S,) int64 array, noisiest first.
-        provider: ONNX Runtime's name of where the network runs.
-        dtype: what the network computes in, by name.
-        runs_whole: whether all steps are one call, unless somebody watches them.
+        provider: ONNX Runtime's name of the network's execution provider.
+        dtype: the dtype of the network's computation, by name.
+        runs_whole: whether all steps are one call, unless they are watched.
 
     Raises:
         FileNotFoundError: there is no such model, or a file of it is missing.
-        ValueError: a file is damaged, a setting is out of range, or the provider is not there or cannot run the model.
+        ValueError: a file is damaged, a setting is out of range, or the provider is missing or cannot run the model.
     """
 
     engine = "onnx"
@@ -102,7 +101,7 @@ class OnnxSampler:
             chosen |= {"spacing": [plain(t) for t in spacing] if listed else spacing, "steps": None}
         self.runs_whole = chosen == exported and (self.folder.path / SAMPLER).exists()
         self._cuda_graph = cuda_graph
-        # What is wrong with the export's own settings is its fault.
+        # An error in the export's own settings is reported as a damaged file.
         with errors_name_file(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
             spacing, solver = chosen["spacing"], chosen["solver"]
@@ -120,11 +119,11 @@ class OnnxSampler:
         progress: bool = False,
         **request: Any,
     ) -> np.ndarray:
-        """Images from seeds, or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors,
-        and no gradient. With a guidance interval the network is called once a step.
+        """Images from seeds or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors, and
+        no gradient. With a guidance interval the network is called once per step.
 
         Returns:
-            (N, C, H, W) float32 in [-1, 1] as the network was trained, not clipped.
+            (N, C, H, W) float32 in [-1, 1], as the network was trained; not clipped.
 
         Raises:
             ValueError: neither or mismatched seeds, x_T and labels, or a label out of range.
@@ -151,11 +150,11 @@ class OnnxSampler:
         return self._steps(self._request(**request))
 
     def check(self, **request: Any) -> None:
-        """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
+        """Raise the errors of :meth:`sample` for these arguments, without computing anything."""
         self._request(**request)
 
     def load(self) -> None:
-        """Read and check the model that :meth:`sample` calls, which otherwise happens at its first image.
+        """Read and check the model of :meth:`sample` now, not at its first image.
 
         Raises:
             ValueError: a file is damaged.
@@ -202,8 +201,8 @@ class OnnxSampler:
         return Session(self.folder.model(UNET), self.provider, cuda_graph=self._cuda_graph)
 
     def _request(self, x_T: Any = None, **request: Any) -> Request:
-        """The arguments of :meth:`sample`, checked; without labels those of a class-conditional network are "no class", and
-        without seeds, which nothing is drawn from then, they are 0."""
+        """The checked arguments of :meth:`sample`. Missing labels of a class-conditional network are "no class"; missing seeds
+        are 0, as nothing is drawn from them."""
         x_T = None if x_T is None else _as_array(x_T)
         checked = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
         count, classes, labels = len(checked), self.config.num_classes, checked.labels
@@ -212,12 +211,12 @@ class OnnxSampler:
         return replace(checked, seeds=np.zeros(count, np.int64) if checked.seeds is None else checked.seeds, labels=labels)
 
     def _start(self, batch: Request) -> np.ndarray:
-        """The noise to start from; not drawn before it is needed, for a request may be large."""
+        """The noise to start from, drawn only when needed, for a request may be large."""
         return seeded_noise_numpy(batch.seeds, INITIAL_NOISE, self.config.image_shape) if batch.x_T is None else batch.x_T
 
 
 def _as_array(x_T: Any) -> np.ndarray:
-    """Noise given as an array, or as a tensor by a program that has torch after all."""
+    """Noise given as an array, or as a tensor by a program with torch."""
     if hasattr(x_T, "detach"):
         check_floats(x_T)
         x_T = x_T.detach().float().cpu()

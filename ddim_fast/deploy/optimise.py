@@ -13,14 +13,14 @@ __all__ = ["fuse_for_cuda"]
 
 
 def fuse_for_cuda(model: ModelProto, half: bool) -> ModelProto:
-    """``model`` with GroupNorm and SiLU in one operator and convolutions in NHWC: operators of ONNX Runtime's own that only its
-    CUDA provider has. Its optimiser's other fusions are left out: they are for Stable Diffusion's blocks.
+    """``model`` with GroupNorm and SiLU in one operator and convolutions in NHWC, operators that only ONNX Runtime's CUDA
+    provider has. Its optimiser's other fusions are left out: they are for Stable Diffusion's blocks.
 
     Args:
         model: the network without its embeddings, in float32.
-        half: convert what lies between the inputs and the output to float16; the fused norms compute in float32 all the same.
+        half: convert everything between the inputs and the output to float16; the fused norms still compute in float32.
     """
-    # Its progress bar says nothing of use, and of its own operators it complains.
+    # Hide its progress bar, and its warnings about its own operators.
     with errors_only(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         return _fused(model, half)
 

@@ -1,4 +1,4 @@
-"""8-bit convolutions in ONNX, for CPUs: static scales, found on the network's own inputs."""
+"""8-bit convolutions in ONNX for CPUs, with static scales calibrated on the network's own inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .quiet import errors_only
 
 __all__ = ["calibration", "quantise"]
 
-# What scales are found on: so many images, from seeds that nobody asks for, at so many of the steps at most.
+# Calibration data: images from seeds outside the usual range, at some of the steps.
 IMAGES, STEPS = 8, 20
 
 Inputs = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ Inputs = dict[str, np.ndarray]
 
 @torch.no_grad()
 def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
-    """The network's inputs while it samples a few images, of all classes and of none.
+    """The network's inputs while it samples a few images, with all classes and without.
 
     Args:
         sampler: in float32.
@@ -36,7 +36,7 @@ def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
     if classes is not None:
         labels = np.arange(IMAGES) * classes // IMAGES
         rows = labels.copy()
-        rows[-1] = classes  # no class; its images come from that of the last one
+        rows[-1] = classes  # no class; it uses the image of the last one
     every = -(-len(sampler.timesteps) // STEPS)
     inputs = []
     for state in sampler.trajectory(seeds=seeds, labels=labels):
@@ -46,13 +46,12 @@ def calibration(sampler: Sampler, conditions: np.ndarray) -> list[Inputs]:
 
 
 def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
-    """``model`` with convolutions of 8-bit numbers: pixels in 256 levels between the least and the largest that was seen, and
-    weights in 255, of a scale for each output channel. The first and the last convolution, attention and the norms stay as they
-    are.
+    """``model`` with 8-bit convolutions: pixels in 256 levels between the least and the largest value seen, weights in 255
+    levels with one scale per output channel. The first and last convolution, attention and the norms are unchanged.
 
     Args:
         model: the network without its embeddings, in float32.
-        inputs: what it is called with.
+        inputs: its inputs for the calibration.
 
     Returns:
         The model in ONNX's QDQ form.
@@ -67,9 +66,9 @@ def quantise(model: ModelProto, inputs: Iterable[Inputs]) -> ModelProto:
             return next(self._inputs, None)
 
     copy = ModelProto()
-    copy.CopyFrom(model)  # it is changed
+    copy.CopyFrom(model)  # the quantiser changes its model
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
-    with errors_only(), tempfile.TemporaryDirectory() as folder:  # it recommends what is of no use here
+    with errors_only(), tempfile.TemporaryDirectory() as folder:  # its recommendations do not apply here
         quantize_static(
             copy,
             Path(folder) / "quantised.onnx",

@@ -1,4 +1,4 @@
-"""Exporters and optimisers that say what is of no use to whoever called us."""
+"""Silence for exporters and optimisers whose log messages do not concern the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["errors_only"]
 
 @contextlib.contextmanager
 def errors_only(logger: str | None = None) -> Iterator[None]:
-    """Inside, the logger of this name, or the root of all, passes on nothing below an error."""
+    """Inside, the named logger, or the root logger, passes on errors only."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The models that are exported, put together from the network in ONNX: the network alone, and the sampler with it inside."""
+"""The exported models, built from the network in ONNX: the network alone, and the whole sampler around it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["sampler_model", "unet_model"]
 def unet_model(config: UNetConfig, condition: ModelProto, denoise: ModelProto) -> ModelProto:
     """The network as one model.
 
-    Inputs: ``x`` (N, C, H, W) float32; ``timesteps`` (N,) int64; for a class-conditional network ``labels`` (N,) int64, of
-    which ``num_classes`` means no label. Output: ``prediction`` like x.
+    Inputs: ``x`` (N, C, H, W) float32; ``timesteps`` (N,) int64; for a class-conditional network ``labels`` (N,) int64, where
+        ``num_classes`` means no label. Output: ``prediction`` like x.
 
     Args:
         config: the network.
@@ -45,20 +45,20 @@ def sampler_model(
     """All steps of a sampling run as one model: noise in, images out.
 
     Inputs:
-        ``seeds`` (N,) int64, each in [0, 2^63): what :meth:`ddim_fast.Sampler.sample` calls so.
-        ``x_T`` (M, C, H, W) float32, M = 0 or M = N: noise or latents to start from. Those of ``seeds`` from the Mth on have
-        their noise drawn by the model itself.
+        ``seeds`` (N,) int64, each in [0, 2^63), as for :meth:`ddim_fast.Sampler.sample`.
+        ``x_T`` (M, C, H, W) float32, M = 0 or M = N: noise or latents to start from. The model draws the noise of ``seeds``
+        from the Mth on.
         ``labels`` (N,) int64 and ``guidance`` () float32, for a class-conditional network: ``num_classes`` means no label,
-        and 1 no guidance, which saves half of the work.
+        and 1 no guidance, which halves the work.
     Output: ``images`` (N, C, H, W) float32, in [-1, 1] as the network was trained, not clipped.
 
     Args:
         config: the network.
         denoise: the network without its embeddings: x (N, C, H, W) and condition (N, K) to the prediction.
-        conditions: (S, classes and no class, K) float32: what the network makes of each timestep and label; of an unconditional
-            network (S, 1, K).
+        conditions: (S, classes and no class, K) float32, the embeddings of each timestep and label; (S, 1, K) for an
+            unconditional network.
         solver: the steps.
-        unroll: repeat the network once a step, in place of an ONNX Loop: some programs and optimisers know no control flow.
+        unroll: repeat the network once per step, in place of an ONNX Loop: some programs and optimisers know no control flow.
     """
     graph = Graph()
     run = _Run(graph, config, denoise, solver)
@@ -89,7 +89,7 @@ class _Run:
             labels = graph.input("labels", np.int64, ("N",))
             self.guidance = graph.input("guidance", np.float32, ())
             unguided = graph.op("Equal", self.guidance, graph.constant(1, np.float32), dtype=bool)
-            # The images without their labels come first; there are none of them where nothing is guided.
+            # Unlabelled images come first; without guidance there are none.
             self.unlabelled = self.count * graph.op("Not", unguided).cast(np.int64)
             none = graph.op("Expand", graph.constant([config.num_classes], np.int64), self.unlabelled)
             self.labels = none.concat(labels)
@@ -107,10 +107,10 @@ class _Run:
         """The state after a step.
 
         Args:
-            graph: the one around, or one inside of it.
+            graph: the outer graph, or one inside it.
             state: before the step.
             index: () int64, the step's number.
-            conditions: (labels, K), what the network makes of the step's timestep.
+            conditions: (labels, K), the embeddings at the step's timestep.
             row: the solver's coefficients.
             name, share: see :meth:`Graph.inline`.
         """
@@ -123,7 +123,7 @@ class _Run:
             doubled = x.rows(0, unlabelled).concat(x)
             condition = conditions.gather(self.labels.inside(graph))
             outputs = graph.inline(self.denoise, {"x": doubled, "condition": condition}, name, share)
-            # Where nothing is guided both are the same, and their difference is exactly zero.
+            # Without guidance both are the same, and their difference is exactly zero.
             unconditional, conditional = outputs.rows(0, self.count.inside(graph)), outputs.rows(unlabelled)
             output = apply_guidance(unconditional, conditional, self.guidance.inside(graph))
         columns = self.solver.table.shape[1]
@@ -181,7 +181,7 @@ class _Functions:
 
 
 def _model(graph: Graph, network: ModelProto) -> ModelProto:
-    """A model for the same programs as ``network``."""
+    """An ONNX model with the versions of ``network``."""
     name = "ddim_fast"
     return helper.make_model(
         graph.proto(name), producer_name=name, opset_imports=network.opset_import, ir_version=network.ir_version

@@ -1,4 +1,4 @@
-"""A model in ONNX Runtime: where it runs, and calls whose tensors stay where they are. No torch."""
+"""A model in ONNX Runtime: its execution provider, and calls whose tensors stay on the device. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..io.processes import cpu_threads
 
 __all__ = ["Session", "onnxruntime", "pick_provider"]
 
-# Those that are chosen where nobody names one, the fastest first. TensorRT and the like compile for minutes: by name only.
+# The providers to choose from by default, the fastest first. TensorRT and the like compile for minutes: by name only.
 _PREFERRED = ("CUDA", "ROCM", "Dml", "CPU")
 
 
@@ -35,11 +35,11 @@ def pick_provider(name: str | None = None) -> str:
     """ONNX Runtime's name of an execution provider.
 
     Args:
-        name: ``cuda``, ``cpu``, ``tensorrt`` ..., or as ONNX Runtime calls it; None is the fastest that starts here, with a
-            warning where one that this onnxruntime was built for does not.
+        name: ``cuda``, ``cpu``, ``tensorrt`` ..., or ONNX Runtime's own name; None is the fastest that starts here, with a
+            warning if this onnxruntime was built for one that does not.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: this onnxruntime lacks it.
     """
     there = {p.removesuffix("ExecutionProvider"): p for p in onnxruntime.get_available_providers()}
     if name is None:
@@ -52,16 +52,16 @@ def pick_provider(name: str | None = None) -> str:
 
 def _starts(provider: str) -> bool:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what is missing is said below, in one line
+    options.log_severity_level = 4  # the warning below names it in one line
     try:
         session = onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider], enable_fallback=0)
         started = provider in session.get_providers()
-    except Exception:  # onnxruntime's have no base but this
+    except Exception:  # onnxruntime's errors have no other base
         started = False
     if not started:
         warnings.warn(
             f"onnxruntime has {provider}, but it does not start here (no such device, or a library of it is missing); another "
-            "provider is used. Name one to do without this warning, such as cpu",
+            "provider is used. Name a provider, such as cpu, to avoid this warning",
             stacklevel=4,
         )
     return started
@@ -73,37 +73,39 @@ class Session:
     Args:
         path: the model's file.
         provider: where it runs, as :func:`pick_provider` returned it.
-        cuda_graph: on CUDA, capture the model in a CUDA graph for each set of shapes and replay it. The model must be without
+        cuda_graph: on CUDA, capture the model in a CUDA graph for each set of shapes and replay it. The model must have no
             control flow.
 
     Raises:
-        ValueError: the file is no model, external data of it is missing or lies elsewhere, or the provider cannot run it.
+        ValueError: the file is no model, its external data are missing or lie elsewhere, or the provider cannot run it.
     """
 
     def __init__(self, path: Path, provider: str, *, cuda_graph: bool = False) -> None:
         options = onnxruntime.SessionOptions()
-        # Errors are raised; what a GPU lacks is only logged.
+        # Errors are raised; a missing GPU feature is only logged.
         options.log_severity_level = 4 if provider == "CPUExecutionProvider" else 3
         options.intra_op_num_threads = cpu_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores alone
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads do not spin
         self._device = {"CUDAExecutionProvider": "cuda"}.get(provider, "cpu")
         captured = cuda_graph and self._device == "cuda"
         settings = {"enable_cuda_graph": "1"} if captured else {}
         providers = [(provider, settings)]
         if provider != "CPUExecutionProvider" and not captured:
-            providers.append(("CPUExecutionProvider", {}))  # for what the other one has not; a CUDA graph can have none of that
+            providers.append(("CPUExecutionProvider", {}))  # for operators that the other one lacks; a CUDA graph cannot use it
         with _translated(path):
-            # Falling back is decided above; onnxruntime's own prints to stdout.
+            # The fallback is decided above; onnxruntime's own prints to stdout.
             self._session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
         if provider not in self._session.get_providers():
-            raise ValueError(f"{path.name}: {provider} was asked for, but it does not start here (a library of it is missing)")
+            raise ValueError(
+                f"{path.name}: {provider} does not start here (a library of it is missing); use another --provider"
+            )
         self._path = path
-        self._turn = threading.Lock()  # a call fills the tensors that it shares with the next one
+        self._turn = threading.Lock()  # calls share their tensors
         self._shapes: tuple[tuple[int, ...], ...] | None = None
         self._graphs = 0
 
     def __call__(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """The output, of ``shape``, float32. Tensors of the device are kept from call to call while the shapes stay.
+        """The output, of ``shape``, float32. Device tensors are reused while the shapes stay the same.
 
         Raises:
             ValueError: the model refuses the inputs.
@@ -123,7 +125,7 @@ class Session:
     def _bind(self, inputs: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
         self._shapes = None
         make = onnxruntime.OrtValue
-        # Copies: on a CPU the tensor is the array that is given, and the next call writes into it.
+        # Copies: on a CPU the tensor shares the given array, and the next call writes into it.
         self._inputs = {name: make.ortvalue_from_numpy(np.array(a, order="C"), self._device, 0) for name, a in inputs.items()}
         self._output = make.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0)
         self._binding = self._session.io_binding()
@@ -138,7 +140,7 @@ class Session:
 
 @contextlib.contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Inside, what ONNX Runtime raises is about a model file, and becomes one line. Its classes have no base but Exception."""
+    """Inside, ONNX Runtime's errors become one line about a model file. Their classes have no base but Exception."""
     try:
         yield
     except Exception as error:

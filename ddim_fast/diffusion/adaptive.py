@@ -1,33 +1,32 @@
-"""Timesteps fitted to a model: chosen by what the sampler's steps were measured to get wrong.
+"""Timesteps fitted to a model by the measured errors of the sampler's steps.
 
 A step of DDIM from timestep i to j, starting on the exact trajectory, misses it by
 
     e(i, j) = step(x_i, output_i; i -> j) - x_j.
 
-What becomes of an error on the way to the image depends on where it is made: the ODE shrinks it, or spreads it. The gain g(j)
-is by how much, measured by solving the ODE from x_j with and without such an error. The cost of a step is
+On the way to the image, the ODE shrinks an error or spreads it, by a gain g(j) that depends on its place. It is measured by
+solving the ODE from x_j with and without such an error. The cost of a step is
 
     cost(i, j) = (g(j)^c |e(i, j)|)^p,
 
-where |e| is the root mean square over calibration trajectories and frequencies, each frequency counted relative to what the
-images have of it, or partly so (:func:`whitening`): images have a hundred thousand times the power in low frequencies that
-they have in the highest, and timesteps of the least error in pixels stop where much noise is left, which makes smooth images.
-With c = p = 1, the error in x_0 of a sampler that visits t_1 > ... > t_S is, to first order, at most (Minkowski) the sum of the
-costs of its steps, the first being to begin at t_1 with the noise that belongs to T - 1, the last to end at the image. c < 1
-allows for gains being those of small errors, where large ones saturate. What a solver of second order misses falls with the
-third power of a step's length, where DDIM's falls with the second, so that it is about the 3/2 power of e; and p is larger
-still if the errors of different steps are uncorrelated. Dynamic programming finds the timesteps of the smallest sum, for every
-S at once.
+where |e| is the root mean square over calibration trajectories and frequencies, each frequency counted fully or partly relative
+to its power in images (:func:`whitening`). Images have a hundred thousand times more power in the lowest frequencies than in
+the highest. Timesteps of the least error in pixels therefore stop at high noise, which makes smooth images. With c = p = 1, the
+error in x_0 of a sampler that visits t_1 > ... > t_S is, to first order, at most (Minkowski) the sum of the costs of its steps.
+The first step begins at t_1 with the noise of T - 1, and the last one ends at the image. c < 1 corrects gains, which are
+measured on small errors: large ones saturate. A second-order solver's error falls with the third power of a step's length,
+DDIM's with the second; so it is about the 3/2 power of e. p is larger still if the errors of different steps are uncorrelated.
+Dynamic programming finds the timesteps of the smallest sum, for every S at once.
 
-Which of these costs describes a model and a solver, and whether a spacing from a formula does better than all of them, is
-measured for S = 1 to 10, 15 and 20 by sampling the calibration trajectories themselves with that solver: of the timesteps that
-are as near to the solution in pixels as quadratic spacing, those are chosen whose images are the nearest with all frequencies
-counted alike, which is what FID was seen to follow (benchmarks/results/trajectory-error.md).
+The best of these costs for a model and a solver is found for S = 1 to 10, 15 and 20 by sampling the calibration trajectories
+with that solver; spacings from formulas compete. Candidates must be as near to the solution in pixels as quadratic spacing. The
+one whose images are nearest with all frequencies counted alike is chosen, because FID was seen to follow that
+(benchmarks/results/trajectory-error.md).
 
-That few measured trajectories say which timesteps a model needs is the idea of Watson et al. 2021 ("Learning to Efficiently
-Sample from Diffusion Probabilistic Models"), who minimise the likelihood bound, a sum over steps too, by the same dynamic
-programme; Sabour et al. 2024 ("Align Your Steps") minimise a bound on the error of the solver instead, and Xue et al. 2024
-("Accelerating Diffusion Sampling with Optimized Time Steps") a bound from the solver's coefficients without any trajectory.
+Fitting timesteps to a few measured trajectories is the idea of Watson et al. 2021 ("Learning to Efficiently Sample from
+Diffusion Probabilistic Models"), who minimise the likelihood bound, also a sum over steps, by the same dynamic programme.
+Sabour et al. 2024 ("Align Your Steps") minimise a bound on the error of the solver. Xue et al. 2024 ("Accelerating Diffusion
+Sampling with Optimized Time Steps") minimise a bound from the solver's coefficients, without trajectories.
 """
 
 from __future__ import annotations
@@ -50,25 +49,25 @@ from .timesteps import select_timesteps
 
 __all__ = ["cheapest_paths", "fit_timesteps", "step_errors", "whitening"]
 
-# Of the flow from which gains are measured: its steps, and the error that is followed, of about this size.
+# The ODE solutions for gains: their steps, and the approximate size of the error to follow.
 _FLOW_STEPS, _FOLLOWED = 16, 0.03
 
-# Timesteps at which gains are measured; between them they are interpolated.
+# The number of timesteps at which gains are measured; others are interpolated.
 _GAINS = 10
 
-# The costs that are tried, every share of whitening with every c; p by solver; and the spacings that have to be beaten.
+# The candidate costs: every share of whitening with every c; p by solver; and the spacings that compete.
 _WHITENED = (0.25, 0.5, 1.0)
 _GAIN_POWERS = (0.5, 0.75, 1.0)
 _ERROR_POWER = {"ddim": 1.0, "dpm-solver++": 2.0, "unipc": 2.0}
 _RIVALS = ("linear", "quadratic", "trailing")
 
-# Nothing is chosen that is further from the solution, in pixels, than this one.
+# A choice is never further from the solution, in pixels, than this spacing.
 _BOUND = "quadratic"
 
-# The power of 8-bit images' rounding, 2/255 a level: what is weaker counts as if it had that.
+# The power of 8-bit rounding, with levels 2/255 apart: weaker frequencies count as having it.
 _ROUNDING = (2 / 255) ** 2 / 12
 
-# The S for which candidates are sampled. For those between and beyond, the kind that was the best for the S before is taken.
+# The S for which candidates are sampled. Other S take the best kind of the S before.
 _MEASURED = (*range(1, 11), 15, 20)
 
 
@@ -85,12 +84,12 @@ def fit_timesteps(
 
     Args:
         model: as :class:`ddim_fast.Sampler` takes it.
-        seeds, labels: of the calibration trajectories. Sixteen do; they cost about 5 T network evaluations each.
-        on_step: called with (network evaluations made, the most there may be), counted for the batch.
+        seeds, labels: of the calibration trajectories. Sixteen are enough; they cost about 5 T network evaluations each.
+        on_step: called with (network evaluations made, their largest number), counted for the batch.
         progress: show a bar that moves with each of them.
 
     Returns:
-        By solver, and then by S, from 1, the timesteps, falling.
+        The timesteps, falling, by solver and then by S from 1.
     """
     total = model.config.num_train_timesteps
     most = min(most, total)
@@ -110,7 +109,7 @@ def fit_timesteps(
 
 
 def _gains_at(total: int) -> np.ndarray:
-    """The places at which gains are measured, but for the first timestep, to which no step leads."""
+    """The places at which gains are measured, without the first timestep, to which no step leads."""
     places = np.round(np.linspace(0, 1, _GAINS + 1)[1:] * (total - 1)).clip(1).astype(np.int64)
     return np.unique(places)[: total - 1]
 
@@ -173,15 +172,15 @@ def step_errors(
     x: Tensor, output: Tensor, schedule: NoiseSchedule, prediction_type: str
 ) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], Tensor]]:
     """The errors of DDIM steps from states of a trajectory to later ones. No network is evaluated: a step is linear in the
-    state and the output at its start, so all of them follow from inner products.
+    state and the output at its start, so inner products give all errors.
 
     Args:
         x: (T + 1, N, ...) float32, the states of the trajectory at each timestep from T - 1 to 0, then the images.
-        output: (T, N, ...) float32, what the network returned at each.
+        output: (T, N, ...) float32, the network's output at each.
 
     Returns:
         (T, T + 1) float64: the root mean square of e(i, j), infinite where j is not after i; (T,) float64: that of x_i minus
-        the noise at the start, which is what beginning at i gets wrong; and a function (i, j) -> e(i, j), like x[0].
+        the noise at the start, the error of beginning at i; and a function (i, j) -> e(i, j), like x[0].
     """
     total = len(output)
     levels = np.append(schedule.alphas_cumprod[::-1], 1.0)
@@ -202,11 +201,11 @@ def step_errors(
 
 
 def whitening(images: Tensor, share: float) -> Callable[[Tensor], Tensor]:
-    """A linear map after which the mean square of a difference counts frequencies relative to what images have of them.
+    """A linear map after which the mean square of a difference counts frequencies relative to their power in images.
 
-    It is the orthonormal DCT-II of the last two dimensions, each coefficient over the root mean square of those that ``images``
-    have at about its frequency (Field 1987: their power falls with its square), to the power ``share``: 0 leaves root mean
-    squares as they are, 1 counts all frequencies alike.
+    It is the orthonormal DCT-II of the last two dimensions. Each coefficient is divided by the root mean square of those of
+    ``images`` near its frequency, to the power ``share`` (Field 1987: power falls with the square of the frequency). A share of
+    0 leaves root mean squares unchanged, 1 counts all frequencies alike.
 
     Args:
         images: (N, C, H, W) float32 in [-1, 1].
@@ -235,11 +234,11 @@ def _cosines(size: int) -> Tensor:
 
 
 def cheapest_paths(cost: np.ndarray, start: np.ndarray, most: int) -> dict[int, list[int]]:
-    """The cheapest way from the start to the end in exactly S steps, for S from 1 to ``most``.
+    """The cheapest path from the start to the end in exactly S steps, for S from 1 to ``most``.
 
     Args:
-        cost: (T, T + 1), of the step from place i to place j; infinite where there is none. Place T is the end.
-        start: (T,), of beginning at place i.
+        cost: (T, T + 1), the cost of the step from place i to place j; infinite if there is none. Place T is the end.
+        start: (T,), the cost of beginning at place i.
 
     Returns:
         By S, the S places before the end, rising.
@@ -267,8 +266,8 @@ def _follow(
     error: Tensor,
     labels: Sequence[int] | None,
 ) -> Tensor:
-    """The error in the image that ``error`` in the state at place j of ``timesteps`` leads to."""
-    # Quadratic in the place, as the steps that the error is followed by should be small where it matters.
+    """The error in the image caused by ``error`` in the state at place j of ``timesteps``."""
+    # Quadratic in the place, so that steps are small where the error matters.
     share = 1 - np.linspace(1, 0, _FLOW_STEPS, endpoint=False) ** 2
     places = np.unique((j + share * (len(timesteps) - j)).astype(np.int64))
     flow = Sampler(denoiser, steps=None, spacing=timesteps[places].tolist())

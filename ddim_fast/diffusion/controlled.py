@@ -1,21 +1,20 @@
-"""Sampling with an error-controlled step size: given a tolerance, each image takes the steps that it needs.
+"""Sampling with an error-controlled step size: given a tolerance, each image takes as many steps as it needs.
 
 With the network's prediction of x_0 as a function of l = log(alpha / sigma), half the log-SNR, the ODE is solved exactly by
 (Lu et al. 2022b, eq. 9)
 
     x(m) = sigma_m / sigma_l x(l) + sigma_m * integral of e^k x_0(k) dk from l to m.
 
-A constant x_0 gives DDIM, of first order. If x_0 is known to change by d on the way, h = m - l long, the step of second
-order adds
+A constant x_0 gives DDIM, of first order. If x_0 changes by a known d over the step h = m - l, the second-order step adds
 
     alpha_m (1 - e^-h) d / 2.
 
-The predictor takes d from the step before, h times its slope: DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for any step
-sizes. Then the network is evaluated there, d is known, and the corrector makes the same step with it, as UniPC's does (Zhao
-et al. 2023). The difference of the two, over alpha_m, is the pair's embedded estimate of the error, in units of the image.
-Where its root mean square exceeds the tolerance the step is made again, shorter; and the next step is as long as the
-estimate, which falls with the third power of h, allows (Hairer, Norsett and Wanner 1993, section II.4). An evaluation is the
-cost of every attempt, and the corrector has none of its own.
+The predictor takes d from the slope of the previous step, times h: DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), for any
+step sizes. The network is then evaluated at the new state, which gives d, and the corrector repeats the step with it, like
+UniPC's (Zhao et al. 2023). Their difference, over alpha_m, is the pair's embedded estimate of the error, in units of the image.
+If its root mean square exceeds the tolerance, the step is repeated with a smaller h. The estimate falls with the third power of
+h and sets the next step size (Hairer, Norsett and Wanner 1993, section II.4). Every attempt costs one evaluation; the corrector
+costs none.
 """
 
 from __future__ import annotations
@@ -37,33 +36,33 @@ from .schedule import NoiseSchedule
 
 __all__ = ["check_tolerance", "sample_controlled", "solve_controlled"]
 
-# The length of the first step, of which nothing is known yet, as a share of the whole way in l.
+# The length of the first step, before any estimate, as a share of the whole range of l.
 _FIRST_STEP = 0.12
 
-# The next step is _SAFETY times what the estimate allows, and so many times as long as the last one at least and at most.
+# The next step is _SAFETY times the estimate's length, within these multiples of the last one.
 _SAFETY, _SHRINK, _GROWTH = 0.7, 0.3, 2.0
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str, reuse: int) -> None:
-    """Sees that a sampler's options allow for a tolerance.
+    """Check that a sampler's options allow a tolerance.
 
     Raises:
-        ValueError: they do not, or it is no positive number.
+        ValueError: they do not, or the tolerance is not a positive number.
     """
     if not is_finite(tolerance) or tolerance <= 0:
         raise ValueError(f"tolerance must be a positive number; got {tolerance!r}")
     if engine not in ("auto", "eager"):
         raise ValueError(
-            f"the {engine} engine prepares a run of fixed steps, and with a tolerance each image takes steps of its own; "
-            "use engine eager, or fixed steps"
+            f"the {engine} engine needs fixed steps, but with a tolerance each image takes steps of its own; use engine "
+            "eager, or fixed steps"
         )
     if reuse != 1:
-        raise ValueError(f"reuse={reuse} needs fixed steps; with a tolerance each image takes steps of its own")
+        raise ValueError(f"reuse={reuse} needs fixed steps, but with a tolerance each image takes steps of its own")
     if eta != 0 or solver != "ddim":
         raise ValueError(
-            f"a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
+            f"a tolerance has a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
         )
 
 
@@ -88,18 +87,18 @@ def sample_controlled(
 def solve_controlled(
     evaluate: Evaluate, x: Tensor, schedule: NoiseSchedule, prediction_type: str, tolerance: float, clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The images that belong to noise ``x``.
+    """The images of noise ``x``.
 
     Args:
-        evaluate: (x, timesteps, which) -> the network's output, for (n, C, H, W) states, (n,) int64 timesteps, and the
-            (n,) int64 numbers of the images that they belong to.
+        evaluate: (x, timesteps, which) -> the network's output, for (n, C, H, W) states, (n,) int64 timesteps, and the (n,)
+            int64 numbers of their images.
         x: (N, C, H, W) float32, the noise at timestep T - 1.
         tolerance: largest estimated error of a step, root mean square over an image, in units of the images.
         clip: clip the predicted x_0 to [-r, r]; None does not.
 
     Returns:
-        (N, C, H, W) float32 images, and (N,) int64 network evaluations of each. Both depend on the image alone, whatever else
-        is in the batch.
+        (N, C, H, W) float32 images, and (N,) int64 network evaluations of each. Both depend on the image alone, not on the
+        batch.
     """
     device, total = x.device, schedule.num_train_timesteps
     # Place k is timestep T - 1 - k.
@@ -109,12 +108,12 @@ def solve_controlled(
     rows = [prediction_coefficients(float(level), prediction_type)[:2] for level in levels]
     prediction = torch.tensor(rows, dtype=torch.float64, device=device)
     last = total - 1
-    end = where[last]  # the image is what the network predicts at timestep 0
+    end = where[last]  # the image is the network's prediction at timestep 0
 
     images, evaluations = torch.empty_like(x), torch.zeros(len(x), dtype=torch.int64, device=device)
     which = torch.arange(len(x), device=device)
     place = torch.zeros_like(which)
-    slope = torch.zeros_like(x)  # of x_0 in l, as far as it is known
+    slope = torch.zeros_like(x)  # of x_0 in l, if known
     h = (_FIRST_STEP * (end - where[0])).expand(len(x))
 
     def predicted_image(x: Tensor, place: Tensor, which: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def solve_controlled(
         x0_there = predicted_image(first_order + bend * (_per_image(h) * slope), target, which)
         change = x0_there - x0
         missed = _size(change - _per_image(h) * slope) * weight / 2
-        # A step to what is not finite is not made again: there is no smaller one that would mend it.
+        # A step with a non-finite result is not repeated: a smaller one would not help.
         broken = ~torch.isfinite(missed)
         made = (missed <= tolerance) | (target == place + 1) | broken
         factor = (_SAFETY * (tolerance / missed.clamp(min=1e-12)) ** (1 / 3)).clamp(_SHRINK, _GROWTH)
@@ -157,8 +156,8 @@ def solve_controlled(
 
 
 def _half_log_snr(levels: np.ndarray) -> np.ndarray:
-    """log(alpha / sigma) of each place. Zero SNR, where that is infinite, counts as being as far from the next place as that
-    one is from the one after."""
+    """log(alpha / sigma) of each place. At zero SNR it is infinite; that place counts as being as far from the next as the next
+    is from the one after."""
     with np.errstate(divide="ignore"):
         where = (np.log(levels) - np.log1p(-levels)) / 2
     if np.isneginf(where[0]):

@@ -1,6 +1,6 @@
-"""Linear operators that restoration inverts: what a measurement has seen of an image.
+"""Linear degradation operators, which restoration inverts.
 
-Each knows its pseudo-inverse A^+, for which A A^+ A = A: A^+ A keeps what A sees of an image, and nothing else.
+Each has its pseudo-inverse A^+, with A A^+ A = A: A^+ A projects an image onto the part that A measures.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ _HALF = 127.5
 
 
 class LinearOperator(nn.Module):
-    """A, a call; its tensors are buffers, which ``.to(device)`` moves.
+    """A, applied by a call; its tensors are buffers, which ``.to(device)`` moves.
 
     Attributes:
-        gain: the standard deviation of a pixel of A^+ n, n being noise of variance 1: root mean square over the pixels that A
-            sees.
+        gain: the standard deviation of a pixel of A^+ n for noise n of variance 1: root mean square over the measured pixels.
     """
 
     gain: float = 1.0
@@ -41,16 +40,16 @@ class LinearOperator(nn.Module):
         """N measurements -> (N, C, H, W)."""
 
     def rounded(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same in 8-bit levels of [-1, 1], of which A is what it was, as far as the operator can see to it.
-        In general that is the nearest level: what A copies stays as it is if it was one."""
+        """(N, C, H, W) rounded to 8-bit levels of [-1, 1], keeping A of the images if the operator can. By default each value
+        goes to the nearest level, so 8-bit values that A copies stay unchanged."""
         return images.clamp(-1, 1).add(1).mul(_HALF).round().div(_HALF).sub(1)
 
 
 class Mask(LinearOperator):
-    """Inpainting: pixels that are known. The others are 0 in the measurement.
+    """Inpainting: keeps the known pixels; the others are 0 in the measurement.
 
     Args:
-        known: (H, W), True where the image is known; or (C, H, W), where its channels differ in that.
+        known: (H, W), True where the image is known; or (C, H, W) if its channels differ.
 
     Raises:
         ValueError: it has another number of dimensions.
@@ -66,7 +65,7 @@ class Mask(LinearOperator):
 
     @classmethod
     def outside(cls, size: tuple[int, int], rectangles: Sequence[tuple[int, int, int, int]]) -> Mask:
-        """All pixels are known but those of some rectangles.
+        """A mask whose unknown pixels are some rectangles.
 
         Args:
             size: height and width of the images.
@@ -99,7 +98,7 @@ class Downscale(LinearOperator):
     """Super-resolution: the mean of each square of ``factor`` x ``factor`` pixels.
 
     Raises:
-        ValueError: the factor is no whole number above 1, or, in a call, does not divide the image's sides.
+        ValueError: the factor is not a whole number above 1, or, in a call, does not divide the image's sides.
     """
 
     def __init__(self, factor: int) -> None:
@@ -118,12 +117,12 @@ class Downscale(LinearOperator):
         return F.interpolate(measurement, scale_factor=self.factor, mode="nearest")
 
     def rounded(self, images: Tensor) -> Tensor:
-        """Squares keep their means, those of an image of 8-bit levels exactly. Of the images in [-1, 1] with these means the
-        nearest is taken, a shift of each square and then clipping; then as many of its pixels are rounded up as its sum needs,
-        those with the largest remainders."""
-        pixels = F.pixel_unshuffle(images.double(), self.factor).unflatten(1, (images.shape[1], -1))  # dimension 2: of a square
+        """Squares keep their means, exactly for means of 8-bit images. First comes the nearest image in [-1, 1] with these
+        means, by a shift of each square and clipping. Then the pixels with the largest remainders are rounded up, as many as
+        the square's sum needs."""
+        pixels = F.pixel_unshuffle(images.double(), self.factor).unflatten(1, (images.shape[1], -1))  # dimension 2: a square
         mean = pixels.mean(2, keepdim=True).clamp(-1, 1)
-        # The mean after clipping grows with the shift, which lies between those that make all pixels -1, or 1.
+        # The mean after clipping grows with the shift; the shift lies between those that make all pixels -1 or 1.
         low, high = -1 - pixels.amax(2, keepdim=True), 1 - pixels.amin(2, keepdim=True)
         for _ in range(60):
             shift = (low + high) / 2
@@ -141,7 +140,7 @@ class Grey(LinearOperator):
     """Colorization: the mean of the ``channels``, (N, 1, H, W).
 
     Raises:
-        ValueError: there is one channel only, which leaves nothing to restore.
+        ValueError: there is only one channel, so nothing to restore.
     """
 
     def __init__(self, channels: int = 3) -> None:
@@ -158,14 +157,14 @@ class Grey(LinearOperator):
 
 
 class Blur(LinearOperator):
-    """Deblurring: a Gaussian of standard deviation ``sigma`` pixels along each side, the image being mirrored at its edges.
+    """Deblurring: a Gaussian blur of standard deviation ``sigma`` pixels along each side, with the image mirrored at its edges.
 
-    Frequencies that the blur leaves less than ``smallest`` of count as unseen: to bring them back would be to amplify rounding.
+    Frequencies that the blur reduces below ``smallest`` count as unmeasured: restoring them would amplify rounding.
 
     Args:
         size: the images' height and width.
         sigma: in pixels.
-        smallest: singular values of the blur along a side below this are taken for 0.
+        smallest: smaller singular values of the blur along a side count as 0.
 
     Raises:
         ValueError: sigma is not positive.
@@ -201,16 +200,16 @@ class Blur(LinearOperator):
 
 
 class CompressedSensing(LinearOperator):
-    """A share of the Walsh-Hadamard coefficients of each channel, its pixels' signs having been drawn at random: an orthonormal
-    transform that spreads every pixel over all of them.
+    """A share of the Walsh-Hadamard coefficients of each channel, after random sign flips of its pixels: an orthonormal
+    transform that spreads every pixel over all coefficients.
 
     Args:
         size: the images' height and width; their product must be a power of 2.
-        ratio: the share of coefficients that is measured.
-        seed: of the signs, and of the choice.
+        ratio: the measured share of the coefficients.
+        seed: seed of the signs and of the choice.
 
     Raises:
-        ValueError: the size or the ratio does not serve.
+        ValueError: the size or the ratio is out of range.
     """
 
     signs: Tensor
@@ -241,7 +240,7 @@ class CompressedSensing(LinearOperator):
 
 
 def _gaussian(length: int, sigma: float) -> np.ndarray:
-    """(length, length): the blur of a row of pixels that is mirrored, each end pixel being repeated, as often as it takes."""
+    """(length, length): the blur of a row of pixels, mirrored as often as needed, with each end pixel repeated."""
     reach = math.ceil(4 * sigma)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     matrix = np.zeros((length, length))

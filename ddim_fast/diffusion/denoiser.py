@@ -1,4 +1,4 @@
-"""The denoiser: a network, and everything that bends its prediction."""
+"""The denoiser: a network with its dtype and guidance."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Conditions(NamedTuple):
     scale: Tensor | None = None
 
     def unguided(self) -> Conditions:
-        """The same for a step outside the guidance interval: one evaluation, with the labels."""
+        """The inputs of a step outside the guidance interval: one evaluation, with the labels."""
         return Conditions(self.network if self.guide or self.scale is None else with_labels(self.network))
 
 
 class Prepared(NamedTuple):
-    """All that is known of a run's predictions before its first step.
+    """The inputs of a run's predictions, computed before its first step.
 
     Attributes:
-        conditions: of all steps.
-        unguided: the numbers of the steps that guidance leaves out.
-        correction: (x, output, index) -> output, classifier guidance, which is a user's function and stays uncompiled.
+        conditions: the conditions of all steps.
+        unguided: the numbers of the unguided steps.
+        correction: (x, output, index) -> output, classifier guidance; a user's function, which runs uncompiled.
     """
 
     conditions: Conditions
@@ -47,27 +47,28 @@ class Prepared(NamedTuple):
 
 
 class Denoiser:
-    """A network made ready for inference, with guidance: (x, conditions, step) -> prediction. Samplers share it, and their
-    number costs no weights.
+    """A network prepared for inference, with guidance: (x, conditions, step) -> prediction. Several samplers can share it
+    without copies of the weights.
 
     Args:
-        model: a :class:`ddim_fast.UNet`; what :meth:`ddim_fast.UNet.from_pretrained` loads, by its name or its path; or any
-            module with a ``config`` like a U-Net's. It is put in eval mode. A U-Net is copied now, laid out for inference on
-            its device: later changes do not reach this denoiser.
-        dtype: what the network computes in: torch.float32, torch.bfloat16 or torch.float16; or torch.int8, for the convolutions
-            of a U-Net on a CPU, whose scales the first sampler finds on a few images. x and predictions stay float32.
-        guide: a worse network for the same images, smaller or trained for less long, that guidance leads away from (Karras et
-            al. 2024, arXiv 2406.02507); None is the network itself without its label. One that is given by name or path is put
-            on the model's device. With dtype torch.int8 it computes in the narrowest other one that is fast there.
-        batch_invariant: an image of a U-Net is the same to the last bit alone and in any batch, in eager mode on a CPU. Where
-            an operator of PyTorch's sums in another order for a single image, it computes that image twice; False saves that.
+        model: a :class:`ddim_fast.UNet`; a name or path for :meth:`ddim_fast.UNet.from_pretrained`; or any module with a
+            ``config`` like a U-Net's. It is put in eval mode. A U-Net is copied now in its layout for inference, so later
+            changes do not affect this denoiser.
+        dtype: dtype of the network's computation: torch.float32, torch.bfloat16 or torch.float16; or torch.int8, for the
+            convolutions of a U-Net on a CPU, which the first sampler calibrates on a few images. x and predictions stay
+            float32.
+        guide: a worse network for the same images, smaller or trained for less time, that guidance leads away from (Karras et
+            al. 2024, arXiv 2406.02507); None is the network itself without its label. A guide given by name or path is put on
+            the model's device. With dtype torch.int8 it computes in the narrowest other dtype that is fast there.
+        batch_invariant: a U-Net's image is the same to the last bit alone and in any batch, in eager mode on a CPU. A single
+            image is computed twice if one of PyTorch's operators would sum in another order for it; False saves that.
 
     Attributes:
         schedule: the network's noise schedule.
 
     Raises:
         FileNotFoundError: there is no model of that name.
-        ValueError: an option is out of range, or the guide is of another kind; the message names it.
+        ValueError: an option is out of range, or the guide does not match the network; the message names it.
     """
 
     def __init__(
@@ -101,21 +102,21 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
         return self._network.device
 
     @property
     def networks(self) -> tuple[DiffusionModel, ...]:
-        """All that decides a prediction."""
+        """The networks that decide a prediction."""
         return (self.model,) if self.guide is None else (self.model, self.guide)
 
     @property
     def has_deep_features(self) -> bool:
-        """Whether a call returns features that later calls can use again."""
+        """Whether a call returns features that later calls can reuse."""
         return self._network.has_deep_features
 
     def calibrate(self, sample: Callable[[], object]) -> None:
-        """Finds the scales of 8-bit convolutions for what ``sample`` calls them with."""
+        """Calibrate 8-bit convolutions on the inputs that ``sample`` gives them."""
         self._network.quantise(sample)
         self.needs_calibration = False
 
@@ -128,13 +129,13 @@ class Denoiser:
         gradient: Gradient | None = None,
         clip_sample_range: float | None = None,
     ) -> Prepared:
-        """Computes what is known before the first step: the embeddings of all timesteps and classes.
+        """Compute the inputs known before the first step: the embeddings of all timesteps and classes.
 
         Args:
             timesteps: (S,) int64, in the order of the steps.
             labels: (N,) int64 on the device, or None.
             guidance, guidance_interval, gradient: as of :meth:`ddim_fast.Sampler.sample`, checked.
-            clip_sample_range: of the x_0 that ``gradient`` is given.
+            clip_sample_range: the clipping of the x_0 for ``gradient``.
         """
         timesteps = np.ascontiguousarray(timesteps)
         there = torch.from_numpy(timesteps).to(self.device)
@@ -154,7 +155,7 @@ class Denoiser:
     def conditions_each(
         self, timesteps: Tensor, labels: Tensor | None, guidance: float | None, guidance_interval: tuple[int, int] | None
     ) -> Conditions:
-        """The conditions of a single step, number 0, in which each image has a timestep of its own, (N,) int64."""
+        """The conditions of a single step, number 0, with a timestep for each image, (N,) int64."""
         guide = None if guidance is None else self._guide
         own = self._network.conditions_each(timesteps, labels, guidance is not None and guide is None)
         if guidance is None:
@@ -163,7 +164,7 @@ class Denoiser:
         return Conditions(own, () if guide is None else guide.conditions_each(timesteps, labels, False), scale)
 
     def evaluations(self, timesteps: np.ndarray, guidance: float | None, guidance_interval: tuple[int, int] | None) -> int:
-        """How often a run evaluates the network for each image; evaluations of a guide are not counted."""
+        """The number of network evaluations per image in a run; evaluations of a guide are not counted."""
         again = 0 if self._guide is not None else int(guided_steps(timesteps, guidance, guidance_interval).sum())
         return len(timesteps) + again
 
@@ -177,7 +178,7 @@ class Denoiser:
             output, deep = self._network(x, conditions.network, index, deep)
             guide: Any = self._guide
             return output if scale is None else apply_guidance(guide(x, conditions.guide, index)[0], output, scale), deep
-        # Without and with the labels, by one network call on both halves.
+        # One network call on both halves, without and with the labels.
         output, deep = self._network(torch.cat([x, x]), conditions.network, index, deep)
         unlabelled, labelled = output.chunk(2)
         return apply_guidance(unlabelled, labelled, scale), deep

@@ -1,4 +1,4 @@
-"""Arrays of any library, through DLPack (the array API standard's way to share memory): nothing is copied."""
+"""Arrays of any library, shared through DLPack (the array API standard's protocol) without copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CPU = 1  # kDLCPU of dlpack.h
 
 
 class DLPackArray(Protocol):
-    """An array of torch, of numpy, or of another library that shares its memory. What ``__dlpack__`` takes differs."""
+    """An array of torch, numpy, or another library that shares its memory. The arguments of ``__dlpack__`` differ."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -21,18 +21,18 @@ class DLPackArray(Protocol):
 
 
 def is_foreign(value: Any) -> bool:
-    """Whether ``value`` is an array that is neither numpy's nor torch's."""
+    """Whether ``value`` is an array of a library other than numpy and torch."""
     known = value is None or isinstance(value, (int, float, np.ndarray)) or _is_tensor(value)
     return not known and hasattr(value, "__dlpack__")
 
 
 def imported(arrays: dict[str, Any], written: str) -> dict[str, Any]:
-    """All arrays in the same memory as arrays of one library: that of ``arrays["sample"]`` where it is numpy's or torch's;
-    otherwise numpy's if it can hold them all, and torch's if not (on a GPU, bfloat16).
+    """The same memory as arrays of one library: the library of ``arrays["sample"]`` if that is numpy or torch; otherwise numpy,
+    or torch if numpy cannot hold all of them (on a GPU, bfloat16).
 
     Args:
-        arrays: by their names for messages. What is no array, numbers or None, is passed on.
-        written: the name of the one that will be written to.
+        arrays: arrays by their names in messages. Numbers and None pass unchanged.
+        written: the name of the array that will be written to.
 
     Raises:
         ValueError: an array cannot be shared; the message names it.
@@ -44,14 +44,14 @@ def imported(arrays: dict[str, Any], written: str) -> dict[str, Any]:
         try:
             return _by_numpy(arrays, written)
         except ValueError:
-            # torch may hold what numpy does not, and otherwise says why; but it writes to what is for reading, too.
+            # torch may hold arrays that numpy cannot, and otherwise gives the reason; but it also writes to read-only memory.
             if _is_for_reading(arrays[written]):
                 raise
     return _by_torch(arrays)
 
 
 def like(result: Any, sample: Any) -> Any:
-    """``result`` as an array of the library of ``sample``, if that follows the array API standard; else as it is."""
+    """``result`` as an array of the library of ``sample`` if that follows the array API standard; otherwise unchanged."""
     if not hasattr(sample, "__array_namespace__"):
         return result
     return sample.__array_namespace__().from_dlpack(result)
@@ -63,7 +63,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_for_reading(array: Any) -> bool:
-    """Whether an array's library says so. Before DLPack 1.0 it could not, and numpy takes all such arrays to be."""
+    """Whether an array is read-only by its library's word. Before DLPack 1.0 there was none, and numpy assumes read-only."""
     if not hasattr(array, "__dlpack__"):
         return False
     try:

@@ -1,8 +1,8 @@
-"""Editing: images that keep something of given ones.
+"""Editing: new images that keep a part of given ones.
 
-Each edit goes back to a noise level and samples from there. ``strength`` says how far, as the share of the training timesteps:
-at 1 the image is all noise, and what is kept is in the noise at most; at 0 nothing happens. Whatever the strength, it takes as
-many steps as the sampler has, where there are so many timesteps; of listed or adaptive ones, those up to where it starts.
+Each edit goes back to a noise level and samples from there. ``strength`` is that level as a share of the training timesteps: at
+1 the image is all noise, and only the noise can keep anything; at 0 nothing happens. At any strength an edit takes the
+sampler's number of steps, if there are enough timesteps; listed or adaptive timesteps are used up to its start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AnySampler = Sampler | LatentSampler
 
 
 def start_timestep(strength: float, num_train_timesteps: int) -> int | None:
-    """The timestep at which an edit of ``strength`` starts; None for one that changes nothing.
+    """The timestep at which an edit of ``strength`` starts; None if it changes nothing.
 
     Raises:
         ValueError: the strength does not lie in [0, 1].
@@ -46,12 +46,12 @@ def sdedit(
     guidance: float | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """SDEdit (Meng et al. 2022, arXiv 2108.01073): hide the images in noise, and denoise them. What is coarser than the noise
-    stays; at strength 1 that is nothing, and it is plain sampling.
+    """SDEdit (Meng et al. 2022, arXiv 2108.01073): add noise to the images, then denoise them. Structures coarser than the
+    noise stay; at strength 1 nothing stays, and it is plain sampling.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        seeds: N integers, one an image.
+        seeds: N integers, one per image.
         labels, guidance, batch_size: as in :meth:`ddim_fast.Sampler.sample`.
 
     Returns:
@@ -64,7 +64,7 @@ def sdedit(
     if part is None:
         return as_tensor(images)
     noisy = part.noised(images, seeds)
-    x_T = None if strength == 1 else noisy  # sampling starts from noise alone, though a trace of the image is left there
+    x_T = None if strength == 1 else noisy  # sampling starts from pure noise, although a trace of the image would remain there
     return part.sample(x_T=x_T, seeds=seeds, labels=labels, guidance=guidance, batch_size=batch_size)
 
 
@@ -79,9 +79,8 @@ def swap_class(
     exact: bool = False,
     batch_size: int = 64,
 ) -> Tensor:
-    """Images of one class as ones of another: encoded under one label and decoded under the other, so that what the noise says
-    of pose, size or light stays (Su et al. 2023, "Dual diffusion implicit bridges", arXiv 2203.08382, with one network for both
-    domains).
+    """Move images from one class to another: encode under one label and decode under the other. The noise keeps pose, size or
+    light (Su et al. 2023, "Dual diffusion implicit bridges", arXiv 2203.08382, with one network for both domains).
 
     Args:
         images: (N, C, H, W) in [-1, 1].
@@ -92,7 +91,7 @@ def swap_class(
         batch_size: images a network call.
 
     Returns:
-        (N, C, H, W) float32. With the source for a target and no guidance, it is the reconstruction of the images.
+        (N, C, H, W) float32. With the source as the target and no guidance, they are the reconstructions of the images.
 
     Raises:
         ValueError: as there, or the strength is out of range.
@@ -112,17 +111,17 @@ def attribute_direction(
     exact: bool = False,
     batch_size: int = 64,
 ) -> Tensor:
-    """The mean latent of images with an attribute minus that of images without it, as attributes of generative
-    models are commonly found (Radford et al. 2016; Preechakul et al. 2022, for diffusion models).
+    """The mean latent of images with an attribute minus that of images without it, the common attribute direction of generative
+    models (Radford et al. 2016; Preechakul et al. 2022, for diffusion models).
 
     Args:
         examples: (N, C, H, W) in [-1, 1], images with the attribute.
         counterexamples: (M, C, H, W), images without it.
-        labels: class labels of the ones and of the others.
+        labels: class labels of the two sets.
         strength, exact, batch_size: as for :func:`swap_class`.
 
     Returns:
-        (C, H, W) float32, a difference of latents of that strength.
+        (C, H, W) float32, a difference of latents at that strength.
 
     Raises:
         ValueError: there are no images on one side, or as for :func:`swap_class`.
@@ -151,11 +150,11 @@ def move_along(
     exact: bool = False,
     batch_size: int = 64,
 ) -> Tensor:
-    """Images with more of an attribute, or with a negative amount less: encoded, moved along its direction, and decoded.
+    """Images with more of an attribute, or less with a negative amount: encoded, moved along its direction, and decoded.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        direction: (C, H, W), what :func:`attribute_direction` found at the same strength.
+        direction: (C, H, W), from :func:`attribute_direction` at the same strength.
         amount: 1 is the difference of the averages; 0 is the reconstruction of the images.
         labels: class labels, one or N of them.
         strength, guidance, exact, batch_size: as for :func:`swap_class`.
@@ -164,7 +163,7 @@ def move_along(
         (N, C, H, W) float32.
 
     Raises:
-        ValueError: as for :func:`swap_class`, the direction is of another shape, or the amount is no finite number.
+        ValueError: as for :func:`swap_class`, or the direction has another shape, or the amount is not finite.
     """
     part, direction = _part(sampler, strength), as_tensor(direction)
     if direction.shape != sampler.config.image_shape:
@@ -178,7 +177,7 @@ def move_along(
 
 
 def _part(sampler: AnySampler, strength: float) -> AnySampler | None:
-    """The sampler of an edit's way, None where there is none."""
+    """The sampler from an edit's start, or None if the edit changes nothing."""
     start = start_timestep(strength, sampler.schedule.num_train_timesteps)
     return None if start is None else sampler.starting_at(start)
 

@@ -1,4 +1,4 @@
-"""One DDIM step for any sampling loop: torch, numpy, and every library that has DLPack."""
+"""One DDIM step for any sampling loop: torch, numpy, and every library with DLPack."""
 
 from __future__ import annotations
 
@@ -40,37 +40,38 @@ def fast_ddim_step(
     """One step of the DDIM sampler (Song et al. 2021, eq. 12), for any sampling loop, in one pass over memory.
 
     Works on torch tensors, on numpy arrays without torch being installed, and on the arrays of any library that shares them
-    through DLPack (``__dlpack__`` and ``__dlpack_device__``: JAX, CuPy, ...), which are not copied. numpy computes on those, or
-    torch where numpy cannot hold them: on a GPU, or in bfloat16.
+    through DLPack (``__dlpack__`` and ``__dlpack_device__``: JAX, CuPy, ...), which are not copied. numpy computes on these, or
+    torch if numpy cannot hold them: on a GPU, or in bfloat16.
 
     Args:
         sample: x_t, of any shape; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for float64).
         model_output: the network's prediction at x_t, of the sample's shape and any of these dtypes.
         alphas_cumprod_t: the share of signal variance in ``sample``: alphas_cumprod[t]. A float, a 0-dim tensor, or an (N,)
-            tensor or list with one value an image. A tensor on the GPU is used there, without waiting for it.
+            tensor or list with one value per image. A tensor on the GPU is used there, without waiting for it.
         alphas_cumprod_prev: the same for the timestep that comes next in the run; 1.0 after the last one.
         eta: 0 deterministic, 1 the variance of DDPM, anything between, or ``"sigma-hat"`` for the paper's larger variance.
-        noise: standard normal noise like ``sample``; when ``eta`` is not 0, this or ``seeds`` is needed, otherwise neither is
+        noise: standard normal noise like ``sample``. If ``eta`` is not 0, this or ``seeds`` is needed; otherwise neither is
             read.
-        seeds: N whole numbers in [0, 2^63), one an image, from which the step makes its noise itself: that of
+        seeds: N whole numbers in [0, 2^63), one per image, from which the step makes its noise: that of
             :func:`ddim_fast.seeded_noise`, which depends on seed, ``step`` and element alone.
         step: the number of this step in the run; with ``seeds``, each step needs its own.
-        prediction_type: what ``model_output`` is: ``epsilon``, ``v_prediction`` or ``sample``.
+        prediction_type: the type of ``model_output``: ``epsilon``, ``v_prediction`` or ``sample``.
         clip_sample_range: clip the predicted x_0 to [-r, r] (epsilon stays as predicted); None does not clip.
         unconditional_output: the prediction without the condition, for classifier-free guidance (Ho and Salimans 2022):
             the step is taken with unconditional + guidance (model_output - unconditional).
-        guidance: the scale of it.
-        out: where the result goes, of the sample's shape; may be one of the inputs. A new tensor by default.
-        out_dtype: of that new tensor; the sample's by default. A numpy dtype where numpy computes, else one of torch.
+        guidance: the guidance scale.
+        out: the array for the result, of the sample's shape; may be one of the inputs. By default a new one.
+        out_dtype: the dtype of that new array; the sample's by default. A numpy dtype if numpy computes, otherwise one of
+            torch.
 
     Returns:
-        x_prev: ``out`` itself where it is given, otherwise an array of the sample's library. Of libraries known through DLPack
-        alone it is that only if they follow the array API standard (``__array_namespace__``, with ``from_dlpack``); for others
-        it is the array of numpy or torch that was computed, which they can take in turn.
+        x_prev: ``out`` if it is given, otherwise an array of the sample's library. A library known only through DLPack must
+            follow the array API standard for that (``__array_namespace__``, with ``from_dlpack``). For other libraries it is
+            the numpy or torch array of the computation, which they can import.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, a value is out of range, noise is missing, the prediction says nothing of
-            the image or of epsilon at this noise level (on a GPU that gives NaN), or an array cannot be shared.
+        ValueError: shapes, dtypes or devices differ, a value is out of range, noise is missing, or an array cannot be shared.
+            Or the prediction does not determine the image or epsilon at this noise level (on a GPU that gives NaN).
     """
     arrays = {
         "sample": sample,
@@ -96,7 +97,7 @@ def fast_ddim_step(
     eta = check_eta(eta)
     stochastic = eta != 0
     if stochastic and noise is None and seeds is None:
-        raise ValueError(f"eta = {eta} needs noise, or seeds to make it from")
+        raise ValueError(f"eta = {eta} needs noise or seeds")
     if clip_sample_range is not None and not clip_sample_range > 0:
         raise ValueError(f"clip_sample_range must be positive, or None; got {clip_sample_range}")
     ddim_step: Any
@@ -128,7 +129,7 @@ def fast_ddim_step(
 
 
 def _level(value: float | Tensor, sample: Tensor) -> float | Tensor:
-    """A noise level as a float where that is free, otherwise as a float64 tensor beside ``sample``."""
+    """A noise level as a float if that needs no wait, otherwise as a float64 tensor on the device of ``sample``."""
     import torch
 
     if isinstance(value, (np.ndarray, list, tuple)):
@@ -151,7 +152,7 @@ def _numpy_level(value: float | np.ndarray, sample: np.ndarray) -> float | np.nd
 
 
 def _check_each(a: Any, b: Any, eta: float | str, prediction_type: str) -> None:
-    """Raises what :func:`step_coefficients` finds wrong with each of several levels, where looking waits for nothing."""
+    """Raise the errors of :func:`step_coefficients` for each of several levels, if reading them needs no wait."""
     if isinstance(a, float) and isinstance(b, float):
         return
     levels = [_on_host(level) for level in (a, b)]
@@ -161,7 +162,7 @@ def _check_each(a: Any, b: Any, eta: float | str, prediction_type: str) -> None:
 
 
 def _on_host(level: Any) -> Any:
-    """The values of noise levels, or None: they are on another device, or there are none while code is compiled or traced."""
+    """The values of noise levels, or None: on another device, or while code is compiled or traced."""
     if isinstance(level, (float, np.ndarray)):
         return level
     import torch

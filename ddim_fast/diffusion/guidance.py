@@ -29,9 +29,9 @@ __all__ = [
     "likelihood_gradient",
 ]
 
-# Of classifier guidance (Dhariwal and Nichol 2021): (x_t, timestep, x_0) -> the gradient of log p(condition | x_t) with respect
-# to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep a () int64 tensor beside it, and x_0 the
-# network's prediction there. It is called in each step, with gradients enabled, and is not compiled.
+# The function of classifier guidance (Dhariwal and Nichol 2021): (x_t, timestep, x_0) -> the gradient of log p(condition | x_t)
+# with respect to x_t, its scale included. x_t is a batch of (n, C, H, W) float32, timestep a () int64 tensor on its device, and
+# x_0 the network's prediction there. It is called in each step, with gradients enabled, and is not compiled.
 Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 # Torch's or numpy's.
@@ -39,7 +39,7 @@ Array: TypeAlias = Any
 
 
 class OnDevice(Protocol):
-    """A sampler or a denoiser: its noise schedule, and where it computes."""
+    """A sampler or a denoiser: its noise schedule and its device."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
@@ -64,7 +64,7 @@ def apply_guidance(unconditional: Any, conditional: Any, scale: Any) -> Any:
 
 
 def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False) -> float | None:
-    """The guidance scale, None where it changes nothing.
+    """The guidance scale; None if it changes nothing.
 
     Args:
         with_guide: guidance is away from another network, not towards a label.
@@ -83,13 +83,13 @@ def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False
 
 
 def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
-    """Whether a network can be led away from another one.
+    """Check that a guide matches a network.
 
     Args:
-        config, guide: of the network and of its guide.
+        config, guide: the configurations of the network and of its guide.
 
     Raises:
-        ValueError: they are not of the same images, noise and classes; the message names what differs.
+        ValueError: their images, noise schedules or classes differ; the message names the difference.
     """
     for name in ("image_shape", "prediction_type", "num_classes"):
         own, other = getattr(config, name), getattr(guide, name)
@@ -97,21 +97,22 @@ def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
             raise ValueError(f"the guide must be of the same kind as the network: its {name} is {other}, not {own}")
     schedule, its_schedule = NoiseSchedule.from_config(config), NoiseSchedule.from_config(guide)
     if not np.array_equal(schedule.alphas_cumprod, its_schedule.alphas_cumprod):
-        raise ValueError("the guide must be of the same kind as the network: its noise schedule is another one")
+        raise ValueError("the guide must be of the same kind as the network: its noise schedule differs")
 
 
 def check_interval(interval: Sequence[int] | None, guidance: float | None, num_train_timesteps: int) -> tuple[int, int] | None:
     """The guidance interval.
 
     Raises:
-        ValueError: it is not two timesteps in rising order, or there is no guidance to limit.
+        ValueError: it is not two timesteps in rising order, or there is no guidance.
     """
     if interval is None:
         return None
     numbers = [plain(t) for t in interval] if isinstance(interval, Sequence) or hasattr(interval, "tolist") else []
     if len(numbers) != 2 or not all(map(is_whole, numbers)) or not 0 <= numbers[0] <= numbers[1] < num_train_timesteps:
         raise ValueError(
-            f"guidance_interval is two timesteps, the lower one first, from 0 to {num_train_timesteps - 1}; got {interval!r}"
+            f"guidance_interval must be two timesteps, the lower one first, from 0 to {num_train_timesteps - 1}; got "
+            f"{interval!r}"
         )
     if guidance is None:
         raise ValueError("guidance_interval limits guidance; give its scale, guidance, as well")
@@ -119,33 +120,32 @@ def check_interval(interval: Sequence[int] | None, guidance: float | None, num_t
 
 
 def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, int] | None) -> Array:
-    """Which steps are guided, each by two evaluations instead of one: (S,) bool.
+    """(S,) bool: whether each step is guided, which takes two evaluations instead of one.
 
     Args:
-        timesteps: (S,) of the run, an array or a tensor.
+        timesteps: (S,) timesteps of the run, an array or a tensor.
         guidance: the scale; None or 1 for none.
-        interval: the timesteps that it is limited to, both included; None for all.
+        interval: the first and last guided timestep, both included; None for all.
     """
     low, high = (-math.inf, math.inf) if interval is None else interval
     return (guidance not in (None, 1)) & (timesteps >= low) & (timesteps <= high)
 
 
 def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: OnDevice) -> Gradient:
-    """The gradient of classifier guidance for a condition on the image itself, such as its brightness, or what a classifier of
-    clean images says.
+    """The gradient of classifier guidance for a condition on the image itself, such as its brightness or a classifier of clean
+    images.
 
-    log p(condition | x_t) is taken to be log p(condition | x_0) of the x_0 that the network predicts at x_t, and x_0 to change
-    with x_t as it does for data of unit variance in each pixel, by d x_0 / d x_t = sqrt(alphas_cumprod). So the network itself
-    is not differentiated, and the predicted x_0 moves by (1 - alphas_cumprod) times the gradient there: much where nothing is
-    decided yet, and nothing at the end. (With epsilon held constant it would be 1 / sqrt(alphas_cumprod), which grows beyond
-    all bounds in the first steps.)
+    log p(condition | x_t) is approximated by log p(condition | x_0) of the network's x_0 at x_t. d x_0 / d x_t is approximated
+    by sqrt(alphas_cumprod), its value for data of unit variance in each pixel. So the network is not differentiated, and the
+    predicted x_0 moves by (1 - alphas_cumprod) times the gradient: far at high noise, and not at all at the end. (With epsilon
+    held constant, the derivative would be 1 / sqrt(alphas_cumprod), which is unbounded in the first steps.)
 
     Args:
         log_likelihood: (N, C, H, W) images in [-1, 1] -> (N,) log p(condition | image), its scale included; differentiable.
         sampler: the sampler that is guided.
 
     Returns:
-        What :meth:`ddim_fast.Sampler.sample` takes as ``gradient``.
+        The ``gradient`` for :meth:`ddim_fast.Sampler.sample`.
     """
     import torch
 
@@ -159,33 +159,34 @@ def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: OnD
 
 
 class ClassifierGuidance:
-    """Moves the network's output so that its epsilon becomes epsilon - sqrt(1 - alphas_cumprod) gradient (Dhariwal and Nichol
+    """Move the network's output so that its epsilon becomes epsilon - sqrt(1 - alphas_cumprod) gradient (Dhariwal and Nichol
     2021, algorithm 2 and eq. 14).
 
     Args:
         gradient: see :meth:`ddim_fast.Sampler.sample`.
-        timesteps: (S,) int64 of the run, on its device.
+        timesteps: (S,) int64 timesteps of the run, on its device.
         alphas_cumprod: (S,) float64, their noise levels.
-        prediction_type: what the network predicts.
-        clip: the x_0 that ``gradient`` is given is clipped to [-r, r]; None does not.
+        prediction_type: the network's prediction type.
+        clip: clip the x_0 for ``gradient`` to [-r, r]; None does not.
     """
 
     def __init__(
         self, gradient: Gradient, timesteps: Tensor, alphas_cumprod: np.ndarray, prediction_type: str, clip: float | None
     ) -> None:
-        import torch  # not above: what checks requests serves programs without torch
+        import torch  # not above: programs without torch check requests here
 
         self._gradient, self._timesteps, self._clip = gradient, timesteps, clip
         rows = []
         for level in map(float, alphas_cumprod):
             from_sample, from_output, _, eps_from_output = prediction_coefficients(level, prediction_type)
-            # With no signal x_t says nothing of the condition: the gradient is zero, and no output stands for another epsilon.
+            # Without signal, x_t does not depend on the condition: the gradient is zero, and the output cannot express another
+            # epsilon.
             shift = -math.sqrt(1 - level) / eps_from_output if level > 0 else 0.0
             rows.append((from_sample, from_output, shift))
         self._table = torch.tensor(rows, dtype=torch.float32, device=timesteps.device)
 
     def __call__(self, x: Tensor, output: Tensor, index: Tensor) -> Tensor:
-        """The output of step ``index``, () int64 beside it, at x: all (N, C, H, W) float32.
+        """The corrected output of step ``index``, () int64 on the device of x; all (N, C, H, W) float32.
 
         Raises:
             ValueError: the gradient is not like x.

@@ -1,4 +1,4 @@
-"""Between two points of the noise that DDIM starts from, along the sphere on which it lies (Song et al. 2021, section 5.3)."""
+"""Interpolation of DDIM's starting noise along its sphere (Song et al. 2021, section 5.3)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
         t: (T,), 0 for a to 1 for b.
 
     Returns:
-        (T, ...) in the dtype of ``a``; at t = 0 and 1 exactly a and b. Where both point the same way, the straight line; where
-        they point opposite ways there is no shortest arc, and the result is the straight line as well.
+        (T, ...) in the dtype of ``a``; at t = 0 and 1 exactly a and b. Parallel vectors give the straight line; so do opposite
+        ones, which have no shortest arc.
 
     Raises:
         ValueError: the shapes differ.
     """
     a, b, t = map(as_tensor, (a, b, t))
     if a.shape != b.shape:
-        raise ValueError(f"there is no way from noise of shape {tuple(a.shape)} to {tuple(b.shape)}")
+        raise ValueError(f"cannot interpolate from noise of shape {tuple(a.shape)} to {tuple(b.shape)}")
     x, y = a.double(), b.double()
     t = t.to(x).view(-1, *[1] * a.ndim)
     cosine = (x * y).sum() / (x.norm() * y.norm()).clamp(min=torch.finfo(torch.float64).tiny)
@@ -43,7 +43,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def between_all(points: Tensor, factor: int) -> Tensor:
-    """Points that divide the way from each point to the next into ``factor`` equal parts, by :func:`slerp`.
+    """Points that divide the arc from each point to the next into ``factor`` equal parts, by :func:`slerp`.
 
     Args:
         points: (N, ...) noise.
@@ -56,7 +56,7 @@ def between_all(points: Tensor, factor: int) -> Tensor:
 
 
 def slerp_grid(corners: Tensor, rows: int, columns: int) -> Tensor:
-    """Between four corners: along both sides first, then across.
+    """Interpolation between four corners: along both sides first, then across.
 
     Args:
         corners: (4, ...) noise: top left, top right, bottom left, bottom right.

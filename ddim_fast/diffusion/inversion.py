@@ -1,4 +1,4 @@
-"""DDIM inversion: from images to the noise that they come from."""
+"""DDIM inversion: from images to their noise."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .step import StepCoefficients, step_coefficients
 
 __all__ = ["Inverter", "inverse_step", "inversion"]
 
-# inverse_step stops where the error of a step is this share of the image (root mean square), near the rounding of float32;
-# where it has not become smaller in so many evaluations; or after so many in all.
+# inverse_step stops at an error of this share of the image (root mean square), near float32 rounding; after this many
+# evaluations without progress; or after this many in all.
 ENOUGH, PATIENCE, MOST = 1e-6, 8, 60
 
-# Earlier evaluations that it takes into account.
+# The number of earlier evaluations that it uses.
 MEMORY = 3
 
 
 class Inverter:
-    """Finds the noise x_T from which deterministic DDIM makes images: the sampler's ODE followed towards more noise along the
+    """Finds the noise x_T from which deterministic DDIM makes given images: solves the sampler's ODE towards more noise on the
     same timesteps (Song et al. 2021, section 4.3 and eq. 14).
 
     Args:
@@ -50,16 +50,16 @@ class Inverter:
 
         Args:
             request: as tensors.
-            exact: solve for the inverse of each step of the sampler, by :func:`inverse_step`: the images come back but for
-                rounding. Counted with the packaged models, a step takes 5 or 6 evaluations of the network in runs of 50 steps,
-                6 to 11 in 20, 8 to 17 in 10, and 20 to 42 in 5: as many as the slowest image of a batch needs, 60 at most.
-            batch_size: images a network call.
+            exact: solve for the inverse of each step of the sampler, by :func:`inverse_step`: the images come back up to
+                rounding. With the packaged models, a step takes 5 or 6 network evaluations in runs of 50 steps, 6 to 11 in 20,
+                8 to 17 in 10, and 20 to 42 in 5. The slowest image of a batch decides; 60 is the limit.
+            batch_size: images per network call.
 
         Returns:
             (N, C, H, W) float32.
 
         Raises:
-            ValueError: the batch size is no whole number of 1 or more.
+            ValueError: the batch size is not a whole number of 1 or more.
         """
         function = self._encode_exactly if exact else self._encode
         return request.compute(function, batch_size, request.x_T[:0], padded=self._engine.needs_one_batch_size)
@@ -87,20 +87,20 @@ class Inverter:
 def inversion(timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type: str) -> tuple[np.ndarray, DDIMUpdate]:
     """DDIM inversion: Euler steps of the sampler's ODE towards more noise (Song et al. 2021, eq. 14).
 
-    Each step evaluates the network at the level it starts from. The images themselves are evaluated at the first timestep, the
-    cleanest the network knows.
+    Each step evaluates the network at its starting level. The images are evaluated at the first timestep, the network's least
+    noisy one.
 
     Args:
         timesteps: (S,) of the sampler, noisiest first.
-        alphas_cumprod: (S + 1,) their noise levels, then that of the images.
-        prediction_type: what the network predicts.
+        alphas_cumprod: (S + 1,) their noise levels, then the images'.
+        prediction_type: the network's prediction type.
 
     Returns:
         The timesteps at which the network is evaluated, in order, and the steps: from images to x at ``timesteps[0]``.
     """
     levels = alphas_cumprod[::-1].copy()
     if prediction_type == "sample":
-        # Without any noise a sample prediction says nothing of epsilon: the images count as x at the first timestep.
+        # Without noise a sample prediction does not determine epsilon: the images count as x at the first timestep.
         levels[0] = levels[1]
     evaluated = np.concatenate([timesteps[-1:], timesteps[:0:-1]])
     pairs = pairwise(float(level) for level in levels)
@@ -108,19 +108,18 @@ def inversion(timesteps: np.ndarray, alphas_cumprod: np.ndarray, prediction_type
 
 
 def inverse_step(step: Callable[[Tensor], Tensor], coefficients: StepCoefficients, y: Tensor) -> Tensor:
-    """The x from which a DDIM step leads to ``y``, where :func:`inversion` takes what the network says of y for what it would
-    say of x. The step is x -> a x + b output(x), so x is the fixed point of x -> x + (y - step(x)) / a (Pan et al. 2023,
-    arXiv 2309.04907), found by Anderson's acceleration (1965; Walker and Ni 2011, SIAM J. Numer. Anal. 49): the plain iteration
-    diverges in the large steps of a short run. Each image stops by itself at the best x it has seen, and does not depend on the
-    batch.
+    """The x from which a DDIM step leads to ``y``; :func:`inversion` approximates it with the network's output at y. The step
+    is x -> a x + b output(x), so x is the fixed point of x -> x + (y - step(x)) / a (Pan et al. 2023, arXiv 2309.04907).
+    Anderson's acceleration finds it (1965; Walker and Ni 2011, SIAM J. Numer. Anal. 49); the plain iteration diverges in the
+    large steps of a short run. Each image stops by itself at its best x, independent of the batch.
 
     Args:
-        step: from x, (N, C, H, W) float32, to y.
-        coefficients: those of the step, for which sigma is 0.
+        step: the function from x, (N, C, H, W) float32, to y.
+        coefficients: the coefficients of the step, with sigma 0.
         y: (N, C, H, W) float32.
 
     Returns:
-        x. Where the iteration does not converge, it is the x that leads nearest to y.
+        x. If the iteration does not converge, it is the x whose step ends nearest to y.
     """
     slope = _slope(coefficients)
     enough = ENOUGH * _size(y)
@@ -143,23 +142,23 @@ def inverse_step(step: Callable[[Tensor], Tensor], coefficients: StepCoefficient
 
 
 def _slope(step: StepCoefficients) -> float:
-    """By how much x changes what the step leads to, if it does not change what the network says; of a network that predicts
-    x_0, if it is right about the change."""
+    """The derivative of the step's result by x with a constant network output; for a network that predicts x_0, with an output
+    that follows the change."""
     if step.x0_from_sample == 0 and step.x0_from_output == 1 and step.eps_from_output != 0:
         return -step.prev_from_x0 * step.eps_from_sample / step.eps_from_output
     return step.prev_from_x0 * step.x0_from_sample + step.prev_from_eps * step.eps_from_sample
 
 
 def _accelerated(points: list[Tensor], corrections: list[Tensor]) -> Tensor:
-    """The next x, from the last ones and how the plain iteration would correct them: of their differences, the combination that
-    explains most of the last correction is taken out of it."""
+    """The next x, from the last ones and their corrections by the plain iteration: the combination of their differences that
+    explains most of the last correction is subtracted."""
     x, correction = points[-1], corrections[-1]
     if len(points) == 1:
         return x + correction
     of_points, of_corrections = (
         torch.stack([b - a for a, b in pairwise(values)], dim=1).flatten(2).double() for values in (points, corrections)
     )
-    # Sums over one image at a time, whose order does not depend on the batch.
+    # Sums over one image at a time, in an order independent of the batch.
     products = (of_corrections[:, :, None] * of_corrections[:, None]).sum(-1)
     target = (of_corrections * correction.flatten(1)[:, None]).sum(-1)
     # An image that has stopped has differences of zero.

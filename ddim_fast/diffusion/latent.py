@@ -21,17 +21,17 @@ from .trajectory import SamplerState
 
 __all__ = ["LatentCodec", "LatentSampler", "LatentState"]
 
-# Images that the autoencoder takes at once where nobody says how many.
+# The default number of images per call of the autoencoder.
 _AT_ONCE = 64
 
 
 class LatentCodec:
-    """An autoencoder as two functions of tensors, whose latents are as a network for them was trained.
+    """An autoencoder as two functions of tensors, with latents scaled as in the network's training.
 
     Args:
         autoencoder: :class:`ddim_fast.Autoencoder`; diffusers' ``AutoencoderKL``, whose latents are the means of its
             distributions, shifted and scaled as its config says; its ``AutoencoderTiny``; or another module whose ``encode``
-            and ``decode`` take and return tensors. It is put in eval mode, and computes on the device and in the dtype of its
+            and ``decode`` take and return tensors. It is put in eval mode and computes on the device and in the dtype of its
             parameters.
     """
 
@@ -56,19 +56,19 @@ class LatentCodec:
         return self._call(self.autoencoder.decode, x, batch_size).contiguous()
 
     def _call(self, function: Callable[[Tensor], Any], x: Tensor, batch_size: int) -> Tensor:
-        """``function`` of the autoencoder, some images at a time."""
+        """``function`` of the autoencoder, applied to some images at a time."""
         like = next(self.autoencoder.parameters())
         parts = [batch_invariant(lambda x: _tensor(function(x)), part.to(like)).float() for part in x.split(batch_size)]
         return torch.cat(parts)
 
 
 class LatentSampler:
-    """A sampler of latents, and the autoencoder that makes images of them: what a :class:`Sampler` does for images of the
-    network's own size, in the autoencoder's. Attributes that are not named here are the sampler's.
+    """A sampler of latents with the autoencoder that decodes them: the methods of :class:`Sampler`, for images of the
+    autoencoder's size. Attributes not listed here are the sampler's.
 
     Args:
-        sampler: of a network that was trained on the autoencoder's latents.
-        autoencoder: one that :class:`LatentCodec` takes. It is moved to the sampler's device.
+        sampler: the sampler of a network trained on the autoencoder's latents.
+        autoencoder: an autoencoder for :class:`LatentCodec`. It is moved to the sampler's device.
 
     Attributes:
         image_shape: (C, H, W) of the images.
@@ -87,7 +87,7 @@ class LatentSampler:
             raise ValueError(f"the autoencoder does not decode the network's latents, of shape {shape}: {error}") from None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sampler":  # not set yet: a copy that is being made
+        if name == "sampler":  # not set yet while a copy is made
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
@@ -97,13 +97,13 @@ class LatentSampler:
 
     @property
     def networks(self) -> tuple[DiffusionModel | nn.Module, ...]:
-        """All that decides what an image is made of."""
+        """The networks that decide an image."""
         return (*self.sampler.networks, self.codec.autoencoder)
 
     def sample(
         self, *, batch_size: int = _AT_ONCE, on_step: Callable[[LatentState], None] | None = None, **request: Any
     ) -> Tensor:
-        """Images (N, C, H, W), as :meth:`Sampler.sample` returns them. Its arguments; ``x_T`` is of the latents' shape."""
+        """Images (N, C, H, W), with the arguments and results of :meth:`Sampler.sample`; ``x_T`` has the latents' shape."""
         report = None if on_step is None else (lambda state: on_step(LatentState(state, self.decode)))
         latents = self.sampler.sample(batch_size=batch_size, on_step=report, **request)
         return self.decode(latents, batch_size)
@@ -115,7 +115,7 @@ class LatentSampler:
 
     def encode(self, images: Tensor, **options: Any) -> Tensor:
         """The noise (N, latent shape) from which deterministic DDIM makes the latents of ``images``; arguments as in
-        :meth:`Sampler.encode`. What the autoencoder loses of an image does not come back."""
+        :meth:`Sampler.encode`. Details that the autoencoder loses do not come back."""
         return self.sampler.encode(self.latents(images), **options)
 
     @inference()
@@ -128,9 +128,9 @@ class LatentSampler:
         batch_size: int = _AT_ONCE,
         **options: Any,
     ) -> Tensor:
-        """Images of which ``operator`` makes ``measurement``, as :meth:`Sampler.restore`; its arguments. Each step decodes an
+        """Images that ``operator`` maps to ``measurement``, with the arguments of :meth:`Sampler.restore`. Each step decodes an
         image and encodes two. Without noise the decoded images are corrected once more at the end, so that they give the
-        measurement to rounding.
+        measurement up to rounding.
 
         Raises:
             ValueError: as there, or the measurement is of images of another size than the autoencoder's.
@@ -150,13 +150,13 @@ class LatentSampler:
         )
 
     def starting_at(self, timestep: int) -> LatentSampler:
-        """For the last part of the way, as :meth:`Sampler.starting_at`."""
+        """A sampler from a later start, as :meth:`Sampler.starting_at`."""
         later = copy.copy(self)
         later.sampler = self.sampler.starting_at(timestep)
         return later
 
     def with_new_engine(self) -> LatentSampler:
-        """The same with nothing compiled or captured yet, as :meth:`Sampler.with_new_engine`."""
+        """The same sampler with a new engine, as :meth:`Sampler.with_new_engine`."""
         other = copy.copy(self)
         other.sampler = self.sampler.with_new_engine()
         return other
@@ -167,7 +167,7 @@ class LatentSampler:
 
     @inference()
     def latents(self, images: Tensor, batch_size: int = _AT_ONCE) -> Tensor:
-        """The autoencoder's latents of (N, C, H, W) images in [-1, 1], as the network knows them.
+        """The autoencoder's latents of (N, C, H, W) images in [-1, 1], scaled for the network.
 
         Raises:
             ValueError: the images are not of ``image_shape``.
@@ -188,7 +188,7 @@ class LatentSampler:
 
 @dataclass
 class LatentState:
-    """One step of a trajectory in latent space, as :class:`SamplerState`; images are decoded when they are asked for.
+    """One step of a trajectory in latent space, as :class:`SamplerState`; images are decoded on access.
 
     Attributes:
         latent: the state of the latents.
@@ -199,7 +199,7 @@ class LatentState:
 
     @property
     def step(self) -> int:
-        """Its number, from 0."""
+        """The number of the step, from 0."""
         return self.latent.step
 
     @property

@@ -1,4 +1,4 @@
-"""The sampling loop: in each step the denoiser predicts, and the solver goes to the next timestep."""
+"""The sampling loop: in each step the denoiser predicts and the solver moves to the next timestep."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ F = TypeVar("F", bound=StepFunction)
 
 
 class Inputs(NamedTuple):
-    """The tensors that a run reads, on its device.
+    """The tensors of a run, on its device.
 
     Attributes:
         x: (N, ...) float32, the sample before the first step.
-        conditions: of the denoiser.
+        conditions: the denoiser's conditions.
         table: (S, ...) float32, the solver's coefficients.
         steps: (S,) int64, 0 to S - 1.
         ages: (S,) float32, how far each step is from the last one that computed the deep features, as a part of ``reuse``.
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A batch to sample: its tensors, the numbers of the steps that are not guided, and classifier guidance."""
+    """A batch to sample: its tensors, the numbers of its unguided steps, and classifier guidance."""
 
     inputs: Inputs
     unguided: tuple[int, ...] = ()
@@ -56,10 +56,9 @@ class Loop(Generic[F]):
     """Steps of one denoiser and one solver, executed by an engine.
 
     Args:
-        reuse: every how many steps the network computes its deep features; 1 is every step. In the steps between they are
-            extrapolated linearly in the step's number (as by Liu et al. 2025, arXiv 2503.06923, of first order). Features that
-            merely stay as they are lag behind: with them, the packaged fashion-mnist did worse than by fewer steps in the same
-            time.
+        reuse: the network computes its deep features in every ``reuse``-th step; 1 is every step. In between they are
+            extrapolated linearly in the step's number (as in Liu et al. 2025, arXiv 2503.06923, of first order). Unchanged
+            features lag behind: with them the packaged fashion-mnist did worse than with fewer steps in the same time.
 
     Raises:
         ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
@@ -76,13 +75,13 @@ class Loop(Generic[F]):
         self.denoiser, self.solver, self.reuse = denoiser, solver, reuse
 
     def prepare(self, request: Request, timesteps: np.ndarray, table: np.ndarray, x: Tensor | None = None) -> Run:
-        """All that can be done before the first step.
+        """Prepare a run before its first step.
 
         Args:
             request: as tensors.
-            timesteps: (S,) at which the network is evaluated.
+            timesteps: (S,) timesteps of the network evaluations.
             table: the solver's coefficients.
-            x: the sample to start from; None is the request's.
+            x: the starting sample; None is the request's.
         """
         device = self.denoiser.device
         prepared: Prepared = self.denoiser.prepare(
@@ -104,7 +103,7 @@ class Loop(Generic[F]):
         return engine.run(self._last, run.inputs, run[1:])
 
     def states(self, engine: Engine, run: Run) -> Iterator[tuple[State, Tensor]]:
-        """The state after each step, and the denoiser's output in it."""
+        """The state after each step, and the denoiser's output in that step."""
         inputs, deep = run.inputs, None
         state = self.solver.start(inputs.x)
         unguided = inputs._replace(conditions=inputs.conditions.unguided()) if run.unguided else inputs
@@ -119,14 +118,14 @@ class Loop(Generic[F]):
                 output = run.correction(state[0], output, index)
                 state = self.solver.step(state, output, inputs.table, index, inputs.seeds)
             if renews and features is not None:
-                # Their change is not known at first.
+                # Their change is unknown at first.
                 deep = features, torch.zeros_like(features) if deep is None else features - deep[0]
             tell(len(inputs.x) / len(indices))
             yield state, output
 
     @inference()
     def trajectory(self: Loop[Solver], engine: Engine, request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
-        """The state after each step of a solver that has a table of its own; arguments as of :meth:`prepare`."""
+        """The state after each step of a solver with its own table; arguments as of :meth:`prepare`."""
         run = self.prepare(request, timesteps, self.solver.table)
         before = run.inputs.x
         for i, (state, output) in enumerate(self.states(engine, run)):
@@ -139,7 +138,7 @@ class Loop(Generic[F]):
         """One step, from the state before it.
 
         Args:
-            index: () int64, its number.
+            index: () int64, the number of the step.
             deep: the deep features of the last step that computed them, and their change since the one before that; None
                 computes them.
 
@@ -169,7 +168,7 @@ class Loop(Generic[F]):
 
 
 def initial_noise(request: Request, denoiser: Denoiser) -> Tensor:
-    """(N, C, H, W) float32: the request's x_T, or that of its seeds."""
+    """(N, C, H, W) float32: the request's x_T, or the noise of its seeds."""
     if request.x_T is not None:
         return request.x_T
     return seeded_noise(request.seeds, INITIAL_NOISE, denoiser.config.image_shape, denoiser.device)
@@ -177,7 +176,7 @@ def initial_noise(request: Request, denoiser: Denoiser) -> Tensor:
 
 @inference()
 def calibrate(denoiser: Denoiser, solver: Solver, timesteps: np.ndarray) -> None:
-    """Calibrates a denoiser's 8-bit convolutions by sampling a few images of all classes, from seeds that nobody asks for."""
+    """Calibrate a denoiser's 8-bit convolutions by sampling a few images of all classes, from seeds outside the usual range."""
     classes, seeds = denoiser.config.num_classes, np.arange(2**62, 2**62 + 8)
     loop = Loop(denoiser, solver)
     request = Request(seeds, labels=None if classes is None else np.arange(8) * classes // 7).to(denoiser.device)

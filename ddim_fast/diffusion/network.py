@@ -1,4 +1,4 @@
-"""A network made ready for inference."""
+"""A network prepared for inference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ops.devices import bf16_is_fast, keep_memory
 
 __all__ = ["Network", "NetworkConditions", "with_labels"]
 
-# The precomputed embeddings, and labels where those name their rows.
+# The precomputed embeddings, and labels if those select their rows.
 NetworkConditions = tuple[Tensor, ...]
 
 
@@ -26,15 +26,15 @@ class Network:
     """``model`` as a function (x, precomputed embeddings, step number) -> prediction.
 
     Args:
-        model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None. One that can convert itself, by a
-            method ``for_inference(dtype)``, is converted now, once; others compute under autocast. Of one with the methods
-            ``condition`` and ``denoise_reusing``, see :class:`ddim_fast.UNet`, the first is called once for all steps.
-        dtype: what the network computes in. torch.int8, for a U-Net on a CPU, means convolutions of 8-bit numbers once
-            :meth:`quantise` has seen their inputs, and everything else in the narrowest dtype that is fast there.
+        model: takes (N, C, H, W) images, (N,) or 0-dim timesteps and (N,) labels or None. A model with a method
+            ``for_inference(dtype)`` is converted now, once; others compute under autocast. If it has the methods ``condition``
+            and ``denoise_reusing`` (see :class:`ddim_fast.UNet`), the first is called once for all steps.
+        dtype: dtype of the network's computation. torch.int8, for a U-Net on a CPU, means 8-bit convolutions once
+            :meth:`quantise` has calibrated them, and everything else in the narrowest dtype that is fast there.
         batch_invariant: as of :meth:`ddim_fast.UNet.for_inference`.
 
     Raises:
-        ValueError: the model has no 8-bit convolutions here.
+        ValueError: the model does not support 8-bit convolutions here.
     """
 
     def __init__(self, model: DiffusionModel, dtype: torch.dtype, *, batch_invariant: bool = True) -> None:
@@ -59,25 +59,25 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the network."""
         return next(self._model.parameters()).device
 
     @property
     def has_deep_features(self) -> bool:
-        """Whether a call returns features that later calls can use again."""
+        """Whether a call returns features that later calls can reuse."""
         return self._conditions_itself
 
     def quantise(self, sample: Callable[[], object]) -> None:
-        """Gives the convolutions 8-bit products, scaled for what they are called with by ``sample``."""
+        """Give the convolutions 8-bit products, calibrated on their inputs during ``sample``."""
         quantise(self._model, sample)
 
     def conditions(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> NetworkConditions:
-        """The precomputed timestep and class embeddings; of a U-Net, every residual block's projection of them.
+        """The precomputed timestep and class embeddings; for a U-Net, their projections for every residual block.
 
         Args:
             timesteps: (S,) int64, in the order of the steps.
-            labels: (N,) or None; an unconditional network has no use for them.
-            guided: whether each image is evaluated without its label as well: the unlabelled ones come first.
+            labels: (N,) or None; an unconditional network ignores them.
+            guided: whether each image is also evaluated without its label; these come first.
         """
         classes = self.num_classes
         labels = None if classes is None else labels
@@ -88,7 +88,7 @@ class Network:
             return (timesteps,) if labels is None else (timesteps, labels)
         if classes is None or labels is None:
             return (self._model.condition(timesteps)[:, None],)
-        # One row a class where that is fewer than one an image. It depends on their numbers alone, so that the shapes do.
+        # One row per class if there are fewer classes than images. This depends on their numbers alone, and so do the shapes.
         by_class = classes + 1 <= len(labels)
         rows = torch.arange(classes + 1, device=labels.device) if by_class else labels
         table = self._model.condition(timesteps.repeat_interleave(len(rows)), rows.repeat(len(timesteps)))
@@ -96,7 +96,7 @@ class Network:
         return (table, labels) if by_class else (table,)
 
     def conditions_each(self, timesteps: Tensor, labels: Tensor | None, guided: bool) -> NetworkConditions:
-        """The same for a single step, number 0, in which each image has a timestep of its own.
+        """The same for a single step, number 0, with a timestep for each image.
 
         Args:
             timesteps: (N,) int64.
@@ -120,14 +120,14 @@ class Network:
         Args:
             x: (N, C, H, W) float32.
             conditions: as :meth:`conditions` returns them.
-            index: () int64 beside x; not read by the host.
-            deep: deep features to use again, from earlier calls for the same images; None computes them.
+            index: () int64 on the device of x; the host does not read it.
+            deep: deep features to reuse, from earlier calls for the same images; None computes them.
 
         Returns:
-            (N, C, H, W) float32, contiguous, and the deep features, None if the network has none.
+            (N, C, H, W) float32, contiguous, and the deep features, or None.
         """
-        # The layout of the input decides that of the whole network, and convolutions are faster in this one. A copy, because
-        # images of one channel count as channels_last already, but do not tell the first convolution so.
+        # The layout of the input decides the whole network's, and convolutions are faster in channels_last. Images of one
+        # channel count as channels_last without a copy, but the first convolution does not see that.
         dtype = self._dtype if self._converts else None
         x = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last).copy_(x)
         rows = conditions[0].index_select(0, index.reshape(1))[0]
@@ -138,21 +138,21 @@ class Network:
                 output, deep = self._model.denoise_reusing(x, condition, deep)
             else:
                 output = self._model(x, rows, None if labels is None else labels.expand(len(x)))
-        # Back in the layout of the sample: only tensors of one layout go through a solver's step in a single pass.
+        # Back to the layout of the sample: a solver's step takes a single pass only over tensors of one layout.
         return output.float().contiguous(), deep
 
 
 def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast(device)):
         warnings.warn(
-            f"{dtype} may be slow: without instructions for it, as this processor seems to be, a network took 5 to 9 times as "
-            "long as in torch.float32",
+            f"{dtype} may be slow: this processor seems to lack instructions for it; a network then took 5 to 9 times as long "
+            "as in torch.float32",
             stacklevel=5,
         )
 
 
 def with_labels(conditions: NetworkConditions) -> NetworkConditions:
-    """The half with labels of the conditions that :meth:`Network.conditions` returned for guidance."""
+    """The labelled half of the conditions of :meth:`Network.conditions` for guidance."""
     if len(conditions) == 1:
         return (conditions[0].chunk(2, dim=1)[1],)
     rows, labels = conditions

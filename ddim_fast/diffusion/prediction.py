@@ -1,8 +1,8 @@
-"""Prediction types: what the network's output says of x_0 and epsilon, at x_t = signal x_0 + sigma epsilon.
+"""Prediction types: x_0 and epsilon from the network's output, at x_t = signal x_0 + sigma epsilon.
 
 Signal is sqrt(alphas_cumprod) and sigma is sqrt(1 - alphas_cumprod). A network predicts ``epsilon`` (Ho et al. 2020),
 ``v_prediction``, which is signal epsilon - sigma x_0 (Salimans and Ho 2022), or ``sample``, which is x_0. All conversions are
-here, on anything that multiplies and adds: floats, arrays and tensors. Needs no torch.
+here, for anything that multiplies and adds: floats, arrays and tensors. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["PredictionCoefficients", "linear_prediction", "prediction_coefficients", "training_target", "x0_and_epsilon"]
 
-# So small a share of signal is none: divided by its root, the numbers of a sample come near the largest of float32.
+# Below this share there is no signal: divided by its root, values of a sample come near float32's largest.
 _NO_SIGNAL = 1e-60
 
 
@@ -32,8 +32,8 @@ def prediction_coefficients(alphas_cumprod: Any, prediction_type: str) -> Predic
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
 
     Raises:
-        ValueError: the prediction type is unknown, or the output does not determine x_0 or epsilon at this noise level. Only a
-            float is checked: to look into a tensor would wait for its device.
+        ValueError: the prediction type is unknown, or the output does not determine x_0 or epsilon at this noise level. Only
+            floats are checked: reading a tensor would wait for its device.
     """
     a = alphas_cumprod
     if isinstance(a, float) and prediction_type == "epsilon" and a <= _NO_SIGNAL:
@@ -62,7 +62,7 @@ def linear_prediction(prediction_type: str, signal: Any, sigma: Any) -> Predicti
 
 
 def x0_and_epsilon(prediction_type: str, output: Any, x: Any, signal: Any, sigma: Any) -> tuple[Any, Any]:
-    """The predicted x_0 and epsilon, by the operations that diffusers uses, for the same rounding.
+    """The predicted x_0 and epsilon, by diffusers' operations, for the same rounding.
 
     Raises:
         ValueError: the prediction type is unknown.

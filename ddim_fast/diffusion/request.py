@@ -1,4 +1,4 @@
-"""A sampling request: what a sampler is asked for, checked once. The checks need no torch."""
+"""A sampling request: the arguments of a sampler, checked once. The checks need no torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["Request", "as_array", "as_tensor"]
 
 @dataclass(frozen=True)
 class Request:
-    """Images to make: checked, as arrays or as tensors. A slice of it is some of its images.
+    """The checked request of images, as arrays or tensors. A slice selects some of its images.
 
     Attributes:
         seeds: (N,) int64, or None.
         x_T: (N, C, H, W), or None.
         labels: (N,) int64, or None for no label.
-        guidance: the scale, None where it changes nothing.
-        guidance_interval: the timesteps that it is limited to, or None.
-        gradient: of classifier guidance, or None.
+        guidance: the scale; None if it changes nothing.
+        guidance_interval: the first and last guided timestep, or None.
+        gradient: the function of classifier guidance, or None.
     """
 
     seeds: Any
@@ -57,15 +57,15 @@ class Request:
         guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
     ) -> Request:
-        """The arguments of :meth:`ddim_fast.Sampler.sample`, seeds and labels as arrays and x_T as it is.
+        """Check the arguments of :meth:`ddim_fast.Sampler.sample`; seeds and labels become arrays, x_T stays as it is.
 
         Args:
             config: the network.
-            stochastic: whether the solver draws noise, for which it needs seeds.
+            stochastic: whether the solver draws noise, which needs seeds.
             has_guide: whether guidance leads away from another network.
 
         Raises:
-            ValueError: they do not fit each other or the network; the message names what does not.
+            ValueError: they do not fit each other or the network; the message names the argument.
         """
         if seeds is None and x_T is None:
             raise ValueError("sampling starts from seeds or from x_T; give one of them")
@@ -95,8 +95,8 @@ class Request:
 
         x_T = None
         if self.x_T is not None:
-            # A copy in the layout of noise from seeds: images of one channel can have other strides, and count as contiguous
-            # all the same, which compiled code does not think.
+            # A copy in the layout of noise from seeds: images of one channel count as contiguous with other strides too, but
+            # not for compiled code.
             x_T = self.x_T.detach().to(device, torch.float32)
             x_T = torch.empty_like(x_T, memory_format=torch.contiguous_format).copy_(x_T)
         return dataclasses.replace(self, seeds=moved(self.seeds), x_T=x_T, labels=moved(self.labels))
@@ -109,13 +109,13 @@ class Request:
         return dataclasses.replace(self, **{name: a[images] for name, a in arrays.items() if a is not None})
 
     def batches(self, batch_size: int, *, padded: bool = False) -> Iterator[tuple[Request, int]]:
-        """Its images, ``batch_size`` at a time, and how many of them each batch is asked for.
+        """Its images, ``batch_size`` at a time, with the number of images wanted from each batch.
 
         Args:
-            padded: repeat the last image where the last batch is smaller than the others.
+            padded: fill up a smaller last batch with its last image.
 
         Raises:
-            ValueError: the batch size is no whole number of 1 or more.
+            ValueError: the batch size is not a whole number of 1 or more.
         """
         batch_size = plain(batch_size)
         if not is_whole(batch_size) or batch_size < 1:
@@ -126,17 +126,17 @@ class Request:
             yield batch[[min(i, count - 1) for i in range(size)]] if padded and count < size else batch, count
 
     def compute(self, function: Callable[[Request], Tensor], batch_size: int, empty: Tensor, *, padded: bool) -> Tensor:
-        """The images that ``function`` makes of all batches, or ``empty``. Arguments as of :meth:`batches`."""
+        """The results of ``function`` for all batches, or ``empty`` without images. Arguments as of :meth:`batches`."""
         import torch
 
         return torch.cat([empty, *(function(batch)[:count] for batch, count in self.batches(batch_size, padded=padded))])
 
 
 def as_tensor(images: Any) -> Tensor:
-    """Images, noise or measurements, given as a tensor or as an array.
+    """Images, noise or measurements as a tensor, from a tensor or an array.
 
     Raises:
-        ValueError: they are neither, or their numbers are not floating-point.
+        ValueError: they are neither, or not floating-point.
     """
     import torch
 
@@ -147,12 +147,13 @@ def as_tensor(images: Any) -> Tensor:
 
 
 def as_array(images: Any) -> np.ndarray:
-    """The same as a float32 array, of anything that makes an array: a copy, for one that can only be read makes no tensor."""
+    """The same as a float32 array, from anything that converts to an array. It is a copy, because a read-only array makes no
+    tensor."""
     try:
         given = np.asarray(images)
         floats = np.array(given, np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"images and noise are tensors or arrays of numbers; got {type(images).__name__}") from None
+        raise ValueError(f"images and noise must be tensors or arrays of numbers; got {type(images).__name__}") from None
     check_floats(given)
     return floats
 
@@ -164,7 +165,7 @@ def _check_labels(labels: Any, count: int, num_classes: int | None) -> np.ndarra
         raise ValueError("the network is unconditional: it takes no class labels")
     checked = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
     if checked.size and not np.issubdtype(checked.dtype, np.integer):
-        raise ValueError(f"class labels are whole numbers; got {checked.dtype}")
+        raise ValueError(f"class labels must be whole numbers; got {checked.dtype}")
     checked = np.broadcast_to(checked, (count,)) if checked.ndim == 0 else checked
     if checked.shape != (count,):
         raise ValueError(f"{count_of(len(checked), 'class labels')} for {count_of(count, 'images')}; give one each")

@@ -1,10 +1,10 @@
 """Restoration by null-space projection: inpainting, super-resolution, colorization and deblurring by a network that was not
 trained for them.
 
-Each step keeps the part of the predicted x_0 that a linear operator A does not see, and takes the other part from the
-measurement: x_0 + A^+ (y - A x_0) (Wang, Yu and Zhang 2023, DDNM, arXiv 2212.00490, eq. 13). With noise in the
-measurement, it takes a share of that which shrinks with the noise of the step (ibid., eq. 17 to 19, "DDNM+"). Time travel goes
-back a few steps and takes them again, so that the two parts agree better (ibid., algorithm 3; Lugmayr et al. 2022, RePaint).
+Each step keeps the part of the predicted x_0 in the null space of a linear operator A and takes the other part from the
+measurement: x_0 + A^+ (y - A x_0) (Wang, Yu and Zhang 2023, DDNM, arXiv 2212.00490, eq. 13). With a noisy measurement, it takes
+a share of the correction that shrinks with the noise of the step (ibid., eq. 17 to 19, "DDNM+"). Time travel goes back a few
+steps and repeats them, so that the two parts agree better (ibid., algorithm 3; Lugmayr et al. 2022, RePaint).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Codec", "Restoration", "Restorer", "TimeTravel", "inconsistency", "m
 
 State = tuple[Tensor, ...]
 
-# The step number under which a measurement's noise is drawn; those of sampling count from 0.
+# The step number of a measurement's noise; sampling steps count from 0.
 _MEASUREMENT_NOISE = INITIAL_NOISE - 1
 
 
@@ -43,8 +43,8 @@ def measure(operator: LinearOperator, images: Tensor, noise_std: float, seeds: S
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        noise_std: standard deviation of n, which is Gaussian.
-        seeds: N integers, of the noise.
+        noise_std: standard deviation of the Gaussian noise n.
+        seeds: N integers, the seeds of the noise.
 
     Returns:
         N measurements.
@@ -60,7 +60,8 @@ def inconsistency(operator: LinearOperator, images: Tensor, measurement: Tensor)
 
 @dataclass(frozen=True)
 class TimeTravel:
-    """Every ``length`` steps are taken ``repeats`` times: at their end noise is added, up to where they began.
+    """Time travel: every ``length`` steps are taken ``repeats`` times; noise is added at their end to return to their
+    beginning.
 
     Raises:
         ValueError: a number is not positive.
@@ -77,8 +78,8 @@ class TimeTravel:
             object.__setattr__(self, name, value)
 
     def steps(self, count: int) -> Iterator[tuple[int, int]]:
-        """For each step of a run over ``count`` timesteps: the number of its timestep, and that of the timestep at whose noise
-        level it ends, which is ``count`` for no noise."""
+        """For each step of a run over ``count`` timesteps: the numbers of the timesteps where it starts and ends; ``count``
+        means no noise."""
         for first in range(0, count, self.length):
             last = min(first + self.length, count) - 1
             for repeat in range(self.repeats):
@@ -102,16 +103,16 @@ def restoration_steps(
     Args:
         timesteps: (S,) of the sampler, noisiest first.
         alphas_cumprod: (S + 1,) their noise levels, then 1.
-        prediction_type: what the network predicts.
-        operator: whose gain says what becomes of the measurement's noise.
+        prediction_type: the network's prediction type.
+        operator: the degradation, whose gain scales the measurement's noise.
         eta: the noise of each step, 0 to 1 (eq. 16 of Song et al. 2021).
         noise_std: standard deviation of the measurement's noise.
-        travel: time travel; None for none.
+        travel: time travel, or None.
 
     Returns:
         The timesteps at which the network is evaluated, in order, and a (steps, 10) float32 table: the coefficients of
-        :func:`ddim_fast.ddim_step` from x and the corrected x_0, two that read x_0 from x and the network's output, and the
-        share of the measurement.
+        :func:`ddim_fast.ddim_step` from x and the corrected x_0, two coefficients of x_0 from x and the network's output, and
+        the share of the measurement.
 
     Raises:
         ValueError: an option is out of range.
@@ -125,11 +126,11 @@ def restoration_steps(
         start, reached = levels[i], levels[i + 1]
         prediction = prediction_coefficients(start, prediction_type)[:2]
         step = step_coefficients(start, reached, eta, "sample")
-        # Going back is one Gaussian more, q(x_end | x_reached): both steps are one.
+        # Going back adds another Gaussian, q(x_end | x_reached), so both steps are one.
         kept = levels[end] / reached
         to_x0, to_eps = math.sqrt(kept) * step.prev_from_x0, math.sqrt(kept) * step.prev_from_eps
         sigma = math.sqrt(kept * step.sigma**2 + (1 - kept))
-        # What the measurement's noise adds to x is left out of the step's; where it is more than that, a share of it is taken.
+        # The step's noise is reduced by the noise that the measurement adds to x; if that is more, only a share of it is taken.
         theirs = to_x0 * operator.gain * noise_std
         share, sigma = (1.0, math.sqrt(sigma**2 - theirs**2)) if theirs <= sigma else (sigma / theirs, 0.0)
         evaluated.append(timesteps[i])
@@ -146,19 +147,18 @@ class Codec(Protocol):
 
 
 class Restoration:
-    """The solver of a restoration: a DDIM step that keeps to a measurement y. It serves any number of runs: its coefficients
-    are those of :func:`restoration_steps`, and A^+ y goes into a run with the noise, see :meth:`pack`.
+    """The solver of a restoration: a DDIM step consistent with a measurement y. It serves any number of runs: its coefficients
+    are those of :func:`restoration_steps`, and A^+ y enters a run with the noise, see :meth:`pack`.
 
-    In latent space the measurement is of decoded images. There x_0 is moved by what its image's correction is to the
-    autoencoder, E(x + A^+ (y - A x)) - E(x) with x = D(x_0), so that what the autoencoder loses of an image is not lost anew in
-    each step.
+    In latent space the measurement is of decoded images. There x_0 moves by the encoded correction of its image, E(x + A^+ (y -
+    A x)) - E(x) with x = D(x_0). So the autoencoder's losses do not accumulate over the steps.
 
     Args:
-        operator: A, on the device of the runs.
-        shape: (C, H, W) of what the network denoises.
-        image_shape: (C, H, W) of the back-projection A^+ y; with a codec that of the decoded images.
+        operator: the operator A, on the device of the runs.
+        shape: (C, H, W) of the network's images or latents.
+        image_shape: (C, H, W) of the back-projection A^+ y, the decoded images' with a codec.
         clip: clip the network's x_0 to [-r, r]; None does not.
-        codec: of latents; None where the network denoises images.
+        codec: the codec of the latents; None if the network denoises images.
     """
 
     stochastic = True
@@ -178,7 +178,7 @@ class Restoration:
         self.codec = codec
 
     def pack(self, noise: Tensor, back_projection: Tensor) -> Tensor:
-        """(N, ...): x_T and A^+ y of N images as a run's x."""
+        """(N, ...): x_T and A^+ y of N images, packed as a run's x."""
         return torch.cat([noise.flatten(1), back_projection.flatten(1)], dim=1)
 
     def start(self, x: Tensor) -> State:
@@ -200,12 +200,12 @@ class Restoration:
 
     def corrected(self, images: Tensor, back_projection: Tensor, share: Tensor | float = 1.0) -> Tensor:
         """x + share A^+ (y - A x), ``back_projection`` being A^+ y."""
-        # In this order x where A sees it is the measurement itself, if A and its inverse copy numbers and the share is 1.
+        # In this order the measured part of x is the measurement itself, if A and its inverse copy values and the share is 1.
         return images - share * self.operator.pseudo_inverse(self.operator(images)) + share * back_projection
 
 
 class Restorer:
-    """Finds images that explain a measurement.
+    """Restores images from measurements.
 
     Args:
         denoiser: shared with the sampler.
@@ -234,22 +234,22 @@ class Restorer:
         travel: TimeTravel | None = None,
         codec: Codec | None = None,
     ) -> Tensor:
-        """Images of which ``operator`` makes ``measurement``, filled in by the network.
+        """Images that ``operator`` maps to ``measurement``; the network fills in the rest.
 
         Args:
             measurement: N measurements of images in [-1, 1].
-            operator: what was measured, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.degradations`.
-            seeds: N integers, one an image: another seed is another image that explains the same measurement.
+            operator: the degradation, such as ``Downscale(4)`` of :mod:`ddim_fast.diffusion.degradations`.
+            seeds: N integers, one per image; each seed gives another image that fits the same measurement.
             labels, guidance: as in :meth:`ddim_fast.Sampler.sample`.
             eta: 0 to 1, the noise of each step.
             noise_std: standard deviation of the noise in the measurement, in units of images in [-1, 1].
-            travel: time travel, for operators that see little.
-            codec: for a network of latents, what makes images of them; :class:`ddim_fast.diffusion.latent.LatentSampler` gives
-                its own, and returns images.
+            travel: time travel, for operators that measure little.
+            codec: for a network of latents, their codec; :class:`ddim_fast.diffusion.latent.LatentSampler` gives its own, and
+                returns images.
 
         Returns:
-            (N, C, H, W) float32 on the network's device, images or latents. Without noise, ``operator`` of the images is the
-            measurement, to rounding.
+            (N, C, H, W) float32 on the network's device, images or latents. Without noise, ``operator`` maps the images to the
+            measurement, up to rounding.
 
         Raises:
             ValueError: the measurement does not fit the operator, the seeds or the network.
@@ -275,7 +275,7 @@ class Restorer:
     def steps(
         self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The timesteps at which :meth:`restore` evaluates the network, and its coefficients, as :func:`restoration_steps`."""
+        """The timesteps and coefficients of :meth:`restore`, as :func:`restoration_steps` returns them."""
         schedule, prediction_type = self._denoiser.schedule, self._denoiser.config.prediction_type
         levels = np.append(schedule.alphas_cumprod[self._timesteps], 1.0)
         return restoration_steps(
@@ -283,7 +283,8 @@ class Restorer:
         )
 
     def _loop_of(self, operator: LinearOperator, codec: Codec | None, shape: tuple[int, ...]) -> Loop[Restoration]:
-        """The loop of restorations, kept for more measurements by the same operator: an engine may have compiled its step."""
+        """The loop of restorations, kept for further measurements by the same operator, because an engine may have compiled its
+        step."""
         loop = self._loop
         if loop is None or (loop.solver.operator, loop.solver.codec, loop.solver.image_shape) != (operator, codec, shape):
             solver = Restoration(operator, self._denoiser.config.image_shape, shape, self._clip, codec)

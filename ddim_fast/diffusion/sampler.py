@@ -1,4 +1,4 @@
-"""The sampler: which timesteps, in which order, from what noise."""
+"""The sampler: timesteps, solver and starting noise of a denoiser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Sampler", "SamplerState"]
 
 
 class _Latest(threading.local):
-    """What this thread's last call left behind. A copy of a sampler starts without."""
+    """The records of this thread's last call. A copy of a sampler starts without them."""
 
     evaluations: Tensor | None = None
 
@@ -44,31 +44,31 @@ class _Latest(threading.local):
 
 
 class Sampler:
-    """Turns noise into images and back. Threads may share a sampler: each gets the images that it would get alone.
+    """Turns noise into images and back. Threads may share a sampler: each gets the same images as alone.
 
     Args:
-        model: a :class:`ddim_fast.UNet`; what :meth:`ddim_fast.UNet.from_pretrained` loads, by its name or its path, such as
+        model: a :class:`ddim_fast.UNet`; a name or path for :meth:`ddim_fast.UNet.from_pretrained`, such as
             ``Sampler("fashion-mnist")``; any module with a ``config`` like a U-Net's; or a :class:`Denoiser`, whose network,
             dtype, guide and batch invariance several samplers share.
         steps: number of steps S; None with an explicit list of timesteps.
-        eta: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance; for the ``ddim`` solver.
-        spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, those that
-            :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and the solver, beside its checkpoint.
+        eta: for the ``ddim`` solver: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance.
+        spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, the timesteps
+            beside the checkpoint that :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and solver.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
-        engine: ``eager``; ``compiled``, by torch.compile, one compilation a batch size; ``captured``, the whole loop in one
-            CUDA graph, for GPUs; or ``auto``, which is eager.
+        engine: ``eager``; ``compiled``, by torch.compile, with one compilation per batch size; ``captured``, the whole loop in
+            one CUDA graph, for GPUs; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
-        dtype, guide, batch_invariant: of the :class:`Denoiser` that is made of a model.
-        reuse: compute the U-Net's deep features in every ``reuse``-th step only, an approximation: see
+        dtype, guide, batch_invariant: options of the :class:`Denoiser` made from a model.
+        reuse: compute the U-Net's deep features in every ``reuse``-th step only, as an approximation: see
             :class:`ddim_fast.diffusion.loop.Loop`.
         tolerance: the largest estimated error of a step, which controls the step size instead of ``steps`` and ``spacing``: see
-            :mod:`ddim_fast.diffusion.controlled`. Each image takes steps of its own: there is no trajectory and no encoding.
+            :mod:`ddim_fast.diffusion.controlled`. Each image takes its own steps, so there is no trajectory and no encoding.
 
     Attributes:
-        denoiser: the network, its guide, and what they compute in.
+        denoiser: the network with its guide and dtype.
         image_shape: (C, H, W) of the images.
-        timesteps: (S,) int64 array, noisiest first; not what is visited with a tolerance.
-        runs_whole: whether all steps are one call, unless somebody watches them.
+        timesteps: (S,) int64 array, noisiest first; not used with a tolerance.
+        runs_whole: whether all steps are one call, unless they are watched.
 
     Raises:
         FileNotFoundError: there is no model of that name.
@@ -122,7 +122,7 @@ class Sampler:
 
     def _visit(self, timesteps: np.ndarray) -> None:
         self.timesteps = timesteps
-        # After the last step nothing is left of the noise.
+        # After the last step no noise is left.
         self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
         self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
         self._loop = Loop(self.denoiser, self.solver, self.reuse)
@@ -131,12 +131,12 @@ class Sampler:
         self._latest = _Latest()
 
     def starting_at(self, timestep: int) -> Sampler:
-        """This sampler for the last part of the way, in as many steps, from an image in the noise of ``timestep``, 0 to T - 1;
-        the same for the same timestep. Spacings are made as if the noise schedule ended there; listed and adaptive timesteps
-        beyond it are left out.
+        """This sampler with the same number of steps from an image at the noise level of ``timestep``, 0 to T - 1; cached per
+        timestep. Spacings are computed as if the noise schedule ended there; listed and adaptive timesteps beyond it are left
+        out.
 
         Raises:
-            ValueError: there is no such timestep, no timestep is left, or the sampler has a tolerance.
+            ValueError: the timestep is out of range, no timestep is left, or the sampler has a tolerance.
         """
         timestep = plain(timestep)
         self._require_steps("to start at")
@@ -148,7 +148,7 @@ class Sampler:
         return self._later[timestep]
 
     def with_new_engine(self) -> Sampler:
-        """This sampler, with nothing compiled or captured yet. It shares the denoiser, not the solver."""
+        """This sampler with a new engine, without compiled or captured code. It shares the denoiser, not the solver."""
         other = copy.copy(self)
         other._engine, other._later = make_engine(self.engine, self.device), {}
         other._visit(self.timesteps)
@@ -161,13 +161,13 @@ class Sampler:
 
     @property
     def evaluations(self) -> Tensor | None:
-        """(N,) int64, how often the network was evaluated for each image of this thread's last :meth:`sample`; None before.
-        Evaluations of a guide are not counted."""
+        """(N,) int64, the network evaluations of each image in this thread's last :meth:`sample`; None before. Evaluations of a
+        guide are not counted."""
         return self._latest.evaluations
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
         return self.denoiser.device
 
     def sample(
@@ -186,26 +186,26 @@ class Sampler:
         """Images from seeds, or from given noise.
 
         Args:
-            seeds: N integers; image i depends on ``seeds[i]`` alone, whatever the batch. They give x_T where it is not given,
-                and the noise of stochastic sampling.
+            seeds: N integers; image i depends on ``seeds[i]`` alone, in any batch. They give x_T, unless it is given, and the
+                noise of stochastic sampling.
             x_T: (N, C, H, W) noise or latents to start from.
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps_none + w (eps_label - eps_none) (Ho and Salimans 2022), or of
-                guidance away from the ``guide``, with the same label or none; None or 1 for none.
-            guidance_interval: (t_low, t_high), both included, the timesteps of the guided steps (Kynkaanniemi et al. 2024,
-                arXiv 2404.07724); None for all.
+                guidance away from the ``guide``, with the same label or none. None or 1 is no guidance.
+            guidance_interval: (t_low, t_high), the timesteps of the guided steps, both included (Kynkaanniemi et al. 2024,
+                arXiv 2404.07724); None is all.
             gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`.
-            batch_size: images a network call.
+            batch_size: images per network call.
             on_step: called with the state after each step of each batch.
-            progress: show a bar that moves with each evaluation of the network.
+            progress: show a bar that moves with each network evaluation.
 
         Returns:
-            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, but not clipped: single values
+            (N, C, H, W) float32 on the network's device, in [-1, 1] as the network was trained, but not clipped: some values
             lie outside. :func:`ddim_fast.save_images` and :func:`ddim_fast.to_pil` clip them.
 
         Raises:
-            ValueError: neither or mismatched seeds, x_T and labels; a label out of range; or a gradient where a run is captured
-                or has a tolerance, so that nothing can be called between its steps.
+            ValueError: there are neither seeds nor x_T; seeds, x_T and labels do not match; or a label is out of range. A
+                captured run or a tolerance allows no gradient, because nothing can be called between their steps.
         """
         asked = {"seeds": seeds, "labels": labels, "guidance": guidance, "guidance_interval": guidance_interval}
         request = self._request(x_T, gradient, **asked)
@@ -228,22 +228,22 @@ class Sampler:
         """The states of one batch, one after each step; arguments as in :meth:`sample`, without batch_size and on_step.
 
         Raises:
-            ValueError: as there, or the sampler has a tolerance: its images have no steps in common.
+            ValueError: as there, or the sampler has a tolerance, and its images share no steps.
         """
         self._require_steps("to look at")
         return self._loop.trajectory(self._engine, self._request(**request), self.timesteps)
 
     def check(self, **request: Any) -> None:
-        """Raises what :meth:`sample` would raise for these arguments, without computing anything."""
+        """Raise the errors of :meth:`sample` for these arguments, without computing anything."""
         self._request(**request)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """The x_T (N, C, H, W) that :meth:`sample` starts from."""
+        """The x_T (N, C, H, W) of :meth:`sample`."""
         return initial_noise(self._request(seeds=seeds), self.denoiser)
 
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """(N, C, H, W) images in [-1, 1] in the noise of the first timestep (Ho et al. 2020, eq. 4), an x_T of :meth:`sample`;
-        the noise is what :meth:`noise` makes of the seeds.
+        """(N, C, H, W) images in [-1, 1] with the noise of the first timestep added (Ho et al. 2020, eq. 4), an x_T for
+        :meth:`sample`; the noise is that of :meth:`noise` for the seeds.
 
         Raises:
             ValueError: the images do not fit the network or the seeds.
@@ -275,7 +275,7 @@ class Sampler:
     def restore(
         self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], progress: bool = False, **options: Any
     ) -> Tensor:
-        """Images of which ``operator`` makes ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
+        """Images that ``operator`` maps to ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
         and errors as of :meth:`Restorer.restore`, progress as in :meth:`sample`. Timesteps are the sampler's; its solver and
         eta are not used."""
         self._require_steps("to restore in")
@@ -283,33 +283,33 @@ class Sampler:
             return self._restorer.restore(measurement, operator, seeds=seeds, **options)
 
     def restoration_steps(self, operator: LinearOperator, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The timesteps at which :meth:`restore` evaluates the network, and its coefficients; see :meth:`Restorer.steps`."""
+        """The timesteps and coefficients of :meth:`restore`; see :meth:`Restorer.steps`."""
         self._require_steps("to restore in")
         return self._restorer.steps(operator, **options)
 
     def _require_steps(self, purpose: str) -> None:
         if self.tolerance is not None:
-            raise ValueError(f"with a tolerance each image takes steps of its own: there are none {purpose}; use fixed steps")
+            raise ValueError(
+                f"with a tolerance each image takes steps of its own, so there are none {purpose}; use fixed steps"
+            )
 
     def _request(self, x_T: Any = None, gradient: Gradient | None = None, **request: Any) -> Request:
         """The arguments of :meth:`sample`, checked, on the device."""
         if gradient is not None and self.runs_whole:
             raise ValueError(
-                "gradient is called between the steps of a run, and there is no between in a captured run or with a tolerance; "
-                "use engine eager or compiled, and fixed steps"
+                "gradient is called between the steps of a run, which a captured run and a tolerance do not allow; use engine "
+                "eager or compiled, and fixed steps"
             )
         x_T, has_guide = None if x_T is None else as_tensor(x_T), self.guide is not None
         options = {"stochastic": self.solver.stochastic, "has_guide": has_guide, "x_T": x_T, "gradient": gradient}
         checked = Request.check(self.config, **options, **request)
         if checked.guidance_interval is not None and self.reuse > 1 and self.guide is None:
-            raise ValueError(
-                f"guidance_interval evaluates the network for other images in some steps; use reuse=1, not {self.reuse}"
-            )
+            raise ValueError(f"guidance_interval changes the network's batch between steps; use reuse=1, not {self.reuse}")
         return checked.to(self.device)
 
     @inference()
     def _sample(self, request: Request, on_step: Callable[[SamplerState], None] | None) -> tuple[Tensor, Tensor]:
-        """The images of a batch, and how often the network was evaluated for each."""
+        """The images of a batch, and the network evaluations of each."""
         if self.tolerance is not None:
             return sample_controlled(self.denoiser, request, self.tolerance, self._clip)
         if on_step is None:

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the image is left at each training timestep. NumPy and float64; no torch."""
+"""The noise schedule: the share of signal at each training timestep. NumPy and float64; no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["BETA_SCHEDULES", "NoiseSchedule"]
 class NoiseSchedule:
     """q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, 1 - alphas_cumprod[t]) (Ho et al. 2020, eq. 4).
 
-    The betas are float32 numbers, made in the order of operations of the published code, because published networks were
-    trained on exactly these; everything derived from them is float64. ``alphas_cumprod.astype(np.float32)`` equals the
-    linear, scaled_linear and cosine schedules of diffusers bit for bit. The sigmoid and the zero-SNR rescaling equal theirs to
-    the last digit but one: torch's own sigmoid and square root are not correctly rounded, and vary between machines.
+    The betas are float32 numbers, computed in the published code's order of operations, because published networks were trained
+    on exactly these; derived values are float64. ``alphas_cumprod.astype(np.float32)`` equals the linear, scaled_linear and
+    cosine schedules of diffusers bit for bit. The sigmoid and the zero-SNR rescaling equal diffusers' to the last digit but
+    one: torch's own sigmoid and square root are not correctly rounded, and vary between machines.
 
     Attributes:
         betas: (T,) float64 array of float32 values in [0, 1].
@@ -106,7 +106,7 @@ class NoiseSchedule:
     def from_name(
         cls, name: str, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000
     ) -> NoiseSchedule:
-        """``linear``, ``scaled_linear``, ``cosine`` or ``sigmoid``; the cosine has no start and end.
+        """The schedule ``linear``, ``scaled_linear``, ``cosine`` or ``sigmoid``; the cosine has no start and end.
 
         Raises:
             ValueError: there is no schedule of that name.
@@ -119,17 +119,17 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> NoiseSchedule:
-        """The schedule a network was trained on."""
+        """The schedule of a network's training."""
         schedule = cls.from_name(config.beta_schedule, config.beta_start, config.beta_end, config.num_train_timesteps)
         return schedule.rescale_zero_terminal_snr() if config.rescale_betas_zero_snr else schedule
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule shifted and scaled so that nothing of the image is left at t = T - 1 (Lin et al. 2024, algorithm 1).
+        """The schedule shifted and scaled to zero signal at t = T - 1 (Lin et al. 2024, algorithm 1).
 
-        Needs a network that predicts v or the sample: from pure noise, epsilon says nothing about the image.
+        Needs a network that predicts v or the sample: at pure noise, epsilon does not determine the image.
 
         Raises:
-            ValueError: the signal does not fall from timestep to timestep, so that there is nothing to scale.
+            ValueError: the signal does not fall from timestep to timestep, so it cannot be scaled.
         """
         root = np.sqrt(self.alphas_cumprod.astype(np.float32))
         root_first, root_last = root[0], root[-1]
@@ -147,7 +147,7 @@ class NoiseSchedule:
 
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:
-    """float32 points from both ends inwards, each rounded once: torch.linspace, which published schedules were made with."""
+    """float32 points from both ends inwards, each rounded once, as torch.linspace, which made the published schedules."""
     first, last = np.float64(np.float32(start)), np.float64(np.float32(end))
     if count == 1:
         return np.array([first], dtype=np.float32)

@@ -1,7 +1,7 @@
 """Solvers: DDIM, DDPM, DPM-Solver++(2M) and UniPC.
 
-All coefficients are computed in float64 when the solver is made, and laid down in one float32 table, a row a step. So each step
-is the same few multiply-adds over the images, and the number of the step may be a tensor that no host reads.
+All coefficients are computed in float64 when the solver is created, and stored in one float32 table, one row per step. So each
+step is the same few multiply-adds over the images, and the step number may be a tensor that the host never reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ State = tuple[Any, ...]
 
 
 class StepFunction(Protocol):
-    """A solver's part of a step, as the sampling loop uses it.
+    """The interface of a solver for the sampling loop.
 
     Attributes:
         stochastic: whether :meth:`step` draws noise, and so needs seeds.
@@ -35,18 +35,18 @@ class StepFunction(Protocol):
     clip: float | None
 
     def start(self, x: Tensor) -> State:
-        """The state before the first step: ``x``, (N, C, H, W) float32, and whatever the solver remembers."""
+        """The state before the first step: ``x``, (N, C, H, W) float32, and the solver's memory."""
         ...
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
-        """One step.
+        """Take one step.
 
         Args:
             state: its first tensor is x at timestep ``index`` of the run.
             output: the network's output there, like x.
             table: the coefficients of all steps, on the device of x.
-            index: () int64 beside it, the number of the step.
-            seeds: (N,) int64, one an image, where ``stochastic``; not read otherwise.
+            index: () int64 on the same device, the number of the step.
+            seeds: (N,) int64, one per image, if ``stochastic``; otherwise not read.
 
         Returns:
             The state at the next timestep.
@@ -61,7 +61,7 @@ class Solver(StepFunction, Protocol):
         takes_eta: whether eta may be other than 0.
         needs_distinct_timesteps: whether every step must change the noise level.
         table: (S, ...) float32, the coefficients of each step.
-        memory: how many tensors like x the state holds beside it; before the first step each may be x itself.
+        memory: the number of tensors like x in the state beside x; before the first step each may be x itself.
     """
 
     takes_eta: ClassVar[bool]
@@ -70,26 +70,26 @@ class Solver(StepFunction, Protocol):
     memory: int
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
-        """:meth:`step` as arithmetic, on whatever multiplies and adds and has a method ``clip``: tensors, arrays, and the
-        values of a graph that is being built.
+        """:meth:`step` as arithmetic, for anything that multiplies and adds and has a method ``clip``: tensors, arrays, and the
+        values of a graph under construction.
 
         Args:
             state: as in :meth:`step`.
             output: the network's output.
-            row: the numbers of the step, from :attr:`table`.
-            noise: standard normal, like x, where ``stochastic``.
+            row: the step's row of :attr:`table`.
+            noise: standard normal noise like x, if ``stochastic``.
         """
         ...
 
     def predict_x0(self, i: int, x: Any, output: Any) -> Any:
-        """x_0 as the network predicts it at timestep i of the run, clipped as the solver clips it."""
+        """The network's x_0 at timestep i of the run, with the solver's clipping."""
         ...
 
 
 def make_solver(
     name: str, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip_sample_range: float | None
 ) -> Solver:
-    """The solver called ``name`` for a run.
+    """Create the solver ``name`` for a run.
 
     Args:
         name: one of :data:`SOLVERS`.
@@ -99,7 +99,7 @@ def make_solver(
         clip_sample_range: clip x_0 to [-r, r] at each step; None does not clip.
 
     Raises:
-        ValueError: there is no such solver, or an option does not fit it.
+        ValueError: the solver is unknown, or an option does not fit it.
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; there are {', '.join(SOLVERS)}")
@@ -114,7 +114,7 @@ def make_solver(
 
 
 class DDIMUpdate:
-    """A solver without memory: each step is the DDIM operator with ``coefficients`` of its own, listed in their order."""
+    """A solver without memory: each step is the DDIM operator with its own ``coefficients``, in the order of steps."""
 
     memory = 0
     takes_eta = needs_distinct_timesteps = False
@@ -129,7 +129,7 @@ class DDIMUpdate:
         return (x,)
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
-        from ..ops.ddim_step import ddim_step  # not above: the solvers serve programs without torch
+        from ..ops.ddim_step import ddim_step  # not above: programs without torch use the solvers
 
         return (ddim_step(state[0], output, table, self.clip, seeds=seeds if self.stochastic else None, step=index),)
 
@@ -161,13 +161,13 @@ class DDPM(DDIMUpdate):
 
 
 class _MultiStep:
-    """Solvers in the log signal-to-noise ratio that predict x_0 and remember predictions of earlier steps."""
+    """Solvers in the log signal-to-noise ratio that use x_0 predictions of the present and earlier steps."""
 
     stochastic = takes_eta = False
     needs_distinct_timesteps = True
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
-        # The first two numbers of each row are x_0 from x and from the network's output.
+        # The first two numbers of each row are the coefficients of x_0 from x and the network's output.
         self._prediction = [prediction_coefficients(float(a), prediction_type)[:2] for a in alphas_cumprod[:-1]]
         self.clip = clip
         self.steps = len(alphas_cumprod) - 1
@@ -179,7 +179,7 @@ class _MultiStep:
         return _predict_x0(*self._prediction[i], x, output, self.clip)
 
     def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
-        """Each solver's own; ``step`` calls it."""
+        """The solver's own step; ``step`` calls it."""
         raise NotImplementedError
 
     def step(self, state: State, output: Tensor, table: Tensor, index: Tensor, seeds: Tensor | None) -> State:
@@ -229,7 +229,7 @@ class UniPC(_MultiStep):
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
         rows = []
-        corrector = (1.0, 0.0, 0.0, 0.0)  # there is no step before the first: x is as it was
+        corrector = (1.0, 0.0, 0.0, 0.0)  # no step before the first: x is unchanged
         for i in range(self.steps):
             a, b = self._first_order(i)
             second_order = 0 < i < self.steps - 1

@@ -30,7 +30,7 @@ class StepCoefficients(NamedTuple):
         eps    = eps_from_sample * x_t + eps_from_output * output
         x_prev = prev_from_x0 * x_0 + prev_from_eps * eps + sigma * noise
 
-    The first two lines say what the network's output means, the third where the step leads. Each is a float, or a tensor that
+    The first two lines convert the network's output, the third takes the step. Each coefficient is a float, or a tensor that
     broadcasts against the sample.
     """
 
@@ -51,14 +51,14 @@ def step_coefficients(
     Args:
         alphas_cumprod_t, alphas_cumprod_prev: the noise levels at both ends, floats or float64 tensors; a step towards more
             noise (inversion) is one too, with eta = 0.
-        eta: 0 is DDIM, 1 the DDPM posterior, ``"sigma-hat"`` the larger variance the paper writes with a hat: the mean of
-            eta = 1 with noise of variance 1 - alphas_cumprod_t / alphas_cumprod_prev; none where alphas_cumprod_prev is 1,
-            since that is the finished image (Ho et al. 2020, algorithm 2).
+        eta: 0 is DDIM, 1 the DDPM posterior, ``"sigma-hat"`` the paper's larger variance: the mean of eta = 1 with noise of
+            variance 1 - alphas_cumprod_t / alphas_cumprod_prev; no noise if alphas_cumprod_prev is 1, the finished image (Ho et
+            al. 2020, algorithm 2).
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
 
     Raises:
-        ValueError: a value is out of range, or the output says nothing about x_0 or eps at this noise level. What tensors hold
-            is not looked at, because that would wait for the device.
+        ValueError: a value is out of range, or the output does not determine x_0 or eps at this noise level. Values in tensors
+            are not checked, because reading them would wait for the device.
     """
     a, b = alphas_cumprod_t, alphas_cumprod_prev
     eta = check_eta(eta)
@@ -78,7 +78,7 @@ def coefficient_table(alphas_cumprod: Sequence[float], eta: float | str = 0.0, p
     """The coefficients of a whole run, computed in float64: the table of :func:`ddim_fast.ddim_step`.
 
     Args:
-        alphas_cumprod: the S + 1 noise levels of S steps, that after the last step (1.0) included.
+        alphas_cumprod: the S + 1 noise levels of S steps, including the one after the last step (1.0).
         eta, prediction_type: as in :func:`step_coefficients`.
 
     Returns:

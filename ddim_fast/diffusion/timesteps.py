@@ -1,4 +1,4 @@
-"""Which of the training timesteps a sampler visits. NumPy only."""
+"""The timesteps of a sampling run. NumPy only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .schedule import NoiseSchedule
 
 __all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "select_timesteps"]
 
-# The spacing that is not made from the schedule: timesteps fitted to a model, which :class:`ddim_fast.Sampler` knows.
+# The spacing that does not come from the schedule: timesteps fitted to a model, for :class:`ddim_fast.Sampler`.
 ADAPTIVE = "adaptive"
 
 
@@ -35,24 +35,24 @@ def select_timesteps(
     log-snr
         uniform in the log signal-to-noise ratio (Lu et al. 2022, DPM-Solver)
     ermongroup-uniform, ermongroup-quad
-        the lists of the DDIM authors' code: ``range(0, T, T // S)``, which has more than S timesteps when S does not divide T,
-        and ``int(linspace(0, sqrt(0.8 T), S)^2)``, which starts at t = 0.8 T and can repeat timesteps near 0 (a repeated one is
-        a step that changes nothing)
+        the lists of the DDIM authors' code. ``range(0, T, T // S)`` has more than S timesteps if S does not divide T.
+        ``int(linspace(0, sqrt(0.8 T), S)^2)`` starts at t = 0.8 T and can repeat timesteps near 0; a repeated one is a step
+        that changes nothing
 
-    All but the last two give S distinct timesteps: where rounding would repeat one, it is moved to the next free timestep.
+    All but the last two give S distinct timesteps: a timestep that rounding would repeat moves to the next free one.
 
     Args:
         schedule: the noise schedule.
         steps: S, from 1 to T; may be None with an explicit list.
         spacing: a name from above, or the timesteps themselves, in either direction, distinct.
-        start: for a run from images that have only some of the noise, the largest timestep: the schedule is taken to end there,
-            and of a list what lies beyond it is left out. None for the whole schedule.
+        start: the largest timestep, for a run from images with less noise: the schedule counts as ending there, and larger
+            timesteps of a list are left out. None is the whole schedule.
 
     Returns:
         (S,) int64, falling.
 
     Raises:
-        ValueError: there is no such spacing, or S is impossible for it, or the list is not one of distinct timesteps.
+        ValueError: the spacing is unknown, S is impossible for it, or the list has repeated timesteps.
     """
     total = schedule.num_train_timesteps
     steps, start = plain(steps), plain(start)
@@ -81,17 +81,17 @@ def choose_fitted(fitted: dict[str, dict[int, list[int]]] | None, solver: str, s
     """The timesteps of spacing ``adaptive``.
 
     Args:
-        fitted: a model's, by solver and number of steps; None where it has none.
-        solver: ``ddpm`` has those of ``ddim``.
+        fitted: a model's fitted timesteps, by solver and number of steps, or None.
+        solver: the solver; ``ddpm`` uses the timesteps of ``ddim``.
 
     Raises:
-        ValueError: there are none for that solver and number.
+        ValueError: none are fitted for that solver and number of steps.
     """
     runs = (fitted or {}).get("ddim" if solver == "ddpm" else solver)
     if not runs:
         raise ValueError(
-            f"spacing adaptive: no timesteps have been fitted to this model and {solver}; "
-            "python -m ddim_fast.evaluate --fit-timesteps --model MODEL does it, once"
+            f"spacing adaptive: no timesteps have been fitted to this model and {solver}; fit them once by python -m "
+            "ddim_fast.evaluate --fit-timesteps --model MODEL"
         )
     if steps not in runs:
         raise ValueError(
@@ -150,12 +150,12 @@ _SPACINGS = {
 }
 SPACINGS = tuple(_SPACINGS)
 
-# Added before a floor, so that a product meant to be whole does not fall to the integer below.
+# Added before a floor, so that rounding does not take a whole product to the integer below.
 _ROUNDING = 1e-9
 
 
 def _fractions(steps: int) -> np.ndarray:
-    """0 to 1 in S points; one step alone starts from the noisiest timestep."""
+    """0 to 1 in S points; a single step starts from the noisiest timestep."""
     return np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
 
 

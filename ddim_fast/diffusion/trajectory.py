@@ -18,10 +18,10 @@ class SamplerState:
     """One step of a trajectory.
 
     Attributes:
-        step: its number, from 0.
+        step: the number of the step, from 0.
         timestep: the training timestep at which the network was evaluated.
-        x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array where the
-            sampler works with arrays.
+        x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array from a sampler
+            of arrays.
     """
 
     step: int
@@ -36,11 +36,11 @@ class SamplerState:
 
     @property
     def output(self) -> Tensor:
-        """(N, C, H, W) float32: what the network returned for :attr:`before` at ``timestep``, guided."""
+        """(N, C, H, W) float32: the guided network output for :attr:`before` at ``timestep``."""
         return self._evaluation[2]
 
     @property
     def x0(self) -> Tensor:
-        """(N, C, H, W) float32: the images as the network predicted them at ``timestep``. Computed when it is asked for."""
+        """(N, C, H, W) float32: the images that the network predicted at ``timestep``. Computed on access."""
         solver, x, output = self._evaluation
         return solver.predict_x0(self.step, x, output)

@@ -1,5 +1,7 @@
-"""Execution of sampling runs: eager, compiled, or captured in one CUDA graph or one plan of native operators. An engine executes
-functions of tensors and knows nothing of networks, guidance or solvers."""
+"""Execution of sampling runs: eager, compiled, or captured in one CUDA graph or one plan of native operators.
+
+An engine executes functions of tensors and knows nothing of networks, guidance or solvers.
+"""
 
 from __future__ import annotations
 

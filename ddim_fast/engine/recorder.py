@@ -454,7 +454,7 @@ def _coalesced(operands: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
     """Four sizes, and four strides of each tensor of one shape: dimensions in the order of the last one's memory, and those
     that lie beside each other in all of them as one."""
     shape, out = operands[0].shape, operands[-1]
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -int(out.stride(d)))
+    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=out.stride().__getitem__, reverse=True)
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for d in order:

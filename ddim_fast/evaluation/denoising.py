@@ -1,4 +1,4 @@
-"""How well a network denoises images that it was not trained on."""
+"""The denoising error of a network on held-out images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["by_noise", "denoising_error", "spread_timesteps"]
 
 
 def spread_timesteps(count: int, total: int) -> Tensor:
-    """(count,) int64 timesteps in 0..total-1, as evenly spread as can be, in an order drawn once."""
+    """(count,) int64 timesteps in 0..total-1, spread evenly, in a fixed random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     timesteps = torch.empty(count, dtype=torch.int64)
     timesteps[order] = torch.arange(count) * total // count
@@ -30,13 +30,13 @@ def spread_timesteps(count: int, total: int) -> Tensor:
 def denoising_error(
     network: UNet, images: Tensor, labels: Tensor | None, timesteps: Tensor, seeds: Sequence[int], batch_size: int = 64
 ) -> Tensor:
-    """The loss of Ho et al. 2020, eq. 14, an image: the mean squared error of the predicted noise, whatever is predicted.
+    """The loss of each image (Ho et al. 2020, eq. 14): the mean squared error of the predicted noise, for any prediction type.
 
     Args:
         network: on the device to compute on.
         images: (N, C, H, W) float32 in [-1, 1].
         labels: (N,) int64, or None.
-        timesteps: (N,) int64, at which each is noised; :func:`spread_timesteps` gives those that make a mean the loss.
+        timesteps: (N,) int64, the noise level of each; with those of :func:`spread_timesteps` the mean is the loss.
         seeds: N integers: the noise of each.
 
     Returns:
@@ -60,7 +60,7 @@ def denoising_error(
 
 
 def by_noise(errors: np.ndarray, timesteps: np.ndarray, total: int) -> dict[str, float | None]:
-    """Mean errors for ranges of timesteps, from little noise to much: a network can be good at one end and bad at the other.
+    """Mean errors by range of timesteps, from low noise to high: a network can be good at one end and bad at the other.
 
     Args:
         errors, timesteps: (N,) each.

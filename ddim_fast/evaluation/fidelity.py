@@ -1,4 +1,4 @@
-"""How close pictures are to the true ones, picture by picture."""
+"""The distance of pictures from their originals, picture by picture."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 __all__ = ["check_similarity", "peak_signal_to_noise", "structural_similarity"]
 
-# What equality counts for, so that means stay finite.
+# PSNR of equal pictures, so that means stay finite.
 _IDENTICAL = 100.0
 
-# Pixels a side of the window of SSIM.
+# Side of SSIM's window, in pixels.
 _WINDOW = 11
 
 
@@ -20,7 +20,7 @@ def peak_signal_to_noise(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
         pictures, truth: (N, H, W, C) uint8.
 
     Returns:
-        (N,) float64 in dB; at most 100, which stands for equality.
+        (N,) float64 in dB, at most 100, the value of equal pictures.
 
     Raises:
         ValueError: their shapes differ.
@@ -51,14 +51,14 @@ def structural_similarity(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray
 
 
 def check_similarity(size: tuple[int, int]) -> None:
-    """See that :func:`structural_similarity` can look at pictures of ``size``, height and width.
+    """Check that :func:`structural_similarity` can compare pictures of ``size``, height and width.
 
     Raises:
-        ValueError: they are smaller than its window.
+        ValueError: the pictures are smaller than its window.
         ModuleNotFoundError: scikit-image is missing.
     """
     if min(size) < _WINDOW:
-        raise ValueError(f"SSIM looks through a window of {_WINDOW}x{_WINDOW} pixels; these pictures are {size[0]}x{size[1]}")
+        raise ValueError(f"SSIM needs a window of {_WINDOW}x{_WINDOW} pixels; these pictures are {size[0]}x{size[1]}")
     try:
         import skimage.metrics  # noqa: F401
     except ImportError:

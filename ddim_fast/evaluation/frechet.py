@@ -8,11 +8,11 @@ __all__ = ["FeatureStatistics", "frechet_distance"]
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, taken in batch by batch: nothing but count, mean and the scatter about it is kept, and
-    sums of squares never are, which would cancel (Chan, Golub and LeVeque 1979).
+    """Mean and covariance of features, added batch by batch. It keeps count, mean and the scatter about the mean, not sums of
+    squares, which would cancel (Chan, Golub and LeVeque 1979).
 
     Attributes:
-        count: n, the number of rows taken in.
+        count: n, the number of rows added.
         mean: (D,) float64.
         scatter: (D, D) float64, the sum of (f - mean)(f - mean)^T.
     """
@@ -24,7 +24,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, count: int, mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
-        """Those of ``count`` rows of which mean and (unbiased) covariance are known.
+        """The statistics of ``count`` rows, from their mean and (unbiased) covariance.
 
         Raises:
             ValueError: the shapes do not fit each other, a number is not finite, or the covariance is not symmetric.
@@ -54,7 +54,7 @@ class FeatureStatistics:
         return self.scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> None:
-        """Take in (n, D) features.
+        """Add (n, D) features.
 
         Raises:
             ValueError: they are of another width, or not finite.
@@ -70,7 +70,7 @@ class FeatureStatistics:
             self._merge(len(rows), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Take in all that ``other`` has."""
+        """Add the rows of ``other``."""
         if other.count:
             self._merge(other.count, other.mean, other.scatter)
 
@@ -82,18 +82,17 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """The squared Frechet (2-Wasserstein) distance of two normal distributions (Dowson and Landau 1982), as FID takes it
-    (Heusel et al. 2017):
+    """The squared Frechet (2-Wasserstein) distance of two normal distributions (Dowson and Landau 1982), as in FID (Heusel et
+    al. 2017):
 
         |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^1/2)
 
     The last trace is the sum of the square roots of the eigenvalues of R^T C_b R, where C_a = R R^T: two symmetric
-    eigenproblems. Covariances of fewer images than features are singular, for which the square root of the product C_a C_b,
-    which is not symmetric, is ill-conditioned and may come out complex; this serves them as well, and never needs an offset on
-    the diagonal.
+    eigenproblems. With fewer images than features the covariances are singular. The square root of the product C_a C_b, which
+    is not symmetric, would then be ill-conditioned and perhaps complex; this form needs no offset on the diagonal.
 
     Raises:
-        ValueError: they are of different widths, or have fewer than two rows.
+        ValueError: their widths differ, or one has fewer than two rows.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared")
@@ -103,7 +102,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     squared = np.linalg.eigvalsh(root.T @ covariance_b @ root)
     cross = np.sqrt(squared[squared > _negligible(squared)]).sum()
     distance = difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross
-    return max(float(distance), 0.0)  # of equal statistics, rounding may leave less than nothing
+    return max(float(distance), 0.0)  # rounding may make it negative for equal statistics
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -114,5 +113,5 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _negligible(eigenvalues: np.ndarray) -> float:
-    """The largest value that rounding makes of a zero eigenvalue."""
+    """The largest value of a zero eigenvalue after rounding."""
     return max(float(eigenvalues.max(initial=0)), 0.0) * len(eigenvalues) * np.finfo(np.float64).eps

@@ -1,4 +1,4 @@
-"""The network whose features FID, KID and precision/recall compare: Inception v3 as TensorFlow published it on 2015-12-05."""
+"""The feature network of FID, KID and precision/recall: Inception v3 as TensorFlow published it on 2015-12-05."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ __all__ = [
     "tensors_checksum",
 ]
 
-# Stands in files for the weights below and for no others.
+# The name in files of the weights below, and of no others.
 NAME = "inception-2015-12-05"
 WEIGHTS_SHA256 = "d8480bf241861ef02daadaae6cbf012cd62f9ea434caf5d56c3494221d2a7c1f"
-# The file of pytorch-fid and torch-fidelity, which was made from TensorFlow's by another way.
+# The file of pytorch-fid and torch-fidelity, another conversion of TensorFlow's.
 _PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FEATURES = 2048
 
 _SIZE = 299
 
-# What published files hold besides: the classifier, which Inception Score needs, and bookkeeping of training.
+# Other tensors in published files: the classifier, for the Inception Score, and bookkeeping of training.
 _IGNORED = ("fc.", "AuxLogits.")
 
 
 class FeatureNetwork(nn.Module):
-    """Pictures to features: every step of the measure that comes before statistics.
+    """The features of pictures: all steps of the measure before the statistics.
 
     Args:
         network: (N, 3, 299, 299) float32 in about [-1, 1] -> (N, features).
-        name: what it is called in files, one name for one set of weights: by it rows of results are found again and statistics
-            are kept, and statistics of networks of other names are never compared.
+        name: its name in files, one per set of weights. Results and cached statistics are found by it, and statistics of
+            networks with different names are never compared.
         features: their number.
-        size: the height and width that pictures are resized to.
+        size: height and width of the resized pictures.
     """
 
     def __init__(self, network: nn.Module, name: str = NAME, features: int = FEATURES, size: int = _SIZE) -> None:
@@ -62,7 +62,7 @@ class FeatureNetwork(nn.Module):
         return self._see(self._resized(pictures))
 
     def of(self, pictures: Tensor | Iterable[Tensor], batch_size: int = 64) -> Tensor:
-        """The same of many pictures, so many at once: (N, C, H, W), or one by one and (C, H, W) each, of whatever sizes."""
+        """The features of many pictures, ``batch_size`` at once: (N, C, H, W), or an iterable of (C, H, W) in any sizes."""
         if isinstance(pictures, Tensor):
             return torch.cat([self(batch) for batch in pictures.split(batch_size)])
         resized = (self._resized(picture[None]) for picture in pictures)
@@ -77,7 +77,7 @@ class FeatureNetwork(nn.Module):
 
     @inference()
     def _see(self, x: Tensor) -> Tensor:
-        cudnn = torch.backends.cudnn  # with float32 in full, as on a CPU
+        cudnn = torch.backends.cudnn  # full float32 precision, as on a CPU
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             return self.network(x.contiguous(memory_format=torch.channels_last)).float()
 
@@ -119,7 +119,7 @@ class Inception(nn.Module):
 
 
 class _Conv(nn.Module):
-    """Convolution, BatchNorm, ReLU. The norm, which is fixed, becomes part of the convolution when :meth:`fold` is called."""
+    """Convolution, BatchNorm, ReLU. :meth:`fold` merges the fixed norm into the convolution."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Conv(nn.Module):
         bn = self.bn
         assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        folded = nn.Conv2d(1, 1, 1)  # of whatever shape: both parameters are replaced
+        folded = nn.Conv2d(1, 1, 1)  # any shape: both parameters are replaced
         folded.__dict__.update({k: v for k, v in self.conv.__dict__.items() if not k.startswith("_")})
         folded.weight = nn.Parameter((self.conv.weight.double() * scale[:, None, None, None]).float())
         folded.bias = nn.Parameter((bn.bias.double() - bn.running_mean.double() * scale).float())
@@ -245,18 +245,18 @@ class _MixedE(nn.Module):
 
 
 def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
-    """The network with the published weights, made ready to compute: on the CPU, in eval mode.
+    """The network with the published weights, on the CPU, in eval mode.
 
     Args:
         path: a folder with ``inception-2015-12-05.safetensors.index.json`` and its shards, or with one ``.safetensors`` file of
-            that name; such a file itself; or the ``.pth`` of pytorch-fid or torch-fidelity, of which only tensors are read.
-        name: what to call weights that are not the published ones, which are refused without it. Their checksum becomes part of
-            the network's name.
+            that name; such a file itself; or the ``.pth`` of pytorch-fid or torch-fidelity; only its tensors are read.
+        name: a name for weights other than the published ones, which are refused without it. Their checksum becomes part of the
+            network's name.
 
     Raises:
-        FileNotFoundError: there is nothing like it.
-        ValueError: a file is damaged, or is of another network; the message names the file and the tensor. Or it has other
-            weights, and no name for them.
+        FileNotFoundError: there is no such file.
+        ValueError: a file is damaged or is of another network; the message names the file and the tensor. Or the weights are
+            not the published ones and have no name.
     """
     tensors = _read(path)
     with torch.device("meta"):
@@ -286,7 +286,7 @@ def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
 
 
 def tensors_checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of all names, shapes and values, in hexadecimal: the same whatever file they were read from."""
+    """SHA-256 of all names, shapes and values, in hexadecimal, independent of the file format."""
     digest = hashlib.sha256(json.dumps({name: list(t.shape) for name, t in sorted(tensors.items())}).encode())
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.contiguous().numpy().data)
@@ -294,14 +294,15 @@ def tensors_checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _identity(path: Path, tensors: dict[str, Tensor], name: str | None) -> str:
-    """The name of the network with these weights: a name alone would fit any file with the same tensors' names."""
+    """The name of the network with these weights: a user's name includes the checksum, since any file with the same tensors
+    would fit it."""
     checksum = tensors_checksum(tensors)
     if checksum == WEIGHTS_SHA256 or (path.suffix == ".pth" and hashlib.sha256(path.read_bytes()).hexdigest() == _PTH_SHA256):
         return NAME
     if name is None:
         raise ValueError(
             f"{path}: not the published weights of {NAME} (sha256 {checksum[:16]}, not {WEIGHTS_SHA256[:16]}); "
-            f"to measure with them, give them a name of their own: --inception NAME={path}"
+            f"to measure with them, name them: --inception NAME={path}"
         )
     return f"{name} sha256:{checksum[:16]}"
 
@@ -317,21 +318,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     state = read_pickle(path)
     if not is_state_dict(state):
-        raise ValueError(f"{path}: not the tensors of a network")
+        raise ValueError(f"{path}: not a file of a network's tensors; name the weights of the FID Inception network")
     return state
 
 
 def resize_bilinear(x: Tensor, size: int) -> Tensor:
     """(N, C, H, W) -> (N, C, size, size), as ``tf.image.resize_bilinear`` of TensorFlow 1 does by default: output pixel i is
     read at i * H / size, without half-pixel centres and without a filter. It is a matrix product for each axis."""
-    for _ in range(2):  # the last axis, then the other
+    for _ in range(2):  # the last axis first
         x = (x @ _interpolation(x.shape[-1], size, x.device)).transpose(-1, -2)
     return x
 
 
 def _interpolation(before: int, after: int, device: torch.device) -> Tensor:
-    """(before, after) float32: the weights of the pixels before in each pixel after."""
-    position = np.arange(after, dtype=np.float32) * np.float32(before / after)  # TensorFlow's precision too
+    """(before, after) float32: the weight of each input pixel in each output pixel."""
+    position = np.arange(after, dtype=np.float32) * np.float32(before / after)  # as in TensorFlow
     low = np.floor(position).astype(np.int64)
     share = position - low.astype(np.float32)
     weights = np.zeros((before, after), np.float32)

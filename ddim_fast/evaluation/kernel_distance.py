@@ -21,12 +21,12 @@ def kernel_distance(a: Tensor, b: Tensor, subset_size: int = 1000, subsets: int 
     """KID (Binkowski et al. 2018): the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, estimated without
     bias. Unlike FID's, its expectation does not depend on the number of images.
 
-    The estimate is the mean over subsets without an image in common, so that their spread gives an honest standard error;
-    overlapping subsets, which are often used, give one that is too small.
+    The estimate is the mean over disjoint subsets, whose spread gives an honest standard error. Overlapping subsets, which are
+    often used, give one that is too small.
 
     Args:
         a, b: (N, D) and (M, D) features.
-        subset_size: images of each side in a subset, fewer where that makes fewer than ``subsets`` of them.
+        subset_size: images of each side in a subset; fewer if there would be fewer than ``subsets`` subsets.
 
     Raises:
         ValueError: there are fewer than two images on a side.

@@ -1,4 +1,4 @@
-"""The measures of a model or of pictures: each adds a row to the results, computed once, in shards, by all processes."""
+"""The measures of a model or of pictures. Each adds a row to the results, computed once, in shards, by all processes."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ __all__ = [
     "measure_trajectories",
 ]
 
-# What decides the numbers of a row, as it stands in the results.
+# The settings that decide a row's numbers, as the results hold them.
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Which images are sampled.
+    """The images to sample.
 
     Attributes:
-        seeds: one an image.
-        labels: their classes; None without.
+        seeds: one per image.
+        labels: their classes, or None.
         guidance: ``guidance`` and ``guidance_interval`` of :meth:`ddim_fast.Sampler.sample`.
     """
 
@@ -59,7 +59,7 @@ class SampleSet:
     guidance: dict[str, Any]
 
     def sample(self, sampler: Sampler, numbers: range, batch_size: int) -> Tensor:
-        """(n, C, H, W): those of these numbers, counted from the first seed."""
+        """(n, C, H, W): the images of these numbers, counted from the first seed."""
         part = slice(numbers.start, numbers.stop)
         labels = None if self.labels is None else self.labels[part]
         return sampler.sample(seeds=self.seeds[part], labels=labels, **self.guidance, batch_size=batch_size)
@@ -83,7 +83,7 @@ def measure_samples(
     network: FeatureNetwork,
     reference: Reference,
 ) -> None:
-    """The same of what a sampler makes.
+    """FID, KID, precision and recall of a sampler's images.
 
     Raises:
         ValueError: samples are not finite.
@@ -154,8 +154,8 @@ def measure_trajectories(
     exact: Callable[[], Tensor],
 ) -> None:
     """The root mean square distance of a sampler's images from those of :func:`exact_images`, which ``exact`` returns: in
-    pixels, and with all frequencies counted alike, see :func:`ddim_fast.diffusion.adaptive.whitening`, which leaves the mean
-    square of the exact images as it is."""
+    pixels, and whitened, with all frequencies weighed alike (:func:`ddim_fast.diffusion.adaptive.whitening`). Whitening keeps
+    the mean square of the exact images."""
     if run.has("trajectory", settings):
         return
     sampler, solution = make_sampler(), exact()
@@ -180,11 +180,11 @@ def measure_trajectories(
 
 
 def exact_images(run: EvaluationRun, model: UNet, guide: UNet | None, draws: SampleSet, identity: list[Any]) -> Tensor:
-    """(N, C, H, W) float32: what DDIM in all of the training timesteps makes. It takes long, and is kept in the user's cache.
+    """(N, C, H, W) float32: the images of DDIM in all training timesteps. They take long and are kept in the user's cache.
 
     Args:
         model, guide: as of :class:`ddim_fast.Sampler`.
-        identity: what decides the images: the weights, and what is drawn.
+        identity: the weights and draws that decide the images.
     """
     shape, steps, count = model.config.image_shape, model.config.num_train_timesteps, len(draws.seeds)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -209,9 +209,9 @@ def _quality(run: EvaluationRun, parts: Shards, network: FeatureNetwork, referen
     if reference.pictures:
         found["reference pictures"] = reference.pictures
     if reference.features is None:
-        return found | {"not measured": f"KID, precision and recall: {reference.spec} holds statistics alone"}
+        return found | {"not measured": f"KID, precision and recall: {reference.spec} holds only statistics"}
     features = parts.some(KEPT_FEATURES)[:, : network.features]
-    many = min(len(features), len(reference.features))  # precision and recall depend on the numbers, so they are made equal
+    many = min(len(features), len(reference.features))  # equal numbers of images, on which precision and recall depend
     if many <= 3:
         return found | {"not measured": f"KID, precision and recall: they need more than 3 images a side; there are {many}"}
     kid = kernel_distance(features, reference.features)
@@ -236,7 +236,7 @@ def _mean(name: str, values: np.ndarray) -> dict[str, Any]:
 
 
 def _root_mean(name: str, values: np.ndarray) -> dict[str, Any]:
-    """The root of the mean, and its standard error: that of the mean times the root's derivative there."""
+    """The root of the mean and its standard error: the mean's, times the derivative of the root."""
     mean = _mean(name, values)
     root, error = mean[name] ** 0.5, mean[f"{name} standard error"]
     return {name: root, f"{name} standard error": error / (2 * root) if error is not None and root else error}

@@ -1,4 +1,4 @@
-"""The pictures that a measure compares: uint8, as they are stored, from whatever holds them."""
+"""The pictures that a measure compares: uint8, as stored, from a .npz file or a data set."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Survey:
-    """What there is to know of pictures before they are compared.
+    """A summary of pictures before they are compared.
 
     Attributes:
-        count: how many there are.
+        count: their number.
         content: a checksum of their shapes and values.
-        shapes: all (C, H, W) among them.
+        shapes: every (C, H, W) among them.
     """
 
     count: int
@@ -37,7 +37,7 @@ class Survey:
 
 
 def survey(pictures: Iterable[Tensor]) -> Survey:
-    """Look at each of the (C, H, W) uint8 pictures once."""
+    """Summarise (C, H, W) uint8 pictures, each read once."""
     digest, count = hashlib.sha256(), 0
     shapes: set[Shape] = set()
     for count, picture in enumerate(pictures, 1):  # noqa: B007
@@ -49,8 +49,8 @@ def survey(pictures: Iterable[Tensor]) -> Survey:
 
 
 def stored_pictures(spec: str) -> Iterator[Tensor]:
-    """The pictures of a data set one by one, (C, H, W) uint8: each of its own size, and grey where it is stored without colour.
-    They need not fit into memory together. ``spec`` and errors are those of :func:`read_pictures`, but sizes may differ."""
+    """The pictures of a data set one by one, (C, H, W) uint8, each in its own size, and grey if stored without colour. They
+    need not fit into memory together. ``spec`` and errors are those of :func:`read_pictures`, but sizes may differ."""
     path = Path(spec)
     if path.suffix.lower() == ".npz":
         yield from _read_npz(path)
@@ -64,16 +64,16 @@ def stored_pictures(spec: str) -> Iterator[Tensor]:
 
 
 def read_pictures(spec: str) -> Tensor:
-    """All pictures of a data set, (N, C, H, W) uint8, as they are stored.
+    """All pictures of a data set, (N, C, H, W) uint8, as stored.
 
     Args:
         spec: a ``.npz`` file with (N, H, W, C) uint8 pictures in ``arr_0``, as ``python -m ddim_fast.sample --out FILE.npz``
-            and other programs write it; or whatever :func:`ddim_fast.data.images.load_images` reads: a folder of image files,
+            and other programs write it; or any data set of :func:`ddim_fast.data.images.load_images`: a folder of image files,
             Parquet, IDX, or a data set on the Hub.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: no pictures, damaged, unfinished or unequal ones; the message names the file.
+        ValueError: there are no pictures, or they are damaged, unfinished or unequal; the message names the file.
     """
     path = Path(spec)
     if path.suffix.lower() == ".npz":
@@ -89,7 +89,7 @@ def check_pictures(path: Path, array: np.ndarray, image_shape: Shape | None = No
     """(N, C, H, W) from the array ``arr_0`` of the file.
 
     Raises:
-        ValueError: these are no pictures, or not of ``image_shape``, (C, H, W); the message names the file.
+        ValueError: the array holds no pictures, or not of ``image_shape``, (C, H, W); the message names the file.
     """
     with errors_name_file(path):
         if array.dtype != np.uint8:
@@ -106,14 +106,14 @@ def check_pictures(path: Path, array: np.ndarray, image_shape: Shape | None = No
 
 
 def describe(shapes: Iterable[Shape]) -> str:
-    """The sizes and colours of (C, H, W) pictures in words: ``32x32 RGB``, ``20x30 to 64x48 grey and RGB``."""
+    """Sizes and colours of (C, H, W) pictures in words: ``32x32 RGB``, ``20x30 to 64x48 grey and RGB``."""
     sizes = sorted({shape[1:] for shape in shapes}, key=lambda size: (size[0] * size[1], size))
     colours = ["RGB" if channels == 3 else "grey" for channels in sorted({shape[0] for shape in shapes})]
     return " to ".join(f"{h}x{w}" for h, w in dict.fromkeys((sizes[0], sizes[-1]))) + f" {' and '.join(colours)}"
 
 
 def open_archive(path: Path) -> np.lib.npyio.NpzFile:
-    """A ``.npz`` file, in which no code is looked for.
+    """An open ``.npz`` file; code in it is never run.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,8 +126,10 @@ def open_archive(path: Path) -> np.lib.npyio.NpzFile:
         return archive
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
-    except Exception as error:  # numpy and zipfile raise whatever they run into in a damaged file
-        raise ValueError(f"{path}: not a whole .npz file ({one_line(error)})") from None
+    except Exception as error:  # numpy and zipfile raise any exception for a damaged file
+        raise ValueError(
+            f"{path}: not a whole .npz file ({one_line(error)}); copy it again, or write it again by numpy.savez"
+        ) from None
 
 
 def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarray:
@@ -146,11 +148,13 @@ def read_array(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> np.ndarr
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
-            if math.prod(shape) * dtype.itemsize > member.file_size:  # before numpy takes the memory
-                raise ValueError(f"its header says {shape}, and there are {member.file_size} bytes")
+            if math.prod(shape) * dtype.itemsize > member.file_size:  # before numpy allocates the memory
+                raise ValueError(f"its header says {shape}, but it has {member.file_size} bytes")
         return archive[name]
     except Exception as error:  # as above
-        raise ValueError(f"{path}: array {name!r} is damaged ({one_line(error)})") from None
+        raise ValueError(
+            f"{path}: array {name!r} is damaged ({one_line(error)}); copy the file again, or write it again by numpy.savez"
+        ) from None
 
 
 def _read_npz(path: Path) -> Tensor:
@@ -161,4 +165,4 @@ def _read_npz(path: Path) -> Tensor:
 def _check_finished(folder: Path) -> None:
     record = folder / RECORD
     if record.is_file() and read_json(record).get("finished") is not True:
-        raise ValueError(f"{record}: the job that fills this folder has not finished; the same command goes on with it")
+        raise ValueError(f"{record}: the job that fills this folder has not finished; run its command again first")

@@ -1,4 +1,4 @@
-"""Precision and recall of generated images: how many of them are realistic, and how much of reality they cover."""
+"""Precision and recall of generated images: the realistic share of them, and the share of real images that they cover."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["PrecisionRecall", "precision_recall"]
 
-# Distances are made so many rows at a time.
+# Rows per block of distances.
 _ROWS = 2000
 
 
@@ -33,7 +33,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> PrecisionRe
     """
     if min(len(generated), len(real)) <= k:
         raise ValueError(f"precision and recall need more than {k} images a side; got {len(generated)} and {len(real)}")
-    # About a common centre, where the expansion of a squared difference loses the least.
+    # Centred, so that the expansion of a squared difference loses the fewest digits.
     centre = real.double().mean(0)
     generated, real = (features.double() - centre for features in (generated, real))
     radius_generated, radius_real = (_neighbour_distance(features, k) for features in (generated, real))

@@ -1,4 +1,4 @@
-"""How well images come back from the noise they were encoded to."""
+"""The error of images that are encoded to noise and decoded again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def reconstruction_error(sampler: Sampler, images: Tensor, labels: Tensor | None
     """Encode in S steps, decode in S steps: Song et al. 2021, section 5.4 and table 2.
 
     Args:
-        sampler: a deterministic one of S steps.
+        sampler: a deterministic sampler of S steps.
         images: (N, C, H, W) float32 in [-1, 1].
         labels: (N,) int64, or None.
 
     Returns:
-        (N,) float64: the mean squared error of each image, a dimension, with images in [0, 1].
+        (N,) float64: the mean squared error per dimension of each image, in units of [0, 1].
     """
     errors = []
     for start in range(0, len(images), batch_size):

@@ -22,23 +22,23 @@ from .shards import Shards, make_shards
 
 __all__ = ["KEPT_FEATURES", "Reference", "check_reference", "load_reference"]
 
-# KID and precision/recall compare features, not statistics; these many are enough for them.
+# KID and precision/recall compare this many features at most.
 KEPT_FEATURES = 10_000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A data set, seen through a feature network.
+    """The features of a data set and their statistics.
 
     Attributes:
-        spec: what the user named.
-        images: how many there are, or None where the file does not say.
-        statistics: of all of them.
-        features: (n, D) float32 of some of them, or None where only statistics are known.
-        network: the name of the feature network, or None where the file does not say.
-        resolution: (H, W) of the pictures, or None where they differ or the file does not say.
-        content: a checksum of the pictures, or of the file of statistics; empty where it is not known yet.
-        pictures: their sizes and colours in words, where these are not those of the images; empty otherwise.
+        spec: the name that the user gave.
+        images: their number, or None if the file does not give it.
+        statistics: of all images.
+        features: (n, D) float32 of some images, or None if only statistics are known.
+        network: the name of the feature network, or None if the file does not give it.
+        resolution: (H, W) of the pictures, or None if they differ or the file does not give it.
+        content: a checksum of the pictures or of the file of statistics; empty if not known yet.
+        pictures: their sizes and colours in words, if they differ from the images'; otherwise empty.
     """
 
     spec: str
@@ -51,10 +51,10 @@ class Reference:
     pictures: str = ""
 
     def check(self, network: FeatureNetwork, resolution: tuple[int, int] | None) -> None:
-        """See that pictures of this resolution, where it is known, seen through this network, can be compared with it.
+        """Check that features of this network, of pictures of this resolution (if known), can be compared with it.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: they cannot be compared.
         """
         if self.network is not None and self.network != network.name:
             raise ValueError(f"{self.spec}: statistics of the feature network {self.network!r}, not of {network.name!r}")
@@ -88,8 +88,8 @@ class Reference:
 
 
 def check_reference(spec: str, network: FeatureNetwork, image_shape: tuple[int, int, int] | None = None) -> None:
-    """See, without computing anything, that :func:`load_reference` has something to read: a whole file of statistics that fit,
-    or a first picture. Arguments and errors as there; ``image_shape`` None is not compared."""
+    """Check, without computing anything, that :func:`load_reference` can read ``spec``: a whole file of matching statistics, or
+    a first picture. Arguments and errors as there; an ``image_shape`` of None is not compared."""
     path = Path(spec)
     if _holds_statistics(path):
         _read_statistics(path, image_shape).check(network, None if image_shape is None else image_shape[1:])
@@ -104,16 +104,16 @@ def load_reference(
     processes: Processes,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Reference:
-    """The reference that ``spec`` names, checked against what is compared with it. The statistics of a data set are kept in the
-    user's cache folder, by the content of its pictures, and computed when they are not there.
+    """The reference that ``spec`` names, checked to be comparable. Statistics of a data set are kept in the user's cache folder
+    by the content of its pictures, and computed if missing.
 
     Args:
         spec: a data set, as :func:`read_pictures` takes it, or a ``.npz`` file of statistics: ``mu`` and either ``sigma`` or
             ``sigma_upper`` (the upper triangle, in the order of ``numpy.triu_indices``), unbiased; ``count``, ``network``,
             ``resolution`` and ``features`` where it has them.
-        image_shape: (C, H, W) of the pictures to compare. Pictures in a ``.npz`` file must be of that shape too. Those of other
-            data sets are taken as they are stored, of whatever sizes and colours, and resized by the network as all pictures.
-        progress: called with (pictures done, of how many) while statistics are computed.
+        image_shape: (C, H, W) of the pictures to compare. Pictures in a ``.npz`` file must have that shape too. Other data sets
+            may have any sizes and colours; the network resizes all pictures.
+        progress: called with (pictures done, pictures in all) while statistics are computed.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
@@ -158,7 +158,7 @@ def _holds_statistics(path: Path) -> bool:
 
 
 def _features(spec: str, network: FeatureNetwork) -> Callable[[range], Tensor]:
-    """The features of the pictures of these numbers; ranges are asked for in their order."""
+    """The features of the pictures of these numbers; the ranges must come in order."""
     pictures = enumerate(stored_pictures(spec))
 
     def part(numbers: range) -> Iterator[Tensor]:
@@ -181,14 +181,14 @@ def _finish(parts: Shards, spec: str, network: FeatureNetwork, found: Survey, pa
 
 
 def _read_statistics(path: Path, image_shape: tuple[int, int, int] | None = None) -> Reference:
-    """Those in a file, whose pictures, where it has any as well, are of this (C, H, W)."""
+    """The statistics of a file; its pictures, if it has any, must be (C, H, W)."""
     with open_archive(path) as archive:
         arrays = {name: read_array(archive, path, name) for name in (*_RANKS, "network", "arr_0") if name in archive}
     if image_shape is not None and "arr_0" in arrays:
         check_pictures(path, arrays["arr_0"], image_shape)
     with errors_name_file(path):
         if "mu" not in arrays or not {"sigma", "sigma_upper"} & arrays.keys():
-            raise ValueError("no statistics: it needs mu, and sigma or sigma_upper")
+            raise ValueError("no statistics in it: it needs the arrays mu and either sigma or sigma_upper")
         for name, rank in _RANKS.items():
             if name not in arrays:
                 continue
@@ -199,7 +199,7 @@ def _read_statistics(path: Path, image_shape: tuple[int, int, int] | None = None
                 raise ValueError(f"{name} must have {rank} {'axis' if rank == 1 else 'axes'}; it has the shape {array.shape}")
         mean = arrays["mu"]
         covariance = arrays["sigma"] if "sigma" in arrays else _symmetric(arrays["sigma_upper"], len(mean))
-        # Files of other programs do not say of how many images they are; the distance does not depend on it.
+        # Files of other programs do not give the number of images; the distance does not depend on it.
         count = int(arrays["count"].item()) if "count" in arrays else None
         statistics = FeatureStatistics.from_moments(2 if count is None else count, mean, covariance)
         features = arrays.get("features")
@@ -218,7 +218,7 @@ def _read_statistics(path: Path, image_shape: tuple[int, int, int] | None = None
         )
 
 
-# Arrays of numbers in a file of statistics, and how many axes they have; other programs may keep a count in any.
+# Arrays in a file of statistics and their numbers of axes; other programs may keep the count with any.
 _RANKS = {"mu": 1, "sigma": 2, "sigma_upper": 1, "count": None, "features": 2, "resolution": 1}
 
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from ..io.files import atomic_write, errors_name_file, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, one_line, read_json, write_json
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
 
 Row = dict[str, Any]
 
-# The number of images that FID is usually made from. With fewer it comes out larger, and is another number.
+_REMEDY = "restore the file from a copy, or name another --out"
+
+# FID's usual number of images. With fewer, FID is larger and not comparable.
 _USUAL = 50_000
 
 
@@ -43,39 +45,43 @@ def machine(device: torch.device) -> str:
 
 
 class Results:
-    """``evaluation.json`` in a folder: rows of several kinds, and the runs that they come from. A row that is there is not made
-    again, so an evaluation of many settings goes on where it was stopped, and another adds its own, even at the same time.
+    """``evaluation.json`` in a folder: rows of several kinds, and the runs that made them. Existing rows are not measured
+    again, so a stopped evaluation continues. Another evaluation may add rows, even at the same time.
 
     Args:
-        folder: may not exist yet.
+        folder: the folder, which may not exist yet.
 
     Raises:
-        ValueError: there is an ``evaluation.json`` that is none.
+        ValueError: its ``evaluation.json`` is damaged or another program's; the message names the file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "evaluation.json"
         self._read()
+        try:
+            self.markdown()  # needs every field of a row
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{self._path}: a row or run in it is damaged ({one_line(error)}); {_REMEDY}") from None
 
     @property
     def rows(self) -> list[Row]:
-        """All of them."""
+        """All rows."""
         return self._content["rows"]
 
     def find(self, kind: str, settings: dict[str, Any]) -> Row | None:
-        """The row of this kind with these settings, if it is there."""
+        """The row of this kind with these settings, or None."""
         self._read()
         return next((row for row in self.rows if row["kind"] == kind and row["settings"] == settings), None)
 
     def add(self, kind: str, settings: dict[str, Any], found: dict[str, Any], run: dict[str, Any]) -> Row:
-        """One more row, written at once.
+        """Add a row and write it at once.
 
         Args:
             kind: ``quality``, ``reconstruction``, ``loss`` or ``trajectory``.
-            settings: what decides the numbers.
+            settings: the settings that decide the numbers.
             found: the numbers.
-            run: how they were made: command, machine and versions.
+            run: the command, machine and versions that made them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
@@ -88,14 +94,14 @@ class Results:
         return row
 
     def report(self) -> list[Path]:
-        """Write ``evaluation.md`` and a picture a kind, where there is matplotlib; returns the files."""
+        """Write ``evaluation.md`` and, with matplotlib, one picture per kind; returns the files."""
         self._read()
         path = self.folder / "evaluation.md"
         atomic_write(path, self.markdown().encode())
         return [path, *self._draw()]
 
     def markdown(self) -> str:
-        """All rows as tables, the runs listed below."""
+        """All rows as tables, with the runs listed below them."""
         parts = []
         for title, rows in self._groups():
             columns = _COLUMNS[rows[0]["kind"]]
@@ -114,22 +120,22 @@ class Results:
         return "\n".join([*parts, "Runs:\n", *runs]) + "\n"
 
     def _read(self) -> None:
-        """The rows in the file now, where other evaluations may have written."""
+        """The rows in the file now; other evaluations may have written some."""
         self._content: dict[str, Any] = read_json(self._path) if self._path.exists() else {"runs": [], "rows": []}
         with errors_name_file(self._path):
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
-                raise ValueError("not the results of an evaluation")
+                raise ValueError(f"not the results of an evaluation; {_REMEDY}")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While no other evaluation writes to the folder."""
-        with open(self.folder / ".lock", "a") as lock:  # freed when it is closed, and when the process ends
+        """Inside, no other evaluation writes to the folder."""
+        with open(self.folder / ".lock", "a") as lock:  # the lock ends with the file or the process
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
-        """Rows that are comparable, with their title, each with the name of its ``network``."""
+        """Comparable rows under their title, each with the name of its ``network``."""
         titles = _told_apart([(_TITLES[row["kind"]](row), _setting(row, *_DATA_CONTENTS)) for row in self.rows])
         networks = _told_apart([(_setting(row, "model", "images"), _setting(row, "weights", "content")) for row in self.rows])
         groups: dict[str, list[Row]] = {}
@@ -147,14 +153,14 @@ class Results:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        # More lines than there are colours are told apart by their dashes.
+        # Dashes distinguish lines once the colours run out.
         styles = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
 
         files, used = [], set()
         for title, rows in self._groups():
             kind = rows[0]["kind"]
             rows = [row for row in rows if kind in _AXES and (kind == "reconstruction" or "evaluations" in row)]
-            if not rows:  # images of a folder, or a loss, are no line over steps
+            if not rows:  # images of a folder and losses have no steps
                 continue
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
@@ -172,7 +178,7 @@ class Results:
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.tick_params(axis="y", which="minor", labelsize=7)
             values = [y for points in lines.values() for _, y in points]
-            if max(values) < 5 * min(values):  # round numbers of a logarithmic axis would be two or three
+            if max(values) < 5 * min(values):  # a logarithmic axis would have only two or three round numbers
                 axes.yaxis.set_major_locator(MaxNLocator(8))
                 axes.set_yticks([], minor=True)
             axes.title.set_fontsize(9)
@@ -197,8 +203,8 @@ def _setting(row: Row, *names: str) -> Any:
 
 
 def _told_apart(named: list[tuple[str, str | None]]) -> list[str]:
-    """The names of things; with the first digits of their checksums where different ones have the same name. Rows of older
-    versions have no checksum."""
+    """The names, with the first digits of the checksums if different things share a name. Rows of older versions have no
+    checksum."""
     checksums: dict[str, set[str]] = {}
     for name, checksum in named:
         checksums.setdefault(name, set()).update([checksum] if checksum else [])
@@ -214,7 +220,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def _line(row: Row) -> str:
-    """The settings of a row but its steps, in words."""
+    """The settings of a row except its steps, in words."""
     s = row["settings"]
     words = [row["network"]]
     if s.get("tolerance") is not None:

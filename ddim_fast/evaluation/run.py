@@ -1,4 +1,4 @@
-"""Measurements in parts, by one process or several, and the rows that are made of them."""
+"""Measurements in parts, by one process or several, and their rows."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class EvaluationRun:
     """The context that all measurements share.
 
     Attributes:
-        processes: those that share the work.
-        device: what they compute on.
-        results: where rows go.
-        run: what is said of this run in its rows.
-        batch_size: images a network call.
-        quiet: no progress bars and no lines but results.
+        processes: the processes that share the work.
+        device: their device.
+        results: the results that get the rows.
+        run: the description of this run in its rows.
+        batch_size: images per network call.
+        quiet: print results only, no progress.
     """
 
     processes: Processes
@@ -41,14 +41,14 @@ class EvaluationRun:
     quiet: bool
 
     def has(self, kind: str, settings: dict[str, Any]) -> bool:
-        """Whether there is such a row, which need not be made again."""
+        """Whether the results have such a row already."""
         return self.processes.from_first(lambda: self.results.find(kind, settings) is not None)
 
     def rows(
         self, kind: str, settings: dict[str, Any], count: int, width: int, compute: Callable[[range], Tensor], runs: int = 1
     ) -> Shards:
-        """``compute`` for all of ``count`` images, in parts: kept in the output's folder until their row is written. ``runs``
-        is that of :class:`ddim_fast.io.progress.Bar`."""
+        """``compute`` for ``count`` images, in parts that are kept in the output's folder until their row is written. ``runs``
+        is as of :class:`ddim_fast.io.progress.Bar`."""
         name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
         parts = Shards(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
         there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
@@ -57,21 +57,21 @@ class EvaluationRun:
         return parts
 
     def progress(self, text: str, total: int, there: int = 0, runs: int = 1) -> _Bar:
-        """A bar that counts what all processes do."""
+        """A bar that counts the work of all processes."""
         return _Bar(self.processes, total, there=there, runs=runs, shown=not self.is_silent, text=text)
 
     @property
     def is_silent(self) -> bool:
-        """Whether this process shows no progress: none is wanted, or it is the first one's to show."""
+        """Whether this process shows no progress: with ``quiet``, or if it is not the first process."""
         return self.quiet or not self.processes.is_first
 
     def say(self, text: str) -> None:
-        """A line on stderr, for people."""
+        """Print a line on stderr."""
         if not self.is_silent:
             print(text, file=sys.stderr, flush=True)
 
     def record(self, kind: str, settings: dict[str, Any], parts: Shards, find: Callable[[], dict[str, Any]]) -> None:
-        """Write the row that the first process makes from what all have computed, and say what it is."""
+        """Write the row that the first process makes from the numbers of all, and print it."""
 
         def write() -> None:
             found = find()
@@ -85,7 +85,7 @@ class EvaluationRun:
         self.processes.from_first(write)
 
 
-# Of a row's settings, those that are the same in a whole command.
+# Settings that are the same in all rows of a command.
 _SILENT = (
     "model",
     "weights",
@@ -104,7 +104,7 @@ _SILENT = (
 
 
 class _Bar(Bar):
-    """A bar of what several processes do, called with what this one has done since."""
+    """A bar for the work of several processes, called with this one's new work."""
 
     def __init__(self, processes: Processes, total: int, **options: Any) -> None:
         super().__init__(total, **options)

@@ -1,4 +1,4 @@
-"""Numbers computed for many pictures in shards, by several processes, and kept on disk until all are there."""
+"""Numbers of many pictures, computed in shards by several processes and kept on disk until they are complete."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Shards", "drawn", "make_shards"]
 
 
 class Shards:
-    """A folder with a row of float32 numbers a picture, such as its features, in a file for each part of the pictures, there
-    whole or not at all: a run that was killed goes on from it, and the processes of a run work on different parts.
+    """A folder with one row of float32 numbers per picture, such as its features, in one file per part. Files are written whole
+    or not at all: a killed run continues from them, and the processes of a run work on different parts.
 
     Args:
-        folder: is made when the first part is written.
-        count: pictures in all.
-        width: numbers a picture.
-        size: pictures a part.
+        folder: created with the first part.
+        count: the number of pictures.
+        width: numbers per picture.
+        size: pictures per part.
     """
 
     def __init__(self, folder: Path, count: int, width: int, size: int) -> None:
@@ -36,38 +36,38 @@ class Shards:
         return -(-self.count // self.size)
 
     def pictures(self, k: int) -> range:
-        """The numbers of the pictures of part k."""
+        """The range of pictures in part k."""
         return range(k * self.size, min(self.count, (k + 1) * self.size))
 
     def missing(self) -> list[int]:
-        """The parts that are not there."""
+        """The missing parts."""
         return [k for k in range(len(self)) if not self._is_whole(k)]
 
     def write(self, k: int, rows: np.ndarray) -> None:
-        """Keep the float32 rows of part k."""
+        """Write the float32 rows of part k."""
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.save(buffer, rows)
         atomic_write(self._file(k), buffer.getvalue())
 
     def read(self, k: int) -> np.ndarray:
-        """Those of part k, which is there."""
+        """The rows of part k, which must exist."""
         return np.load(self._file(k))
 
     def all(self) -> np.ndarray:
-        """(count, width) float32: those of all parts."""
+        """(count, width) float32: the rows of all parts."""
         return np.concatenate([self.read(k) for k in range(len(self))])
 
     def statistics(self, width: int) -> FeatureStatistics:
-        """Mean and covariance of the first ``width`` numbers of all rows, in their order whoever made them."""
+        """Mean and covariance of the first ``width`` numbers of all rows, added in the order of the pictures."""
         statistics = FeatureStatistics(width)
         for k in range(len(self)):
             statistics.update(self.read(k)[:, :width])
         return statistics
 
     def some(self, limit: int) -> Tensor:
-        """The rows of ``limit`` pictures, or of all where there are fewer: the same ones each time, drawn at random because
-        data sets may be sorted."""
+        """The rows of ``limit`` pictures, or of all if there are fewer: a fixed random choice, because data sets may be
+        sorted."""
         chosen = _choice(self.count, limit).numpy()
         rows = [self.read(k)[chosen[(chosen >= p.start) & (chosen < p.stop)] - p.start] for k, p in self._parts()]
         return torch.from_numpy(np.concatenate(rows))
@@ -80,20 +80,20 @@ class Shards:
         return [(k, self.pictures(k)) for k in range(len(self))]
 
     def _file(self, k: int) -> Path:
-        # By what is in it: with another number of pictures a part it would be another one.
+        # The name depends on the content: another number of pictures per part is another file.
         pictures = self.pictures(k)
         return self.folder / f"part-{pictures.start:06d}-{pictures.stop - 1:06d}.npy"
 
     def _is_whole(self, k: int) -> bool:
         try:
             stored = np.load(self._file(k), mmap_mode="r")
-        except Exception:  # numpy raises whatever it runs into in a damaged file
+        except Exception:  # numpy raises any exception for a damaged file
             return False
         return stored.dtype == np.float32 and stored.shape == (len(self.pictures(k)), self.width)
 
 
 def drawn(rows: Tensor, limit: int) -> Tensor:
-    """``limit`` of the rows, or all where there are fewer: the same ones each time, at random and in their order."""
+    """``limit`` of the rows, or all if there are fewer: a fixed random choice, in their order."""
     return rows[_choice(len(rows), limit)]
 
 
@@ -107,10 +107,10 @@ def make_shards(
     processes: Processes,
     on_pictures: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Make the parts that are missing, each process its share of them, and wait until all are there.
+    """Compute the missing parts, each process its share, and wait for all of them.
 
     Args:
-        rows: given numbers of pictures, (n, width) of them.
+        rows: from a range of pictures to their (n, width) numbers.
         on_pictures: called with the number of pictures of each part that is made.
 
     Raises:
@@ -120,7 +120,9 @@ def make_shards(
         numbers = parts.pictures(k)
         made = rows(numbers)
         if not torch.isfinite(made).all():
-            raise ValueError(f"what was computed of pictures {numbers.start} to {numbers.stop - 1} is not finite")
+            raise ValueError(
+                f"the numbers computed for pictures {numbers.start} to {numbers.stop - 1} are not finite; try --dtype float32"
+            )
         parts.write(k, made.float().cpu().numpy())
         on_pictures(len(numbers))
     processes.wait()

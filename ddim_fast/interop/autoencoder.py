@@ -1,4 +1,4 @@
-"""Autoencoders of latent diffusion from a folder: of this package, or of diffusers."""
+"""Autoencoders of latent diffusion from a folder of this package or of diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..models.weights import check_finite
 
 __all__ = ["load_autoencoder"]
 
-# A config never names code: only these classes of diffusers are loaded.
+# A config cannot name code: only these classes of diffusers are loaded.
 _DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
@@ -28,15 +28,15 @@ def load_autoencoder(folder: Path) -> nn.Module:
     if name is None:
         return Autoencoder.from_pretrained(folder)
     if name not in _DIFFUSERS:
-        raise ValueError(f"{folder / 'config.json'}: {name!r} is no autoencoder that serves here; {', '.join(_DIFFUSERS)} do")
+        raise ValueError(f"{folder / 'config.json'}: {name!r} is not supported; use {' or '.join(_DIFFUSERS)}")
     try:
         import diffusers
     except ImportError:
         raise ValueError(f"{folder} is an autoencoder of diffusers, which is not installed: pip install diffusers") from None
     try:
         autoencoder = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # diffusers raises those of its dependencies too; each means the same to the user
-        raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)})") from None
+    except Exception as error:  # diffusers also raises errors of its dependencies; all mean the same to the user
+        raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)}); copy or download it again") from None
     with errors_name_file(folder / "diffusion_pytorch_model.safetensors"):
         check_finite(autoencoder.state_dict())
     return autoencoder.eval()

@@ -6,14 +6,13 @@
 >>> pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 >>> images = pipe(batch_size=2, num_inference_steps=10).images
 
-Steps to the timestep that comes next in the run, and spacings that diffusers does not have:
+With exact steps to the next timestep of the run, and spacings that diffusers lacks:
 
 >>> pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config, compat="exact", timestep_spacing="quadratic")
 >>> images = pipe(batch_size=2, num_inference_steps=10).images
 
-A pipeline is saved with its scheduler, and loads with it once this module has been imported: diffusers does not import a module
-because a file names it. ``DDIMPipeline`` turns any scheduler that it is made with into a plain DDIMScheduler, so there it must
-be set again after loading.
+A pipeline is saved with its scheduler. It loads with it once this module has been imported: diffusers does not import modules
+that a file names. ``DDIMPipeline`` turns any scheduler into a plain DDIMScheduler, so set it again after loading.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ except ModuleNotFoundError as error:
         f"ddim_fast.interop.diffusers needs diffusers, which is not there ({error}): pip install diffusers"
     ) from error
 
-# A pipeline that loads a class also looks for SchedulerMixin in the module of that class, to learn what it has before it.
+# A loading pipeline looks for SchedulerMixin in the module of the class, to learn its kind.
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
@@ -55,11 +54,11 @@ _DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
 
 
 class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classes are not checked
-    """The common part of the two schedulers: coefficients are computed once, on the host, and a step makes fewer passes over
+    """The common part of the two schedulers. Coefficients are computed once, on the host, and a step makes fewer passes over
     the images than diffusers'.
 
     Attributes:
-        replaces: the scheduler in whose place :func:`ddim_fast.accelerate` put this one.
+        replaces: the scheduler that :func:`ddim_fast.accelerate` replaced by this one.
         _direction: 1 where the timesteps rise, -1 where they fall.
         _device_timesteps: the tensor that set_timesteps made, on its device.
         _timestep_values: its values.
@@ -81,7 +80,7 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
     @property
     def alphas_cumprod(self) -> Tensor:
         """(T,) float32: the share of the signal's variance at each timestep. ``add_noise`` moves it to the samples' device. To
-        change it, assign it: ``step`` may not notice what is written into it."""
+        change it, assign a new tensor: ``step`` may not notice writes into it."""
         return self._alphas_cumprod
 
     @alphas_cumprod.setter
@@ -93,7 +92,7 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         self._coefficient_cache = {}
 
     def _checked_options(self) -> dict[str, Any]:
-        """The options of diffusers' class: all but ``compat``, which is checked here."""
+        """The options of diffusers' class, without ``compat``, which is checked here."""
         options = {name: value for name, value in self.config.items() if not name.startswith("_")}
         compat = options.pop("compat")
         if compat not in _COMPATS:
@@ -101,8 +100,8 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         return options
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the config as diffusers does; after ``accelerate`` that of the replaced scheduler, so that the folder loads
-        without this package."""
+        """Save the config as diffusers does; after ``accelerate``, the replaced scheduler's, so that the folder loads without
+        this package."""
         saved: Any = super() if self.replaces is None else self.replaces
         saved.save_config(*args, **kwargs)
 
@@ -112,11 +111,12 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Chooses the timesteps of a run; to be called before it.
+        """Choose the timesteps of a run; call it before the run.
 
         Args:
             num_inference_steps: S.
-            device: of ``self.timesteps``. ``step`` identifies its elements by their place and never waits for the device.
+            device: the device of ``self.timesteps``. ``step`` identifies its elements by their place and never waits for the
+                device.
             timesteps: instead of S, the timesteps themselves, distinct; only with ``compat="exact"``.
 
         Raises:
@@ -147,11 +147,11 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
                     f"steps_offset = {self.config.steps_offset} moves the timestep {chosen[0]} beyond the last one, "
                     f"{len(self.betas) - 1}; take fewer than {steps} steps, or another timestep_spacing"
                 )
-        # A timestep that the spacing has twice would be a step to itself, which changes nothing.
+        # A repeated timestep would be a step to itself, which changes nothing.
         return np.unique(chosen).tolist()
 
     def _check_spacing(self, timesteps: Sequence[int] | None) -> None:
-        """Raises a ValueError for timesteps that compat="diffusers" would step through wrongly."""
+        """Raise a ValueError for timesteps that compat="diffusers" would step through wrongly."""
         spacing = self.config.timestep_spacing
         if timesteps is not None:
             request = "timesteps of one's own"
@@ -160,13 +160,13 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         else:
             return
         raise ValueError(
-            f"{request} needs compat='exact': with compat='diffusers' every step is taken to be "
-            "num_train_timesteps // num_inference_steps long"
+            f"{request} needs compat='exact': compat='diffusers' assumes that every step is num_train_timesteps // "
+            "num_inference_steps long"
         )
 
     def _value(self, timestep: int | Tensor) -> int:
-        """The value of a timestep. An element of ``self.timesteps`` on a GPU is identified by its place in memory, because
-        reading it would wait for the GPU."""
+        """The value of a timestep. An element of ``self.timesteps`` on a GPU is identified by its address, because reading it
+        would wait for the GPU."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self._is_element(timestep):
             return self._timestep_values[int(timestep.storage_offset())]
         return operator.index(timestep)
@@ -181,7 +181,7 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         )
 
     def _below(self, timestep: int) -> int:
-        """The timestep at the less noisy end of a step; negative where none is left."""
+        """The timestep at the less noisy end of a step; negative after the last one."""
         if self.num_inference_steps is None:
             raise ValueError(
                 "Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler"
@@ -192,14 +192,14 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         return self._rising[place - 1] if place else -1
 
     def _check_finite(self, reason: str | None) -> None:
-        """An error with compat="exact" and a warning, once, otherwise, if there is a reason why a step is not finite."""
+        """If a step is not finite for a known reason: an error with compat="exact", otherwise one warning."""
         if reason is None:
             return
         if self.config.compat == "exact":
             raise ValueError(reason)
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"this step is NaN or infinite, as diffusers' is: {reason}", stacklevel=4)
+            warnings.warn(f"this step is NaN or infinite, as in diffusers: {reason}", stacklevel=4)
 
     def _move(
         self,
@@ -233,26 +233,26 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
 class FastDDIMScheduler(_FastScheduler, DDIMScheduler):  # type: ignore[misc]
     """diffusers' DDIMScheduler (Song et al. 2021), with a faster ``step`` that does not wait for a GPU.
 
-    Options and methods are those of ``diffusers.DDIMScheduler``, with one option more. In float32 on a CPU every option
-    gives the same bits for finite input. In bfloat16 and float16 the result has the dtype that diffusers gives and a smaller
-    error, because it is computed in float32 (with thresholding or ``use_clipped_model_output`` every operation rounds, but no
-    coefficient). Noise is drawn from the same generators in the same order.
+    Options and methods are those of ``diffusers.DDIMScheduler``, with one option more. In float32 on a CPU every option gives
+    the same bits for finite input. In bfloat16 and float16 the result has diffusers' dtype and a smaller error, because it is
+    computed in float32. (With thresholding or ``use_clipped_model_output`` every operation rounds, but no coefficient does.)
+    Noise is drawn from the same generators in the same order.
 
-    ``step`` keeps no state, so timesteps may come in any order. On a GPU, the elements of ``timesteps`` and of its slices are
-    known by their place in it, and nothing is read (do not overwrite them). Any other tensor on a GPU is read, which waits for
+    ``step`` keeps no state, so timesteps may come in any order. On a GPU, elements of ``timesteps`` and of its slices are
+    identified by their place, without reading them (do not overwrite them). Any other tensor on a GPU is read, which waits for
     the GPU as diffusers' own step does.
 
     Args:
         compat: ``diffusers`` takes the next timestep to be ``num_train_timesteps // num_inference_steps`` below, as diffusers
-            does; that is wrong for nearly every run with ``linspace`` and, where S does not divide T, with ``trailing``, of
-            which diffusers sometimes makes one timestep too many, -1 (T = 1000, S = 61).
+            does. That is wrong for nearly every run with ``linspace``, and with ``trailing`` where S does not divide T; there
+            diffusers sometimes adds a timestep -1 (T = 1000, S = 61).
             ``exact`` takes the next timestep of the run, and allows ``set_timesteps(timesteps=[...])`` and any of
-            :data:`ddim_fast.diffusion.timesteps.SPACINGS` as ``timestep_spacing``. For a timestep that is not in the run, the
-            next one is the largest that is smaller.
+            :data:`ddim_fast.diffusion.timesteps.SPACINGS` as ``timestep_spacing``. For a timestep outside the run, the next one
+            is the largest smaller one.
 
             Where diffusers' arithmetic is NaN or infinite (with eta = 1 at many numbers of steps of the cosine and zero-SNR
-            schedules; with epsilon at zero SNR), ``diffusers`` is that too, and warns of it once. ``exact`` is right, or an
-            error where the prediction does not determine the step.
+            schedules; with epsilon at zero SNR), so is ``diffusers``, with one warning. ``exact`` is right, or raises an error
+            where the prediction does not determine the step.
 
     Raises:
         ValueError: ``compat`` is neither.
@@ -293,15 +293,15 @@ class FastDDIMScheduler(_FastScheduler, DDIMScheduler):  # type: ignore[misc]
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, from ``timestep`` to the one that follows it.
+        """One step, from ``timestep`` to the next one.
 
         Args:
-            model_output: the network's prediction, what ``prediction_type`` says.
-            timestep: where ``sample`` is; a number, or a tensor of one.
+            model_output: the network's prediction, of type ``prediction_type``.
+            timestep: the timestep of ``sample``; a number, or a tensor of one.
             sample: x_t.
             eta: 0 is DDIM, 1 has the variance of DDPM.
             use_clipped_model_output: take epsilon from the clipped x_0 instead of the prediction.
-            generator: for the noise where eta > 0: one, or a list with one an image.
+            generator: for the noise where eta > 0: one, or a list with one per image.
             variance_noise: that noise itself, instead.
             return_dict: a DDIMSchedulerOutput instead of a tuple.
 
@@ -350,10 +350,10 @@ class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):  # type: i
     """diffusers' DDIMInverseScheduler, from image to noise, with the changes of :class:`FastDDIMScheduler`.
 
     Args:
-        compat: as there; with ``exact``, a step starts from the timestep of the run that comes before it.
+        compat: as there; with ``exact``, a step starts from the previous timestep of the run.
     """
 
-    # Schedulers whose configs it takes: without them, diffusers would warn of DDIMScheduler's options that inversion lacks.
+    # Schedulers whose configs it takes; otherwise diffusers warns of DDIMScheduler's options that inversion lacks.
     _compatibles: ClassVar[list[str]] = ["DDIMInverseScheduler", "DDIMScheduler"]
     _direction = 1
 
@@ -395,8 +395,8 @@ class FastDDIMInverseScheduler(_FastScheduler, DDIMInverseScheduler):  # type: i
 
 
 def _in_one_pass(prediction_type: str, c: StepCoefficients, dtype: torch.dtype) -> PredictionCoefficients | None:
-    """The coefficients for :func:`ddim_step` to make each result in one pass; None where these would not be diffusers' bits,
-    nor in a narrow dtype better ones."""
+    """The coefficients of :func:`ddim_step` for each result in one pass; None if the result would be neither diffusers' bits
+    nor, in a narrow dtype, better ones."""
     divisor = {"epsilon": c.signal, "sample": c.noise}.get(prediction_type)
     if prediction_type == "v_prediction" or (divisor and dtype in (torch.bfloat16, torch.float16)):
         return linear_prediction(prediction_type, c.signal, c.noise)
@@ -404,8 +404,8 @@ def _in_one_pass(prediction_type: str, c: StepCoefficients, dtype: torch.dtype) 
 
 
 def _x0_and_epsilon(prediction_type: str, output: Tensor, sample: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """:func:`ddim_fast.diffusion.prediction.x0_and_epsilon` with half of its memory traffic, which is what a step costs: in a
-    batch of 256 it takes half the time. One of the results may be ``output`` itself; the other is new."""
+    """:func:`ddim_fast.diffusion.prediction.x0_and_epsilon` with half the memory traffic, which decides a step's time: half the
+    time in a batch of 256. One of the results may be ``output`` itself; the other is new."""
     if prediction_type == "epsilon":
         return _add(sample, output * -c.noise).div_(c.signal), output
     if prediction_type == "sample":
@@ -416,11 +416,11 @@ def _x0_and_epsilon(prediction_type: str, output: Tensor, sample: Tensor, c: Ste
 
 
 def _noise_beside(x0: Tensor, sample: Tensor, c: StepCoefficients) -> Tensor:
-    """The epsilon that makes ``sample`` of ``x0``."""
+    """The epsilon between ``x0`` and ``sample``."""
     return _add(sample, x0 * -c.signal).div_(c.noise)
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, in the memory of ``b``, a temporary, where shape, layout and dtype allow it: new memory is what costs most."""
+    """a + b, in the memory of the temporary ``b`` if shape, layout and dtype allow it: new memory costs the most."""
     fits = a.shape == b.shape and a.stride() == b.stride() and torch.promote_types(a.dtype, b.dtype) == b.dtype
     return b.add_(a) if fits else a + b

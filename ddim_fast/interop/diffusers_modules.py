@@ -4,8 +4,8 @@ A subclass adds nothing that would be saved. :func:`adopt` and :func:`give_back`
 PyTorch's parametrizations do, so it stays the same object, with its parameters, buffers, children and hooks; no class of
 diffusers or PyTorch is touched.
 
-The subclasses are for inference. Where a gradient is recorded, under autocast, which has dtypes of its own, or where a child
-was replaced or hooked (LoRA), a module computes as its original class does.
+The subclasses are for inference. A module computes as its original class while a gradient is recorded, under autocast, which
+has dtypes of its own, or if a child was replaced or hooked (LoRA).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 def _checks_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A class decorator: ``forward`` calls that of the module's present class. Hooks of offloading and layerwise casting keep
-    the bound method of an adopted module, and still call it after the module has been given back."""
+    the bound method of an adopted module and still call it after :func:`give_back`."""
     forward = kind.forward
 
     @functools.wraps(forward)
@@ -70,7 +70,7 @@ def _checks_class(kind: type[nn.Module]) -> type[nn.Module]:
 class FastConv2d(nn.Conv2d):
     """A convolution in channels_last, in the dtype given to :func:`adopt`."""
 
-    # Defaults, for the layers that LoRA makes of the class of an adopted layer.
+    # Defaults, for layers that LoRA creates of an adopted layer's class.
     _fast_dtype: torch.dtype | None = None
     _fast_is_last = False
 
@@ -86,7 +86,7 @@ class FastConv2d(nn.Conv2d):
             bias = None if self.bias is None else self.bias.to(dtype)
             weight = converted(self.weight, dtype)
             out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        # Images of one channel count as both layouts, and leave a convolution in the other one.
+        # Images of one channel count as both layouts; a convolution would return the other one.
         out = out.contiguous(memory_format=torch.channels_last)
         return out.to(self.weight.dtype).contiguous() if self._fast_is_last else out
 
@@ -130,7 +130,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 @_checks_class
 class FastGroupNormSiLU(nn.GroupNorm):
-    """A group norm and the SiLU after it in one pass; the norm alone where the SiLU was replaced, or one of the two has hooks.
+    """A group norm and the SiLU after it in one pass; the norm alone if the SiLU was replaced or one of the two has hooks.
 
     Attributes:
         _fast_parent: the module whose ``conv_norm_out`` this is, in a tuple, so that it is not registered as a child.
@@ -149,7 +149,7 @@ class FastGroupNormSiLU(nn.GroupNorm):
 
 @_checks_class
 class FusedSiLU(nn.SiLU):
-    """SiLU, except of tensors that :class:`FastGroupNormSiLU` has marked as activated."""
+    """SiLU; tensors that :class:`FastGroupNormSiLU` has marked as activated pass unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not getattr(x, "_fast_silu", False):
@@ -187,9 +187,9 @@ class FastResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _is_served(self, x: Tensor, temb: Tensor | None) -> bool:
-        """Whether the block is as it was adopted, takes this embedding, and no gradient is recorded."""
+        """Whether the block is unchanged since its adoption, takes this embedding, and no gradient is recorded."""
         if (temb is None) != (self.time_emb_proj is None):
-            return False  # mostly an error, for diffusers to raise
+            return False  # mostly an error that diffusers raises
         if (self.time_embedding_norm == "scale_shift") if temb is None else (self.time_embedding_norm not in _EMBEDDINGS):
             return False
         return why_not_resnet(self) is None and not _needs_original(x, temb, *_parameters(self))
@@ -216,13 +216,13 @@ class FastAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
     """Attention, and the norm before it, by the operators of this package.
 
     Args:
-        original: the processor replaced, which still serves the calls that this one does not.
-        dtype: what the network computes in, where it was given one.
+        original: the replaced processor, which still serves the other calls.
+        dtype: the network's dtype of computation, if it was given one.
     """
 
     def __init__(self, original: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        # Adapters construct processors of the class that they find, without arguments.
+        # Adapters construct processors of the present class without arguments.
         self.original = AttnProcessor2_0() if original is None else original
         self.dtype = dtype
 
@@ -238,7 +238,7 @@ class FastAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
     ) -> Tensor:
         is_image = hidden_states.ndim == 4
         normed = attn.group_norm is not None
-        # In a network with a dtype, projections that record a gradient compute in another dtype than the others.
+        # In a network with a dtype, projections that record a gradient compute in their own dtype.
         needs_original = self.dtype is None and _needs_original(hidden_states, encoder_hidden_states, *_parameters(attn))
         served = not normed or (is_image and is_untouched(attn.group_norm, FastGroupNorm))
         if needs_original or args or kwargs or not served or why_not_attention(attn, self.original) is not None:
@@ -265,7 +265,8 @@ class FastAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
 
 
 class CastInputs:
-    """A forward pre-hook that converts the inputs of a module to its own dtype: for one left alone in a network of another."""
+    """A forward pre-hook that converts inputs to the module's own dtype, for a module left alone in a network of another
+    dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -304,19 +305,19 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def adopt(module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None = None, *, is_last: bool = False) -> None:
-    """Changes the class of ``module`` to its subclass ``kind``.
+    """Change the class of ``module`` to its subclass ``kind``.
 
     Args:
-        dtype: what it computes in; None is its weight's dtype.
-        is_last: whether it is the last convolution of a network: it returns its weight's dtype, contiguous as the sample is,
-            because a scheduler's step takes a single pass only over tensors of one layout.
+        dtype: its dtype of computation; None is its weight's.
+        is_last: whether it is the last convolution of a network. It then returns its weight's dtype, contiguous like the
+            sample, because a scheduler's step takes a single pass only over tensors of one layout.
     """
     module.__class__ = kind
     vars(module).update(_fast_dtype=dtype, _fast_is_last=is_last)
 
 
 def give_back(module: nn.Module) -> None:
-    """Undoes :func:`adopt`; other modules stay as they are."""
+    """Undo :func:`adopt`; other modules are unchanged."""
     kind = type(module)
     if kind in FAST:
         module.__class__ = FAST[kind]
@@ -330,7 +331,7 @@ def give_back(module: nn.Module) -> None:
 
 
 def compute_dtype(module: FastConv2d | FastLinear) -> torch.dtype:
-    """The dtype in which an adopted module computes."""
+    """The dtype of an adopted module's computation."""
     return module._fast_dtype or module.weight.dtype
 
 
@@ -363,7 +364,7 @@ def why_not_upsample(block: Upsample2D) -> str | None:
         and is_conv3x3(conv_of(block))
     ):
         return None
-    return "it does not enlarge by repetition before a 3x3 convolution"
+    return "it is not nearest-neighbour upsampling before a 3x3 convolution"
 
 
 def why_not_attention(attn: Attention, processor: Any) -> str | None:
@@ -397,15 +398,15 @@ def _is_conv1x1(conv: nn.Conv2d) -> bool:
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether ``module`` has no hooks, forward or padding of somebody else's, so that it need not be called itself; and
-    whether its class is ``kind``, if given."""
+    """Whether ``module`` has no foreign hooks, forward or padding, so that its call can be replaced; and whether its class is
+    ``kind``, if given."""
     if kind is not None and type(module) is not kind:
         return False
     return not torch_private.has_hooks(module) and "forward" not in vars(module) and _pads_zeros(module)
 
 
 def _pads_zeros(module: nn.Module) -> bool:
-    """Whether a convolution pads with zeros: people make tiling ones by changing the attributes of an existing module."""
+    """Whether a convolution pads with zeros; tiling ones are made by changing the attributes of an existing module."""
     return getattr(module, "padding_mode", "zeros") == "zeros" and "_conv_forward" not in vars(module)
 
 
@@ -416,7 +417,7 @@ def _norm_input(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _sum_biases(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two biases, either of which may be missing."""
+    """The sum of two biases; either may be None."""
     return b if a is None else a if b is None else a + b
 
 
@@ -426,8 +427,8 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _needs_original(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a module has to compute as its original class: a gradient is recorded, or autocast or a transform of torch.func
-    is active. ``x`` is on the device in question."""
+    """Whether a module must compute as its original class: a gradient is recorded, or autocast or a transform of torch.func is
+    active on the device of ``x``."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return True
     return torch.is_autocast_enabled(x.device.type) or is_transformed()

@@ -42,7 +42,7 @@ from .report import Accelerated, LeftAlone, Report
 __all__ = ["DENOISERS", "AdoptReplacements", "adopt_model", "restore_module"]
 
 DENOISERS = (UNet2DModel, UNet2DConditionModel)
-# Their conv_norm_out is followed by conv_act alone.
+# Only conv_act follows their conv_norm_out.
 _WITH_OUTPUT_LAYERS = (*DENOISERS, Encoder, Decoder)
 
 _SUBCLASS = "it is a class of its own"
@@ -51,13 +51,13 @@ _SUBCLASS = "it is a class of its own"
 def adopt_model(
     model: nn.Module, name: str, dtype: torch.dtype | None, report: Report, *, keep_processors: bool = False
 ) -> None:
-    """Replaces the classes of all modules of ``model`` that are served.
+    """Replace the classes of all supported modules of ``model``.
 
     Args:
-        name: of the model in its pipeline, for the report.
-        dtype: what the model shall compute in, None for its own.
-        report: gets the modules replaced and those left alone.
-        keep_processors: leaves all attention processors as they are.
+        name: the model's name in its pipeline, for the report.
+        dtype: the model's dtype of computation; None is its own.
+        report: gets the replaced modules and those left alone.
+        keep_processors: keep all attention processors.
     """
     _Walk(dtype, report, keep_processors).visit(model, name)
     if isinstance(model, DENOISERS) and type(model.conv_out) is FastConv2d:
@@ -65,21 +65,21 @@ def adopt_model(
 
 
 def restore_module(module: nn.Module) -> None:
-    """Undoes :func:`adopt_model` for one module, but for its attention processor."""
+    """Undo :func:`adopt_model` for one module, except its attention processor."""
     give_back(module)
     torch_private.remove_pre_hooks(module, (CastInputs, CastMask))
 
 
 class AdoptReplacements:
-    """A forward pre-hook of a network with a dtype of its own: a layer or attention processor that was put into the network
-    since the last call would not fit its dtype, and is treated as if it had been there when the network was accelerated.
+    """A forward pre-hook of a network with a ``dtype``. A layer or attention processor put in since the last call would not fit
+    that dtype; the hook adapts it as if it had been there from the start.
 
     Args:
         model: the network.
-        dtype: what it computes in.
+        dtype: its dtype of computation.
     """
 
-    # Held during a walk; of the class, because networks are copied with their hooks, and locks cannot be.
+    # Held during a walk. The class owns it, because networks are copied with their hooks and locks cannot be copied.
     _lock = threading.Lock()
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -90,7 +90,7 @@ class AdoptReplacements:
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling() and self._last != self._parts():
             with self._lock:
-                if self._last != self._parts():  # no other thread has done it meanwhile
+                if self._last != self._parts():  # unless another thread has done it
                     self._adopt()
 
     def _parts(self) -> list[Any]:
@@ -126,13 +126,13 @@ class _Walk:
 
     def visit(self, module: nn.Module, name: str) -> None:
         if isinstance(module, (TimestepEmbedding, nn.Embedding)) or type(module) in FAST:
-            return  # small and exact; or adopted before, under another name
+            return  # small and exact, or adopted before under another name
         reason = _why_closed(module)
         if reason is None and type(module) in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GroupNorm):
             self._layer(module, name)
             return
         if reason is None and any(True for _ in module.parameters(recurse=False)):
-            reason = "it is none of the classes served here"
+            reason = "it is none of the supported classes"
         if reason is None and isinstance(module, Attention) and self.dtype is not None:
             reason = _why_not_projections(module)
         if reason is not None:
@@ -143,7 +143,7 @@ class _Walk:
                 continue  # small and exact
             path = _join(name, child_name)
             if isinstance(module, DENOISERS) and child_name == "conv_out" and type(child) is not nn.Conv2d:
-                self._leave(child, path, "it is no convolution, and returns what the network does")
+                self._leave(child, path, "it returns the network's output and is not a convolution")
             else:
                 self.visit(child, path)
         if isinstance(module, ResnetBlock2D):
@@ -164,7 +164,7 @@ class _Walk:
             self._leave(layer, name, f"its padding_mode is {layer.padding_mode}")
         elif isinstance(layer, nn.Conv2d):
             self._adopt(layer, FastConv2d, name, "conv3x3" if is_conv3x3(layer) else "PyTorch in channels_last")
-        elif self.dtype is not None and layer.weight is not None:  # also if it is the weights' own: they may be moved later
+        elif self.dtype is not None and layer.weight is not None:  # even the weights' own dtype: they may be converted later
             self._adopt(layer, FastLinear if isinstance(layer, nn.Linear) else FastLayerNorm, name, f"PyTorch in {self.dtype}")
 
     def _block(self, block: nn.Module, kind: type[nn.Module], name: str, by: str, reason: str | None) -> None:
@@ -186,7 +186,7 @@ class _Walk:
         self.report.replaced.append(Accelerated(name, "Attention", "attention"))
 
     def _output_norm(self, module: nn.Module, name: str) -> None:
-        """Fuses the norm before the last convolution with its SiLU."""
+        """Fuse the norm before the last convolution with its SiLU."""
         norm, act = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
         if norm is None or type(act) is not nn.SiLU or not is_untouched(norm, FastGroupNorm) or not is_untouched(act):
             return
@@ -202,7 +202,7 @@ class _Walk:
         self.report.left_alone.append(LeftAlone(name, type(module).__name__, why))
 
     def _leave(self, module: nn.Module, name: str, why: str) -> None:
-        """Leaves a module and its children alone. In a network of another dtype it gets its input in its own."""
+        """Leave a module and its children alone. In a network of another dtype, its inputs are converted to its own."""
         self._report_left(module, name, why)
         dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
         if self.dtype is None or not dtypes or self.dtype in dtypes:
@@ -222,7 +222,7 @@ def _why_closed(module: nn.Module) -> str | None:
     if hasattr(module, "base_layer"):
         return "it is LoRA-wrapped"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
-        return "its forward is somebody else's (a hook)"
+        return "its forward is not the class's own (a hook)"
     if hasattr(module, "parametrizations"):
         return "its weights are parametrized"
     for parameter in module.parameters(recurse=False):
@@ -232,8 +232,8 @@ def _why_closed(module: nn.Module) -> str | None:
 
 
 def _why_not_projections(attn: Attention) -> str | None:
-    """The reason why the projections of attention may not compute in another dtype, or None: a processor of another kind would
-    combine their results with weights of its own dtype."""
+    """The reason why the projections of attention may not compute in another dtype, or None: another processor would combine
+    their results with weights of its own dtype."""
     processor = attn.processor.original if isinstance(attn.processor, FastAttnProcessor) else attn.processor
     if _has_other_weights(processor):
         return f"its processor, {type(processor).__name__}, has weights of its own"
@@ -244,8 +244,8 @@ def _why_not_projections(attn: Attention) -> str | None:
 
 
 def _has_other_weights(part: Any) -> bool:
-    """Whether a part of attention has weights that are left alone: a module any outside the layers served here; another
-    object, which the walk does not enter, any at all."""
+    """Whether a part of attention has weights that are left alone: in a module, weights outside the supported layers; in
+    another object, which the walk does not enter, any weights."""
     if isinstance(part, nn.Module):
         return any(_why_closed(m) is not None or _is_unknown(m) for m in part.modules())
     leaves = torch_private.tree_leaves(vars(part)) if hasattr(part, "__dict__") else []
@@ -253,5 +253,5 @@ def _has_other_weights(part: Any) -> bool:
 
 
 def _is_unknown(module: nn.Module) -> bool:
-    """Whether a module has weights, and is none of the layers served here."""
+    """Whether a module has weights and is not a supported layer."""
     return type(module) not in FAST.values() and any(True for _ in chain(module.parameters(False), module.buffers(False)))

@@ -10,7 +10,7 @@ __all__ = ["Accelerated", "LeftAlone", "Report"]
 
 @dataclass(frozen=True)
 class Accelerated:
-    """One module or scheduler replaced: its name in the model or pipeline, its class, and what computes it now."""
+    """A replaced module or scheduler: its name in the model or pipeline, its class, and its present implementation."""
 
     name: str
     kind: str
@@ -19,7 +19,7 @@ class Accelerated:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """One module or component not replaced: its name, its class, and the reason."""
+    """A module or component left alone: its name, its class, and the reason."""
 
     name: str
     kind: str
@@ -28,10 +28,10 @@ class LeftAlone:
 
 @dataclass
 class Report:
-    """The modules that :func:`ddim_fast.accelerate` replaced and those it left alone; printed, a summary.
+    """The modules that :func:`ddim_fast.accelerate` replaced and those it left alone; ``str`` is a summary.
 
     Attributes:
-        engine: how the network is executed.
+        engine: the engine that runs the network.
         replaced, left_alone: in the order of the walk through the model.
     """
 
@@ -40,7 +40,7 @@ class Report:
     left_alone: list[LeftAlone] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in plain dictionaries, lists and strings."""
+        """The report as plain dictionaries, lists and strings."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from ..diffusion.step import step_coefficients
 
 __all__ = ["StepCoefficients", "between", "why_not_finite"]
 
-# diffusers' float32 coefficients with no larger relative error are kept where they are to be exact: the bits stay the same.
+# Exact coefficients keep diffusers' float32 values up to this relative error, so that the bits stay the same.
 _ROUNDING = 1e-5
 
 
@@ -20,9 +20,9 @@ class StepCoefficients(NamedTuple):
     """The coefficients of one step, float32 values.
 
     Attributes:
-        signal, noise: sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) where the step starts.
-        to_signal, to_noise: sqrt(alphas_cumprod) where it ends, and the factor of the predicted noise there,
-            sqrt(1 - alphas_cumprod - sigma^2).
+        signal, noise: sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at the start of the step.
+        to_signal, to_noise: sqrt(alphas_cumprod) at its end, and the factor of the predicted noise there, sqrt(1 -
+            alphas_cumprod - sigma^2).
         sigma: the standard deviation of the fresh noise.
     """
 
@@ -35,7 +35,7 @@ class StepCoefficients(NamedTuple):
 
 def between(start: Tensor, end: Tensor, eta: float = 0.0, sigma: Tensor | None = None, *, exact: bool) -> StepCoefficients:
     """The coefficients of a step between two noise levels, by diffusers' operations on 0-dim tensors: float64 would round
-    otherwise. With ``exact``, those that have lost digits to these operations are computed in float64 instead.
+    differently. With ``exact``, coefficients that lose digits in these operations are computed in float64.
 
     Raises:
         ValueError: ``exact``, and there is no such step.

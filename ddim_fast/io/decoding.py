@@ -1,4 +1,4 @@
-"""Pictures from encoded files: whatever Pillow decodes, upright, of 8 bits and without transparency."""
+"""Pictures from encoded files of any format of Pillow: upright, 8 bits, without transparency."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .files import one_line
 
 __all__ = ["check_size", "decode_image", "image_suffixes", "opaque", "reason_of"]
 
-# Formats that Pillow knows of but does not decode by itself: it has no decoder, or only on Windows, or runs Ghostscript.
+# Formats that Pillow lists but does not decode itself: it has no decoder, only one on Windows, or runs Ghostscript.
 _UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-# What each EXIF orientation does to a picture.
+# The transposition of each EXIF orientation.
 _TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,37 +26,37 @@ _TURNS: dict[int | None, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's modes with transparency of their own, those without colour, and those that it converts to grey and to RGB.
+# Pillow's modes with an alpha channel, modes without colour, and modes that it converts to grey and to RGB.
 _TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 _GREY = {"1", "L", "LA", "La"}
 _PLAIN = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
 
-# Bits a pixel of the PNGs that Pillow stretches to 8, by the name it has for what is stored.
+# Bits per pixel of PNGs that Pillow stretches to 8, by Pillow's raw mode.
 _DEPTHS = {"L;2": 2, "L;4": 4}
 
-# How many times as much memory these decoders take for a pixel.
+# Memory per pixel of these decoders, relative to the others.
 _COPIES: dict[str | None, int] = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4, "ICNS": 4}
 
 
 def image_suffixes() -> set[str]:
-    """How the names of pictures end, such as ".png": of every format that Pillow decodes here, plugins included."""
-    decoded = {*_decoders(), "MPO"}  # which Pillow opens as a JPEG
+    """The file name endings of pictures, such as ".png", for every format that Pillow decodes here, plugins included."""
+    decoded = {*_decoders(), "MPO"}  # Pillow opens it as a JPEG
     return {suffix for suffix, format in Image.registered_extensions().items() if format in decoded}
 
 
 def decode_image(name: str, data: bytes, background: str = "white") -> Image.Image:
-    """The first picture of an encoded file, as :func:`opaque` returns it, turned as its EXIF orientation says. An orientation
-    that cannot be read is none.
+    """The first picture of an encoded file, as :func:`opaque` returns it, turned by its EXIF orientation. An unreadable
+    orientation is ignored.
 
     Args:
-        name: what an error calls the file.
+        name: the file's name in errors.
         data: the encoded file.
-        background: what transparent pixels show.
+        background: the colour of transparent pixels.
 
     Raises:
         ValueError: Pillow cannot decode it.
     """
-    # Of a damaged file, Pillow's decoders of some forty formats raise whatever they run into.
+    # Pillow's decoders of some forty formats raise any exception for a damaged file.
     try:
         image: Any = Image.open(io.BytesIO(data), formats=_decoders())
         check_size(image, _COPIES.get(image.format, 1))
@@ -66,15 +66,17 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
         image = opaque(_keyed(image, tiles, data), background)
         return image if turn is None else image.transpose(turn)
     except Exception as error:
-        raise ValueError(f"{name}: not a readable image ({reason_of(error)})") from None
+        raise ValueError(
+            f"{name}: not a readable image ({reason_of(error)}); copy or download it again, or save it as PNG"
+        ) from None
 
 
 def check_size(image: Image.Image, copies: int) -> None:
-    """See that a picture is no decompression bomb: that it has no more pixels than Pillow reads of one, twice
-    ``Image.MAX_IMAGE_PIXELS``, when decoding takes so many times as much memory.
+    """Check that a picture is no decompression bomb: it has at most twice ``Image.MAX_IMAGE_PIXELS`` (Pillow's own limit),
+    divided by ``copies``, the memory factor of its decoder.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it has more pixels.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > 2 * limit // copies:
@@ -82,11 +84,11 @@ def check_size(image: Image.Image, copies: int) -> None:
 
 
 def opaque(image: Image.Image, background: str = "white") -> Image.Image:
-    """A decoded picture over a background where it is transparent, by an alpha channel, its palette or a transparent colour.
-    Of 16 bits a channel the upper 8 are kept. Grey pictures stay grey, of mode "1" or "L".
+    """A decoded picture over a background, where its alpha channel, palette or transparent colour makes it transparent.
+    Channels of 16 bits keep the upper 8. Grey pictures stay grey, of mode "1" or "L".
 
     Raises:
-        ValueError: it has 32 bits a pixel, and values that are not in 0..255.
+        ValueError: it has 32 bits per pixel and values outside 0..255.
     """
     image.load()
     _fit_transparency(image)
@@ -112,7 +114,7 @@ def opaque(image: Image.Image, background: str = "white") -> Image.Image:
 
 def reason_of(error: Exception) -> str:
     """Pillow's message about a file that it cannot decode, in one line."""
-    if isinstance(error, UnidentifiedImageError):  # whose text is about an object in memory
+    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
         return "of no format that Pillow decodes"
     return one_line(error) or type(error).__name__
 
@@ -123,7 +125,7 @@ def _decoders() -> list[str]:
 
 
 def _fit_transparency(image: Image.Image) -> None:
-    """Forget the opacities of colours that no palette has, over 256: Pillow would not convert the picture."""
+    """Drop opacities beyond the 256 colours of a palette; with them Pillow would not convert the picture."""
     key = image.info.get("transparency")
     if image.mode == "P" and isinstance(key, bytes):
         image.info["transparency"] = key[:256]
@@ -132,8 +134,8 @@ def _fit_transparency(image: Image.Image) -> None:
 
 
 def _keyed(image: Image.Image, tiles: list[Any], data: bytes) -> Image.Image:
-    """A decoded PNG with an alpha channel in place of a transparent colour, which has as many bits as the file's pixels: Pillow
-    compares it with pixels that it has brought to 8."""
+    """A decoded PNG with an alpha channel in place of its transparent colour. That colour has the bits of the file's pixels,
+    but Pillow compares it with pixels of 8 bits."""
     key = image.info.get("transparency")
     if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None:
         return image
@@ -172,8 +174,8 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The picture turned as EXIF's orientation says. Nothing else in EXIF is read, as it may be damaged."""
+    """The picture turned by its EXIF orientation. Nothing else in EXIF is read, as it may be damaged."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # as many kinds as there are ways to damage it
+    except Exception:  # damaged data raise any exception
         return None

@@ -1,4 +1,4 @@
-"""Files: written so that nothing is ever left half-written, and named in errors about what they hold."""
+"""Files that are written whole or not at all, and named in errors about their content."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
     "write_json",
 ]
 
-# Folders that archives of a Mac, storages of Synology and file systems put beside pictures and sounds.
+# Folders that Mac archives, Synology storage and file systems put beside pictures and sounds.
 _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 
@@ -77,8 +77,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill: beside the place of ``folder``, renamed to it at the end, and removed if anything goes wrong. An
-    empty folder that is there already may be a mount or a link, which cannot be replaced, and is filled in the same way.
+    """A new folder to fill, beside ``folder``: renamed to it at the end, removed after an error. An existing empty folder may
+    be a mount or a link, which cannot be replaced; the files are moved into it.
 
     Raises:
         FileExistsError: ``folder`` exists and is not an empty folder.
@@ -113,15 +113,15 @@ def _errors_name_place(path: Path) -> Iterator[None]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder so called is none of a data set's."""
+    """Whether a file or folder of this name does not belong to a data set."""
     return name.startswith(".") or name in _LEFTOVERS
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those inside it, but for hidden ones and what file systems and archives leave behind.
+    """The files in a folder and its subfolders, without hidden ones and leftovers of file systems and archives.
 
-    Links to folders are followed, but not to a folder around the link, nor into a folder a second time: a folder's files come
-    once, from their own place if that is inside."""
+    Links to folders are followed, except to a parent folder of the link or to a folder already listed: every file comes once,
+    from its own place if that is inside."""
     seen: set[str] = set()
     folders: list[Path] = [folder]
     links: list[Path] = []
@@ -141,44 +141,44 @@ def visible_files(folder: Path) -> Iterator[Path]:
                 target = os.path.realpath(path)
                 if not any(Path(inner).is_relative_to(target) for inner in (here, os.path.realpath(folder))):
                     links.append(path)
-            elif entry.is_symlink() or entry.is_file():  # no pipe, into which nobody may write
+            elif entry.is_symlink() or entry.is_file():  # no pipe, which could block
                 yield path
 
 
 def warn_of_skipped(folder: Path, files: Collection[Path], what: str) -> None:
-    """Say, once, how many files of a folder are left out because they are not ``what`` is read there."""
+    """Warn, once, how many files of a folder are skipped because they are not ``what`` is read there."""
     kinds = Counter(path.suffix.lower() or "without suffix" for path in files)
     if kinds:
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        warn_once(f"{folder}: skipped what cannot be read as {what}: {listed}")
+        warn_once(f"{folder}: skipped files that cannot be read as {what}: {listed}")
 
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """A warning that a process gives once, whatever the filters of others."""
+    """A warning that a process gives once, under any warning filters."""
     warnings.warn(text, stacklevel=2)
 
 
 def check_expansion(stored: int, expanded: int, usual: int = 100) -> None:
-    """See that compressed data are no decompression bomb, before they take the memory.
+    """Check that compressed data are no decompression bomb before they are expanded.
 
     Args:
-        stored: bytes that they have.
-        expanded: bytes that they say they become.
-        usual: how many times as many those may be.
+        stored: their size in bytes.
+        expanded: their expanded size in bytes, as they state it.
+        usual: the largest allowed ratio of the two.
 
     Raises:
-        ValueError: they are more, and more than 256 MiB.
+        ValueError: the ratio is larger, and the expanded size is over 256 MiB.
     """
     if expanded > 2**28 and expanded > usual * stored:
         raise ValueError(f"its {stored} bytes would become {expanded}: a decompression bomb")
 
 
 def require_file(path: Path) -> None:
-    """See that a checkpoint's folder has this file.
+    """Check that a checkpoint folder has this file.
 
     Raises:
-        FileNotFoundError: it has not.
+        FileNotFoundError: it lacks the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")
@@ -186,7 +186,7 @@ def require_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def errors_name_file(path: Path) -> Iterator[None]:
-    """Inside, a ValueError is about the content of ``path``, and says so."""
+    """Inside, a ValueError is about the content of ``path``, and gets its name."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -195,12 +195,12 @@ def errors_name_file(path: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """A library's message in one line, for an error of ours to quote; of an object in memory it names the kind alone."""
+    """A library's message in one line, to quote in an error; an object in memory is named by its type alone."""
     return re.sub(r"<(\S+) object at 0x[0-9a-f]+>", r"\1", " ".join(str(error).split()))
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: ``ddim_fast`` in XDG_CACHE_HOME, or in ~/.cache. It may not exist."""
+    """The cache folder, ``ddim_fast`` in XDG_CACHE_HOME or ~/.cache, for files that can be made again. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim_fast"
 
 
@@ -212,14 +212,14 @@ def _umask() -> int:
 
 
 def numbers(count: int) -> list[str]:
-    """The numbers from 0, as names that sort as they do."""
+    """The numbers from 0, as names in the same sort order."""
     digits = len(str(count - 1))
     return [f"{i:0{digits}d}" for i in range(count)]
 
 
 def item_names(places: Sequence[str]) -> list[str]:
-    """A name, without a suffix, for what is made of each of some files: the file's own, and NAME-2 of a second one called so.
-    What is no file of its own but a row of a data set is called by its number."""
+    """Names, without a suffix, for the results of some files: the file's own name, NAME-2 for a second file of that name, and
+    the number for a row of a data set."""
     names: list[str] = []
     taken = {Path(name).stem for name in OVERVIEWS}
     for i, place in enumerate(places):

@@ -33,7 +33,7 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
     """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8 on the host, values outside clipped.
 
     Raises:
-        ValueError: a number is infinite or none, as where a network overflows in float16.
+        ValueError: a value is NaN or infinite, as where a network overflows in float16.
     """
     floats: Any = images.astype(np.float32) if isinstance(images, np.ndarray) else images.detach().float()
     if not (abs(floats) < np.inf).all():
@@ -46,7 +46,7 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
 
 
 def image_grid(images: Tensor | np.ndarray, columns: int = 10, gap: int = 2) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1] -> one (height, width, C) uint8 picture, ``columns`` images a row on white.
+    """(N, C, H, W) in [-1, 1] -> one (height, width, C) uint8 picture, ``columns`` images per row on white.
 
     Raises:
         ValueError: there are no images.
@@ -71,18 +71,18 @@ def to_pil(images: Tensor | np.ndarray) -> list[Image.Image]:
         images: (N, C, H, W), or (C, H, W) for one image, of 1 or 3 channels.
 
     Raises:
-        ValueError: they are of another shape or dtype, or a number is infinite or none.
+        ValueError: they are of another shape or dtype, or a value is NaN or infinite.
     """
     return [_enlarged(picture, 1) for picture in to_uint8(_checked(images))]
 
 
 def save_images(images: Tensor | np.ndarray, path: str | os.PathLike[str]) -> list[Path]:
-    """Write images as files, which replace those of the same names.
+    """Write images as files, replacing those of the same names.
 
     Args:
         images: as of :func:`to_pil`.
-        path: a folder, made where there is none, for ``0.png``, ``1.png`` and so on, with as many digits as the last number
-            has; or an image file, such as ``a.png``, for one image, or for all of them in a grid of ten columns.
+        path: a folder for ``0.png``, ``1.png`` and so on, with the digits of the last number, created if it is missing; or an
+            image file, such as ``a.png``, for one image, or for all in a grid of ten columns.
 
     Returns:
         The files, in order.
@@ -92,7 +92,7 @@ def save_images(images: Tensor | np.ndarray, path: str | os.PathLike[str]) -> li
     """
     images, path = _checked(images), Path(path)
     if path.suffix and not path.is_dir():
-        image_format(path)  # refused before a folder is made for it
+        image_format(path)  # refused before a folder is created
         picture = to_uint8(images)[0] if len(images) == 1 else image_grid(images)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(path, picture)
@@ -131,7 +131,7 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
 
 
 def _checked(images: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """(N, C, H, W) images that can be written as pictures, of those or of one, (C, H, W)."""
+    """(N, C, H, W) images, checked to be pictures, from (N, C, H, W) or a single (C, H, W)."""
     if getattr(images, "ndim", None) not in (3, 4):
         got = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
         raise ValueError(f"images are a tensor or an array of shape (N, C, H, W) or (C, H, W); got {got}")
@@ -141,7 +141,7 @@ def _checked(images: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def check_floats(images: Tensor | np.ndarray) -> None:
-    """See that images are no 8-bit pixels, which would pass for numbers far outside of [-1, 1].
+    """Check that images are floating-point: 8-bit pixels would pass for values far outside [-1, 1].
 
     Raises:
         ValueError: they are of an integer, a boolean or a complex dtype.
@@ -155,20 +155,20 @@ def check_floats(images: Tensor | np.ndarray) -> None:
 
 
 def check_channels(channels: int, instead: str) -> None:
-    """See that images can be written as pictures.
+    """Check that images can be written as pictures.
 
     Raises:
-        ValueError: pictures do not have so many channels.
+        ValueError: they have another number of channels than pictures.
     """
     if channels not in (1, 3):
         raise ValueError(f"images of {channels} channels are no pictures, which have 1 or 3; {instead}")
 
 
 def image_format(path: Path) -> str:
-    """Pillow's name of the format that a file's suffix means.
+    """Pillow's name of the format of a file's suffix.
 
     Raises:
-        ValueError: it means none.
+        ValueError: the suffix is unknown.
     """
     formats = Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:

@@ -12,14 +12,13 @@ __all__ = ["Processes", "cpu_threads"]
 
 T = TypeVar("T")
 
-# At the end, processes wait for the slowest of them. Not for one that failed: torchrun ends all, and a lost connection is an
-# error.
+# Processes wait for the slowest one at the end, but not for a failed one: torchrun ends all, and a lost connection is an error.
 _PATIENCE = timedelta(days=7)
 
 
 def cpu_threads() -> int:
-    """How many threads compute where torch does not: as many as OMP_NUM_THREADS says, as in torch, or as there are cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # of a list the first is for the outermost level
+    """The number of threads outside of torch: OMP_NUM_THREADS, as in torch, or the number of cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # the first number of a list is for the outermost level
     return min(_cores(), int(asked)) if asked.isdecimal() and int(asked) else _cores()
 
 
@@ -28,10 +27,10 @@ def _cores() -> int:
 
 
 class Processes:
-    """A context in which processes share work. torchrun says in the environment how many there are; without it there is one.
+    """A context in which processes share work. Their number is in the environment of torchrun; without it there is one.
 
     Attributes:
-        count: how many there are.
+        count: the number of processes.
         rank: the number of this one, from 0.
         local_rank: its number on this machine.
     """
@@ -44,9 +43,9 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.count > 1:
-            import torch.distributed  # one process alone may do without torch
+            import torch.distributed  # a single process does not need torch
 
-            dist: Any = torch.distributed  # not all of which it exports for mypy
+            dist: Any = torch.distributed  # mypy does not see all of its names
             self._dist = dist
             store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
@@ -59,11 +58,11 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that decides and speaks for all."""
+        """Whether this is the first process, which decides and prints for all."""
         return self.rank == 0
 
     def device_name(self, name: str) -> str:
-        """The device of this process where the user asked for ``name``: each has a GPU of its own, unless one is named."""
+        """The device of this process for the user's ``name``: each process has a GPU of its own, unless one is named."""
         if self.count == 1:
             return name
         import torch
@@ -79,11 +78,11 @@ class Processes:
             torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of the items that are this process's."""
+        """This process's share of the items."""
         return items[self.rank :: self.count]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """The result of ``make`` in the first process. Where it raises there, the others exit without a word."""
+        """The result of ``make`` in the first process. If it raises there, the others exit silently."""
         if self.count == 1:
             return make()
         result: T | None = None
@@ -102,14 +101,14 @@ class Processes:
         return message[0]
 
     def add_done(self, amount: int) -> int:
-        """Count work done; returns what all processes have done so far."""
+        """Count work done; returns the work of all processes so far."""
         if self.count == 1:
             self._done += amount
             return self._done
         return self._store.add("done", amount)
 
     def wait(self) -> None:
-        """Until all processes are here.
+        """Wait for all processes.
 
         Raises:
             RuntimeError: one of them has ended.

@@ -1,6 +1,6 @@
 """The progress of long computations, by network evaluation.
 
-A sampler tells of each network evaluation, wherever it is made; who wants to know watches, in the same thread.
+A sampler reports each network evaluation by :func:`tell`; a watcher in the same thread receives it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def tell(images: float, evaluations: int = 1) -> None:
     """The network was called.
 
     Args:
-        images: how many images that brought to the end of a run: a step of one is a part, and all its parts add up to 1.
-        evaluations: how often it was called, each time for a batch.
+        images: the finished images, in parts: the steps of one image add up to 1.
+        evaluations: the number of calls, each for a batch.
     """
     watcher = _watcher.get()
     if watcher is not None:
@@ -47,14 +47,14 @@ def watch(watcher: Watcher) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collect() -> Iterator[list[tuple[float, int]]]:
-    """Inside, what is told is kept in the list, and nobody is called: the computation is recorded, to be done later."""
+    """Inside, reports are kept in the list and no watcher is called: the computation is only recorded, to run later."""
     told: list[tuple[float, int]] = []
     with watch(lambda images, evaluations: told.append((images, evaluations))):
         yield told
 
 
 def count_of(count: int, noun: str) -> str:
-    """So many of what ``noun`` names in the plural, as "1 image" and "2 images"."""
+    """A count with its noun, given in the plural: "1 image", "2 images"."""
     return f"{count} {noun if count != 1 else noun.removesuffix('s')}"
 
 
@@ -74,7 +74,7 @@ def redrawn(bar: Any) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """In words for people, in the two units that matter: 3 h 20 min."""
+    """A duration in its two largest units: 3 h 20 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
@@ -89,12 +89,12 @@ class Bar:
     """A progress bar, as a context: inside, each network evaluation moves it.
 
     Args:
-        total: images that there will be.
-        noun: what they are called.
-        there: how many of them are there already.
-        runs: how often the network's sampler runs over each of them: twice where images are encoded and decoded.
-        shown: whether there is a bar at all.
-        text: what is done, before a bar that goes away at the end; None is a bar that stays.
+        total: the number of images.
+        noun: their name, in the plural.
+        there: the number of images already finished.
+        runs: sampling runs per image: 2 where images are encoded and decoded.
+        shown: whether to show the bar.
+        text: the label of a bar that disappears at the end; None is a bar that stays.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Bar:
         self._text, self._part, self._evaluations = text, 0.0, 0
 
     def __enter__(self) -> Self:
-        from tqdm import tqdm  # not above: most of the package does without
+        from tqdm import tqdm  # not above: most of the package does not need it
 
         of_all = count_of(self._total, self._noun)
         self._stack = contextlib.ExitStack()
@@ -121,7 +121,7 @@ class Bar:
                 initial=int(self._made),
                 desc=self._text,
                 leave=self._text is None,
-                # A count of 0.1 images is no count, but the time that remains follows from it.
+                # A part of an image is not shown, but the remaining time follows from it.
                 bar_format=f"{{l_bar}}{{bar}}| {{n:.0f}}/{of_all} [{{elapsed}}<{{remaining}}{{postfix}}]",
                 miniters=0,
                 smoothing=0,
@@ -137,12 +137,12 @@ class Bar:
         self._stack.close()
 
     def made(self, images: int) -> None:
-        """So many images are there by now, whatever was told of them."""
+        """Set the number of finished images, whatever was reported."""
         self._made, self._part = images, 0.0
         self._show()
 
     def of(self, done: int, total: int) -> None:
-        """So many of so many are there."""
+        """Set the finished number and the total."""
         self._total = self._bar.total = total
         self.made(done)
 

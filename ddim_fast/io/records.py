@@ -17,20 +17,20 @@ __all__ = [
     "is_overview",
 ]
 
-# What a command did in a folder, and the pictures there that show all of it.
+# The record of a command in its folder, and the overview pictures beside it.
 RECORD = "record.json"
 GRID, SPECTROGRAMS, COMPARISON, FILM = "grid.png", "spectrograms.png", "comparison.png", "film.gif"
 OVERVIEWS = (GRID, SPECTROGRAMS, COMPARISON, FILM)
 
-# What version 0.1 called the record.
+# The record's name in version 0.1.
 _FORMER = ("sampling.json", "restoration.json", "video.json", "interpolation.json", "edit.json", "errors.json")
 
-# Of a training: its options, its losses, and the folder of grids of samples.
+# A training's options, losses, and folder of sample grids.
 RUN, STATS, SAMPLES = "train.json", "stats.jsonl", "samples"
 
 
 def is_overview(path: Path) -> bool:
-    """Whether a file is the record of what a command of this package did in its folder, or a picture that shows it."""
+    """Whether a file is a record or an overview picture that a command of this package wrote."""
     folder = path.parent
     if folder.name == SAMPLES and all((folder.parent / name).is_file() for name in (RUN, STATS)):
         return True

@@ -1,2 +1,2 @@
-"""Long work, batch by batch, so that a job that was killed goes on: sampling, restoring, interpolating between frames, and the
-files that images go to."""
+"""Long jobs in batches, which continue after being killed: sampling, restoration, frame interpolation, and their output
+files."""

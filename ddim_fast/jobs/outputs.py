@@ -1,8 +1,8 @@
-"""Where the images of a job go: a folder of PNG files, or one .npz file.
+"""The output of a job: a folder of PNG files, or one .npz file.
 
-Either is filled batch by batch, in any order and by any number of processes. A file of a batch is there whole or not at all, so
-what is there is the state of the job, and a job that was killed goes on from it. Beside the images lies ``record.json``, the
-command and the settings they are made with: images of other settings are never added to them, nor any to other things.
+Batches are written in any order, by any number of processes. A file is written whole or not at all, so the files are the state
+of the job, and a killed job continues from them. ``record.json`` beside the images holds the command and its settings: images
+of other settings are never added, and a job never writes among other files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "FileFolder", "NpzFile", "Output", "PngFolder", "require_empty", "require_parents"]
 
-# Whoever gives --out one of these does not mean a folder.
+# An --out with one of these suffixes does not mean a folder.
 _FILES = {
     *(".zip", ".npy", ".npz", ".pt", ".safetensors", ".onnx", ".parquet", ".json"),
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mp4", ".avi", ".mov", ".wav", ".flac", ".mp3"),
@@ -43,11 +43,11 @@ _END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Batches:
-    """The images of a job. Batch k is images kB to (k+1)B - 1, whoever makes it and whatever was made before: where an image's
-    last bits depend on its batch, as on a GPU, they are the same again when a job goes on.
+    """The images of a job. Batch k is always images kB to (k+1)B - 1. Where an image's last bits depend on its batch, as on a
+    GPU, a continued job therefore makes the same bits.
 
     Attributes:
-        seeds: N integers, one an image.
+        seeds: N integers, one per image.
         labels: N class labels, or None.
         size: B.
         image_shape: (H, W, C) of a picture.
@@ -62,7 +62,7 @@ class Batches:
         return -(-len(self.seeds) // self.size)
 
     def part(self, k: int) -> slice:
-        """Which images batch k is."""
+        """The range of images in batch k."""
         return slice(k * self.size, (k + 1) * self.size)
 
     def __getitem__(self, k: int) -> tuple[Sequence[int], Sequence[int] | None]:
@@ -79,10 +79,10 @@ class Output(abc.ABC):
     """The base of both forms of output.
 
     Attributes:
-        path: what the user named.
-        folder: where the batches and their record are written.
-        batches: the images that belong in it.
-        noun: what several of its items are called.
+        path: the path that the user named.
+        folder: the folder for the batches and their record.
+        batches: its images.
+        noun: the name of its items, in the plural.
     """
 
     noun = "images"
@@ -96,27 +96,27 @@ class Output(abc.ABC):
 
     @abc.abstractmethod
     def is_whole(self, k: int, file: Path) -> bool:
-        """Whether a file of batch k is there, and not damaged as far as a glance can tell."""
+        """Whether a file of batch k exists and passes a quick check for damage."""
 
     def convert(self, images: Any) -> np.ndarray:
-        """A sampler's images, (n, C, H, W) in [-1, 1], a tensor or an array, as they are written: here (n, H, W, C) uint8
-        pictures."""
+        """A sampler's images, (n, C, H, W) in [-1, 1], a tensor or an array, converted for :meth:`write`: here (n, H, W, C)
+        uint8 pictures."""
         return to_uint8(images)
 
     @abc.abstractmethod
     def write(self, k: int, items: np.ndarray) -> None:
-        """Write batch k, as :meth:`convert` has made it."""
+        """Write batch k, converted by :meth:`convert`."""
 
     @abc.abstractmethod
     def read(self, k: int) -> np.ndarray:
-        """The items that :meth:`write` has written for batch k."""
+        """The items of batch k, read back from the files of :meth:`write`."""
 
     def shown(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) in [-1, 1]: what people are shown of a sampler's images."""
+        """(n, C, H, W) in [-1, 1]: pictures of a sampler's images for people."""
         return images
 
     def preview(self, count: int) -> np.ndarray:
-        """The first ``count`` images as people are shown them: (n, C, H, W) in [-1, 1]."""
+        """Pictures of the first ``count`` images for people: (n, C, H, W) in [-1, 1]."""
         return np.moveaxis(self._first(count), -1, 1) / np.float32(127.5) - 1
 
     def _first(self, count: int) -> np.ndarray:
@@ -125,14 +125,14 @@ class Output(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """Make it the finished output, when every batch is there."""
+        """Turn the complete batches into the finished output."""
 
     @abc.abstractmethod
     def remove_remains(self) -> None:
         """Remove half-written files of a process that was killed."""
 
     def record(self) -> dict[str, Any] | None:
-        """The contents of the record, or None where nothing has begun.
+        """The contents of the record, or None without one.
 
         Raises:
             ValueError: it is damaged; the message names the file.
@@ -147,29 +147,29 @@ class Output(abc.ABC):
             raise ValueError(f"{error}; name another --out") from None
 
     def begun(self) -> dict[str, Any]:
-        """The same of a job that has begun."""
+        """The record of a job that has begun."""
         record = self.record()
         assert record is not None
         return record
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Make the folder, with its record of an unfinished job."""
+        """Create the folder, with the record of an unfinished job."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             write_json(self.folder / RECORD, {**record, "finished": False})
         except OSError:
-            self.folder.rmdir()  # empty, because nothing can be written there
+            self.folder.rmdir()  # writing there failed, so it is empty
             raise
 
     def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:
-        """Begin a job, or get ready to go on with one.
+        """Begin a job, or prepare to continue one.
 
         Args:
-            there: what :meth:`record` returned, and :meth:`check` let pass.
-            record: that of a job that begins now, with its "command" and "settings".
+            there: the result of :meth:`record`, passed by :meth:`check`.
+            record: the record of a new job, with its "command" and "settings".
 
         Returns:
-            The batches to make; None where the job is finished.
+            The batches to make; None if the job is finished.
         """
         if there is None:
             self.begin(record)
@@ -182,45 +182,44 @@ class Output(abc.ABC):
         write_json(self.folder / RECORD, {**self.begun(), **fields})
 
     def check(self, there: dict[str, Any] | None, record: dict[str, Any]) -> None:
-        """See that a job may go on with what is there, or begin.
+        """Check that a job may begin here, or continue the present one.
 
         Args:
-            there: what :meth:`record` returned.
-            record: that of the job. Its "settings" are by option, such as ``{"steps": 20}``, or by positional argument, such as
-                ``{"IMAGES": ...}``.
+            there: the result of :meth:`record`.
+            record: the record of the job. Its "settings" are by option, such as ``{"steps": 20}``, or by positional argument,
+                such as ``{"IMAGES": ...}``.
 
         Raises:
-            ValueError: there are other things, or what is there was made with other settings; the message names the option and
-                both values.
+            ValueError: the place holds other files, or a job with other settings; the message names the option and both values.
         """
         if there is None:
             require_empty(self.folder)
             return
         if there.get("command") != record["command"]:
             made = there.get("command") or "another version"
-            raise ValueError(f"--out {self.path} holds what {made} made, not {record['command']}; name another --out")
+            raise ValueError(f"--out {self.path} holds the output of {made}, not of {record['command']}; name another --out")
         begun, settings = there["settings"], record["settings"]
         for option in [*settings, *(begun.keys() - settings.keys())]:
             old, new = begun.get(option), settings.get(option)
             if old != new:
                 raise ValueError(
                     f"--out {self.path} was begun with {_named(option)} {_shown(old)}, not {_shown(new)}; "
-                    "give the same settings to go on with it, or name another --out"
+                    "give the same settings to continue it, or name another --out"
                 )
 
     def missing(self) -> list[int]:
-        """The batches of which a file is missing or damaged."""
+        """The batches with a missing or damaged file."""
         return [k for k in range(len(self.batches)) if not all(self.is_whole(k, file) for file in self.files(k))]
 
 
 class FileFolder(Output):
-    """A folder with a file a seed, ``000012.png`` for seed 12, or with one a name.
+    """A folder with one file per seed, ``000012.png`` for seed 12, or per name.
 
     Args:
-        names: of the files, without their suffix; None for the seeds.
+        names: names of the files, without their suffix; None uses the seeds.
 
     Attributes:
-        suffix: of the files.
+        suffix: the suffix of the files.
         overview: the name of the picture of the first images of a sampling job.
 
     Raises:
@@ -237,7 +236,8 @@ class FileFolder(Output):
         if times > 1:
             if names is None:
                 raise ValueError(
-                    f"--seeds names {twice} more than once: a folder holds one image a seed, a .npz file holds them all"
+                    f"--seeds names {twice} more than once: a folder holds one image per seed; name a .npz file, which holds "
+                    "them all"
                 )
             raise ValueError(f"{times} images would be {twice}{self.suffix} in {path}; write them into different folders")
 
@@ -265,7 +265,7 @@ class PngFolder(FileFolder):
             with open(file, "rb") as stream:
                 stream.seek(-len(_END_OF_PNG), os.SEEK_END)
                 return stream.read() == _END_OF_PNG
-        except OSError:  # not there, or shorter than that
+        except OSError:  # missing or truncated
             return False
 
     def write(self, k: int, items: np.ndarray) -> None:
@@ -282,10 +282,10 @@ class PngFolder(FileFolder):
 
 
 class NpzFile(Output):
-    """One file in the form that evaluations of image models read (Dhariwal and Nichol 2021's code): ``arr_0`` is the
-    (N, H, W, C) uint8 images, ``arr_1`` their (N,) int64 class labels where they have any. ``record.json`` is in the archive.
+    """One file in the form that evaluations of image models read (Dhariwal and Nichol 2021's code): ``arr_0`` is the (N, H, W,
+    C) uint8 images, ``arr_1`` their (N,) int64 class labels, if any. ``record.json`` is in the archive.
 
-    Until all batches are there, they lie in a folder beside it, ``FILE.npz.partial``, and are then joined one by one.
+    Batches are kept in a folder beside it, ``FILE.npz.partial``, and joined once all are complete.
     """
 
     def __init__(self, path: Path, batches: Batches) -> None:
@@ -297,7 +297,7 @@ class NpzFile(Output):
     def is_whole(self, k: int, file: Path) -> bool:
         try:
             stored = np.load(file, mmap_mode="r")
-        except Exception:  # numpy raises whatever it runs into in a damaged file
+        except Exception:  # numpy raises any exception for a damaged file
             return False
         return stored.dtype == np.uint8 and stored.shape == (len(self.batches[k][0]), *self.batches.image_shape)
 
@@ -316,16 +316,14 @@ class NpzFile(Output):
             with zipfile.ZipFile(self.path) as archive, errors_name_file(self.path):
                 return _checked_record(json.loads(archive.read(RECORD)))
         except (zipfile.BadZipFile, KeyError):
-            raise ValueError(
-                f"--out {self.path} exists, and no {RECORD} in it says how it was made; name another file"
-            ) from None
+            raise ValueError(f"--out {self.path} exists and has no {RECORD} of its settings; name another file") from None
 
     def finish(self) -> None:
         batches, shape = self.batches, (len(self.batches.seeds), *self.batches.image_shape)
         joined = self.folder / "joined.npz"
         with open(joined, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
-                # A ZipInfo made by hand carries no time of day: the same images are the same file.
+                # A ZipInfo made by hand has no time of day: the same images give the same file.
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
@@ -349,10 +347,10 @@ class NpzFile(Output):
 
 
 def require_empty(folder: Path) -> None:
-    """See that nothing is where a command is to write.
+    """Check that the place of a command's output is free.
 
     Raises:
-        ValueError: it is no folder, or something is in it.
+        ValueError: it is a file, or a folder that is not empty.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; name a folder that is new or empty")
@@ -366,17 +364,17 @@ def require_empty(folder: Path) -> None:
 
 
 def require_parents(option: str, path: Path) -> None:
-    """See that the folders around ``path`` are there or can be made.
+    """Check that the parent folders of ``path`` exist or can be created.
 
     Args:
-        option: which names it.
+        option: the option that names it.
 
     Raises:
         ValueError: one of them is a file.
     """
     for parent in path.parents:
         if os.path.lexists(parent) and not parent.is_dir():
-            raise ValueError(f"{option} {path}: {parent} is a file, in which nothing can be; name another place")
+            raise ValueError(f"{option} {path}: {parent} is a file, not a folder; name another place")
 
 
 def _checked_record(record: Any) -> dict[str, Any]:

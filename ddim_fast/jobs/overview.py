@@ -1,4 +1,4 @@
-"""Pictures that show a sampling job: a grid of its first images, and a film of how they were made."""
+"""Overview pictures of a sampling job: a grid of its first images, and a film of its first batch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ GRID_IMAGES = 60
 
 
 def save_grid(path: Path, output: Output) -> None:
-    """The first images of an output that holds them all."""
+    """The first images of a complete output."""
     images = output.preview(GRID_IMAGES)
     save_image(path, image_grid(images), _scale(images))
 
 
 class Film:
-    """The steps of the first batch, from noise to images, written when the last one is made."""
+    """The film of the first batch, from noise to images, written after its last step."""
 
     def __init__(self, path: Path, steps: int, shown: Callable[[Tensor], Tensor]) -> None:
         self._path, self._steps, self._shown = path, steps, shown
         self._frames: list[np.ndarray] = []
 
     def add(self, step: JobStep) -> None:
-        """One more frame. Of a batch that memory does not hold, the film shows the part that is made first."""
+        """Add a frame. If memory does not hold the whole batch, the film shows its first part."""
         if step.call > 0:
             return
         if step.state.step == 0:
@@ -48,5 +48,5 @@ class Film:
 
 
 def _scale(images: Tensor | np.ndarray) -> int:
-    """How many pixels wide a pixel of small (N, C, H, W) images is shown."""
+    """The enlargement of small (N, C, H, W) images for people."""
     return max(1, 64 // images.shape[2])

@@ -1,4 +1,4 @@
-"""Where a command writes: its output, in a place that holds nothing else."""
+"""The place of a command's output, which holds nothing else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Kind = TypeVar("Kind", bound=Output)
 
 
 def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output:
-    """A folder of sounds where the images are some, otherwise an .npz file or a folder of pictures.
+    """A folder of sounds for a model of sounds, otherwise an .npz file or a folder of pictures.
 
     Raises:
-        ValueError: these images cannot be there.
+        ValueError: the place does not fit the images.
     """
     if audio is not None:
         from .sound_outputs import WavFolder
@@ -31,23 +31,23 @@ def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output
         return WavFolder(path, batches, audio)
     if path.suffix.lower() == ".npz":
         return NpzFile(path, batches)
-    check_channels(batches.image_shape[2], "--out FILE.npz holds them as they are")
+    check_channels(batches.image_shape[2], "name --out FILE.npz, which holds any channels")
     return PngFolder(path, batches)
 
 
 def place_output(
     given: Path | None, usual: str, make: Callable[[Path], Kind], record: dict[str, Any]
 ) -> tuple[Kind, dict[str, Any] | None]:
-    """The output of a job, and the record that is there of it.
+    """The output of a job, and its existing record.
 
     Args:
-        given: --out; None is the first of the folders ``usual``, ``usual``-2 and so on that holds this job unfinished, or
-            nothing.
+        given: --out; None is the first of the folders ``usual``, ``usual``-2 and so on that is empty or holds this job
+            unfinished.
         make: the output at a path.
-        record: of the job.
+        record: the record of the job.
 
     Raises:
-        ValueError: other things are in the place that is given, or a record is damaged; the message says what to do.
+        ValueError: ``given`` holds other files, or a record is damaged; the message names the remedy.
     """
     if given is not None:
         output = make(given)
@@ -65,11 +65,10 @@ def place_output(
 
 
 def free_folder(given: Path | None, usual: str) -> Path:
-    """The folder of a command that writes it at once: ``given``, or the first of ``usual``, ``usual``-2 ... that is new or
-    empty.
+    """The folder for a command's output: ``given``, or the first of ``usual``, ``usual``-2 ... that is new or empty.
 
     Raises:
-        ValueError: other things are in the folder that is given.
+        ValueError: ``given`` is not empty.
     """
     if given is not None:
         require_empty(given)

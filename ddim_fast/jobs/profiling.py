@@ -1,4 +1,4 @@
-"""Where a sampling run's time goes, by torch.profiler."""
+"""Profiles of sampling runs, by torch.profiler."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ __all__ = ["profile_sampling"]
 
 
 def profile_sampling(sampler: Sampler | LatentSampler, trace: Path, *, seeds: Sequence[int], **request: Any) -> Profile:
-    """Samples one batch twice: first to warm up, then under torch.profiler.
+    """Sample one batch twice: first to warm up, then under torch.profiler.
 
-    Nothing else of this package may compute in the process meanwhile, in another thread. The sampler itself compiles and
-    captures nothing.
+    No other thread of the process may use this package meanwhile. The given sampler itself compiles and captures nothing.
 
     Args:
-        sampler: of fixed steps.
-        trace: where the Chrome trace goes, a file that Perfetto and chrome://tracing show; it is written over.
-        seeds: of the batch.
-        request: whatever else :meth:`ddim_fast.Sampler.sample` takes, without ``batch_size`` and ``on_step``.
+        sampler: a sampler of fixed steps.
+        trace: the file of the Chrome trace, for Perfetto or chrome://tracing; it is overwritten.
+        seeds: the seeds of the batch.
+        request: other arguments of :meth:`ddim_fast.Sampler.sample`, except ``batch_size`` and ``on_step``.
 
     Raises:
         ValueError: the sampler has a tolerance, or the request is wrong.
     """
     if sampler.tolerance is not None:
-        raise ValueError("a profile is of steps that all images share; with a tolerance each image takes its own")
+        raise ValueError(
+            "a profile needs steps that all images share, but with a tolerance each image takes its own; use fixed steps"
+        )
     fresh, device = sampler.with_new_engine(), sampler.device
     on_gpu = device.type == "cuda"
 
@@ -62,7 +63,7 @@ def profile_sampling(sampler: Sampler | LatentSampler, trace: Path, *, seeds: Se
 
 
 def _record_solver(solver: Any) -> None:
-    """Makes the solver's steps a range of the profile, where they are not compiled."""
+    """Mark the solver's steps as a range of the profile, if they are not compiled."""
     step = solver.step
 
     def recorded(*arguments: Any) -> Any:
@@ -79,7 +80,7 @@ def _profiler(on_gpu: bool) -> profile:
 
 
 def _export(profiler: Any, trace: Path) -> list[dict[str, Any]]:
-    """Writes the trace, whole or not at all; returns its events."""
+    """Write the trace, whole or not at all; returns its events."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "trace.json")
         profiler.export_chrome_trace(file)

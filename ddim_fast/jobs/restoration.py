@@ -1,4 +1,4 @@
-"""A restoration job: batches of degraded images from the network to the disk, with figures of each."""
+"""A restoration job: batches of restored images written to disk, with measures of each."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class RestorationJob:
-    """Degraded images, each to be restored once a seed.
+    """Degraded images, each to be restored once per seed.
 
     Attributes:
-        sampler: restores them.
-        operator: what has happened to them.
+        sampler: the sampler that restores them.
+        operator: their degradation.
         steps: options of :meth:`ddim_fast.Sampler.restoration_steps`.
         guidance: scale of classifier-free guidance, or None.
-        measurement: what is left of each image.
-        truth: (N, H, W, C) uint8, the images as they were; None where nobody knows.
-        image: for each restored image, the number of the degraded one.
-        names: of the restored images.
+        measurement: the degraded images, as the operator returns them.
+        truth: (N, H, W, C) uint8, the original images, or None if unknown.
+        image: the number of the degraded image, for each restored one.
+        names: names of the restored images.
         batches: their seeds and labels.
     """
 
@@ -54,16 +54,16 @@ class RestorationJob:
         self.operator.to(self.sampler.device)
 
     def restore(self, k: int, output: PngFolder) -> None:
-        """Restore batch k; its pictures go to ``output``, and before them the figures of each, by name, into the record:
-        ``inconsistency``, the largest ``|A x - y|``, and ``inconsistency_of_file``, after rounding to 8 bits; and where the
-        truth is known, of the rounded pictures ``psnr`` and ``ssim``, and both ``_of_pseudo_inverse``.
+        """Restore batch k and write its pictures to ``output``, after the measures of each, by name, in the record. They are
+        ``inconsistency``, the largest ``|A x - y|``; ``inconsistency_of_file``, after rounding to 8 bits; and, with a known
+        truth, ``psnr`` and ``ssim`` of the rounded pictures, and both ``_of_pseudo_inverse``.
 
         Raises:
             ValueError: the images are not finite.
         """
         seeds, labels = self.batches[k]
         count, measurement = len(seeds), self.measurement[self.image[self.batches.part(k)]]
-        # What is compiled is so for one number of images: a last, smaller batch is filled up with its last image.
+        # Compiled code is for one batch size: a smaller last batch is filled up with its last image.
         size = self.batches.size if self.sampler.needs_one_batch_size else count
         which = [min(i, count - 1) for i in range(size)]
         restored = self.sampler.restore(
@@ -88,7 +88,7 @@ class RestorationJob:
         output.write(k, pictures)
 
     def finish(self, output: PngFolder) -> dict[str, float]:
-        """Note that all is there, and the mean of each figure, of inconsistencies the largest; returns these."""
+        """Finish the record with the mean of each measure, or the largest inconsistency; returns these."""
         images = output.begun()["images"]
         rows = [images[name] for name in self.names]
         means = {name: (max if name.startswith("inconsistency") else np.mean)([row[name] for row in rows]) for name in rows[0]}
@@ -97,8 +97,8 @@ class RestorationJob:
         return means
 
     def comparison(self, output: PngFolder) -> np.ndarray:
-        """(height, width, C) uint8: the first images in rows, as they were given, where that is a picture of its own, by the
-        pseudo-inverse alone, restored, and as they were, where that is known."""
+        """(height, width, C) uint8, a row each of the first images: degraded (if that is a picture of its own), by the
+        pseudo-inverse alone, restored, and original (if known)."""
         shown = slice(0, _SHOWN)
         given, seen = self.measurement[self.image[shown]], self._pseudo_inverse(shown).cpu()
         rows = [seen] if given.shape != seen.shape or torch.equal(given, seen) else [given, seen]
@@ -122,5 +122,5 @@ class RestorationJob:
         }
 
     def _pseudo_inverse(self, part: slice) -> Tensor:
-        """(n, C, H, W): what the degraded images say without a network."""
+        """(n, C, H, W): the pseudo-inverse of the degraded images, without a network."""
         return self.operator.pseudo_inverse(self.measurement[self.image[part]].to(self.sampler.device))

@@ -1,4 +1,4 @@
-"""A sampling job: batches of images from the network to the disk, within the memory that there is."""
+"""A sampling job: batches of images written to disk, within the available memory."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class JobStep:
 
     Attributes:
         batch: the number of the batch.
-        call: which part of the batch it is, from 0; parts are what is sampled at once.
-        calls: how many parts the batch has: 1, unless memory ran out.
+        call: the number of the batch's part that is sampled at once, from 0.
+        calls: the number of parts: 1, unless memory ran out.
         state: the sampler's state after the step.
     """
 
@@ -45,17 +45,16 @@ class JobStep:
 
 
 class Job:
-    """Samples batches, and halves what is sampled at once where memory runs out.
+    """Samples batches; halves the number of images sampled at once when memory runs out.
 
     Args:
-        sampler: makes the images.
+        sampler: the sampler of the images.
         batches: the images to make.
         guidance: scale of classifier-free guidance, or None.
-        watch: given the number of a batch, what is called after each of its steps, or None: only then can an engine that
-            captures the whole loop run it in one go. When memory runs out, a batch starts again from its first step.
+        watch: from the number of a batch to a callback for each of its steps, or None; only without a callback can an engine
+            run the whole loop in one go. When memory runs out, a batch starts again from its first step.
         guidance_interval: the timesteps that guidance is limited to, or None.
-        convert: what is made of the images of a batch, (n, C, H, W) in [-1, 1]: see
-            :meth:`ddim_fast.jobs.outputs.Output.convert`.
+        convert: converts the images of a batch, (n, C, H, W) in [-1, 1]: see :meth:`ddim_fast.jobs.outputs.Output.convert`.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class Job:
         self._at_once = batches.size
 
     def warm_up(self, k: int) -> None:
-        """One step of batch k, thrown away: it compiles what is compiled and starts what is started once."""
-        if self.sampler.engine == "onnx" or self.sampler.tolerance is not None:  # compiled when loaded; nothing to prepare
+        """Run one step of batch k as a warm-up: it compiles code and starts libraries."""
+        if self.sampler.engine == "onnx" or self.sampler.tolerance is not None:  # ONNX Runtime compiles when it loads
             return
 
         def compute() -> None:
             seeds, labels = (None if part is None else part[: self._at_once] for part in self._filled(k))
             request = {"seeds": seeds, "labels": labels, **self._guidance}
-            if self.sampler.runs_whole:  # all steps are one graph, and there is no part of it to try
+            if self.sampler.runs_whole:  # all steps are one graph, which has no parts to try
                 self.sampler.sample(**request, batch_size=self._at_once)
             else:
                 next(self.sampler.trajectory(**request))
@@ -92,7 +91,7 @@ class Job:
         self._within_memory(compute)
 
     def pictures(self, k: int) -> np.ndarray:
-        """The images of batch k, converted: to (n, H, W, C) uint8, if not to sounds.
+        """The converted images of batch k: (n, H, W, C) uint8, or sounds.
 
         Raises:
             RuntimeError: there is not enough memory for a single image.
@@ -116,7 +115,7 @@ class Job:
         return self._within_memory(compute)
 
     def run(self, ks: Sequence[int], output: Output, on_batch: Callable[[int], None]) -> None:
-        """Make batches and write them to ``output``, a batch being written while the next one is made.
+        """Make batches and write them to ``output``, each while the next one is made.
 
         Args:
             ks: the batches.
@@ -136,8 +135,8 @@ class Job:
                 written.result()
 
     def _filled(self, k: int) -> tuple[list[int], list[int] | None]:
-        """Seeds and labels of batch k. What is compiled or captured is so for one number of images, so a last, smaller batch is
-        filled up with its last image."""
+        """Seeds and labels of batch k. Compiled and captured code is for one batch size, so a smaller last batch is filled up
+        with its last image."""
         seeds, labels = self.batches[k]
         missing = max(0, self._at_once - len(seeds)) if self.sampler.needs_one_batch_size else 0
         return [*seeds, *[seeds[-1]] * missing], None if labels is None else [*labels, *[labels[-1]] * missing]
@@ -156,14 +155,14 @@ class Job:
         return report
 
     def _within_memory(self, compute: Callable[[], T]) -> T:
-        """The result of ``compute``, tried again with half as many images at once each time that memory runs out."""
+        """The result of ``compute``, retried with half as many images at once each time memory runs out."""
         while True:
             try:
                 return compute()
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-            # Not before the error is gone: its traceback holds the tensors of the attempt.
+            # Only after the error is gone: its traceback holds the tensors of the attempt.
             gc.collect()
             if self.sampler.device.type == "cuda":
                 import torch
@@ -172,11 +171,11 @@ class Job:
             if self._at_once == 1:
                 raise RuntimeError(f"out of memory: {self.sampler.device} has too little for a single image of this network")
             self._at_once //= 2
-            tqdm.write(f"out of memory: going on with {count_of(self._at_once, 'images')} a network call", file=sys.stderr)
+            tqdm.write(f"out of memory: continuing with {count_of(self._at_once, 'images')} per network call", file=sys.stderr)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. The host's allocator in torch has no error class of its own."""
+    """Whether memory ran out. Torch's host allocator has no error class of its own."""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
     )

@@ -1,4 +1,4 @@
-"""Where the sounds of a sampling job go: a folder of WAV files."""
+"""The output of a sampling job of sounds: a folder of WAV files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["WavFolder"]
 
 
 class WavFolder(FileFolder):
-    """A folder with a 16-bit WAV a seed.
+    """A folder with one 16-bit WAV per seed.
 
     Raises:
-        ValueError: it is called as a file of images is, or a seed is named twice.
+        ValueError: its name is one of a file of images, or a seed is named twice.
     """
 
     suffix, overview, noun = ".wav", SPECTROGRAMS, "sounds"

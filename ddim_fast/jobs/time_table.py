@@ -1,4 +1,4 @@
-"""Where a run's time goes: a table made of a Chrome trace of torch.profiler."""
+"""The time of a run by kind of operator: a table from a Chrome trace of torch.profiler."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 __all__ = ["RUN", "SOLVER_STEP", "Profile", "Row", "time_table"]
 
-# The names of ranges: all of the run, and the solver's part of a step.
+# The names of ranges: the whole run, and the solver's part of a step.
 RUN, SOLVER_STEP = "ddim_fast.run", "ddim_fast::solver_step"
 
 _CONVOLUTIONS, _PRODUCTS, _ATTENTION, _NORMS = "convolutions", "matrix products", "attention", "norms with SiLU"
 _SOLVER, _FUSED, _REST, _GAPS = "solver", "fused by torch.compile", "the rest", "gaps"
 _LINES = (_CONVOLUTIONS, _PRODUCTS, _ATTENTION, _NORMS, _SOLVER, _FUSED, _REST)
 
-# What a range on the host is, by its name: the first that fits.
+# The kind of a range on the host by its name: the first match.
 _OPERATORS = {
     _SOLVER: r"ddim_fast::(solver_step|ddim_step)",
     _ATTENTION: r"::attention|scaled_dot_product|_attention_",
@@ -26,8 +26,8 @@ _OPERATORS = {
     _PRODUCTS: r"ddim_fast::product|::_?(linear|matmul|einsum|(add|badd|addb|int_|scaled_)?(b?mm|mv))_?$|_linear_pointwise",
 }
 
-# The same for kernels of a GPU, and for what torch.compile generates. A fused kernel with a norm in it counts as a norm,
-# whatever else is in it; "tem" are templates of products and convolutions.
+# The same for kernels of a GPU and for torch.compile's kernels. A fused kernel with a norm counts as a norm; "tem" are
+# templates of products and convolutions.
 _KERNELS = {
     _NORMS: r"native_group_norm|group_norm_silu_kernel|chunk_statistics|^merge_kernel|GroupNorm|RowwiseMoments",
     _FUSED: r"cpp_fused|^triton_(?!tem_)",
@@ -42,9 +42,9 @@ class Row(NamedTuple):
     """A line of the table.
 
     Attributes:
-        name: of a kind of operators, or ``gaps``.
-        milliseconds: how long operators of this kind ran.
-        calls: how many operators ran, the outermost of nested ones; on a GPU, how many kernels.
+        name: a kind of operators, or ``gaps``.
+        milliseconds: the time of the operators of this kind.
+        calls: the number of operators, only the outermost of nested ones; on a GPU, the number of kernels.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a sampled batch went. ``str`` is a table.
+    """The time of a sampled batch by kind of operator. ``str`` is a table.
 
     Attributes:
-        title: what ran.
+        title: the description of the run.
         milliseconds: the time from the request to the images.
         rows: each kind of operators, and gaps; their times add up to ``milliseconds``.
-        on_gpu: whether the times are of a GPU's kernels; otherwise they are of operators on the calling thread.
+        on_gpu: whether the times are of a GPU's kernels; otherwise of operators on the calling thread.
         served: by operator of this package, the implementations that computed it, as in
             :func:`ddim_fast.ops.recording.recorded_operators`.
     """
@@ -83,7 +83,7 @@ class Profile:
 
 
 class _Range(NamedTuple):
-    """A time in microseconds in which something called ``name`` ran."""
+    """The time in which ``name`` ran, in microseconds."""
 
     start: float
     end: float
@@ -92,11 +92,11 @@ class _Range(NamedTuple):
 
 
 def time_table(events: Sequence[Mapping[str, Any]], on_gpu: bool) -> tuple[float, tuple[Row, ...]]:
-    """The milliseconds of the range :data:`RUN` in a trace, and what they were spent on.
+    """The milliseconds of the range :data:`RUN` in a trace, and their rows by kind.
 
     Args:
         events: the list ``traceEvents`` of a Chrome trace.
-        on_gpu: whether the run is over when the GPU's kernels are; the times are theirs then.
+        on_gpu: whether the run ends with the GPU's kernels; the times are then theirs.
 
     Raises:
         ValueError: the trace has no such range.
@@ -124,7 +124,7 @@ def time_table(events: Sequence[Mapping[str, Any]], on_gpu: bool) -> tuple[float
 
 
 def _ranges(events: Iterable[Mapping[str, Any]], categories: Sequence[str], start: float, end: float) -> list[_Range]:
-    """The ranges of these categories that begin in a time, in their order, a range before those that are in it."""
+    """The ranges of these categories that begin from ``start`` to ``end``, in order, an outer range before its inner ones."""
     found = [
         _Range(e["ts"], e["ts"] + e["dur"], e["name"], e.get("args", {}).get("correlation"))
         for e in events
@@ -134,7 +134,7 @@ def _ranges(events: Iterable[Mapping[str, Any]], categories: Sequence[str], star
 
 
 def _outermost(ranges: Iterable[_Range]) -> Iterator[_Range]:
-    """Those that lie in no other, of ranges that nest."""
+    """The outermost of nested ranges."""
     end = float("-inf")
     for r in ranges:
         if r.start >= end:
@@ -143,7 +143,7 @@ def _outermost(ranges: Iterable[_Range]) -> Iterator[_Range]:
 
 
 def _operator_times(operators: Sequence[_Range], named: Sequence[_Range]) -> Iterator[tuple[str, float, int]]:
-    """Kind, microseconds and calls of operators on the host. The rest is operators of no kind, without those in them."""
+    """Kind, microseconds and calls of operators on the host. The rest is operators without a kind, minus those inside them."""
     for r in named:
         yield _kind(r.name) or _REST, r.end - r.start, 1
     outermost, known = list(_outermost(operators)), set(named)
@@ -157,8 +157,8 @@ def _operator_times(operators: Sequence[_Range], named: Sequence[_Range]) -> Ite
 def _kernel_times(
     kernels: Sequence[_Range], named: Sequence[_Range], launches: Mapping[Any, float], end: float
 ) -> Iterator[tuple[str, float, int]]:
-    """The same of kernels, in the order of their starts. A kernel is of the kind of the operator that launched it; in a CUDA
-    graph, or where that operator is of no kind, of the kind that its name says. Time that kernels share is the first one's."""
+    """The same for kernels, in the order of their starts. A kernel has the kind of the operator that launched it; in a CUDA
+    graph, or if that operator has no kind, its name decides. Overlapping time counts for the first kernel."""
     starts, busy = [r.start for r in named], float("-inf")
     for kernel in kernels:
         launched = launches.get(kernel.correlation, float("-inf"))
@@ -171,7 +171,7 @@ def _kernel_times(
 
 
 def _is_operator(name: str) -> bool:
-    """Whether a range on the host is an operator, not a frame around some."""
+    """Whether a range on the host is an operator, not a frame around operators."""
     return re.match(r"\w+::", name) is not None or _is_generated(name)
 
 

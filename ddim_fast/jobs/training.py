@@ -1,4 +1,4 @@
-"""Training for as long as it takes: losses, checkpoints, snapshots and pictures in the folder of a run that can go on."""
+"""A training run that can be resumed: losses, checkpoints, snapshots and pictures in its folder."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def run_training(
 
     Args:
         out: the folder of the run.
-        save_grid: writes a picture of what the network makes by now to a path.
+        save_grid: writes a picture of the network's present samples to a path.
         log_every, save_every, sample_every: steps between lines of stats.jsonl, between checkpoints, and between grids.
-        minutes: stop after so many.
+        minutes: stop after this time.
         quiet: no progress bar and no estimate.
 
     Returns:
-        Whether Ctrl-C ended it; there is a checkpoint of its last step then, too, but no grid.
+        Whether Ctrl-C ended the run; its last step is then in a checkpoint, too, but has no grid.
     """
     options = trainer.options
     _forget_after(out, trainer.step)
@@ -73,7 +73,7 @@ def run_training(
             last = step.step == options.steps or time.perf_counter() > deadline or interrupt.came
             if last or step.step % log_every == 0 or step.step % save_every == 0:
                 loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
-                # The gradient of the last step is in the weights already, and not in a loss yet.
+                # The last gradient is already in the weights, but not yet in a loss.
                 for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
                     if not math.isfinite(value):
                         kept = f"{out} keeps the checkpoint of step {saved}" if saved else "there is no checkpoint yet"
@@ -112,9 +112,9 @@ def run_training(
 
 
 class _Estimate:
-    """Says once how long the steps take that are left, by those after the first, which compiles and allocates."""
+    """Print once an estimate of the remaining time, from the steps after the first, which compiles and allocates."""
 
-    _STEPS, _SECONDS = 2, 5.0  # what it measures, at least
+    _STEPS, _SECONDS = 2, 5.0  # the least time to measure
 
     def __init__(self, steps: int, bar: Any) -> None:
         self._steps, self._bar = steps, bar
@@ -122,32 +122,32 @@ class _Estimate:
         self._said = False
 
     def update(self, made: TrainingStep) -> None:
-        """A step was made."""
+        """Count a finished step."""
         if self._said:
             return
         if self._first is None:
-            made.loss.item()  # waits for a GPU, as below
+            made.loss.item()  # waits for the GPU, as below
             self._first = made.step, time.perf_counter()
         elif made.step - self._first[0] >= self._STEPS and time.perf_counter() - self._first[1] >= self._SECONDS:
             made.loss.item()
             left = self._steps - made.step
             seconds = (time.perf_counter() - self._first[1]) / (made.step - self._first[0]) * left
-            self._bar.write(f"about {duration(seconds)} for the {left:,} steps that are left", file=sys.stderr)
+            self._bar.write(f"about {duration(seconds)} for the remaining {left:,} steps", file=sys.stderr)
             self._said = True
 
 
 class _Interrupt:
-    """A context in which Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is
-    remembered, and answered at once. A second one does.
+    """A context in which Ctrl-C does not interrupt the current step, which would leave some weights new and some old. It is
+    recorded and answered at once; a second Ctrl-C interrupts.
 
-    Python runs its handlers of signals between two of its own instructions, and the backward pass of a large network is one
-    that lasts for tens of seconds. So a thread answers, which the signal itself wakes.
+    Python runs signal handlers between two of its own instructions, and the backward pass of a large network is one of tens of
+    seconds. So a thread answers, woken by the signal itself.
 
     Attributes:
         came: whether Ctrl-C was pressed.
     """
 
-    _PATIENCE = 2.0  # seconds in which a second Ctrl-C may end the process in order
+    _PATIENCE = 2.0  # seconds for a second Ctrl-C to end the process in order
 
     def __init__(self) -> None:
         self.came, self._raises = False, False
@@ -171,7 +171,7 @@ class _Interrupt:
         self._woken.close()
 
     def abandons(self, make: Callable[[], None]) -> None:
-        """Call ``make``, which Ctrl-C ends at once, as no step is being made; not at all where it came before."""
+        """Call ``make``, which Ctrl-C ends at once, since no step is running; do not call it after a Ctrl-C."""
         self._raises = True
         try:
             if not self.came:
@@ -201,8 +201,8 @@ class _Interrupt:
 
 
 def _forget_after(out: Path, step: int) -> None:
-    """Drop the lines and the snapshots of steps that are about to be made again, because the run stopped after its last
-    checkpoint; and lines that are none, as one that was not written to its end."""
+    """Drop the lines and snapshots of steps after the last checkpoint, which are about to be made again, and incomplete
+    lines."""
     path, kept = out / STATS, []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):

@@ -1,4 +1,4 @@
-"""A film with more frames: new ones between each two that are given, batch by batch to the disk."""
+"""A film with new frames between every two given ones, written in batches."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def scan_frames(source: Path) -> tuple[int, str, tuple[int, int]]:
         size = frame.size if count == 1 else size
         if frame.size != size:
             raise ValueError(
-                f"the frames of a film have one size; in {source} the first is {size[0]}x{size[1]}, and frame {count} is "
+                f"the frames of a film must have one size; in {source} the first is {size[0]}x{size[1]}, and frame {count} is "
                 f"{frame.size[0]}x{frame.size[1]}"
             )
         digest.update(repr((frame.mode, frame.size)).encode() + frame.tobytes())
     if count < 2:
-        raise ValueError(f"a film has two frames or more; {source} has {count}")
+        raise ValueError(f"a film needs at least two frames; {source} has {count}")
     return count, digest.hexdigest(), size
 
 
 @dataclass(frozen=True)
 class VideoJob:
-    """The frames of a film, and ``factor`` - 1 new ones after each but the last. No more than a batch is in memory.
+    """The frames of a film, and ``factor`` - 1 new ones after each but the last. At most one batch is in memory.
 
     Attributes:
-        sampler: a deterministic one, which encodes the frames and makes those between.
-        source: what :func:`ddim_fast.jobs.video_files.read_frames` reads. Frames are brought to the model's size by ``resize``,
-            and otherwise stay as they are.
+        sampler: a deterministic sampler, which encodes the given frames and makes the new ones.
+        source: a source of :func:`ddim_fast.jobs.video_files.read_frames`. Frames are resized to the model's size by ``resize``
+            and otherwise unchanged.
         count: its number of frames.
         factor: 2 or more.
-        batch_size: images a network call.
+        batch_size: images per network call.
         exact: see :meth:`ddim_fast.Sampler.encode`.
         label: the class of all frames, or None.
         guidance: scale of classifier-free guidance, or None.
@@ -73,7 +73,7 @@ class VideoJob:
 
     @property
     def batches(self) -> Batches:
-        """All frames of the new film. The first of a batch is one that was given."""
+        """All frames of the new film. The first of a batch is a given one."""
         channels, height, width = self.sampler.image_shape
         frames = range((self.count - 1) * self.factor + 1)
         return Batches(frames, None, self._pairs * self.factor, (height, width, channels))
@@ -104,7 +104,7 @@ class VideoJob:
                 latents = new if latent is None else torch.cat([latent, new])
                 latent = latents[-1:]
                 pictures = self._joined(pictures, latents)
-            # The last frame given is the first of the next batch, if there is one.
+            # The last given frame is the first of the next batch, if there is one.
             output.write(k, pictures[: len(self.batches[k][0])])
             on_batch(k)
 
@@ -118,7 +118,7 @@ class VideoJob:
         return self.sampler.encode(images, labels=self.label, guidance=self.guidance, exact=self.exact).cpu()
 
     def _joined(self, given: np.ndarray, latents: Tensor) -> np.ndarray:
-        """The (n, H, W, C) frames given, with those between them, made from their noise."""
+        """The given (n, H, W, C) frames, and new frames between them, made from their noise."""
         between = self.sampler.sample(
             x_T=between_all(latents, self.factor), labels=self.label, guidance=self.guidance, batch_size=self.batch_size
         )

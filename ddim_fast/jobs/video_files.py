@@ -1,4 +1,4 @@
-"""Films as frames: from a folder of pictures, a GIF, or whatever ffmpeg decodes; to a GIF or an MP4."""
+"""Reading films from a folder of pictures, a GIF or any file that ffmpeg decodes; writing a GIF or an MP4."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ __all__ = ["GIF_RATE", "VIDEO_SUFFIXES", "VideoFile", "frame_rate", "read_frames
 
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
-# Frames a second, of which players show more far too slowly; and hundredths of a second a frame, for which a GIF has two bytes.
+_REMEDY = "copy or download it again, or give its frames as a folder of pictures"
+
+# The largest frame rate that players show at full speed; and the longest frame, in hundredths of a second: a GIF has two bytes.
 GIF_RATE, _LONGEST_GIF_FRAME = 50, 65535
 
 
@@ -34,8 +36,8 @@ def read_frames(source: Path) -> Iterator[Image.Image]:
             which needs ``pip install ddim_fast[video]``.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: it is no film, or damaged; the message names the file.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is not a film, or is damaged; the message names the file.
     """
     if source.is_dir():
         for file in sorted(image_files(source), key=_by_numbers):
@@ -52,7 +54,8 @@ def read_frames(source: Path) -> Iterator[Image.Image]:
 
 
 def frame_rate(source: Path) -> float | None:
-    """Frames a second of what :func:`read_frames` reads; of a GIF the mean; None where it does not say, as a folder."""
+    """The frame rate of a source of :func:`read_frames`, in frames per second; a GIF's mean rate; None if unknown, as for a
+    folder."""
     if source.is_dir():
         return None
     if source.suffix.lower() == ".gif":
@@ -64,26 +67,26 @@ def frame_rate(source: Path) -> float | None:
 
 
 def _gif_frames(source: Path) -> Iterator[tuple[Image.Image, int]]:
-    """Each picture, and the milliseconds that it is shown."""
+    """Each picture and its duration in milliseconds."""
     try:
         with Image.open(source, formats=["GIF"]) as film:
             for frame in ImageSequence.Iterator(film):
                 check_size(frame, copies=4)
                 yield opaque(frame), frame.info.get("duration", 0)
-    except Exception as error:  # Pillow raises whatever it runs into in a damaged file
-        raise ValueError(f"{source}: not a readable GIF ({reason_of(error)})") from None
+    except Exception as error:  # Pillow raises any exception for a damaged file
+        raise ValueError(f"{source}: not a readable GIF ({reason_of(error)}); {_REMEDY}") from None
 
 
 class VideoFile(PngFolder):
-    """A GIF or an MP4 file. Until all frames are there, they lie as PNG files in a folder beside it, ``FILE.mp4.partial``.
+    """A GIF or an MP4 file. Frames are kept as PNG files in a folder beside it, ``FILE.mp4.partial``, until they are complete.
 
     Args:
-        path: whose suffix is one of :data:`VIDEO_SUFFIXES`.
+        path: the file, with a suffix of :data:`VIDEO_SUFFIXES`.
         batches: frames, whose numbers are the seeds.
-        rate: frames a second. Of a GIF at most 50.
+        rate: frames per second; at most 50 for a GIF.
 
     Raises:
-        ValueError: an MP4 cannot be written here, or a GIF of so few frames a second.
+        ValueError: an MP4 cannot be written here, or the frame rate does not fit a GIF.
     """
 
     def __init__(self, path: Path, batches: Batches, rate: float) -> None:
@@ -118,7 +121,7 @@ class VideoFile(PngFolder):
 
 def _write_gif(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
     first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
-    # Each frame ends where it should to the nearest hundredth, so that the whole lasts as long as it should.
+    # Each frame's end is rounded to a hundredth of a second, so that rounding does not change the film's length.
     ends = [round(100 * i / rate) for i in range(len(rest) + 2)]
     durations = [10 * (end - start) for start, end in pairwise(ends)]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
@@ -132,7 +135,7 @@ def _write_mp4(path: Path, frames: Iterable[np.ndarray], image_shape: Sequence[i
         pix_fmt_in="gray" if channels == 1 else "rgb24",
         fps=rate,
         quality=None,
-        macro_block_size=2,  # what the pixel format of most players needs; the default would resize to multiples of 16
+        macro_block_size=2,  # the pixel format of most players needs even sizes; the default would resize to multiples of 16
         ffmpeg_log_level="error",
         output_params=["-crf", "4"],
     )
@@ -143,12 +146,12 @@ def _write_mp4(path: Path, frames: Iterable[np.ndarray], image_shape: Sequence[i
 
 
 def _decoded(source: Path) -> tuple[Generator[bytes, None, None], dict[str, Any]]:
-    """The frames of a video file as RGB bytes, and what is known of them."""
+    """The frames of a video file as RGB bytes, and their metadata."""
     decoded = _ffmpeg().read_frames(str(source), pix_fmt="rgb24")
     try:
         return decoded, next(decoded)
-    except (OSError, RuntimeError):  # ffmpeg's own words fill a screen
-        raise ValueError(f"{source}: not a readable video") from None
+    except (OSError, RuntimeError):  # ffmpeg's own message fills a screen
+        raise ValueError(f"{source}: not a readable video; {_REMEDY}") from None
 
 
 def _ffmpeg() -> ModuleType:

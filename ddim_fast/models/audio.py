@@ -1,4 +1,4 @@
-"""The conversion of sounds to a network's images: the contents of audio.json, beside config.json."""
+"""The conversion of sounds to a network's images, stored as audio.json beside config.json."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ KINDS = ("mel", "waveform")
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig(JsonDataclass):
-    """How a sound becomes an image of the network, and back.
+    """The conversion between sounds and a network's images.
 
     Sound:
-        kind: ``mel``, the image is a log-mel spectrogram; or ``waveform``, it is the sound itself.
-        sample_rate: samples a second, of one channel.
-        length: samples of a sound; a multiple of ``hop``.
-        fold: what is brought together in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` samples in a row
-            of a waveform. A network of fewer, wider positions costs less.
-        peak: a recording's level is brought to this largest value when it is read: levels of recordings are accidents.
+        kind: ``mel`` for images that are log-mel spectrograms; ``waveform`` for the sound itself.
+        sample_rate: samples per second, of one channel.
+        length: samples per sound; a multiple of ``hop``.
+        fold: the values stacked in the channels: ``fold`` x ``fold`` patches of a spectrogram, ``fold`` consecutive samples of
+            a waveform. A network with fewer, wider positions costs less.
+        peak: the largest value of a recording after reading; its level is scaled to it, since levels of recordings are
+            arbitrary.
 
-    Spectrogram, in which a waveform's loudness and picture are measured as well:
-        n_fft: samples of a frame, under a Hann window.
-        hop: samples from frame to frame. Frames are centred in the sound: there are ``length / hop`` of them.
+    Spectrogram, also for the loudness and picture of a waveform:
+        n_fft: samples per frame, under a Hann window.
+        hop: samples from frame to frame. The ``length / hop`` frames are centred in the sound.
         mels: bands of the mel scale (Slaney's), from 0 Hz to half the sample rate.
-        floor_db, ceiling_db: the band powers that become -1 and 1, in decibels; the bands of a frame add up to its mean square.
+        floor_db, ceiling_db: the band powers that map to -1 and 1, in decibels; the bands of a frame add up to its mean square.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
@@ -48,7 +49,7 @@ class AudioConfig(JsonDataclass):
     floor_db: float = -80.0
     ceiling_db: float = -10.0
 
-    # The network's configuration, for the former names below; not a field.
+    # The network's configuration, for the former names below. It is not a field.
     _network = cast("UNetConfig | None", None)
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class AudioConfig(JsonDataclass):
 
     @classmethod
     def preset(cls, name: str) -> AudioConfig | None:
-        """The sound of a network preset (:meth:`UNetConfig.preset`), or None for one of images."""
+        """The sound format of a network preset (:meth:`UNetConfig.preset`), or None for a preset of images."""
         return cls(**_PRESETS[name]) if name in _PRESETS else None
 
     @property

@@ -1,4 +1,4 @@
-"""A small convolutional autoencoder, for diffusion in a smaller space than that of pixels (Rombach et al. 2022)."""
+"""A small convolutional autoencoder for latent diffusion (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(nn.Module):
-    """Images to latents and back. The latents of the images that it was trained on have mean 0 and variance 1 in each channel.
+    """Images to latents and back. Latents of the training images have mean 0 and variance 1 in each channel.
 
     Args:
         config: the architecture, see :class:`AutoencoderConfig`.
@@ -41,13 +41,13 @@ class Autoencoder(nn.Module):
             _NormSiLU(config, widths[0]),
             nn.Conv2d(widths[0], config.in_channels, 3, padding=1),
         )
-        # Not trained: set by fit_scale. Parameters, so that they are saved and averaged with the others.
+        # Set by fit_scale, not trained. They are parameters to be saved and averaged with the others.
         self.latent_mean = nn.Parameter(torch.zeros(config.latent_channels, 1, 1), requires_grad=False)
         self.latent_std = nn.Parameter(torch.ones(config.latent_channels, 1, 1), requires_grad=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.latent_mean.device
 
     def encode(self, images: Tensor) -> Tensor:
@@ -55,25 +55,25 @@ class Autoencoder(nn.Module):
         return (self.posterior(images)[0] - self.latent_mean) / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The images of what :meth:`encode` returned; not clipped."""
+        """The images of latents from :meth:`encode`; not clipped."""
         return self.decoder(latents * self.latent_std + self.latent_mean)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents as they are trained (Kingma and Welling 2014), before they are brought to mean 0
-        and variance 1."""
+        """Mean and log-variance of the latents in training (Kingma and Welling 2014), before scaling to mean 0 and variance
+        1."""
         if tuple(images.shape[1:]) != self.config.image_shape:
             expected = ", ".join(map(str, self.config.image_shape))
             raise ValueError(f"the autoencoder takes images of shape (N, {expected}); got {tuple(images.shape)}")
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
-        # Further out, exp() of it overflows in a training that has gone astray, and its loss tells nobody so.
+        # Beyond this, exp() overflows in a diverged training without a trace in the loss.
         return mean, log_variance.clamp(-30, 20)
 
     @torch.no_grad()
     def fit_scale(self, images: Tensor, batch_size: int = 64) -> None:
-        """Find the latents' mean and standard deviation, for :meth:`encode` and :meth:`decode` to divide by.
+        """Find the latents' mean and standard deviation, which :meth:`encode` and :meth:`decode` use for scaling.
 
         Args:
-            images: (N, C, H, W) in [-1, 1], on any device; those of the training, or a thousand of them.
+            images: (N, C, H, W) in [-1, 1], on any device: training images, or a thousand of them.
         """
         latents = torch.cat([self.posterior(part.to(self.device))[0] for part in images.split(batch_size)]).double()
         self.latent_mean.copy_(latents.mean(dim=(0, 2, 3))[:, None, None])
@@ -81,11 +81,11 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Autoencoder:
-        """Load what :meth:`save_pretrained` wrote, in eval mode, on the CPU.
+        """Load a folder of :meth:`save_pretrained`, in eval mode, on the CPU.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or is no autoencoder's; the message names it.
+            ValueError: a file is damaged, or not of an autoencoder; the message names it.
         """
         folder = Path(folder)
         config = load_config(folder, AutoencoderConfig)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`), model.safetensors (one tensor a
+"""Checkpoint folders: config.json (a :class:`UNetConfig` or :class:`AutoencoderConfig`), model.safetensors (one tensor per
 parameter; or several files and their index) and, for a network of sounds, audio.json (:class:`AudioConfig`).
 
 ddim_fast.models.formats reads the checkpoints of other programs.
@@ -46,7 +46,7 @@ __all__ = [
 
 C = TypeVar("C", bound=JsonDataclass)
 
-# The key under which audio.json had the names of the classes in version 0.1.
+# The key of the class names in audio.json of version 0.1.
 _FORMER_NAMES = "labels"
 
 PACKAGED = Path(__file__).parent / "packaged"
@@ -56,13 +56,13 @@ AUDIO = "audio.json"
 # The name of the weights' file, without its suffix.
 WEIGHTS = "model"
 
-# The folder, beside the files of a network, of the autoencoder whose latents it was trained on.
+# The subfolder with the autoencoder of a latent network.
 AUTOENCODER = "autoencoder"
 
-# The folder, beside the files of a network, of snapshots of its averaged weights while it was trained.
+# The subfolder with snapshots of the averaged weights during training.
 SNAPSHOTS = "ema"
 
-# The files to download from a Hub repository, of ours or of diffusers. No pickles: they repeat the weights.
+# The files to download from a Hub repository of this package or of diffusers. No pickles: they repeat the weights.
 HUB_FILES = tuple(
     folder + name
     for folder in ("", "unet/", "scheduler/", f"{AUTOENCODER}/")
@@ -83,7 +83,7 @@ HUB_FILES = tuple(
 
 
 def packaged_models() -> tuple[str, ...]:
-    """Names of the models that come with the package."""
+    """Names of the packaged models."""
     return tuple(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
 
 
@@ -123,7 +123,7 @@ def local_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES), **hub_options))
-    except Exception as error:  # the hub client raises its HTTP library's exceptions too; each means the same to the user
+    except Exception as error:  # the hub client also raises its HTTP library's exceptions; all mean the same to the user
         reason = re.sub(r"^Got: \w+: ", "", str(error).strip().splitlines()[0])
         raise FileNotFoundError(
             f"cannot get model {str(path)!r} from the Hugging Face Hub: {reason} (a local folder is named by its path)"
@@ -135,7 +135,7 @@ def load_config(folder: Path, kind: type[C] = UNetConfig) -> C:  # type: ignore[
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it is not JSON, or not of that kind; the message names the file and the key.
+        ValueError: it is not JSON, or of another kind of network; the message names the file and the key.
     """
     path = folder / "config.json"
     values = read_json(path)
@@ -159,7 +159,7 @@ def load_checkpoint(path: Path, config: UNetConfig | None = None) -> Checkpoint:
     Args:
         path: a folder of ours, one of diffusers (:func:`ddim_fast.models.formats.diffusers.load_diffusers`), or a file of the
             DDIM authors' code (:func:`ddim_fast.models.formats.ermongroup.load_ermongroup`).
-        config: the network in a file of the last kind, which does not describe it.
+        config: the network of such a file, which does not describe it.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -206,13 +206,14 @@ def save_checkpoint(
     audio: AudioConfig | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each one whole or not
-    at all. Timesteps that were fitted to earlier weights in that folder are removed.
+    """Write ``folder/config.json``, ``folder/model.safetensors`` and, for sounds, ``folder/audio.json``, each whole or not at
+    all. Timesteps fitted to earlier weights in that folder are removed.
 
     Args:
-        max_shard_size: write the weights in several files, see :func:`ddim_fast.models.weights.write_weights`; None in one.
+        max_shard_size: the size limit of a file of weights, see :func:`ddim_fast.models.weights.write_weights`; None writes
+            one.
     """
-    from .weights import write_weights  # needs torch, which a configuration does not
+    from .weights import write_weights  # imports torch, which a configuration does not need
 
     folder.mkdir(parents=True, exist_ok=True)
     timesteps_file(folder).unlink(missing_ok=True)
@@ -223,7 +224,7 @@ def save_checkpoint(
 
 
 def load_timesteps(path: Path, total: int) -> dict[str, dict[int, list[int]]] | None:
-    """The timesteps fitted to a checkpoint, by solver and number of steps; None where there are none.
+    """The timesteps fitted to a checkpoint, by solver and number of steps; None if there are none.
 
     Args:
         total: T, the number of training timesteps.
@@ -246,7 +247,7 @@ def save_timesteps(path: Path, timesteps: dict[str, dict[int, list[int]]], calib
 
     Args:
         timesteps: as :func:`load_timesteps` returns them.
-        calibration: the setting of the fit, for people.
+        calibration: the settings of the fit, for people.
     """
     file = timesteps_file(path)
     parts = []

@@ -15,8 +15,8 @@ __all__ = ["weights_checksum"]
 
 
 def weights_checksum(*models: DiffusionModel | nn.Module) -> str:
-    """SHA-256 of networks' configurations and weights, in hexadecimal: the same whatever file they were read from."""
-    import torch  # here, because commands that know of this function also run without torch
+    """SHA-256 of networks' configurations and weights, in hexadecimal, independent of the file format."""
+    import torch  # imported here, because commands without torch import this module
 
     digest = hashlib.sha256()
     for model in models:

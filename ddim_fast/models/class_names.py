@@ -1,4 +1,4 @@
-"""Which classes a name means."""
+"""Class numbers from names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ __all__ = ["named_classes", "similar_name"]
 
 
 def named_classes(text: str, names: Sequence[str]) -> list[int]:
-    """The numbers of the classes that ``text`` names: the one of this name, or else all that have it as a part, as
-    "7/jackson" has "7" and "jackson"; none where there is no such name. Capitals decide only between names that are the same
-    but for them.
+    """The numbers of the classes that ``text`` names: the class of this name, or else all with it as a part, as "7/jackson" has
+    "7" and "jackson"; empty without such a name. Case decides only between names that differ in nothing else.
 
     Args:
-        text: what a user wrote.
-        names: of the classes, in the order of their numbers. Slashes and commas separate the parts of a name.
+        text: a user's name for classes.
+        names: class names, in the order of their numbers. Slashes and commas separate the parts of a name.
     """
     wanted, folded = text.strip().casefold(), [name.casefold() for name in names]
     return (
@@ -27,7 +26,7 @@ def named_classes(text: str, names: Sequence[str]) -> list[int]:
 
 
 def similar_name(text: str, names: Sequence[str]) -> str | None:
-    """The name, or the part of one, that looks most like ``text``, or has it in it; None where none does."""
+    """The name, or part of a name, that is most similar to ``text`` or contains it; None if there is none."""
     wanted = text.strip().casefold()
     known = {part.casefold(): part for name in names for part in (name, *_parts(name))}
     close = difflib.get_close_matches(wanted, known, n=1) or [part for part in known if wanted and wanted in part]

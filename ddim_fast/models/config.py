@@ -1,4 +1,4 @@
-"""The configuration of a network and of the diffusion process it was trained on: the contents of config.json."""
+"""The configuration of a network and its diffusion process, stored as config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ADVICE", "BETA_SCHEDULES", "PREDICTION_TYPES", "AutoencoderConfig", 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-# Fields of a UNetConfig that are for people: they change nothing that a network computes.
+# Fields of a UNetConfig for people; they do not change a network's output.
 ADVICE = ("class_names", "guidance")
 
 # More names are unreadable in one line.
@@ -26,33 +26,33 @@ _SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(JsonDataclass):
-    """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. Every field has the value the published
-    DDPM and DDIM weights need; the names are those of diffusers' configs where the two mean the same.
+    """The U-Net of DDPM (Ho et al. 2020, appendix B) and the process it denoises. The defaults fit the published DDPM and DDIM
+    weights; fields with the same meaning have the names of diffusers' configs.
 
     Network:
         sample_size: height and width of the images, in pixels: one number for squares, or a pair. Both are multiples of
             2**(levels - 1), except that a height of 1 makes the network one-dimensional: then convolutions are 1x3, and levels
             halve the width alone.
-        in_channels: image channels. The output has as many.
+        in_channels: channels of the images and of the output.
         base_channels: width C of the first level.
         channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
-        layers_per_block: residual blocks a level on the way down (one more on the way up).
+        layers_per_block: residual blocks per level on the way down (one more on the way up).
         attention_resolutions: the widths at which each residual block is followed by self-attention.
-        attention_head_dim: channels a head, or None for a single head.
+        attention_head_dim: channels per head, or None for a single head.
         dropout: probability, inside the residual blocks, in training only.
         norm_num_groups, norm_eps: of every GroupNorm.
         flip_sin_to_cos, freq_shift: the layout of the sinusoidal time embedding.
         downsample_padding: 1 pads symmetrically before the stride-2 convolution; 0 pads right and bottom only, as DDPM does.
         num_classes: number of class labels, or None for an unconditional network. One more row of the class embedding is the
             null class, which stands for "no label" in classifier-free guidance (Ho and Salimans 2022).
-        class_names: what the classes are called, in the order of their numbers, or None: see :meth:`class_numbers`.
+        class_names: the names of the classes, in the order of their numbers, or None: see :meth:`class_numbers`.
 
     Process:
-        prediction_type: what the network returns: ``epsilon``, ``v_prediction`` or ``sample``.
+        prediction_type: the network's output: ``epsilon``, ``v_prediction`` or ``sample``.
         beta_schedule, beta_start, beta_end, num_train_timesteps, rescale_betas_zero_snr: see
             :class:`ddim_fast.NoiseSchedule`.
-        guidance: the scale of classifier-free guidance that samples look best with, which ``python -m ddim_fast.sample`` takes
-            where none is given; None is no guidance.
+        guidance: the best scale of classifier-free guidance, the default of ``python -m ddim_fast.sample``; None is no
+            guidance.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
@@ -134,20 +134,20 @@ class UNetConfig(JsonDataclass):
         return self.size[0] == 1
 
     def level_size(self, level: int) -> tuple[int, int]:
-        """(height, width) of the images at a level, the full resolution being level 0."""
+        """(height, width) of the images at a level; level 0 is the full resolution."""
         height, width = self.size
         return (1 if self.one_dimensional else height // 2**level, width // 2**level)
 
     def attends(self, level: int) -> bool:
-        """Whether the residual blocks of a level are followed by self-attention."""
+        """Whether self-attention follows the residual blocks of a level."""
         return self.level_size(level)[1] in self.attention_resolutions
 
     def class_numbers(self, text: str) -> list[int]:
-        """The classes that ``text`` means: the one of this name, or all that have it as a part, as "7/jackson" has "7" and
-        "jackson"; where there is no such name, the class of this number. Capitals do not matter.
+        """The classes that ``text`` means: the class of this name, or all with it as a part, as "7/jackson" has "7" and
+        "jackson"; without such a name, the class of this number. Case does not matter.
 
         Raises:
-            ValueError: it means no class of the network; the message names those there are.
+            ValueError: it means no class of the network; the message lists the classes.
         """
         if self.num_classes is None:
             raise ValueError("the network is unconditional: it has no classes")
@@ -165,7 +165,7 @@ class UNetConfig(JsonDataclass):
         return [int(number)]
 
     def class_number(self, text: str) -> int:
-        """:meth:`class_numbers` where one class is needed.
+        """The only class of :meth:`class_numbers`.
 
         Raises:
             ValueError: ``text`` means no class, or several; the message names them.
@@ -196,7 +196,7 @@ class UNetConfig(JsonDataclass):
 
 
 class DiffusionModel(Protocol):
-    """A diffusion network: :class:`ddim_fast.UNet`, or any ``nn.Module`` with a config like its, called in the same way."""
+    """A diffusion network: :class:`ddim_fast.UNet`, or any ``nn.Module`` with the same config attributes and call."""
 
     @property
     def config(self) -> UNetConfig: ...
@@ -217,10 +217,10 @@ class AutoencoderConfig(JsonDataclass):
     Attributes:
         sample_size: height and width of the images, in pixels; a multiple of 2**(levels - 1).
         in_channels: image channels.
-        latent_channels: of the latents, which are smaller by 2**(levels - 1) along each side.
+        latent_channels: channels of the latents, whose sides are smaller by 2**(levels - 1).
         base_channels: width C of the first level.
         channel_multipliers: the width of level i is ``C * channel_multipliers[i]``; each level halves the resolution.
-        layers_per_block: residual blocks a level.
+        layers_per_block: residual blocks per level.
         norm_num_groups, norm_eps: of every GroupNorm.
 
     Raises:
@@ -245,7 +245,7 @@ class AutoencoderConfig(JsonDataclass):
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent's side stands for."""
+        """Pixels of the image per latent, along a side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -260,10 +260,10 @@ class AutoencoderConfig(JsonDataclass):
 
 
 def _check_levels(config: UNetConfig | AutoencoderConfig) -> None:
-    """Checks the fields of both networks' levels. A damaged file must not take the machine's memory, or hours."""
+    """Check the fields of both networks' levels. A damaged file must not use up the machine's memory, or hours."""
     config._require_positive("base_channels", "layers_per_block", "norm_num_groups")
     multipliers = config.channel_multipliers
-    config._require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", "one positive integer a level")
+    config._require(bool(multipliers) and min(multipliers) >= 1, "channel_multipliers", "one positive integer per level")
     config._require(config.norm_eps > 0, "norm_eps", "positive")
     is_small = max(config.level_channels) <= 2**16
     config._require(is_small, "base_channels", f"such that no level has more than {2**16} channels")
@@ -293,7 +293,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "dropout": 0.0,
     },
-    # Sounds, which AudioConfig.preset describes: spectrograms, and waveforms.
+    # Presets of sounds, described by AudioConfig.preset: spectrograms, and waveforms.
     "digits-mel": {
         "sample_size": 16,
         "in_channels": 16,
@@ -316,5 +316,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_names() -> tuple[str, ...]:
-    """The names :meth:`UNetConfig.preset` knows."""
+    """The names of :meth:`UNetConfig.preset`."""
     return tuple(_PRESETS)

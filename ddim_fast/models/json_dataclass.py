@@ -1,4 +1,4 @@
-"""The base class of the dataclasses that are stored as config.json and audio.json."""
+"""The base class of the dataclasses stored as config.json and audio.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["JsonDataclass"]
 
 @dataclass(frozen=True, kw_only=True)
 class JsonDataclass:
-    """A dataclass that checks the types of its fields: its JSON files are a user's input like any other."""
+    """A dataclass that checks the types of its fields, because its JSON files are user input."""
 
     def __post_init__(self) -> None:
         for name, expected in self._types().items():
@@ -44,11 +44,11 @@ class JsonDataclass:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, all of them: a default that changes later must not change an old checkpoint."""
+        """All fields, ready for JSON: a default that changes later must not change an old checkpoint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def _require(self, holds: bool, name: str, right: str) -> None:
-        """Raises a ValueError that names the field, its value and what would be right, unless ``holds``."""
+        """Raise a ValueError with the field, its value and the valid values, unless ``holds``."""
         if not holds:
             raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
 
@@ -86,7 +86,7 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) is kind and (kind is not int or abs(value) < _LARGEST)
 
 
-# No count comes near it, and sums and products of smaller numbers overflow nowhere.
+# No count comes near it, and sums and products of smaller numbers never overflow.
 _LARGEST = 2**24
 
 # The type of an item, the number of items, and their name in messages.

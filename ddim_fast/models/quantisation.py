@@ -14,23 +14,23 @@ from .unet_blocks import Conv3x3
 
 __all__ = ["quantise"]
 
-# A convolution that 8 bits change by more than this, as a share of its result (root mean square), keeps its precision.
+# A convolution keeps its precision if 8 bits change its result by more than this share (root mean square).
 SENSITIVE = 0.05
 
-# The images of each convolution's input that are kept, and the values of each component.
+# The numbers of images, and of values per component, kept from each convolution's input.
 IMAGES, VALUES = 2, 4096
 
 
 @torch.no_grad()
 def quantise(model: UNet, sample: Callable[[], object]) -> dict[str, float]:
-    """Gives the 3x3 convolutions of ``model`` 8-bit products, with static scales.
+    """Give the 3x3 convolutions of ``model`` 8-bit products, with static scales.
 
-    The limits of a convolution's transformed pixels, one a component, round the calibration values with the least squared
-    error. A convolution that loses too much by it (:data:`SENSITIVE`) is left as it is.
+    The limits of a convolution's transformed pixels, one per component, minimise the squared rounding error of the calibration
+    values. A convolution that loses too much precision (:data:`SENSITIVE`) is unchanged.
 
     Args:
         model: as :meth:`UNet.for_inference` returns it, on a CPU; changed in place.
-        sample: calls the model on typical inputs: samples a few images.
+        sample: calls the model on typical inputs, by sampling a few images.
 
     Returns:
         The error of 8 bits as a share of the result, for each convolution by name.
@@ -64,7 +64,7 @@ class _Inputs:
         """A forward pre-hook."""
         self.x, self.upsample = arguments[0][:IMAGES], options.get("upsample", False)
         components = conv3x3_components(self.x, upsample=self.upsample)
-        # At random: taken at even distances, they may all lie on the left edges of the images.
+        # Random positions: evenly spaced ones may all lie on the left edges of the images.
         chosen = torch.randint(components.shape[1], (VALUES,), generator=torch.Generator().manual_seed(len(self.values)))
         self.values.append(components[:, chosen].abs())
 

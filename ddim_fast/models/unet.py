@@ -53,8 +53,8 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         config: the architecture, see :class:`UNetConfig`.
 
     Attributes:
-        fitted_timesteps: the timesteps of spacing ``adaptive`` by solver and number of steps, where the checkpoint has some.
-        audio: how its images become sounds, for a network of sounds.
+        fitted_timesteps: the timesteps of spacing ``adaptive`` by solver and number of steps, if the checkpoint has any.
+        audio: the sound format of its images, for a network of sounds.
     """
 
     fitted_timesteps: dict[str, dict[int, list[int]]] | None = None
@@ -118,15 +118,15 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         return self.denoise(x, self.condition(timesteps, labels))
 
     def condition(self, timesteps: Tensor | Sequence[int] | int, labels: Labels = None) -> Tensor:
-        """The embeddings of timesteps and classes, projected for each residual block, which adds them to its channels. The
-        network needs nothing else of them, so a sampler computes them once for all its steps.
+        """The embeddings of timesteps and classes, projected for each residual block, which adds them to its channels. A
+        sampler computes them once for all its steps.
 
         Args:
             timesteps: (N,), or one for all images.
             labels: (N,) int64, one or None, as in :meth:`forward`; may be longer than one-element ``timesteps``.
 
         Returns:
-            (N, channels of all residual blocks), concatenated in the order in which they run; N = 1 serves all images.
+            (N, channels of all residual blocks), concatenated in the order of execution; N = 1 serves all images.
         """
         if not isinstance(timesteps, Tensor):
             timesteps = torch.as_tensor(timesteps, device=self.device)
@@ -140,7 +140,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             null = torch.full((embedding.shape[0],), self.config.num_classes, device=embedding.device)
             embedding = embedding + self.class_embedding(null if labels is None else labels)
         activated = F.silu(embedding)
-        # The convolution before the addition leaves its bias to it.
+        # The addition includes the bias of the convolution before it.
         return torch.cat([resnet.time_emb_proj(activated) + resnet.conv1.bias for resnet in self._resnets()], dim=1)
 
     def denoise(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -148,12 +148,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         return self.denoise_reusing(x, condition)[0]
 
     def denoise_reusing(self, x: Tensor, condition: Tensor, deep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`denoise` that can reuse the deep features of an earlier step: they change little from step to step (DeepCache,
-        Ma, Fang and Wang 2024, arXiv 2312.00858).
+        """:meth:`denoise` with deep features of an earlier step, which change little from step to step (DeepCache, Ma, Fang and
+        Wang 2024, arXiv 2312.00858).
 
-        The shallow part is the first convolution, the last residual block, which takes that convolution's result as its skip,
-        and the output layers: a tenth of the network. With all of the first level shallow, a third of the network, the images
-        of the packaged fashion-mnist were no better.
+        The shallow part is the first convolution, the last residual block, whose skip is that convolution's result, and the
+        output layers: a tenth of the network. A shallow part of the whole first level, a third of the network, gave no better
+        images with the packaged fashion-mnist.
 
         Args:
             x: (N, C, H, W) noisy images.
@@ -185,19 +185,19 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         h = self.mid_block(h, next(following), next(following))
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                if len(skips) > 1:  # the first one is left to the last residual block
+                if len(skips) > 1:  # the last residual block takes the first one
                     h = block.attend(i, resnet(h, next(following), skips.pop()))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
         return h
 
     def _resnets(self) -> Iterator[ResnetBlock]:
-        """The residual blocks in the order in which they run."""
+        """The residual blocks in the order of execution."""
         for _, block in self._levels():
             yield from block.resnets
 
     def _levels(self) -> Iterator[tuple[int, Level | MidBlock]]:
-        """The blocks in the order in which they run, each with its level of resolution, the full one being 0."""
+        """The blocks in the order of execution, each with its level; level 0 is the full resolution."""
         last = len(self.down_blocks) - 1
         yield from enumerate(self.down_blocks)
         yield last, self.mid_block
@@ -206,11 +206,11 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     def for_inference(self, dtype: torch.dtype, *, batch_invariant: bool = True) -> UNet:
         """A copy that computes in ``dtype``, its weights converted and laid out once for the fastest operators; autocast would
-        convert them at each call. Embeddings and the norms' parameters stay float32: they are small and need the precision.
+        convert them at each call. Embeddings and the norms' parameters stay float32, which they need; they are small.
 
         Args:
-            dtype: of the images it takes and returns: torch.float32, bfloat16 or float16.
-            batch_invariant: whether a single image is the same to the last bit as in a batch, in eager mode on a CPU.
+            dtype: the dtype of its input and output images: torch.float32, bfloat16 or float16.
+            batch_invariant: whether a single image equals the same image in a batch to the last bit, in eager mode on a CPU.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
         module: Any
@@ -251,7 +251,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         Args:
             pretrained_model_name_or_path: the name of a packaged model; a folder with config.json and model.safetensors; a
                 folder of diffusers, of a UNet2DModel, DDPMPipeline or DDIMPipeline; a ``.ckpt`` file of the DDIM authors' code;
-                or a Hugging Face Hub id (``owner/name``; the only form that uses the network, and gets no pickles).
+                or a Hugging Face Hub id (``owner/name``), the only form that downloads, without pickles.
             config: the network in a ``.ckpt`` file, which does not describe it. None derives it from the tensors' shapes.
             hub_options: for a Hub id: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
@@ -270,8 +270,8 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         save_checkpoint(save_directory, self.config, self.state_dict(), self.audio)
 
     def _initialise(self) -> None:
-        """Every residual branch and the output start at zero, so the network starts as the identity on its input's scale
-        (Ho et al. 2020's code: init_scale = 0 for the last layer of each branch)."""
+        """Start every residual branch and the output at zero (Ho et al. 2020's code: init_scale = 0 for the last layer of each
+        branch), so that the network starts as the identity on its input's scale."""
         for module in self.modules():
             if isinstance(module, (ResnetBlock, Attention)):
                 last = module.conv2 if isinstance(module, ResnetBlock) else module.to_out[0]

@@ -37,7 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def module_list(modules: Iterable[M]) -> list[M]:
-    """An ``nn.ModuleList``, whose own types do not say what the modules are."""
+    """An ``nn.ModuleList`` with the type of its modules."""
     made: Any = nn.ModuleList(modules)
     return made
 
@@ -61,11 +61,11 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
     """``operator`` on tensors of N images; a single image is the same to the last bit as in a batch.
 
     On a CPU, some of torch's convolutions sum in another order for a single image: small ones go to another library, and
-    threads divide the image where they would divide the batch. In eager inference such an operator gets the image twice.
+    threads divide the image instead of the batch. In eager inference such an operator gets the image twice.
 
     Args:
-        owner: the operator's module. Its attribute ``batch_invariant`` can switch this off, and one test on noise for each
-            shape finds out whether the operator sums in another order at all. None always gives the image twice.
+        owner: the operator's module. Its attribute ``batch_invariant`` can switch this off; one test on noise per shape finds
+            out whether the operator sums in another order. None always gives the image twice.
     """
     x = images[0]
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] != 1 or is_compiling() or is_observed():
@@ -75,7 +75,7 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
     return operator(*(t.expand(2, -1, -1, -1) for t in images))[:1]
 
 
-# The answers of _depends_on_batch, by module, and by its arguments' shapes.
+# The results of _depends_on_batch, by module and by argument shapes.
 _batch_dependence: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
@@ -93,9 +93,9 @@ def _depends_on_batch(operator: Callable[..., Tensor], images: tuple[Tensor, ...
 class RowLinear(nn.Linear):
     """A linear layer on (N, features) embeddings whose row i does not depend on N.
 
-    BLAS chooses its kernel, and with it the order of summation, by the number of rows. In eager inference on a CPU the rows are
-    multiplied in blocks of one fixed size, so that an image is the same to the last bit in every batch. On a GPU other
-    operators choose by the batch, too, and the blocks would only cost launches.
+    BLAS chooses its kernel, and so the order of summation, by the number of rows. In eager inference on a CPU the rows are
+    multiplied in blocks of a fixed size, so that an image is the same to the last bit in every batch. On a GPU other operators
+    also depend on the batch, and blocks would only cost launches.
     """
 
     ROWS = 16
@@ -128,7 +128,7 @@ class Conv3x3(nn.Conv2d):
     def forward(
         self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, upsample: bool = False
     ) -> Tensor:
-        """Adds the given bias, not the module's own; options as of :func:`conv3x3`."""
+        """Convolve with the given bias instead of the module's own; options as of :func:`conv3x3`."""
 
         def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
             return conv3x3(x, self.weight, bias, residual=residual, upsample=upsample, prepared=self.prepared)
@@ -160,7 +160,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
         """``shift``, (N, C), is the first convolution's bias and the block's share of the embedding. ``skip`` continues x along
-        the channels; the concatenation is not made."""
+        the channels, without a concatenation in memory."""
         h = self.conv1(norm_silu(self.norm1, x, skip=skip))
         h = self.dropout(norm_silu(self.norm2, h, pre_shift=shift))
         if self.conv_shortcut is None:
@@ -185,12 +185,12 @@ class Attention(nn.Module):
         self.to_out = module_list([nn.Linear(channels, channels)])
 
     def fold(self) -> None:
-        """Makes two linear layers of the four, for inference with one head: the tokens are their own keys and values.
+        """Merge the four linear layers into two, for inference with one head: the tokens become the keys and values.
 
         Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the
-        attention matrix P sums to 1, so that the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
+        attention matrix P sums to 1. So the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
         """
-        if self.heads > 1 or self.to_k is None or self.to_v is None:  # the two are there
+        if self.heads > 1 or self.to_k is None or self.to_v is None:  # both layers exist
             return
         wq, wk, wv, wo = (f.weight.double() for f in (self.to_q, self.to_k, self.to_v, self.to_out[0]))
         bq, bv, bo = (f.bias.double() for f in (self.to_q, self.to_v, self.to_out[0]))
@@ -213,7 +213,7 @@ class Downsample(nn.Module):
         super().__init__()
         options = same_size(config)
         is_image = not config.one_dimensional
-        # Right and bottom only, or on both sides in the convolution.
+        # Padding right and bottom here, or on all sides in the convolution.
         self.pad = None if config.downsample_padding else (0, 1, 0, int(is_image))
         if self.pad is not None:
             options["padding"] = 0
@@ -252,7 +252,7 @@ class Level(nn.Module):
         self.upsamplers = module_list([Upsample(config, channels)]) if up else None
 
     def attend(self, i: int, h: Tensor) -> Tensor:
-        """The attention after residual block ``i``, where this level has any."""
+        """The attention after residual block ``i``, or None."""
         return h if self.attentions is None else self.attentions[i](h)
 
 

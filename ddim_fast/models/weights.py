@@ -39,10 +39,10 @@ class Checkpoint:
     """The contents of a checkpoint.
 
     Attributes:
-        path: the file that the tensors are from, for messages.
+        path: the file of the tensors, for messages.
         config: the network.
-        tensors: by the names they have in the file.
-        stored_name: the file's name of a tensor, given the name :class:`ddim_fast.UNet` has for it.
+        tensors: by their names in the file.
+        stored_name: from :class:`ddim_fast.UNet`'s name of a tensor to the file's.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Checkpoint:
         """The tensors by the network's names, as contiguous float32.
 
         Args:
-            shapes: those of the network's tensors, by its names.
+            shapes: the network's tensors and their shapes, by name.
 
         Raises:
             ValueError: a tensor is missing, unexpected, of another shape or not finite; the message names the file and the
@@ -89,7 +89,7 @@ def read_weights(folder: Path, stem: str, suffixes: Sequence[str] = (".safetenso
     """The tensors of a folder, on the CPU, and their file.
 
     Args:
-        stem: the name of that file without its suffix. Several files have an index, such as ``stem.safetensors.index.json``.
+        stem: the file's name without its suffix. Several files have an index, such as ``stem.safetensors.index.json``.
         suffixes: the formats to look for, in this order: ``.safetensors`` and ``.bin``, a pickle.
 
     Raises:
@@ -113,7 +113,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or not one of that folder, or holds other tensors than the index says.
+        ValueError: a file is damaged, is outside the folder, or holds other tensors than the index lists.
     """
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     shard_of = read_json(index).get("weight_map")
@@ -127,7 +127,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(shard_of.values())):
         path = index.parent / shard
         if not path.is_file():
-            raise FileNotFoundError(f"{index}: there is no {shard!r} beside it")
+            raise FileNotFoundError(f"{index}: there is no {shard!r} beside it; copy or download it")
         found = _read_tensors(path)
         for name in sorted(found.keys() ^ {name for name, holder in shard_of.items() if holder == shard}):
             raise ValueError(f"{path}: {'unexpected' if name in found else 'missing'} tensor {name!r}")
@@ -136,10 +136,11 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, stem: str, state: dict[str, Tensor], max_shard_size: int | str | None = None) -> None:
-    """Write the tensors as :func:`read_weights` reads them.
+    """Write the tensors for :func:`read_weights`.
 
     Args:
-        max_shard_size: of a file, in bytes or as "16MB"; a larger tensor has a file to itself. None writes one file.
+        max_shard_size: the size limit of a file, in bytes or as "16MB"; a larger tensor gets its own file. None writes one
+            file.
     """
     if max_shard_size is None:
         write_safetensors(folder / f"{stem}.safetensors", state)
@@ -174,8 +175,8 @@ def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """The contents of a file of ``torch.save``, on the CPU: tensors, numbers, text, and containers of these. A pickle that
-    holds code is refused, and none of the code is executed.
+    """The contents of a file of ``torch.save``, on the CPU: tensors, numbers, text, and containers of these. A pickle with code
+    is refused, and none of the code is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -183,17 +184,18 @@ def read_pickle(path: Path) -> Any:
     """
     require_file(path)
     with _Bounded(io.FileIO(path)) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that are then refused
+        warnings.simplefilter("ignore")  # warnings about pickles that are refused below
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises almost anything, and torch's message recommends unsafe loading
+        except Exception as error:  # a damaged pickle raises any exception, and torch's message recommends unsafe loading
             code = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it holds {code[1]}, which is not data and was not executed" if code else "not a whole file of tensors"
+            refused = f"it holds {code[1]}, which is not data and was not executed" if code else ""
+            why = refused or "not a whole file of tensors; copy or download it again"
             raise ValueError(f"{path}: {why}") from None
 
 
 class _Bounded(io.BufferedReader):
-    """A reader that asks for no more bytes than the file has: a damaged pickle would allocate gigabytes."""
+    """A reader that never asks for more bytes than the file has: a damaged pickle would allocate gigabytes."""
 
     def read(self, size: int | None = -1) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -208,10 +210,10 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """Checks that the tensors are finite.
+    """Check that the tensors are finite.
 
     Raises:
-        ValueError: a number in one of them is NaN or infinite.
+        ValueError: a value is NaN or infinite.
     """
     for name, tensor in state.items():
         if not tensor.isfinite().all():

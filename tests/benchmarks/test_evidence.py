@@ -30,18 +30,36 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("diffusers", "engines", "kernels", "onnx", "quality", "sampling", "training", "evaluation")
+        for name in (
+            "accelerate",
+            "diffusers",
+            "engines",
+            "kernels",
+            "kernel-design",
+            "onnx",
+            "quality",
+            "sampling",
+            "training",
+            "evaluation",
+        )
     ),
     *(f"benchmarks/results/{name}.md" for name in ("cifar10-64", "fashion-mnist", "trajectory-error", "training-recipes")),
     *(f"benchmarks/results/{name}.md" for name in ("h100/networks", "h100/operators")),
     *(f"benchmarks/results/{name}.md" for name in ("zen4-two-cores/networks", "zen4-two-cores/operators")),
-    *("docs/architecture.md", "docs/audio.md", "docs/editing.md", "docs/gallery.md", "docs/latent.md", "docs/restoration.md"),
+    *(
+        "docs/architecture.md",
+        "docs/audio.md",
+        "docs/editing.md",
+        "docs/films.md",
+        "docs/gallery.md",
+        "docs/latent.md",
+        "docs/restoration.md",
+    ),
     *("benchmarks/results/guidance-by-class.md", "benchmarks/results/restoration-psnr.md"),
 )
 
 # Tables of words, of predictions and of other people's figures.
 NOT_MEASURED = {
-    "README: Install, 1",
     "README: What else it does, 1",
     "evaluation: What to measure, 1",
     "diffusers: Choose a part, 1",
@@ -84,11 +102,11 @@ WITHOUT_DATA = {
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
     "audio: Figures, 1": "to be measured again by benchmarks/audio_recognition.py",
     "audio: Figures, 2": "to be measured again by benchmarks/audio_restyle.py",
-    "editing: Figures, 1": "to be measured again by benchmarks/classified.py --swap",
+    "guidance-by-class: Swapped classes, 1": "to be measured again by benchmarks/classified.py --swap",
     "guidance-by-class: Classifier guidance, 1": "to be measured again by benchmarks/classified.py --gradients",
     "guidance-by-class: Classifier-free guidance, 1": "to be measured again by benchmarks/classified.py",
     "restoration: Figures, 1": "to be measured again by ddim_fast.restore --degrade",
-    "restoration: Films, 1": "there is no script for it",
+    "films: Films, 1": "there is no script for it",
     "restoration-psnr: Classes, 1": "to be measured again by ddim_fast.restore --degrade",
     "restoration-psnr: Steps, eta and time travel, 1": "of an earlier model",
     "restoration-psnr: Time travel by task, 1": "to be measured again by ddim_fast.restore --degrade",

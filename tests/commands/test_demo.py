@@ -83,7 +83,7 @@ def test_inpainting_keeps_what_is_not_painted_over(studio):
 def test_what_cannot_be_inpainted(studio):
     with pytest.raises(ValueError, match="there is no image"):
         studio.inpaint({"background": None, "layers": []}, 5, 1, 9)
-    with pytest.raises(ValueError, match="nothing is painted over"):
+    with pytest.raises(ValueError, match="nothing is painted: paint over the part"):
         studio.inpaint(painted(studio.example(0, 9)), 5, 1, 9)
 
 

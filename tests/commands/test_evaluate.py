@@ -281,7 +281,7 @@ def test_another_feature_network_has_rows_and_references_of_its_own(run, photos,
 def test_what_cannot_be_computed_is_said(run, photos, tmp_path, tiny_inception):
     np.savez(tmp_path / "s.npz", mu=np.zeros(6), sigma=np.eye(6))
     for reference, count, words in (
-        (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds statistics"),
+        (tmp_path / "s.npz", 40, f"KID, precision and recall: {tmp_path / 's.npz'} holds only statistics"),
         (photos, 3, "KID, precision and recall: they need more than 3 images a side; there are 3"),
     ):
         code, out, err = run("--images", photos, "--reference", reference, "--inception", tmp_path, "--num-images", count)
@@ -311,13 +311,12 @@ def test_loss_and_reconstruction_of_held_out_images(run, checkpoint, photos, tmp
     few, many = rows(tmp_path, "reconstruction")
     assert (few["settings"]["steps"], many["settings"]["steps"]) == (2, 20) and many["error"] < few["error"]
     code, _, err = run("--model", checkpoint, "--data", photos, "--reconstruction", "--eta", 1)
-    assert code == 2 and "--reconstruction is of deterministic DDIM" in err
+    assert code == 2 and "--reconstruction needs deterministic DDIM" in err
     code, _, err = run("--model", checkpoint, "--data", photos, "--loss", "--num-images", 41)
     assert code == 2 and "holds 40 images, fewer than the 41" in err
 
 
 def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, monkeypatch):
-    import dataclasses
 
     torch.manual_seed(0)
     config = dataclasses.replace(small_config, num_train_timesteps=25, beta_end=0.3, sample_size=8, attention_resolutions=())
@@ -338,6 +337,17 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert found[None, None]["evaluations"] > 1
     code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "ddpm")
     assert code == 2 and "deterministic" in err
+
+
+def test_fitting_alone_does_not_check_the_default_number_of_steps(run, small_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = dataclasses.replace(small_config, num_train_timesteps=4, sample_size=8, attention_resolutions=())
+    UNet(config).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("ddim_fast.cli.evaluation._CALIBRATION_SEEDS", range(1000, 1002))
+    code, out, err = run("--model", tmp_path / "model", "--fit-timesteps")
+    assert code == 0 and "timesteps.json" in out, err
+    code, _, err = run("--model", tmp_path / "model", "--fit-timesteps", "--trajectory-error")
+    assert code == 2 and "--steps must be a whole number from 1 to 4" in err
 
 
 def test_samples_that_are_not_finite_are_an_error_that_names_the_model(run, small_unet, photos, tmp_path, tiny_inception):

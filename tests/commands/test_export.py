@@ -138,7 +138,7 @@ def _with_code(path):
 @pytest.mark.parametrize(
     "write,message",
     [
-        (lambda path: path.write_bytes(b"garbage"), "model.ckpt: not a whole file of tensors"),
+        (lambda path: path.write_bytes(b"garbage"), "model.ckpt: not a whole file of tensors; copy or download it again"),
         (lambda path: torch.save({"conv_in.bias": torch.zeros(3)}, path), "model.ckpt: missing tensor 'conv_in.weight'"),
         (_with_code, "which is not data and was not executed"),
     ],
@@ -206,7 +206,7 @@ def test_an_average_of_another_length(run, checkpoint, small_unet, tmp_path):
     for length in (0.05, 0.1, 0.2):
         out = tmp_path / f"{length}"
         code, said, err = run("--to", "checkpoint", "--model", checkpoint, "--ema-length", length, "--out", out)
-        assert said.startswith(f"average of length {length} over 40 steps of training; its profile is 0.")
+        assert said.startswith(f"average of length {length} over 40 steps of training; its averaging profile is 0.")
         loaded = UNet.from_pretrained(out)
         share = exponent_of_length(length) + 1
         # The weights were the numbers of the steps, whose mean under tau^gamma this is.

@@ -88,7 +88,7 @@ def test_an_interrupted_job_goes_on_to_the_same_frames(out, run, checkpoint, cli
         assert code == 130 and (moment == 0 or f"holds {4 * ((moment - 1) // 4) + (moment == 10)} of 9 frames" in err)
         code, said, told = run(*options, part.name)
         assert code == 0 and said.endswith(f"9 frames, 4 of them new; see {part.name}\n")
-        assert ("going on" in told) == (moment > 4)
+        assert ("continuing" in told) == (moment > 4)
         assert contents(part) == contents(whole)
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     assert sorted(path.name for path in here.iterdir()) == sorted(["clip", out])

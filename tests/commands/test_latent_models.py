@@ -110,7 +110,7 @@ def test_what_is_not_done_in_latent_space(runs, run_here):
         code, out, error = run_here(command, "--model", runs / "model", *arguments)
         assert (code, out) == (2, "") and error.count("\n") == 1 and why in error
     code, _, error = run_here(sample, "--engine=onnx", "--model", runs / "model")
-    assert code == 2 and error.count("\n") == 1 and "latents, which need torch: leave out --engine onnx" in error
+    assert code == 2 and error.count("\n") == 1 and "latents, which needs torch: leave out --engine onnx" in error
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_a_foreign_autoencoder_of_another_kind_is_refused(runs, tmp_path, capsys
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text(json.dumps({"_class_name": "os.system"}))
     assert run_train("--data", runs / "photos", "--latents", tmp_path / "foreign", "--out", tmp_path / "run") == 2
-    assert "'os.system' is no autoencoder that serves here; AutoencoderKL, AutoencoderTiny do" in capsys.readouterr().err
+    assert "'os.system' is not supported; use AutoencoderKL or AutoencoderTiny" in capsys.readouterr().err

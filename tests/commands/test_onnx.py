@@ -121,7 +121,7 @@ def test_it_runs_without_torch(exported, tmp_path):
 def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, out, err = run_here(sample, "--model", exported / "checkpoint")
-    assert (code, out, err) == (1, "", "error: torch is not installed; without it there is --engine onnx\n")
+    assert (code, out, err) == (1, "", "error: torch is not installed; --engine onnx samples without it\n")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, mon
         (["--class", "kind"], "--class: no class is called 'kind'; did you mean 'kind"),
         (["--steps", "0"], "steps must be a whole number"),
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
-        (["--engine", "eager", "--provider", "cpu"], "--provider is an option of --engine onnx"),
+        (["--engine", "eager", "--provider", "cpu"], "--provider needs --engine onnx"),
     ],
     ids=str,
 )

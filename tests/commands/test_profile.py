@@ -22,7 +22,7 @@ def test_writes_a_trace_and_prints_where_the_time_went(run, checkpoint, here):
     assert out.startswith("a batch of 3 in 2 steps, eager, float32, cpu: ")
     for line in ("convolutions ", "attention ", "norms with SiLU ", "solver ", "gaps ", "sum ", "implementations: "):
         assert f"\n{line}" in out
-    assert out.endswith("\nprofile/trace.json has each operator; ui.perfetto.dev shows it\n")
+    assert out.endswith("\nprofile/trace.json lists every operator; open it in ui.perfetto.dev\n")
 
 
 def test_goes_into_the_folder_that_is_named_and_says_nothing_if_told_so(run, checkpoint, here):
@@ -36,11 +36,11 @@ def test_goes_into_the_folder_that_is_named_and_says_nothing_if_told_so(run, che
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--engine", "onnx"], "not with --engine onnx"),
-        (["--tolerance", "0.1"], "not with --tolerance"),
-        (["--grid", "grid.png"], "not with --grid"),
-        (["--trajectory", "film.gif"], "not with --trajectory"),
-        (["--out", "images.npz"], "not with an .npz file as --out"),
+        (["--engine", "onnx"], "leave out --engine onnx"),
+        (["--tolerance", "0.1"], "leave out --tolerance"),
+        (["--grid", "grid.png"], "leave out --grid"),
+        (["--trajectory", "film.gif"], "leave out --trajectory"),
+        (["--out", "images.npz"], "leave out an .npz file as --out"),
         (["--steps", "0"], "steps must be a whole number"),
     ],
 )

@@ -194,7 +194,7 @@ def test_steps_are_as_many_as_are_listed(run, checkpoint, tmp_path):
 
 def test_the_reference_spacing_says_how_many_steps_it_makes(run, checkpoint):
     _, out, _ = run("--model", checkpoint, "--steps", 300, "--spacing", "ermongroup-uniform", "--seeds", "0", "--class", "none")
-    assert "makes 334 timesteps of 300 steps" in out
+    assert "gives 334 timesteps for 300 steps" in out
 
 
 def _change_config(folder, **changes):
@@ -235,7 +235,7 @@ def test_images_that_are_no_pictures_go_into_an_npz_file(run, small_config, tmp_
     UNet(dataclasses.replace(small_config, in_channels=4)).save_pretrained(tmp_path / "model")
     options = ["--model", tmp_path / "model", "--steps", 1, "--seeds", "0,1", "--quiet"]
     code, _, err = run(*options)
-    assert code == 2 and "images of 4 channels are no pictures, which have 1 or 3; --out FILE.npz" in err
+    assert code == 2 and "images of 4 channels are no pictures, which have 1 or 3; name --out FILE.npz" in err
     assert run(*options, "--out", tmp_path / "o.npz") == (0, "", "")
     assert np.load(tmp_path / "o.npz")["arr_0"].shape == (2, 16, 16, 4)
 
@@ -305,7 +305,7 @@ def test_a_killed_run_goes_on_to_the_same_files(job, run, tmp_path):
         code, said, told = run(*options, "--out", place)
         assert code == 0 and contents(place) == whole
         assert ("is finished" in said) == finished
-        assert ("going on" in told) == (2 + (not suffix) < moment <= moments)
+        assert ("continuing" in told) == (2 + (not suffix) < moment <= moments)
     outputs = {f"killed-{moment}{suffix}" for moment in range(moments + 2)}
     assert {p.name for p in tmp_path.iterdir()} == {*outputs, f"whole{suffix}", "checkpoint", "here"}
 
@@ -333,10 +333,10 @@ def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeyp
         patch.setattr(os, "replace", interrupt)
         code, out, err = run(*options, tmp_path / "parts", "--quiet")
     assert code == 130 and out == "" and err.count("\n") == 1
-    holds = int(re.search(r"stopped: .*parts holds (\d+) of 24 images; the same command goes on with it", err)[1])
+    holds = int(re.search(r"stopped: .*parts holds (\d+) of 24 images; the same command continues it", err)[1])
     assert 3 <= holds < 24 and holds == len(list((tmp_path / "parts").glob("0*.png")))
     code, out, err = run(*options, tmp_path / "parts")
-    assert code == 0 and f"parts holds {holds} of 24 images; going on" in err and f"{24 - holds} images of 2 steps in" in out
+    assert code == 0 and f"parts holds {holds} of 24 images; continuing" in err and f"{24 - holds} images of 2 steps in" in out
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
@@ -376,7 +376,7 @@ def test_an_unfinished_output_is_completed(damage, job, run, checkpoint, tmp_pat
     if damage == "gone":
         last.unlink()
     code, said, told = run(*options, "--out", out)
-    assert code == 0 and "out" in said and "holds 4 of 5 images; going on" in told
+    assert code == 0 and "out" in said and "holds 4 of 5 images; continuing" in told
     assert contents(out) == whole
 
 
@@ -462,7 +462,7 @@ def test_a_finished_folder_gets_the_film_and_the_grid_that_are_asked_for(run, ch
     assert {p.name: p.read_bytes() for p in (tmp_path / "o").glob("0*.png")} == pictures
     assert run(*options, "--out", tmp_path / "o.npz")[0] == 0
     code, _, err = run(*options, "--out", tmp_path / "o.npz", "--grid", tmp_path / "h.png")
-    assert code == 2 and "is finished, and a picture or a film is made together with it" in err
+    assert code == 2 and "is finished, and --grid and --trajectory are made while sampling" in err
 
 
 def test_help_shows_examples_and_defaults(run):
@@ -480,7 +480,7 @@ def test_images_of_classes_are_guided_as_the_card_says(run, small_unet, tmp_path
 
     def scale(name, *more):
         code, out, err = run(*options, tmp_path / name, *more)
-        own = "guidance 3 (the model's own; --guidance 1 is without)"
+        own = "guidance 3 (the model's own; --guidance 1 turns it off)"
         assert code == 0 and (own in out) == (own in err)
         return json.loads((tmp_path / name / "record.json").read_text())["settings"]["guidance"], own in out
 

@@ -115,7 +115,7 @@ def test_restyle(run_here, trained, recordings, here):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["a.wav", "--to=1/bob"], "give their class by --from"),
+        (["a.wav", "--to=1/bob"], "give one by --from"),
         (["a.wav", "--from=0/ann", "--to=1"], "'1' means 2 classes"),
         (["a.wav", "--from=0/ann", "--to=1/bob", "--loudness-std=0"], "must be positive"),
         (["a.wav", "--from=0/ann", "--to=1/bob", "--control=."], "--control is one recording; '.' holds 2"),

@@ -175,11 +175,11 @@ def test_a_run_says_what_it_trains_and_how_long_it_takes(photos, tmp_path, run_t
     assert err.startswith(
         f"preset grey-32: {parameters:,} parameters, float32 on cpu\ndata: {photos}, 8 images of 1x8x8, 4 a step\nsteps: 5\n"
     )
-    assert "first step:" in err and "sampling a grid:" in err and "about 1 s for the 2 steps that are left\n" in err
+    assert "first step:" in err and "sampling a grid:" in err and "about 1 s for the remaining 2 steps\n" in err
     _, _, err = run_train("--out", out, "--resume", "--steps=1006", "--warmup=2000", "--device=cpu", "--minutes=1e-9")
-    assert "steps: 1,006, of which 5 are made\n" in err
+    assert "steps: 1,006, 5 of them done\n" in err
     _, _, err = run_train("--data", photos, *options, "--warmup=9", "--steps=1", "--out", tmp_path / "short")
-    assert "steps: 1; all in the warm-up of 9: for short runs there is --recipe fast\n" in err
+    assert "steps: 1; all within the warm-up of 9: use --recipe fast for short runs\n" in err
 
 
 def test_the_default_number_of_steps_is_modest_on_a_cpu_and_stays_a_runs_own(photos, tmp_path, run_train):
@@ -511,7 +511,7 @@ def test_a_class_conditional_model_goes_on_without_classes_where_the_data_has_no
     options = ["--init", tmp_path / "init", "--data", photos / "class-0", *RUN[len(NETWORK) :], "--lr=1e-9"]
     code, _, err = run_train(*options, "--steps=1", "--out", tmp_path / "after")
     assert code == 0
-    assert_one_line(err, f"{photos / 'class-0'} has no label for every image", "goes on without classes")
+    assert_one_line(err, f"{photos / 'class-0'} has no label for every image", "continues without classes")
     after = UNet.from_pretrained(tmp_path / "after")
     assert after.config == dataclasses.replace(before.config, num_classes=None, class_names=None)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 700])

@@ -113,10 +113,10 @@ sample --model small --spacing 900,900,0
 sample --model small --spacing -1,5
     2 argument --spacing: expected one argument
 sample --model small --spacing 900,400,0 --steps 4
-    2 --steps 4 does not fit the 3 timesteps of --spacing; leave it out
+    2 --steps 4 does not match the 3 timesteps of --spacing; leave it out
 sample --model small --spacing adaptive
-    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; python -m ddim_fast.evaluate
-      --fit-timesteps --model MODEL does it, once
+    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; fit them once by python -m
+      ddim_fast.evaluate --fit-timesteps --model MODEL
 sample --model small --seeds 5-1
     2 argument --seeds: the range '5-1' runs backwards
 sample --model small --seeds x
@@ -124,7 +124,7 @@ sample --model small --seeds x
 sample --model small --seeds 99999999999999999999
     2 a seed is a whole number from 0 to 2^63 - 1; got 99999999999999999999
 sample --model small --seeds 3,4,3
-    2 --seeds names 3 more than once: a folder holds one image a seed, a .npz file holds them all
+    2 --seeds names 3 more than once: a folder holds one image per seed; name a .npz file, which holds them all
 sample --model small --seeds 0-99999999999
     2 argument --seeds: the range '0-99999999999' has more than 100,000,000 numbers
 sample --model small --num-images 0
@@ -150,11 +150,11 @@ sample --model small --guidance inf
 sample --model small --guidance strong
     2 argument --guidance: 'strong' is not a number
 sample --model small --guidance 2 --guidance-interval 600 300
-    2 --guidance-interval is two timesteps, the lower one first, from 0 to 999; got [600, 300]
+    2 --guidance-interval must be two timesteps, the lower one first, from 0 to 999; got [600, 300]
 sample --model small --guidance 2 --guidance-interval 300
     2 argument --guidance-interval: expected 2 arguments
 sample --model small --guidance 2 --guidance-interval 300 310 --steps 2
-    2 --guidance-interval 300 310: no step is there, so nothing would be guided; they are at 999, 0
+    2 --guidance-interval 300 310 holds no step, so nothing would be guided; the steps are at 999, 0
 sample --model small --guidance-interval 300 600
     2 --guidance-interval limits --guidance; give its scale, such as --guidance 2, as well
 sample --model small --guide small
@@ -173,16 +173,16 @@ sample --model small --tolerance small
 sample --model small --tolerance 0.1 --steps 4
     2 --tolerance takes the place of --steps and --spacing; give one or the other
 sample --model small --tolerance 0.1 --eta 1
-    2 a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got 1.0, ddim
+    2 a tolerance has a deterministic solver of its own: eta must be 0 and solver ddim; got 1.0, ddim
 sample --model small --tolerance 0.1 --solver unipc
-    2 a tolerance controls a deterministic solver of its own: eta must be 0 and solver ddim; got 0.0, unipc
+    2 a tolerance has a deterministic solver of its own: eta must be 0 and solver ddim; got 0.0, unipc
 sample --model small --tolerance 0.1 --reuse 2
-    2 reuse=2 needs fixed steps; with a tolerance each image takes steps of its own
+    2 reuse=2 needs fixed steps, but with a tolerance each image takes steps of its own
 sample --model small --tolerance 0.1 --trajectory new.gif
-    2 --trajectory films steps that all images share; with --tolerance each image takes its own
+    2 --trajectory films steps that all images share, but with --tolerance each image takes its own; leave out one of them
 sample --model small --tolerance 0.1 --engine captured
-    2 the captured engine prepares a run of fixed steps, and with a tolerance each image takes steps of its own; use
-      engine eager, or fixed steps
+    2 the captured engine needs fixed steps, but with a tolerance each image takes steps of its own; use engine eager,
+      or fixed steps
 sample --model small --clip 0
     2 --clip must be a positive number; got 0.0
 sample --model small --reuse 0
@@ -203,7 +203,7 @@ sample --model small --engine captured --dtype bfloat16 --device cpu
 sample --model small --engine warp
     2 argument --engine: invalid choice: 'warp'; there are auto, eager, compiled, captured, onnx
 sample --model small --provider cpu
-    2 --provider is an option of --engine onnx
+    2 --provider needs --engine onnx
 sample --model small --engine onnx --compile
     2 --compile is not an option of --engine onnx
 sample --model small --engine onnx --dtype float32
@@ -213,11 +213,11 @@ sample --model small --engine onnx --provider tpu
 sample --model small --engine onnx --tolerance 1
     2 --tolerance is not an option of --engine onnx
 sample --model small --profile --grid new.png
-    2 --profile is for fixed steps in torch and in one process, and makes no images; not with --grid
+    2 --profile needs fixed steps in torch in one process and writes no images; leave out --grid
 sample --model small --profile --trajectory new.gif
-    2 --profile is for fixed steps in torch and in one process, and makes no images; not with --trajectory
+    2 --profile needs fixed steps in torch in one process and writes no images; leave out --trajectory
 sample --model small --profile --tolerance 0.1
-    2 --profile is for fixed steps in torch and in one process, and makes no images; not with --tolerance
+    2 --profile needs fixed steps in torch in one process and writes no images; leave out --tolerance
 sample --model small photos
     2 unrecognized arguments: photos
 sample --model small --steps 1 --seeds 0 --out notes
@@ -225,24 +225,24 @@ sample --model small --steps 1 --seeds 0 --out notes
 sample --model small --steps 1 --seeds 0 --out album
     2 --out album is not empty (holiday.jpg); name a folder that is new or empty
 sample --model small --steps 1 --seeds 0 --out restored
-    2 --out restored holds what restore made, not sample; name another --out
+    2 --out restored holds the output of restore, not of sample; name another --out
 sample --model small --steps 1 --seeds 0 --out run
     2 --out run is not empty (config.json and 6 more); name a folder that is new or empty
 sample --model small --steps 1 --seeds 0 --out small
     2 --out small is not empty (README.md and 2 more); name a folder that is new or empty
 sample --model small --steps 1 --seeds 0 --out samples
-    2 --out samples was begun with --seeds 0-1, not 0; give the same settings to go on with it, or name another --out
+    2 --out samples was begun with --seeds 0-1, not 0; give the same settings to continue it, or name another --out
 sample --model small --steps 2 --seeds 0-2 --out samples
-    2 --out samples was begun with --seeds 0-1, not 0-2; give the same settings to go on with it, or name another --out
+    2 --out samples was begun with --seeds 0-1, not 0-2; give the same settings to continue it, or name another --out
 sample --model small --steps 2 --seeds 0-1 --class horse --out samples
-    2 --out samples was begun with --class all, not 7; give the same settings to go on with it, or name another --out
+    2 --out samples was begun with --class all, not 7; give the same settings to continue it, or name another --out
 sample --model small --steps 3 --seeds 0-1 --out samples.npz
-    2 --out samples.npz was begun with --steps 2, not 3; give the same settings to go on with it, or name another --out
+    2 --out samples.npz was begun with --steps 2, not 3; give the same settings to continue it, or name another --out
 sample --model plain --steps 2 --seeds 0-1 --out samples
-    2 --out samples was begun with --model sha256:..., not sha256:...; give the same settings to go on with it, or name
+    2 --out samples was begun with --model sha256:..., not sha256:...; give the same settings to continue it, or name
       another --out
 sample --model small --steps 2 --seeds 0-1 --out samples.npz --grid new.png
-    2 samples.npz is finished, and a picture or a film is made together with it; name another --out
+    2 samples.npz is finished, and --grid and --trajectory are made while sampling; name another --out
 sample --model small --steps 1 --seeds 0 --out images.zip
     2 --out images.zip would be a folder of that name; name one without .zip
 sample --model small --steps 1 --seeds 0 --out images.png
@@ -252,13 +252,13 @@ sample --model small --steps 1 --seeds 0 --out images.webp
 sample --model small --steps 1 --seeds 0 --out new.gif
     2 --out new.gif would be a folder of that name; name one without .gif
 sample --model small --steps 1 --seeds 0 --out notes/new
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 sample --model small --steps 1 --seeds 0 --out notes/new.npz
-    2 --out notes/new.npz.partial: notes is a file, in which nothing can be; name another place
+    2 --out notes/new.npz.partial: notes is a file, not a folder; name another place
 sample --model small --steps 1 --seeds 0 --out text.npz
-    2 --out text.npz exists, and no record.json in it says how it was made; name another file
+    2 --out text.npz exists and has no record.json of its settings; name another file
 sample --model small --steps 1 --seeds 0 --out whole.npz
-    2 --out whole.npz exists, and no record.json in it says how it was made; name another file
+    2 --out whole.npz exists and has no record.json of its settings; name another file
 sample --model small --steps 1 --seeds 0 --out bad-record
     2 bad-record/record.json: not whole JSON (...); name another --out
 sample --model small --steps 1 --seeds 0 --out ''
@@ -272,7 +272,7 @@ sample --model small --steps 1 --seeds 0 --grid new.psd
 sample --model small --steps 1 --seeds 0 --grid new
     2 new: unknown image format; name a .png file
 sample --model small --steps 1 --seeds 0 --grid notes/new.png
-    2 --grid notes/new.png: notes is a file, in which nothing can be; name another place
+    2 --grid notes/new.png: notes is a file, not a folder; name another place
 sample --model small --steps 1 --seeds 0 --grid album
     2 album: unknown image format; name a .png file
 sample --model small --steps 1 --seeds 0 --grid folder.png
@@ -282,7 +282,7 @@ sample --model small --steps 1 --seeds 0 --trajectory film.gif
 sample --model small --steps 1 --seeds 0 --trajectory new.mp4
     2 --trajectory writes a GIF; got 'new.mp4'
 sample --model small --steps 1 --seeds 0 --trajectory notes/new.gif
-    2 --trajectory notes/new.gif: notes is a file, in which nothing can be; name another place
+    2 --trajectory notes/new.gif: notes is a file, not a folder; name another place
 sample --model small --steps 1 --seeds 0 --grid new.gif --trajectory new.gif
     2 --grid and --trajectory are both new.gif; name two files
 sample --model cifar10-46
@@ -293,15 +293,15 @@ sample --model empty
 sample --model photos
     1 photos is not a checkpoint: it has no config.json
 sample --model notes
-    1 notes: not a whole file of tensors
+    1 notes: not a whole file of tensors; copy or download it again
 sample --model text.ckpt
-    1 text.ckpt: not a whole file of tensors
+    1 text.ckpt: not a whole file of tensors; copy or download it again
 sample --model text.safetensors
     1 text.safetensors: not a whole safetensors file (... header too large); copy or download it again
 sample --model text.png
-    1 text.png: not a whole file of tensors
+    1 text.png: not a whole file of tensors; copy or download it again
 sample --model run/train.json
-    1 run/train.json: not a whole file of tensors
+    1 run/train.json: not a whole file of tensors; copy or download it again
 sample --model run/training_state.pt
     1 run/training_state.pt: neither a network's tensors by name nor a list that begins with them
 sample --model zeros
@@ -327,15 +327,15 @@ sample --model latent/autoencoder
     1 latent/autoencoder/config.json: this describes an autoencoder, not a diffusion model; name the folder of a model of
       its latents
 sample --engine onnx --model voices
-    2 --model voices is a model of sounds, which need torch: leave out --engine onnx
+    2 --model voices is a model of sounds, which needs torch: leave out --engine onnx
 sample --engine onnx --model latent
-    2 --model latent is a model of an autoencoder's latents, which need torch: leave out --engine onnx
+    2 --model latent is a model of an autoencoder's latents, which needs torch: leave out --engine onnx
 sample --model voices --seeds 0 --steps 1 --out new.npz
     2 --out new.npz: a .npz file holds images; name a folder for the model's sounds
 sample --model voices --class an
     2 --class: no class is called 'an'; did you mean 'ann'? There are 0/ann, 0/bob
 without=torch sample --model small
-    1 torch is not installed; without it there is --engine onnx
+    1 torch is not installed; --engine onnx samples without it
 DDIM_FAST_BACKEND=warp sample --model small --steps 1 --seeds 0
     2 DDIM_FAST_BACKEND='warp' is unknown; choose reference, native, triton, cuda
 DDIM_FAST_BACKEND=cuda sample --model small --steps 1 --seeds 0 --device cpu
@@ -346,9 +346,9 @@ sample --model small --num-images 99999999999
 sample --model small --num-images 3 --out a.png
     2 --out a.png would be a folder of that name; name one without .png
 sample --model small --steps 1 --seeds 0 --out notes/a/b/c
-    2 --out notes/a/b/c: notes is a file, in which nothing can be; name another place
+    2 --out notes/a/b/c: notes is a file, not a folder; name another place
 sample --model exported
-    2 exported is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes
+    2 exported is an export to ONNX; sample it with python -m ddim_fast.sample --engine onnx
 sample --engine onnx --model exported
     1 exported is not an export to ONNX: it has no SHA256SUMS
 sample --model small --nonsense
@@ -395,7 +395,7 @@ reconstruct nowhere --model small
 reconstruct empty --model small
     2 no images in 'empty': files such as .png or .jpg are needed
 reconstruct notes --model small
-    2 notes: a file of unknown kind; images are read from folders, image files ...
+    2 notes: unknown kind of file; give a folder, an image file ...
 reconstruct text.png --model small
     2 text.png: not a readable image (of no format that Pillow decodes)
 reconstruct cut.png --model small
@@ -403,15 +403,15 @@ reconstruct cut.png --model small
 reconstruct zero.png --model small
     2 zero.png: not a readable image (of no format that Pillow decodes)
 reconstruct tone.wav --model small
-    2 tone.wav: a file of unknown kind; images are read from folders, image files ...
+    2 tone.wav: unknown kind of file; give a folder, an image file ...
 reconstruct text.npz --model small
-    2 text.npz: a file of unknown kind; images are read from folders, image files ...
+    2 text.npz: unknown kind of file; give a folder, an image file ...
 reconstruct text.parquet --model small
     2 text.parquet: not a whole Parquet file ...
 reconstruct text-idx3-ubyte --model small
     2 text-idx3-ubyte: not a whole IDX file ...
 reconstruct whole.npz --model small
-    2 whole.npz: a file of unknown kind; images are read from folders, image files ...
+    2 whole.npz: unknown kind of file; give a folder, an image file ...
 reconstruct photos --model voices
     2 --model voices is a model of sounds, not of pictures: see python -m ddim_fast.restyle
 reconstruct photos --model small --class hrse
@@ -439,10 +439,10 @@ reconstruct photos --model small --out notes
 reconstruct photos --model small --out new.npz --steps 1
     2 --out new.npz would be a folder of that name; name one without .npz
 reconstruct photos --model small --out notes/new --steps 1
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 reconstruct photos photos --model small --spacing adaptive
-    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; python -m ddim_fast.evaluate
-      --fit-timesteps --model MODEL does it, once
+    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; fit them once by python -m
+      ddim_fast.evaluate --fit-timesteps --model MODEL
 reconstruct mixed --model small --steps 1 --engine onnx
     2 argument --engine: invalid choice: 'onnx'; there are auto, eager, compiled, captured
 reconstruct photos --model truncated
@@ -453,7 +453,7 @@ without=torch reconstruct photos --model small
 without=pyarrow reconstruct text.parquet --model small
     1 reading Parquet needs pyarrow: pip install 'ddim_fast[train]'
 reconstruct photos --model exported
-    2 exported is an export to ONNX, which python -m ddim_fast.sample --engine onnx takes
+    2 exported is an export to ONNX; sample it with python -m ddim_fast.sample --engine onnx
 
 # edit
 
@@ -476,7 +476,7 @@ edit photos --model small --strength 0.5 --amount 2
 edit photos --model small --to cat --from dog --seed 1
     2 --seed belongs to SDEdit, without --to and --direction
 edit photos --model small --to cat
-    2 --to needs to know what the images are: give their class by --from, or say --from none
+    2 --to needs the images' own class: give it by --from, or say --from none
 edit photos --model small --to kat --from dog
     2 --to: no class is called 'kat'; did you mean 'cat'? There are airplane, ...
 edit photos --model small --to cat --from 10
@@ -529,7 +529,7 @@ interpolate seed:1 text.png --model small
 interpolate seed:1 empty --model small
     2 no images in 'empty': files such as .png or .jpg are needed
 interpolate seed:1 tone.wav --model small
-    2 tone.wav: a file of unknown kind; images are read from folders, image files ...
+    2 tone.wav: unknown kind of file; give a folder, an image file ...
 interpolate seed:1 photos/a.png --model voices
     2 photos/a.png: not a readable sound (Format not recognised.)
 interpolate seed:1 seed:2 --model small --frames 1
@@ -547,15 +547,15 @@ interpolate seed:1 seed:2 --model small --factor 2
 interpolate seed:1 seed:2 --model small --out album
     2 --out album is not empty (holiday.jpg); name a folder that is new or empty
 interpolate seed:1 seed:2 --model small --out notes/new --steps 1
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 interpolate seed:1 seed:2 --model small --out new.gif --steps 1
     2 --out new.gif would be a folder of that name; name one without .gif
 interpolate seed:1 --video film.gif --model small
     2 --video takes the place of the ends and of --frames
 interpolate --video film.gif --model small
-    2 a film has two frames or more; film.gif has 1
+    2 a film needs at least two frames; film.gif has 1
 interpolate --video one.gif --model small
-    2 a film has two frames or more; one.gif has 1
+    2 a film needs at least two frames; one.gif has 1
 interpolate --video nowhere.gif --model small
     2 no frames at 'nowhere.gif': neither a folder nor a file
 interpolate --video text.mp4 --model small
@@ -563,9 +563,9 @@ interpolate --video text.mp4 --model small
 interpolate --video text.gif --model small
     2 text.gif: not a readable GIF (of no format that Pillow decodes)
 interpolate --video photos/a.png --model small
-    2 a film has two frames or more; photos/a.png has 1
+    2 a film needs at least two frames; photos/a.png has 1
 interpolate --video empty --model small
-    2 a film has two frames or more; empty has 0
+    2 a film needs at least two frames; empty has 0
 interpolate --video notes --model small
     2 notes: not a readable video
 interpolate --video photos --factor 1 --model small
@@ -587,7 +587,7 @@ interpolate --video photos --out photos --model small
 interpolate --video photos --model voices
     2 --video: voices is a model of sounds
 interpolate --video mixed --model small --steps 1
-    2 the frames of a film have one size; in mixed the first is 16x16, and frame 2 is 8x8
+    2 the frames of a film must have one size; in mixed the first is 16x16, and frame 2 is 8x8
 without=imageio_ffmpeg interpolate --video photos --out new.mp4 --model small --steps 1
     1 video files need imageio-ffmpeg: pip install 'ddim_fast[video]'
 interpolate seed:1 seed:2 --model small --frmaes 3
@@ -605,7 +605,7 @@ restore photos --model small --task repaint
     2 argument --task: invalid choice: 'repaint'; did you mean 'inpaint'? There are inpaint, super-resolution, colorize,
       deblur, compressed-sensing
 restore photos --model small --task inpaint
-    2 --task inpaint needs either --mask or --rectangle, for what is to be filled in
+    2 --task inpaint needs --mask or --rectangle, the part to fill in
 restore photos --model small --task inpaint --rectangle 1,2,3
     2 argument --rectangle: '1,2,3' is no rectangle: write left, top, width and height, as 8,8,16,16
 restore photos --model small --task inpaint --rectangle 10,0,7,2
@@ -615,13 +615,13 @@ restore photos --model small --task inpaint --mask nowhere.png
 restore photos --model small --task inpaint --mask thumbs/a.png
     2 photos/a.png is 16x16 pixels and --mask thumbs/a.png 8x8; a mask has ...
 restore photos --model small --task inpaint --mask black.png
-    2 --mask: nothing in black.png is white, so there is nothing to fill in
+    2 --mask: black.png has no white pixel, so there is nothing to fill in
 restore photos --model small --task inpaint --mask photos
     2 --mask is one picture; 'photos' holds 2
 restore photos --model small --task inpaint --mask text.png
     2 text.png: not a readable image (of no format that Pillow decodes)
 restore photos --model small --task inpaint --mask notes
-    2 notes: a file of unknown kind; images are read from folders, image files ...
+    2 notes: unknown kind of file; give a folder, an image file ...
 restore photos --model small --task super-resolution --resize squeeze
     2 argument --resize: invalid choice: 'squeeze' ...
 restore thumbs --model small --task super-resolution --factor 0
@@ -661,10 +661,10 @@ restore photos --model small --task colorize --out notes
 restore photos --model small --task colorize --out album
     2 --out album is not empty (holiday.jpg); name a folder that is new or empty
 restore photos --model small --task colorize --out restored
-    2 --out restored was begun with IMAGES sha256:..., not sha256:...; give the same settings to go on with it, or name
+    2 --out restored was begun with IMAGES sha256:..., not sha256:...; give the same settings to continue it, or name
       another --out
 restore photos --model small --task colorize --out samples
-    2 --out samples holds what sample made, not restore; name another --out
+    2 --out samples holds the output of sample, not of restore; name another --out
 restore photos --model small --task colorize --out new.png --steps 1
     2 --out new.png would be a folder of that name; name one without .png
 restore empty --model small --task colorize
@@ -676,7 +676,7 @@ restore photos --model voices --task colorize
 without=skimage restore photos --model small --task deblur --sigma 1 --degrade
     1 SSIM needs scikit-image: pip install 'ddim_fast[restore]'
 restore photos --model small --task inpaint --mask mask.png --out restored
-    2 --out restored was begun with --mask sha256:..., not sha256:...; give the same settings to go on with it, or name
+    2 --out restored was begun with --mask sha256:..., not sha256:...; give the same settings to continue it, or name
       another --out
 restore thumbs --model small --task super-resolution --factor 2 --seeds 0,0
     2 --seeds names one twice: 0,0
@@ -694,7 +694,7 @@ restyle tone.wav --model voices --from ann --to 2
 restyle tone.wav --model voices --from 0 --to bob
     2 --from: '0' means 2 classes; name one of 0/ann, 0/bob
 restyle tone.wav --model voices --to bob
-    2 the recordings do not say what they are: give their class by --from, or say --from none
+    2 the recordings have no class: give one by --from, or say --from none
 restyle nowhere.wav --model voices --from ann --to bob
     2 no sounds at 'nowhere.wav': not a folder, a sound file or a Parquet file
 restyle text.wav --model voices --from ann --to bob
@@ -763,11 +763,11 @@ evaluate --loss --data text.parquet --model small
 evaluate --loss --data text-idx3-ubyte --model small
     2 text-idx3-ubyte: not a whole IDX file ...
 evaluate --loss --data photos --class 7 --model small
-    2 --class is of what is sampled, for --reference or --trajectory-error; --data has classes of its own
+    2 --class is for sampled images (--reference or --trajectory-error); --data has classes of its own
 evaluate --loss --data photos --num-images 99 --model small
     2 photos holds 2 images, fewer than the 99 of --num-images
 evaluate --reconstruction --data photos --eta 1 --model small
-    2 --reconstruction is of deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance
+    2 --reconstruction needs deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance
 evaluate --images photos --loss --data photos
     2 --images can be measured against --reference only; the rest needs a --model
 evaluate --reference photos --num-images 0 --model small
@@ -780,7 +780,7 @@ evaluate --reference photos --model small
 evaluate --reference photos --inception absent --model small
     2 there is no feature network at absent: --fetch-inception downloads it, --inception names one that is there
 evaluate --reference photos --inception notes --model small
-    2 notes: not a whole file of tensors
+    2 notes: not a whole file of tensors; copy or download it again
 evaluate --reference photos --inception empty --model small
     2 empty is not a checkpoint: it has no inception-2015-12-05.safetensors
 evaluate --reference photos --inception text.safetensors --model small
@@ -798,11 +798,11 @@ evaluate --trajectory-error --model small --solver euler
 evaluate --trajectory-error --model small --spacing quadratik
     2 argument --spacing: unknown name 'quadratik'; there are linear, quadratic, ...
 evaluate --trajectory-error --model small --eta 0,1
-    2 --trajectory-error is of deterministic samplers: no --solver ddpm, and --eta 0
+    2 --trajectory-error needs a deterministic sampler: --eta 0 and no --solver ddpm
 evaluate --trajectory-error --model small --eta much
     2 argument --eta: 'much' is neither a number in [0, 1] nor 'sigma-hat'
 evaluate --trajectory-error --model small --solver unipc --eta 1
-    2 --eta other than 0 is an option of --solver ddim, so there is no setting to measure
+    2 --eta other than 0 needs --solver ddim, so there is no setting to measure
 evaluate --trajectory-error --model small --tolerance small
     2 argument --tolerance: 'small' is not a list of numbers such as 0.02,0.1
 evaluate --trajectory-error --model small --tolerance -1
@@ -816,24 +816,24 @@ evaluate --trajectory-error --model small --seed -1
 evaluate --trajectory-error --model small --guidance-interval 300 600
     2 --guidance-interval limits --guidance; give its scale, such as --guidance 2, as well
 evaluate --trajectory-error --model small --guidance 2 --guidance-interval 600 300
-    2 --guidance-interval is two timesteps, the lower one first, from 0 to 999; got [600, 300]
+    2 --guidance-interval must be two timesteps, the lower one first, from 0 to 999; got [600, 300]
 evaluate --trajectory-error --model small --guide small
     2 --guide is what --guidance leads away from; give its scale, such as --guidance 2, as well
 evaluate --trajectory-error --model plain --guidance 2
-    2 --guidance: plain is unconditional, and there is nothing to guide it towards
+    2 --guidance: plain is unconditional, so guidance needs a --guide
 evaluate --trajectory-error --model small --guide voices --guidance 2
     2 the guide must be of the same kind as the network: its image_shape is (4, 8, 8), not (3, 16, 16)
 evaluate --trajectory-error --model small --class hrse
     2 --class: no class is called 'hrse'; did you mean 'horse'? There are airplane, ...
 evaluate --trajectory-error --model small --spacing adaptive
-    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; python -m ddim_fast.evaluate
-      --fit-timesteps --model MODEL does it, once
+    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; fit them once by python -m
+      ddim_fast.evaluate --fit-timesteps --model MODEL
 evaluate --trajectory-error --model small --out album
     2 --out album is not empty (holiday.jpg); name a folder that is new or empty
 evaluate --trajectory-error --model small --out notes
     2 --out notes is a file; name a folder that is new or empty
 evaluate --trajectory-error --model small --out notes/new --num-images 1 --steps 1
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 evaluate --trajectory-error --model small --device tpu
     2 unknown device 'tpu'; choose auto, cpu or cuda
 evaluate --trajectory-error --model small --batch-size 0
@@ -869,7 +869,7 @@ export --to diffusers --model small --out album --class all
 export --to diffusers --model small --out notes --class all
     2 --out notes is a file; name a folder that is new or empty
 export --to diffusers --model small --out notes/new --class all
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 export --to diffusers --model small --out new --class all --steps 5
     2 --steps is an option of --to onnx
 export --to diffusers --model small --out new --class all --dtype float16
@@ -893,7 +893,7 @@ export --to checkpoint --model truncated --out new
     1 truncated/model.safetensors: not a whole safetensors file (... incomplete metadata, file not fully covered); copy or
       download it again
 export --to checkpoint --model notes --out new
-    1 notes: not a whole file of tensors
+    1 notes: not a whole file of tensors; copy or download it again
 export --to onnx --model small --out new --opset 7
     2 --opset must be from 18 to 23 for float32; got 7
 export --to onnx --model small --out new --steps 0
@@ -901,10 +901,10 @@ export --to onnx --model small --out new --steps 0
 export --to onnx --model small --out new --eta 2
     2 --eta must lie in [0, 1] or be 'sigma-hat'; got 2.0
 export --to onnx --model small --out new --spacing 5,3 --steps 3
-    2 --steps 3 does not fit the 2 timesteps of --spacing; leave it out
+    2 --steps 3 does not match the 2 timesteps of --spacing; leave it out
 export --to onnx --model small --out new --spacing adaptive
-    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; python -m ddim_fast.evaluate
-      --fit-timesteps --model MODEL does it, once
+    2 --spacing adaptive: no timesteps have been fitted to this model and ddim; fit them once by python -m
+      ddim_fast.evaluate --fit-timesteps --model MODEL
 export --to onnx --model small --out new --clip -1
     2 --clip must be a positive number; got -1.0
 export --to onnx --model small --out new --dtype bfloat16 --optimize cuda
@@ -912,7 +912,7 @@ export --to onnx --model small --out new --dtype bfloat16 --optimize cuda
 export --to onnx --model small --out new --optimize tpu
     2 argument --optimize: invalid choice: 'tpu'; there are cuda
 export --to onnx --model voices --out new
-    2 voices makes sounds; what its images mean as sound has no place in an ONNX export
+    2 voices makes sounds, and an ONNX export cannot hold their format; sample it with torch
 without=onnxscript export --to onnx --model small --out new
     1 this needs onnxscript, which is not installed: pip install onnxscript
 export --to onnx --model small --out new --unrol
@@ -933,7 +933,7 @@ train --data photos --out small
 train --data photos --out notes --steps 1 --device cpu
     2 --out notes is a file; name a folder
 train --data photos --out notes/new --steps 1 --device cpu
-    2 --out notes/new: notes is a file, in which nothing can be; name another place
+    2 --out notes/new: notes is a file, not a folder; name another place
 train --data photos --out album --preset cifar --steps 1
     2 argument --preset: invalid choice: 'cifar'; did you mean 'cifar10-64'? There are cifar10-64, ...
 train --data nowhere --out new --steps 1 --set sample_size=8
@@ -948,7 +948,7 @@ train --data text.parquet --out new --steps 1 --set sample_size=8
 train --data text-idx3-ubyte --out new --steps 1 --set sample_size=8
     1 text-idx3-ubyte: not a whole IDX file ...
 train --data whole.npz --out new --steps 1 --set sample_size=8
-    1 whole.npz: a file of unknown kind; images are read from folders, image files ...
+    1 whole.npz: unknown kind of file; give a folder, an image file ...
 train --data photos --out new --steps 0
     2 argument --steps: '0' is not a positive whole number
 train --data photos --out new --batch-size four
@@ -1013,7 +1013,7 @@ train --data photos --out new --init small --preset grey-32
 train --data photos --out new --init small --set base_channels=8
     2 --set base_channels describes a network, and --init small is one; only its sample_size can grow
 train --data photos --out new --init small --set sample_size=48
-    2 --set sample_size: --init small has 16, which can stay, or double where its images are pictures; got 48
+    2 --set sample_size: --init small has 16, which can stay, or double for a model of pictures; got 48
 train --data photos --out new --latents nowhere
     2 nowhere is not a checkpoint: it has no config.json
 train --data photos --out new --latents small
@@ -1274,7 +1274,7 @@ def test_an_interrupted_job_says_how_to_go_on(line, call, prepared, monkeypatch)
         code, err = call(line)
     (new,) = (place for place in map(Path, ("new", "restored-2")) if place.exists())
     assert code == 130 and err.count("\n") == 1
-    assert re.fullmatch(rf"stopped: {new} holds \d of \d images; the same command goes on with it\n", err)
+    assert re.fullmatch(rf"stopped: {new} holds \d of \d images; the same command continues it\n", err)
     assert json.loads((new / "record.json").read_text())["finished"] is False
     shutil.rmtree(new)
 

@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pyarrow
@@ -37,6 +38,30 @@ def test_parquet_in_the_hubs_layout(tmp_path, recordings, speaker):
     np.testing.assert_array_equal(sounds.waves, load_sounds(str(recordings), MEL).waves)
 
 
+def _named_classes(path, files, labels):
+    """A Parquet file whose features name its labels and speakers, as the Hugging Face Hub's do."""
+    columns = {
+        "audio": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "label": labels,
+        "speaker": [i % 2 for i in range(len(files))],
+    }
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in CLASS_NAMES.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
+
+
+CLASS_NAMES = {"label": ["zero", "one"], "speaker": ["ann", "bob"]}
+
+
+def test_the_features_of_a_data_set_name_the_classes_of_sounds(tmp_path, recordings):
+    files = sorted(recordings.rglob("*.wav"))[:3]
+    _named_classes(tmp_path / "a.parquet", files, [1, 0, 1])
+    assert load_sounds(str(tmp_path), MEL).labels == ["one/ann", "zero/bob", "one/ann"]
+    _named_classes(tmp_path / "a.parquet", files, [1, 0, 2])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: class 2 has no name; the file's features name 0 to 1$"):
+        load_sounds(str(tmp_path), MEL)
+
+
 def test_a_sound_stands_in_the_middle_at_the_configs_peak(tmp_path):
     short, long = tone(300, 100), np.r_[np.zeros(1000), tone(300, 2048), np.zeros(1000)]
     soundfile.write(tmp_path / "a.flac", short / 10, RATE)
@@ -73,15 +98,15 @@ def test_what_is_no_sound(tmp_path):
         load_sounds(str(tmp_path), MEL)
     for name, data in (("a.wav", b"not a sound"), ("a.wav", b"")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.wav: not a readable sound"):
+        with pytest.raises(ValueError, match=r"a\.wav: not a readable sound .*; copy or download it again, or save it as WAV$"):
             load_sounds(str(tmp_path), MEL)
     soundfile.write(tmp_path / "a.wav", np.zeros(0), RATE)
-    with pytest.raises(ValueError, match=r"a\.wav: a sound of no length"):
+    with pytest.raises(ValueError, match=r"a\.wav: the sound is empty; remove the file or record it again"):
         load_sounds(str(tmp_path), MEL)
     buffer = io.BytesIO()
     soundfile.write(buffer, np.array([0.0, np.nan, 0.1]), RATE, format="WAV", subtype="FLOAT")
     (tmp_path / "a.wav").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match=r"a\.wav: its samples are not all finite"):
+    with pytest.raises(ValueError, match=r"a\.wav: some samples are NaN, infinite or too large; convert the file again"):
         load_sounds(str(tmp_path), MEL)
 
 
@@ -93,7 +118,7 @@ def test_other_files_are_named_and_no_labels(tmp_path):
         else:
             (tmp_path / name).write_bytes(b"no sound")
     (tmp_path / "2/back").symlink_to(tmp_path)
-    with pytest.warns(UserWarning, match=r"skipped what cannot be read as sounds: 1 \.(txt|m4a), 1 \.(txt|m4a)$"):
+    with pytest.warns(UserWarning, match=r"skipped files that cannot be read as sounds: 1 \.(txt|m4a), 1 \.(txt|m4a)$"):
         assert load_sounds(str(tmp_path), MEL).labels == ["1", "2"]
 
 
@@ -115,7 +140,7 @@ def test_a_header_that_says_too_much_is_named(tmp_path, capfd):
         load_sounds(str(tmp_path), MEL)
     loud = np.full((2048, 2), 3e38, np.float32)
     soundfile.write(tmp_path / "a.flac", loud, RATE, "FLOAT", format="WAV")
-    with pytest.raises(ValueError, match=r"a\.flac: its samples are not all finite"):
+    with pytest.raises(ValueError, match=r"a\.flac: some samples are NaN, infinite or too large; convert the file again"):
         load_sounds(str(tmp_path), MEL, convert=True)
     assert capfd.readouterr().err == ""
 

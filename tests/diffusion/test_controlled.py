@@ -48,7 +48,7 @@ def test_fixed_steps_count_their_evaluations_too(small_unet):
     [
         ({"tolerance": 0}, "positive number; got 0"),
         ({"tolerance": "small"}, "positive number"),
-        ({"engine": "compiled"}, "the compiled engine prepares a run of fixed steps"),
+        ({"engine": "compiled"}, "the compiled engine needs fixed steps"),
         ({"engine": "captured"}, "the captured engine"),
         ({"reuse": 2}, "reuse=2 needs fixed steps"),
         ({"eta": 1.0}, "eta must be 0"),

@@ -211,7 +211,7 @@ def test_images_and_noise_may_be_arrays(convert, fake_network):
         assert torch.equal(call(convert(x)), call(x))
     assert torch.equal(sampler.restore(convert(grey(x)), grey, seeds=[0, 1]), sampler.restore(grey(x), grey, seeds=[0, 1]))
     for wrong in ("noise", [["a"]], object()):
-        with pytest.raises(ValueError, match="images and noise are tensors or arrays of numbers; got"):
+        with pytest.raises(ValueError, match="images and noise must be tensors or arrays of numbers; got"):
             sampler.sample(x_T=wrong)
 
 

@@ -154,7 +154,7 @@ def test_pictures_in_an_npz_file_must_be_like_the_images_beside_statistics_too(b
 @pytest.mark.parametrize(
     "arrays,words",
     [
-        ({"mu": np.zeros(6)}, "needs mu, and sigma"),
+        ({"mu": np.zeros(6)}, "needs the arrays mu and either sigma"),
         ({"mu": np.zeros(6), "sigma_upper": np.zeros(5)}, "sigma_upper has the shape"),
         ({"mu": np.full(6, np.nan), "sigma": np.eye(6)}, "finite"),
         ({"mu": np.zeros(6), "sigma": np.eye(6), "features": np.zeros((3, 5))}, "features of shape"),

@@ -96,7 +96,22 @@ def test_what_changed_under_its_name_is_told_apart(tmp_path):
 @pytest.mark.parametrize("content", ['{"rows": 3}', '{"runs": [], "rows": [3]}', '{"runs": [], "rows": [{"kind": "odd"}]}'])
 def test_a_file_of_something_else_is_named(content, tmp_path):
     (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(ValueError, match=r"evaluation\.json: not the results of an evaluation"):
+    with pytest.raises(ValueError, match=r"evaluation\.json: not the results of an evaluation; restore the file from a copy"):
+        Results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "runs"),
+    [
+        ({"kind": "loss", "settings": {"data": "d"}, "loss": 0.5}, []),  # neither model nor images
+        ({"kind": "loss", "settings": {"data": "d", "model": "m"}, "loss": "x"}, []),
+        ({"kind": "quality", "settings": {"reference": "r", "model": "m"}}, []),
+        ({"kind": "loss", "settings": {"data": "d", "model": "m"}, "loss": 0.5}, [{"machine": "cpu"}]),
+    ],
+)
+def test_a_damaged_row_is_one_line_that_names_the_file(row, runs, tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"runs": runs, "rows": [row]}))
+    with pytest.raises(ValueError, match=r"^\S*evaluation\.json: a row or run in it is damaged \(.*\); restore .*--out$"):
         Results(tmp_path)
 
 

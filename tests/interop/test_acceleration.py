@@ -484,11 +484,11 @@ class TestLeftAlone:
     @pytest.mark.parametrize(
         ("what", "why"),
         [
-            (_subclass, "none of the classes"),
+            (_subclass, "none of the supported classes"),
             (_parametrized, "parametrized"),
-            (_quantised, "somebody else's"),
+            (_quantised, "not the class's own"),
             (_padded_otherwise, "circular"),
-            (_hooked, "somebody else's"),
+            (_hooked, "not the class's own"),
             (_another_nonlinearity, "GELU"),
         ],
     )
@@ -626,7 +626,7 @@ class TestPipelines:
     def test_schedulers_left_alone(self, make):
         changed = diffusers.DDIMScheduler()
         changed.alphas_cumprod = changed.alphas_cumprod**2
-        for scheduler, why in ((diffusers.DDPMScheduler(), "none of the classes"), (changed, "alphas_cumprod")):
+        for scheduler, why in ((diffusers.DDPMScheduler(), "none of the supported classes"), (changed, "alphas_cumprod")):
             pipe = self.pipe(make, scheduler)
             report = accelerate(pipe)
             assert pipe.scheduler is scheduler and why in report.left_alone[-1].why

@@ -314,7 +314,7 @@ class TestPipelines:
             (lambda s: setattr(s, "init_noise_sigma", 2.0), "its init_noise_sigma was changed"),
             (lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod * 0.9), "its alphas_cumprod was changed"),
             (lambda s: s.set_timesteps(10) or setattr(s, "timesteps", s.timesteps[2:]), "its timesteps was changed"),
-            (lambda s: setattr(s, "step", lambda *args, **kwargs: None), "its step is somebody else's"),
+            (lambda s: setattr(s, "step", lambda *args, **kwargs: None), "its step is not diffusers' own"),
         ],
         ids=["final", "sigma", "alphas", "timesteps", "step"],
     )

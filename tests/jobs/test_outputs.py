@@ -141,7 +141,7 @@ def test_other_settings_are_refused(output):
 
 def test_the_folder_of_another_command_is_refused(output):
     fill(output)
-    with pytest.raises(ValueError, match="holds what sample made, not restore; name another --out"):
+    with pytest.raises(ValueError, match="holds the output of sample, not of restore; name another --out"):
         output.check(output.record(), {**JOB, "command": "restore"})
 
 

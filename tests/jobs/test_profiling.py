@@ -101,7 +101,7 @@ def test_on_a_gpu_the_times_are_of_kernels(engine, small_unet, tmp_path):
 
 
 def test_with_a_tolerance_there_is_no_profile(small_unet, tmp_path):
-    with pytest.raises(ValueError, match="a profile is of steps that all images share"):
+    with pytest.raises(ValueError, match="a profile needs steps that all images share"):
         profile_sampling(Sampler(small_unet, tolerance=0.1), tmp_path / "trace.json", **REQUEST)
     assert list(tmp_path.iterdir()) == []
 

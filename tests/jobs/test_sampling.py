@@ -57,7 +57,9 @@ def test_out_of_memory_halves_what_is_sampled_at_once_and_loses_nothing(network,
     assert network.sizes == [8, 4, 2]
     np.testing.assert_array_equal(all_pictures(job), expected)
     assert max(network.sizes[3:]) == 2  # later batches do not try again what failed
-    assert capsys.readouterr().err.splitlines() == [f"out of memory: going on with {n} images a network call" for n in (4, 2)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"out of memory: continuing with {n} images per network call" for n in (4, 2)
+    ]
 
 
 def test_memory_that_runs_out_in_the_middle_of_a_batch_starts_it_again(network):

@@ -101,5 +101,5 @@ def test_frames_are_counted_and_told_apart(clip, tmp_path):
         scan_frames(folder)
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 9)).save(tmp_path / "one" / "7.png")
-    with pytest.raises(ValueError, match=r"a film has two frames or more; .*one has 1"):
+    with pytest.raises(ValueError, match=r"a film needs at least two frames; .*one has 1"):
         scan_frames(tmp_path / "one")

@@ -75,7 +75,7 @@ def test_a_checkpoint_of_something_else_is_refused(autoencoder, tmp_path):
     [
         ({"sample_size": 15}, "sample_size must be a multiple of 2"),
         ({"latent_channels": 0}, "latent_channels must be at least 1; got 0"),
-        ({"channel_multipliers": ()}, "channel_multipliers must be one positive integer a level"),
+        ({"channel_multipliers": ()}, "channel_multipliers must be one positive integer per level"),
         ({"norm_num_groups": 3}, "norm_num_groups must be a divisor"),
         ({"base_channels": 2**20}, "base_channels must be such that no level has more than 65536 channels"),
         ({"layers_per_block": 10**6}, "layers_per_block must be at most 512 in all levels together"),

@@ -419,7 +419,7 @@ X = torch.zeros(2, 3, 4, 4)
         ({"model_output": X.to("meta")}, "model_output is on meta, but sample is on cpu"),
         ({"noise": X.to("meta"), "eta": 1.0}, "noise is on meta"),
         ({"out": X.to("meta")}, "out is on meta"),
-        ({"eta": 0.5}, "eta = 0.5 needs noise, or seeds"),
+        ({"eta": 0.5}, "eta = 0.5 needs noise or seeds"),
         ({"eta": "sigma-hat"}, "eta = sigma-hat needs noise"),
         ({"eta": -0.1, "noise": X}, "eta must lie in .*got -0.1"),
         ({"eta": 1.1, "noise": X}, "eta must lie in .*got 1.1"),

@@ -89,7 +89,7 @@ X = np.zeros((2, 3, 4, 4), np.float32)
         ({"sample": X.astype(int)}, "sample must be a floating-point array; got int64"),
         ({"out": X.astype(int)}, "out must be a floating-point array"),
         ({"out": X, "out_dtype": np.float64}, "out_dtype is float64, but out is float32"),
-        ({"eta": 0.5}, "eta = 0.5 needs noise, or seeds"),
+        ({"eta": 0.5}, "eta = 0.5 needs noise or seeds"),
         ({"eta": float("nan"), "noise": X}, "eta must lie in .*got nan"),
         ({"eta": 1.0, "noise": X[0]}, "noise has shape"),
         ({"eta": 1.0, "seeds": [1]}, "seeds must be int64, one an image"),

@@ -1,5 +1,5 @@
-"""Checkpoint folders of diffusers: of a ``UNet2DModel``, or of a ``DDPMPipeline`` or ``DDIMPipeline``, which holds one and its
-scheduler. Neither loading nor saving needs diffusers itself.
+"""Checkpoint folders of diffusers: a ``UNet2DModel``, or a ``DDPMPipeline`` or ``DDIMPipeline`` with one and its scheduler.
+Neither loading nor saving needs diffusers itself.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": None,
 }
 
-# Options of UNet2DModel that are fields of UNetConfig under the same name.
+# Options of UNet2DModel that UNetConfig has under the same name.
 _SAME_NAME = (
     "in_channels",
     "layers_per_block",
@@ -77,19 +77,19 @@ def is_diffusers(folder: Path) -> bool:
     """Whether diffusers wrote ``folder``.
 
     Raises:
-        FileNotFoundError: it is no checkpoint at all.
+        FileNotFoundError: ``folder`` is no checkpoint.
         ValueError: its config.json is damaged.
     """
     return (folder / "model_index.json").is_file() or "_class_name" in read_json(folder / "config.json")
 
 
 def load_diffusers(folder: Path) -> Checkpoint:
-    """A ``UNet2DModel``, from its own folder or from a pipeline's.
+    """Load a ``UNet2DModel``, from its own folder or from a pipeline's.
 
-    The schedule and the prediction type are those of the pipeline's scheduler; a network without one is taken to predict
-    epsilon on the linear schedule of DDPM. The last class of a class-conditional network becomes the null class of
-    :class:`UNetConfig`, because diffusers has none. Weights may be .safetensors or .bin, in one file or several, with the
-    present names of the attention layers or the old ones.
+    The schedule and the prediction type are those of the pipeline's scheduler; without one, the network predicts epsilon on the
+    linear schedule of DDPM. The last class of a class-conditional network becomes the null class of :class:`UNetConfig`,
+    because diffusers has none. Weights may be .safetensors or .bin, in one file or several, with the present or the old names
+    of the attention layers.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -113,9 +113,9 @@ def load_diffusers(folder: Path) -> Checkpoint:
 def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -> None:
     """Write a folder that ``diffusers.DDIMPipeline.from_pretrained`` loads, whole or not at all.
 
-    A class-conditional network becomes a ``UNet2DModel`` with one class more, the null class, whose number stands for no label.
-    A ``DDIMPipeline`` gives its network no labels; for it see :func:`fold_class`. The scheduler is set not to clip, which is
-    the default of :class:`ddim_fast.Sampler`.
+    A class-conditional network becomes a ``UNet2DModel`` with one more class, the null class, which means no label. A
+    ``DDIMPipeline`` gives its network no labels; see :func:`fold_class`. The scheduler does not clip, like
+    :class:`ddim_fast.Sampler`.
 
     Args:
         folder: new, or empty.
@@ -123,7 +123,7 @@ def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -
         state: its tensors, by the names of :class:`ddim_fast.UNet`, which are those of diffusers.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder is not empty.
         ValueError: diffusers' UNet2DModel cannot be this network, or its DDIMScheduler lacks the schedule.
     """
     unet, scheduler = _unet_options(config), _scheduler_options(config)
@@ -138,8 +138,8 @@ def save_diffusers(folder: Path, config: UNetConfig, state: dict[str, Tensor]) -
 
 
 def fold_class(config: UNetConfig, state: dict[str, Tensor], label: int | None) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """A class-conditional network restricted to one label: an unconditional network whose time embedding has the class
-    embedding in its bias.
+    """A class-conditional network restricted to one label: an unconditional network with the class embedding added to the bias
+    of its time embedding.
 
     Args:
         label: the class, or None for the null class.
@@ -172,7 +172,7 @@ def _component(folder: Path, name: str) -> Path:
 def _check_pipeline(index: dict[str, Any]) -> None:
     components = sorted(name for name, value in index.items() if isinstance(value, list))
     if components != ["scheduler", "unet"]:
-        raise ValueError(f"the pipeline consists of {', '.join(components) or 'nothing'}; needed are scheduler and unet alone")
+        raise ValueError(f"the pipeline has {', '.join(components) or 'no components'}; give one with scheduler and unet only")
 
 
 def _network_fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _scheduler_options(config: UNetConfig) -> dict[str, Any]:
         **{key: getattr(config, key) for key in _PROCESS},
         "beta_schedule": names[config.beta_schedule],
         "clip_sample": False,
-        # Sampling has to start where no signal is left (Lin et al. 2024, section 3.3), and leading timesteps do not.
+        # Sampling must start where no signal is left (Lin et al. 2024, section 3.3); leading timesteps do not.
         "timestep_spacing": "trailing" if config.rescale_betas_zero_snr else "leading",
     }
 

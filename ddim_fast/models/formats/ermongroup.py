@@ -1,5 +1,5 @@
-"""Checkpoints of the DDIM authors' code (github.com/ermongroup/ddim): of their own training, and the published DDPM weights of
-Ho et al. 2020 as converted for it. The files hold tensors, but no description of the network.
+"""Checkpoints of the DDIM authors' code (github.com/ermongroup/ddim): their own, and the published DDPM weights of Ho et al.
+2020 in their format. The files hold tensors, but no description of the network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..weights import Checkpoint, is_state_dict, read_pickle, read_safetensors
 
 __all__ = ["load_ermongroup"]
 
-# Parts of names, ours and theirs; more specific ones first.
+# Parts of tensor names, ours and theirs; more specific ones first.
 _NAMES = (
     ("time_embedding.linear_1", "temb.dense.0"),
     ("time_embedding.linear_2", "temb.dense.1"),
@@ -42,21 +42,21 @@ _NAMES = (
 
 _ATTENTION_WEIGHT = re.compile(r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.weight$")
 
-# Every network they published attends at this height, and at no other.
+# Every network they published has attention at this height only.
 _ATTENTION_RESOLUTION = 16
 
 
 def load_ermongroup(path: Path, config: UNetConfig | None = None) -> Checkpoint:
-    """A checkpoint file: the network's tensors by name, or the list [network, optimizer, epoch, step, EMA] that their training
-    writes, of which the EMA is taken where there is one.
+    """A checkpoint file: the network's tensors by name, or the list [network, optimizer, epoch, step, EMA] of their training.
+    The EMA is used if there is one.
 
     Args:
-        path: the file, of ``torch.save`` or, if it ends in ``.safetensors``, of safetensors.
-        config: the network. None derives it from the tensors' shapes, and the image size from the one level with attention,
-            which is 16 x 16 in every network they published; the process is then theirs, and so are all other fields.
+        path: a file of ``torch.save``, or of safetensors if its name ends in ``.safetensors``.
+        config: the network. None derives it from the tensors' shapes, with the defaults of their published networks for all
+            other fields. The image size then follows from the only level with attention, 16 x 16 in all of those.
 
     Raises:
-        ValueError: the file is damaged, holds no such network, or one whose image size cannot be derived.
+        ValueError: the file is damaged or holds another kind of network, or the image size cannot be derived.
     """
     stored = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     with errors_name_file(path):
@@ -66,7 +66,7 @@ def load_ermongroup(path: Path, config: UNetConfig | None = None) -> Checkpoint:
 
 
 def _network(stored: Any) -> dict[str, Tensor]:
-    """The network's tensors, averaged where the file has them."""
+    """The network's tensors, the averaged ones if the file has them."""
     if isinstance(stored, (list, tuple)) and stored:
         stored = stored[-1] if is_state_dict(stored[-1]) else stored[0]
     if not is_state_dict(stored):
@@ -77,7 +77,7 @@ def _network(stored: Any) -> dict[str, Tensor]:
 
 
 def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution of their attention as that of a linear layer."""
+    """The weight of their attention's 1x1 convolution as a linear layer's."""
     is_1x1 = tensor.layout == torch.strided and tensor.shape[2:] == (1, 1)
     return tensor.flatten(1) if is_1x1 and _ATTENTION_WEIGHT.search(name) else tensor
 
@@ -114,7 +114,7 @@ def _convolution_shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]
     if name not in tensors:
         raise ValueError(f"missing tensor {name!r}")
     if tensors[name].ndim != 4 or not tensors[name].numel():
-        raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, which is no convolution's")
+        raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, not the shape of a convolution")
     outputs, inputs = tensors[name].shape[:2]
     return outputs, inputs
 
@@ -123,5 +123,5 @@ def _stored_name(name: str, levels: int) -> str:
     """Their name of our tensor."""
     for ours, theirs in _NAMES:
         name = name.replace(ours, theirs)
-    # The way up is numbered by resolution there, in order of execution here.
+    # They number the way up by resolution, we by order of execution.
     return re.sub(r"^up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
