@@ -9,10 +9,10 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cli.options import CLIP_HELP, MODEL_HELP, SPACING_HELP, STEPS_HELP, class_or_none, settle_steps
-from .cli.parser import CommandParser, parse_eta, parse_spacing, run_command
+from .cli.parser import CommandParser, parse_eta, parse_positive, parse_spacing, run_command
 from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
@@ -39,6 +39,7 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --spacing adaptive --steps 5 --out small
+  python -m ddim_fast.export --to plan --model fashion-mnist --steps 10 --out fashion-plan
   python -m ddim_fast.export --to onnx --unroll --dtype float16 --optimize cuda --out for-cuda
 """
 
@@ -49,6 +50,7 @@ _OPTIONS = {
     "checkpoint": ("dtype", "ema_length", "max_shard_size"),
     "diffusers": (),
     "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
+    "plan": ("dtype", "steps", "eta", "spacing", "solver", "clip", "batch_size"),
 }
 
 
@@ -61,12 +63,15 @@ def _parser() -> CommandParser:
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
     p.add_argument("--ema-length", metavar="X", type=float, help=_LENGTH_HELP)
+    sampler = p.add_argument_group("with --to onnx and --to plan")
+    sampler.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
+    sampler.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
+    sampler.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
+    sampler.add_argument("--solver", choices=SOLVERS, default="ddim", help="solver of the exported sampler")
+    sampler.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
+    plan = p.add_argument_group("with --to plan")
+    plan.add_argument("--batch-size", metavar="N", type=parse_positive, default=1, help="images per run (default: 1)")
     onnx = p.add_argument_group("with --to onnx")
-    onnx.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
-    onnx.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
-    onnx.add_argument("--spacing", metavar="NAME|LIST", help=SPACING_HELP)
-    onnx.add_argument("--solver", choices=SOLVERS, default="ddim", help="solver of the exported sampler")
-    onnx.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
     onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
     onnx.add_argument("--opset", metavar="N", type=int, help="version of ONNX's operators (default: 20; 22 for bfloat16)")
     onnx.add_argument(
@@ -76,10 +81,14 @@ def _parser() -> CommandParser:
 
 
 _TO_HELP = (
-    "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; checkpoint: a folder as "
-    "ddim_fast.train writes it, in any precision"
+    "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; plan: the whole sampler for "
+    "this package's C++ operators, without torch and ONNX Runtime; checkpoint: a folder as ddim_fast.train writes it, in any "
+    "precision"
 )
-_DTYPE_HELP = "checkpoint: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs)"
+_DTYPE_HELP = (
+    "checkpoint: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs); plan: the same, "
+    "float32 or bfloat16"
+)
 _LENGTH_HELP = (
     "checkpoint: average the weights over this share of the training, up to 0.288, from the snapshots of ddim_fast.train "
     "--ema-snapshots (default: the run's own average)"
@@ -129,7 +138,7 @@ def main() -> None:
         if settings.to == "checkpoint":
             _to_checkpoint(settings, model, path)
         else:
-            (_to_onnx if settings.to == "onnx" else _to_diffusers)(parser, settings, model)
+            {"onnx": _to_onnx, "plan": _to_plan, "diffusers": _to_diffusers}[settings.to](parser, settings, model)
     except FileExistsError as error:
         parser.error(f"--out: {error}")
 
@@ -150,6 +159,7 @@ class ExportSettings:
     spacing: str
     solver: str
     clip: float | None
+    batch_size: int
     unroll: bool
     opset: int | None
     optimize: str | None
@@ -221,22 +231,38 @@ def _to_onnx(parser: CommandParser, settings: ExportSettings, model: UNet) -> No
         export_onnx(
             settings.out,
             model,
-            steps=None if isinstance(parse_spacing(settings.spacing), list) else settings.steps,
-            eta=settings.eta,
-            spacing=parse_spacing(settings.spacing),
-            solver=settings.solver,
-            clip_sample_range=settings.clip,
             dtype=settings.dtype,
             opset=settings.opset,
             unroll=settings.unroll,
             optimize=settings.optimize,
-            source=settings.model,
-            command=shlex.join(["python", "-m", "ddim_fast.export", *sys.argv[1:]]),
-            stage=notice,
+            **_sampler_options(settings),
         )
     print(f"wrote {settings.out}; python -m ddim_fast.sample --engine onnx --model {settings.out} samples from it")
     if settings.optimize == "cuda":
         print("It has operators that only ONNX Runtime's CUDA provider has.")
+
+
+def _to_plan(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
+    from .deploy.plan_export import export_plan
+
+    with parser.usage_errors():
+        export_plan(settings.out, model, dtype=settings.dtype, batch_size=settings.batch_size, **_sampler_options(settings))
+    print(f"wrote {settings.out}; python -m ddim_fast.sample --engine plan --model {settings.out} samples from it")
+
+
+def _sampler_options(settings: ExportSettings) -> dict[str, Any]:
+    """The options that exports of a whole sampler have in common."""
+    spacing = parse_spacing(settings.spacing)
+    return {
+        "steps": None if isinstance(spacing, list) else settings.steps,
+        "eta": settings.eta,
+        "spacing": spacing,
+        "solver": settings.solver,
+        "clip_sample_range": settings.clip,
+        "source": settings.model,
+        "command": shlex.join(["python", "-m", "ddim_fast.export", *sys.argv[1:]]),
+        "stage": notice,
+    }
 
 
 def _size(text: str) -> str:

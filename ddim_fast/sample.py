@@ -38,12 +38,13 @@ _EXAMPLES = """\
   python -m ddim_fast.sample --num-images 50000 --out samples.npz
   python -m ddim_fast.sample --model runs/digits --class 7/jackson,7/theo --seeds 0-9 --out sevens
   python -m ddim_fast.sample --engine onnx --model photos-onnx
+  python -m ddim_fast.sample --engine plan --model fashion-plan
   python -m ddim_fast.sample --profile --steps 20
   torchrun --nproc-per-node 8 -m ddim_fast.sample --num-images 50000 --batch-size 512 --out samples.npz
 """
 
 # torch is imported only where it is needed: not with --engine onnx.
-_ENGINES = (*ENGINES, "onnx")
+_ENGINES = (*ENGINES, "onnx", "plan")
 
 
 def _parser() -> CommandParser:
@@ -121,7 +122,8 @@ def _settings(parser: CommandParser) -> SampleSettings:
     check_profile_options(parser, options)
     if options["tolerance"] is not None and (options["steps"], options["spacing"]) != (None, None):
         parser.error("--tolerance takes the place of --steps and --spacing; give one or the other")
-    usual = _exported(parser, options) if options["engine"] == "onnx" else {"eta": 0.0, "solver": "ddim"}
+    exported = {"onnx": _exported, "plan": _planned}.get(options["engine"])
+    usual = exported(parser, options) if exported else {"eta": 0.0, "solver": "ddim"}
     options |= {name: value for name, value in usual.items() if options[name] is None}
     options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
     return SampleSettings(**options)
@@ -134,24 +136,56 @@ def _exported(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
     from .deploy.session import pick_provider
 
     with parser.usage_errors():
-        for option, given in {
-            "--compile": options["compile"],
-            "--reuse": options["reuse"] > 1,
-            "--device": options["device"] != "auto",
-            "--dtype": options["dtype"] != "auto",
-            "--tolerance": options["tolerance"] is not None,
-            "--guide": options["guide"] is not None,
-        }.items():
-            if given:
-                hint = {"--device": " (see --provider)", "--dtype": " (see export --dtype)"}.get(option, "")
-                raise ValueError(f"{option} is not an option of --engine onnx{hint}")
+        _check_exported(options, {"--device": " (see --provider)", "--dtype": " (see export --dtype)"})
         if options["provider"] is not None:
             pick_provider(options["provider"])  # checked before a model is exported
         folder = Path(resolve_model(options["model"]))
         for part, what in ((AUTOENCODER, "an autoencoder's latents"), (AUDIO, "sounds")):
             if (folder / part).exists():
                 raise ValueError(f"--model {options['model']} is a model of {what}, which needs torch: leave out --engine onnx")
-    exported = ExportFolder.open(ready_export(options["model"])).settings
+    return _settled(options, ExportFolder.open(ready_export(options["model"])).settings)
+
+
+def _planned(parser: CommandParser, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a model was exported to a plan with. They are fixed."""
+    from .deploy.folder import is_plan
+    from .deploy.plan_folder import PlanFolder
+
+    with parser.usage_errors():
+        _check_exported(options, {"--dtype": " (see export --dtype)"})
+        folder = Path(options["model"])
+        if not is_plan(folder):
+            raise ValueError(f"--engine plan samples from a folder of export --to plan; {str(folder)!r} is none")
+        settings = _settled(options, PlanFolder.open(folder).description["settings"])
+        for name, value in settings.items():
+            if options[name] not in (None, value):
+                raise ValueError(f"--{name} {options[name]} is not that of the plan, {value}; export the model again")
+        for option in ("provider", "guidance_interval", "trajectory"):
+            if options[option] is not None:
+                raise ValueError(f"--{option.replace('_', '-')} is not an option of --engine plan")
+    return settings
+
+
+def _check_exported(options: dict[str, Any], hints: dict[str, str]) -> None:
+    """Raise ValueError for options that no export takes.
+
+    Args:
+        hints: what to add to the messages, by option.
+    """
+    for option, given in {
+        "--compile": options["compile"],
+        "--reuse": options["reuse"] > 1,
+        "--device": options["device"] != "auto",
+        "--dtype": options["dtype"] != "auto",
+        "--tolerance": options["tolerance"] is not None,
+        "--guide": options["guide"] is not None,
+    }.items():
+        if given:
+            raise ValueError(f"{option} is not an option of --engine {options['engine']}{hints.get(option, '')}")
+
+
+def _settled(options: dict[str, Any], exported: dict[str, Any]) -> dict[str, Any]:
+    """An export's settings as options of the command."""
     listed = exported["spacing"] if isinstance(exported["spacing"], str) else ",".join(map(str, exported["spacing"]))
     own_list = options["spacing"] is not None and isinstance(parse_spacing(options["spacing"]), list)
     return {**exported, "spacing": listed, "steps": None if own_list else exported["steps"] or len(exported["spacing"])}

@@ -96,7 +96,8 @@ COMPILE_HELP = (
 ENGINE_HELP = "engine to use, instead of --compile's choice"
 ONNX_ENGINE_HELP = (
     f"{ENGINE_HELP}. onnx: by ONNX Runtime, without torch; MODEL is a folder of export --to onnx, whose settings become the "
-    "defaults, or a model that is exported at its first use"
+    "defaults, or a model that is exported at its first use. plan: by the C++ operators, without torch; MODEL is a folder of "
+    "export --to plan"
 )
 DTYPE_HELP = (
     "dtype of the network's computation. auto: with --compile bfloat16 where the device is fast at it, otherwise float32. "

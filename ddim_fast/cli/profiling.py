@@ -24,6 +24,7 @@ def check_profile_options(parser: CommandParser, options: Mapping[str, Any]) -> 
         return
     for name, given in {
         "--engine onnx": options["engine"] == "onnx",
+        "--engine plan": options["engine"] == "plan",
         "--tolerance": options["tolerance"] is not None,
         "--grid": options["grid"] is not None,
         "--trajectory": options["trajectory"] is not None,

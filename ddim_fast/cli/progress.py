@@ -96,7 +96,8 @@ def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: st
         if settings.compile and (reasons := _reasons(settings, sampler)):
             say(f"--compile: {'; '.join(reasons)}", quiet)
     else:
-        say(f"{settings.model}: {dtype} by ONNX Runtime on {sampler.provider}; {items}", quiet)
+        by = "ONNX Runtime" if sampler.engine == "onnx" else "C++ operators"
+        say(f"{settings.model}: {dtype} by {by} on {sampler.provider}; {items}", quiet)
 
 
 def _reasons(settings: SamplerSettings | SampleSettings, sampler: Any) -> list[str]:

@@ -121,7 +121,7 @@ def batch_size_of(settings: SamplerSettings, sampler: AnySampler) -> int:
 
 def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
     """The network of a checkpoint, and its folder or file."""
-    from ..deploy.folder import is_export
+    from ..deploy.folder import is_export, is_plan
     from ..models.unet import UNet
 
     with parser.usage_errors():
@@ -129,6 +129,8 @@ def load_model(parser: CommandParser, name: str) -> tuple[UNet, Path]:
     path = local_model(name)
     if is_export(path):
         parser.error(f"{name} is an export to ONNX; sample it with python -m ddim_fast.sample --engine onnx")
+    if is_plan(path):
+        parser.error(f"{name} is an export to a plan; sample it with python -m ddim_fast.sample --engine plan")
     return UNet.from_pretrained(path), path
 
 

@@ -27,6 +27,7 @@ from .settings import SAMPLES_FOLDER, SampleSettings
 
 if TYPE_CHECKING:
     from ..deploy.onnx_sampler import OnnxSampler
+    from ..deploy.plan_sampler import PlanSampler
     from ..models.audio import AudioConfig
     from .samplers import AnySampler
 
@@ -35,11 +36,13 @@ __all__ = ["run_sampling"]
 
 def run_sampling(parser: CommandParser, settings: SampleSettings, processes: Processes) -> None:
     """Check the settings, then sample the missing images."""
-    sampler: AnySampler | OnnxSampler
+    sampler: AnySampler | OnnxSampler | PlanSampler
     audio = None
     with notice(f"loading {settings.model}", settings.quiet or not processes.is_first):
         if settings.engine == "onnx":
             sampler, checksum, made_on = _onnx_sampler(parser, settings)
+        elif settings.engine == "plan":
+            sampler, checksum, made_on = _plan_sampler(parser, settings)
         else:
             sampler, checksum, made_on = _torch_sampler(parser, settings, processes)
             audio = audio_of(sampler)
@@ -103,7 +106,7 @@ def _torch_sampler(
     try:
         import torch
     except ModuleNotFoundError:
-        raise RuntimeError("torch is not installed; --engine onnx samples without it") from None
+        raise RuntimeError("torch is not installed; --engine onnx and --engine plan sample without it") from None
 
     from ..ops.devices import pick_device
 
@@ -161,8 +164,18 @@ def _onnx_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[Onnx
     return sampler, sampler.folder.identity, {"device": sampler.provider, "onnxruntime": onnxruntime.__version__}
 
 
+def _plan_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[PlanSampler, str, dict[str, str]]:
+    """The same for a plan of native operators."""
+    from ..deploy.plan_sampler import PlanSampler
+    from ..ops import native
+
+    with parser.usage_errors():
+        sampler = PlanSampler(settings.model)
+    return sampler, sampler.folder.identity, {"device": "cpu", "instruction_set": native.module.instruction_set()}
+
+
 def _decisive(
-    settings: SampleSettings, sampler: AnySampler | OnnxSampler, batches: Batches, checksum: str
+    settings: SampleSettings, sampler: AnySampler | OnnxSampler | PlanSampler, batches: Batches, checksum: str
 ) -> dict[str, str | float | list[int] | None]:
     """The options that decide the images, to compare with an unfinished output's record."""
     return {
@@ -212,7 +225,11 @@ def _prepare(
 
 
 def _run(
-    sampler: AnySampler | OnnxSampler, output: Output, missing: list[int], settings: SampleSettings, processes: Processes
+    sampler: AnySampler | OnnxSampler | PlanSampler,
+    output: Output,
+    missing: list[int],
+    settings: SampleSettings,
+    processes: Processes,
 ) -> None:
     """Sample the missing batches, write the files, and print a summary."""
     batches, share = output.batches, processes.share(missing)
@@ -255,7 +272,7 @@ def _finish(output: Output, settings: SampleSettings) -> list[Path]:
     return [path for path in (output.path, grid, settings.trajectory) if path is not None]
 
 
-def _way(sampler: AnySampler | OnnxSampler, settings: SampleSettings) -> str:
+def _way(sampler: AnySampler | OnnxSampler | PlanSampler, settings: SampleSettings) -> str:
     """The sampler's settings, in words."""
     steps = f"of {count_of(len(sampler.timesteps), 'steps')}"
     if sampler.tolerance is not None:
@@ -268,7 +285,12 @@ def _way(sampler: AnySampler | OnnxSampler, settings: SampleSettings) -> str:
 
 
 def _summary(
-    sampler: AnySampler | OnnxSampler, noun: str, count: int, seconds: float, warm_up: float, settings: SampleSettings
+    sampler: AnySampler | OnnxSampler | PlanSampler,
+    noun: str,
+    count: int,
+    seconds: float,
+    warm_up: float,
+    settings: SampleSettings,
 ) -> str:
     steps, dtype = len(sampler.timesteps), str(sampler.dtype).removeprefix("torch.")
     made = f"{count_of(count, noun)} {_way(sampler, settings)} in {seconds:.1f} s, {sampler.engine}, {dtype}"

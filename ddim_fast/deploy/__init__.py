@@ -1,4 +1,4 @@
-"""Sampling without torch: export to ONNX, and a sampler for exports."""
+"""Sampling without torch: exports to ONNX and to plans of native operators, and a sampler for each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .onnx_sampler import OnnxSampler
+    from .plan_sampler import PlanSampler
 
-__all__ = ["OnnxSampler"]
+__all__ = ["OnnxSampler", "PlanSampler"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "OnnxSampler":
-        raise AttributeError(f"module 'ddim_fast.deploy' has no attribute {name!r}")
-    from .onnx_sampler import OnnxSampler
+    if name == "OnnxSampler":
+        from .onnx_sampler import OnnxSampler
 
-    return OnnxSampler
+        return OnnxSampler
+    if name == "PlanSampler":
+        from .plan_sampler import PlanSampler
+
+        return PlanSampler
+    raise AttributeError(f"module 'ddim_fast.deploy' has no attribute {name!r}")

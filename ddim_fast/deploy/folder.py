@@ -19,9 +19,23 @@ from ..io.files import atomic_write, errors_name_file, read_json
 from ..models.checkpoint import load_config, load_timesteps, timesteps_file
 from ..models.config import UNetConfig
 
-__all__ = ["CHECKSUMS", "SAMPLER", "SCHEDULE", "UNET", "ExportFolder", "is_export", "write_checksums"]
+__all__ = [
+    "CHECKSUMS",
+    "PLAN",
+    "SAMPLER",
+    "SCHEDULE",
+    "UNET",
+    "ExportFolder",
+    "is_export",
+    "is_plan",
+    "verify",
+    "write_checksums",
+]
 
 UNET, SAMPLER, SCHEDULE, CHECKSUMS = "unet.onnx", "sampler.onnx", "schedule.json", "SHA256SUMS"
+
+# Of an export to a plan, see plan_folder.py.
+PLAN = "plan.json"
 
 # Keys of schedule.json.
 _FIELDS = {"settings": dict, "dtype": str, "timesteps": list, "versions": dict}
@@ -31,6 +45,11 @@ _SETTINGS = {"steps", "eta", "spacing", "solver", "clip"}
 def is_export(path: Path) -> bool:
     """Whether ``path`` is a folder of this kind."""
     return (path / SCHEDULE).is_file() or (path / UNET).is_file()
+
+
+def is_plan(path: Path) -> bool:
+    """Whether ``path`` is an export to a plan of native operators."""
+    return (path / PLAN).is_file()
 
 
 def write_checksums(folder: Path) -> None:
@@ -108,11 +127,27 @@ class ExportFolder:
         return self.path / name
 
 
+def verify(folder: Path, *names: str) -> str:
+    """Compare files of an export with their checksums.
+
+    Returns:
+        A checksum of the whole folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or was changed.
+    """
+    sums = _checksums(folder)
+    for name in names:
+        _verify(folder, sums, name)
+    return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """The checksums in ``SHA256SUMS``, by file name."""
     path = folder / CHECKSUMS
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not an export to ONNX: it has no {CHECKSUMS}")
+        raise FileNotFoundError(f"{folder} is not an export: it has no {CHECKSUMS}")
     sums = {}
     with errors_name_file(path):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -128,7 +163,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
     file = folder / name
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole export to ONNX: it has no {name}; export or copy it again")
+        raise FileNotFoundError(f"{folder} is not a whole export: it has no {name}; export or copy it again")
     if name not in sums:
         raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
     if _sha256(file) != sums[name]:

@@ -7,18 +7,17 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..diffusion.guidance import apply_guidance, guided_steps
-from ..diffusion.request import Request, as_array
+from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import DDIMUpdate, State, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
-from ..io.pictures import check_floats
 from ..io.progress import Bar, tell
 from ..models.checkpoint import DEFAULT_MODEL
 from ..ops.ddim_step_numpy import ddim_step_numpy
@@ -26,17 +25,12 @@ from ..ops.noise import INITIAL_NOISE, seeded_noise_numpy
 from ..ops.scalars import plain
 from .cache import ready_export
 from .folder import SAMPLER, UNET, ExportFolder
+from .host import Device, host_array
 from .session import Session, pick_provider
 
 __all__ = ["AS_EXPORTED", "OnnxSampler"]
 
 AS_EXPORTED = "as exported"
-
-
-class _Device(NamedTuple):
-    """The device of the results: the host, wherever the network runs."""
-
-    type: str = "cpu"
 
 
 class OnnxSampler:
@@ -68,7 +62,7 @@ class OnnxSampler:
 
     engine = "onnx"
     needs_one_batch_size = True
-    device = _Device()
+    device = Device()
     tolerance = None  # its steps are fixed
 
     def __init__(
@@ -203,7 +197,7 @@ class OnnxSampler:
     def _request(self, x_T: Any = None, **request: Any) -> Request:
         """The checked arguments of :meth:`sample`. Missing labels of a class-conditional network are "no class"; missing seeds
         are 0, as nothing is drawn from them."""
-        x_T = None if x_T is None else _as_array(x_T)
+        x_T = None if x_T is None else host_array(x_T)
         checked = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
         count, classes, labels = len(checked), self.config.num_classes, checked.labels
         if labels is None and classes is not None:
@@ -213,11 +207,3 @@ class OnnxSampler:
     def _start(self, batch: Request) -> np.ndarray:
         """The noise to start from, drawn only when needed, for a request may be large."""
         return seeded_noise_numpy(batch.seeds, INITIAL_NOISE, self.config.image_shape) if batch.x_T is None else batch.x_T
-
-
-def _as_array(x_T: Any) -> np.ndarray:
-    """Noise given as an array, or as a tensor by a program with torch."""
-    if hasattr(x_T, "detach"):
-        check_floats(x_T)
-        x_T = x_T.detach().float().cpu()
-    return np.ascontiguousarray(as_array(x_T))

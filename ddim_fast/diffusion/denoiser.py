@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.config import DiffusionModel
 from ..models.unet import UNet
@@ -109,6 +109,10 @@ class Denoiser:
     def networks(self) -> tuple[DiffusionModel, ...]:
         """The networks that decide a prediction."""
         return (self.model,) if self.guide is None else (self.model, self.guide)
+
+    def network_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the network's copy that computes, by their names in :attr:`model`."""
+        return self._network.modules()
 
     @property
     def has_deep_features(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import inference
 from ..models.config import DiffusionModel
@@ -66,6 +66,10 @@ class Network:
     def has_deep_features(self) -> bool:
         """Whether a call returns features that later calls can reuse."""
         return self._conditions_itself
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that compute, by name."""
+        return self._model.named_modules()
 
     def quantise(self, sample: Callable[[], object]) -> None:
         """Give the convolutions 8-bit products, calibrated on their inputs during ``sample``."""

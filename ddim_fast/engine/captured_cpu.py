@@ -16,7 +16,7 @@ from .eager import Eager
 from .plan import Plan
 from .recorder import Derived, Recorder
 
-__all__ = ["CapturedOnCpu"]
+__all__ = ["CapturedOnCpu", "Recording"]
 
 
 class CapturedOnCpu(Eager):
@@ -24,25 +24,28 @@ class CapturedOnCpu(Eager):
     labels and guidance are copied into the buffers. Threads take turns.
 
     What is called step by step, such as a trajectory, is executed as by :class:`Eager`.
+
+    Attributes:
+        recordings: by the loop, the signature of its inputs and its plan; the one used last comes last.
     """
 
     # Recordings keep their memory. More shapes than this in turn are not a sampling run but a mistake.
     MOST = 8
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, _Recording] = {}
+        self.recordings: dict[Hashable, Recording] = {}
         self._derived: Derived = {}
         self._turn = threading.Lock()
 
     def run(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Tensor:
         with self._turn:
             key = (loop, signature(inputs), plan)
-            recording = self._recordings.pop(key, None)
+            recording = self.recordings.pop(key, None)
             if recording is None:
-                while len(self._recordings) >= self.MOST:
-                    del self._recordings[next(iter(self._recordings))]  # the one that was not used for the longest time
+                while len(self.recordings) >= self.MOST:
+                    del self.recordings[next(iter(self.recordings))]  # the one that was not used for the longest time
                 recording = self._record(loop, inputs, plan)
-            self._recordings[key] = recording
+            self.recordings[key] = recording
             for static, new in zip(tensors_of(recording.inputs), tensors_of(inputs), strict=True):
                 static.copy_(new)
             for part, told in enumerate([*recording.told, None]):
@@ -51,7 +54,7 @@ class CapturedOnCpu(Eager):
                     tell(*told)
             return recording.plan.result(recording.like)
 
-    def _record(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> _Recording:
+    def _record(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Recording:
         static = cloned(inputs)
         marks: list[int] = []
         told: list[tuple[float, int]] = []
@@ -62,10 +65,10 @@ class CapturedOnCpu(Eager):
 
         with Recorder(list(tensors_of(static)), self._derived) as recorder, capturing(), watch(mark):
             result = loop(self, static, plan)
-        return _Recording(Plan(recorder.calls, recorder.view(result), marks), static, result, told)
+        return Recording(Plan(recorder.calls, recorder.view(result), marks), static, result, told)
 
 
-class _Recording(NamedTuple):
+class Recording(NamedTuple):
     """A plan with its inputs, an empty tensor like its result, and what to :func:`tell` after each of its parts."""
 
     plan: Plan

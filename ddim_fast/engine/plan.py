@@ -34,12 +34,14 @@ class Buffer:
         kind: ``input``, ``weight`` or ``scratch``: which lives from a call to another.
         bytes: its size.
         tensor: its memory, of inputs and weights.
+        origin: the (K, height, width, C) weights that a product's were packed from.
         segment, offset: where it lies in the plan.
     """
 
     kind: str
     bytes: int
     tensor: Tensor | None
+    origin: Tensor | None = None
     segment: int = -1
     offset: int = 0
 
@@ -84,7 +86,10 @@ class Plan:
         marks: numbers of calls after which :meth:`run` can be asked to stop, rising.
 
     Attributes:
-        bytes: of memory that lives only while it runs.
+        calls: names, places of buffers, integers and numbers, as csrc/plan.h takes them.
+        buffers: what lies in each segment after the first, which is the memory between two calls.
+        bytes: the size of the first segment.
+        result_offset: where the result lies there.
     """
 
     def __init__(self, calls: Sequence[Call], result: View, marks: Sequence[int]) -> None:
@@ -94,38 +99,37 @@ class Plan:
         only = [call for _, call in kept]
         self.bytes = _share_memory(only, result)
         self._memory = torch.empty(self.bytes, dtype=torch.uint8)
-        segments, self._tensors = [(self.bytes, True)], [self._memory]
+        self.buffers: list[Buffer] = []
         for call in only:
             for view in call.views():
                 if view is not None and view.buffer.segment < 0:
-                    assert view.buffer.tensor is not None
-                    view.buffer.segment = len(segments)
-                    segments.append((view.buffer.bytes, False))
-                    self._tensors.append(view.buffer.tensor)
-        places = [[(-1, 0) if v is None else (v.buffer.segment, v.buffer.offset + v.offset) for v in c.views()] for c in only]
-        self._plan = native.module.Plan(segments, [(c.name, p, c.integers, c.reals) for c, p in zip(only, places, strict=True)])
-        self._names = [call.name for call in only]
-        self._addresses = [t.untyped_storage().data_ptr() for t in self._tensors]
-        self._result = result.buffer.offset + result.offset
-
-    def __len__(self) -> int:
-        return len(self._plan)
+                    self.buffers.append(view.buffer)
+                    view.buffer.segment = len(self.buffers)
+        self.calls = [(call.name, [_place(view) for view in call.views()], call.integers, call.reals) for call in only]
+        self._plan = native.module.Plan([(self.bytes, True), *((b.bytes, False) for b in self.buffers)], self.calls)
+        tensors = [self._memory, *(b.tensor for b in self.buffers if b.tensor is not None)]
+        self._addresses = [t.untyped_storage().data_ptr() for t in tensors]
+        self.result_offset = result.buffer.offset + result.offset
 
     def run(self, part: int) -> None:
         """Executes the calls between two marks, or before the first one, or after the last one."""
         begin = self._marks[part - 1] if part else 0
-        end = self._marks[part] if part < len(self._marks) else len(self._plan)
+        end = self._marks[part] if part < len(self._marks) else len(self.calls)
         threads = torch.get_num_threads()
         if not is_profiled():
             return self._plan.run(self._addresses, begin, end, threads)
         for number in range(begin, end):
-            with record_function(f"ddim_fast::{self._names[number]}[native]"):
+            with record_function(f"ddim_fast::{self.calls[number][0]}[native]"):
                 self._plan.run(self._addresses, number, number + 1, threads)
 
     def result(self, like: Tensor) -> Tensor:
         """A copy of what was computed."""
-        memory = self._memory[self._result : self._result + like.numel() * like.element_size()]
+        memory = self._memory[self.result_offset : self.result_offset + like.numel() * like.element_size()]
         return memory.view(like.dtype).as_strided(like.shape, like.stride()).clone()
+
+
+def _place(view: View | None) -> tuple[int, int]:
+    return (-1, 0) if view is None else (view.buffer.segment, view.buffer.offset + view.offset)
 
 
 def _fused(calls: Sequence[Call]) -> list[Call]:

@@ -158,7 +158,9 @@ class Recorder(TorchDispatchMode):
             native.module.prepare_product(rows.data_ptr(), made.data_ptr(), *rows.shape, dtype == torch.bfloat16)
             return made
 
-        return self.derived(dtype, weight, pack)
+        packed = self.derived(dtype, weight, pack)
+        self.buffer(packed).origin = weight
+        return packed
 
     def product(
         self,

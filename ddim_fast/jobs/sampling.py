@@ -19,6 +19,7 @@ from .outputs import Batches, Output
 
 if TYPE_CHECKING:
     from ..deploy.onnx_sampler import OnnxSampler
+    from ..deploy.plan_sampler import PlanSampler
     from ..diffusion.latent import LatentSampler, LatentState
     from ..diffusion.sampler import Sampler
 
@@ -59,7 +60,7 @@ class Job:
 
     def __init__(
         self,
-        sampler: Sampler | LatentSampler | OnnxSampler,
+        sampler: Sampler | LatentSampler | OnnxSampler | PlanSampler,
         batches: Batches,
         guidance: float | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
@@ -72,7 +73,10 @@ class Job:
 
     def warm_up(self, k: int) -> None:
         """Run one step of batch k as a warm-up: it compiles code and starts libraries."""
-        if self.sampler.engine == "onnx" or self.sampler.tolerance is not None:  # ONNX Runtime compiles when it loads
+        whole_on_cpu = (
+            self.sampler.runs_whole and self.sampler.device.type == "cpu"
+        )  # recorded by its first run, or when loaded
+        if whole_on_cpu or self.sampler.engine == "onnx" or self.sampler.tolerance is not None:
             return
 
         def compute() -> None:
@@ -81,7 +85,8 @@ class Job:
             if self.sampler.runs_whole:  # all steps are one graph, which has no parts to try
                 self.sampler.sample(**request, batch_size=self._at_once)
             else:
-                next(self.sampler.trajectory(**request))
+                sampler: Any = self.sampler
+                next(sampler.trajectory(**request))
             device: Any = self.sampler.device
             if device.type == "cuda":
                 import torch

@@ -198,8 +198,6 @@ sample --model small --dtype float61
       int8
 sample --model small --dtype int8 --device cpu --steps 1 --seeds 0
     2 conv3x3 has no 8-bit products here: it ...
-sample --model small --engine captured --dtype bfloat16 --device cpu
-    2 the captured engine is a CUDA graph, but the network is on cpu; choose eager or compiled
 sample --model small --engine warp
     2 argument --engine: invalid choice: 'warp'; there are auto, eager, compiled, captured, onnx
 sample --model small --provider cpu

@@ -33,7 +33,7 @@ def captured(function, *inputs, engine=None):
     engine = CapturedOnCpu() if engine is None else engine
     with torch.no_grad():
         result = engine.run(_apply, inputs, function)
-        for recording in engine._recordings.values():
+        for recording in engine.recordings.values():
             recording.plan._memory.fill_(0xFF)
         again = engine.run(_apply, inputs, function)
     assert torch.equal(result.nan_to_num(), again.nan_to_num())
@@ -189,8 +189,8 @@ def test_what_only_depends_on_weights_is_computed_once():
     x = random(4, 16)
     function = lambda x: F.linear(x, weight * 2, shift + 1)  # noqa: E731
     captured(function, x, engine=engine)
-    (recording,) = engine._recordings.values()
-    assert recording.plan._names == ["product"]
+    (recording,) = engine.recordings.values()
+    assert [call[0] for call in recording.plan.calls] == ["product"]
 
 
 def test_weights_that_one_recording_made_are_not_taken_for_another_ones():
@@ -212,8 +212,8 @@ def test_what_the_result_does_not_need_is_left_out_and_sums_are_joined():
         return x + F.linear(x, weight)
 
     captured(function, random(4, 16), engine=engine)
-    (recording,) = engine._recordings.values()
-    assert recording.plan._names == ["product"]
+    (recording,) = engine.recordings.values()
+    assert [call[0] for call in recording.plan.calls] == ["product"]
 
 
 def test_a_product_that_others_read_is_not_joined_with_one_sum():
@@ -276,7 +276,7 @@ def test_memory_is_no_more_than_what_lives_at_once():
             return x
 
         captured(chain, random(32, 64), engine=engine)
-        (recording,) = engine._recordings.values()
+        (recording,) = engine.recordings.values()
         sizes.append(recording.plan.bytes)
     assert sizes[0] == sizes[1] == 2 * 32 * 64 * 4
 
@@ -333,7 +333,7 @@ def test_the_recording_that_was_not_used_for_the_longest_time_is_dropped(small_u
     sampler = Sampler(small_unet, steps=1, engine="captured")
     for count in range(1, CapturedOnCpu.MOST + 3):
         sampler.sample(seeds=range(count))
-    assert len(sampler._engine._recordings) == CapturedOnCpu.MOST
+    assert len(sampler._engine.recordings) == CapturedOnCpu.MOST
     assert sampler.sample(seeds=[0]).isfinite().all()
 
 
