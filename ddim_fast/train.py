@@ -18,7 +18,9 @@ from .cli.progress import notice
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
 from .io.files import write_json
+from .io.locks import hold
 from .io.records import RUN
+from .io.stopping import signals
 from .jobs.outputs import require_parents
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
@@ -190,6 +192,8 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    hold(settings.out, f"--out {settings.out}")
+    _check_out(parser, settings.out, settings.resume)  # by now there may be another run
     with notice("loading PyTorch", settings.quiet):
         from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these need more than --help does
         from .jobs.training import run_training
@@ -206,7 +210,6 @@ def main() -> None:
     if not settings.quiet:
         print(describe_run(settings, trainer, is_default), file=sys.stderr)
     out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
     seen.save(out)
     write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
     if codec is not None:
@@ -225,7 +228,7 @@ def main() -> None:
         print(
             f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
         )
-        raise KeyboardInterrupt
+        signals.check()
     if isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
@@ -252,23 +255,13 @@ def _settings(parser: CommandParser) -> TrainSettings:
     out = settings.out
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("training is one process; start it without torchrun")
+    _check_out(parser, out, settings.resume)
     if settings.resume:
-        if not record.is_file():
-            parser.error(f"--resume: there is no run in {out}")
-        if _holds_checkpoint(out) and not (out / TRAINING_STATE).is_file():
-            parser.error(
-                f"--resume: {out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {out} "
-                "begins another run, in another --out, with its weights"
-            )
         parser.hint = f"options that are not given are those of {record}"
         if given.recipe not in ("ddpm", stored.get("recipe")):
             parser.error(f"--recipe {given.recipe}: a run goes on with its own; begin another with another --out")
         if settings.latents != stored.get("latents"):
             parser.error(f"--latents {settings.latents}: a run goes on with its own; begin another with another --out")
-    elif record.exists():
-        parser.error(f"--out {out} holds a run already; go on with --resume or choose another folder")
-    elif _holds_checkpoint(out):
-        parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
     if settings.data is None:
         parser.error("--data is required")
     if out.is_file():
@@ -276,6 +269,22 @@ def _settings(parser: CommandParser) -> TrainSettings:
     with parser.usage_errors():
         require_parents("--out", out)
     return settings
+
+
+def _check_out(parser: CommandParser, out: Path, resume: bool) -> None:
+    """A usage error where a run cannot begin, or go on, in ``out``."""
+    if resume:
+        if not (out / RUN).is_file():
+            parser.error(f"--resume: there is no run in {out}")
+        if _holds_checkpoint(out) and not (out / TRAINING_STATE).is_file():
+            parser.error(
+                f"--resume: {out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {out} "
+                "begins another run, in another --out, with its weights"
+            )
+    elif (out / RUN).exists():
+        parser.error(f"--out {out} holds a run already; go on with --resume or choose another folder")
+    elif _holds_checkpoint(out):
+        parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
 
 
 def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:

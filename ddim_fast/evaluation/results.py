@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..io.files import atomic_write, errors_name_file, read_json, write_json
+from ..io.locks import holding
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
@@ -69,7 +68,7 @@ class Results:
         return next((row for row in self.rows if row["kind"] == kind and row["settings"] == settings), None)
 
     def add(self, kind: str, settings: dict[str, Any], found: dict[str, Any], run: dict[str, Any]) -> Row:
-        """One more row, written at once.
+        """One more row, written at once; or the one of these settings that is there.
 
         Args:
             kind: ``quality``, ``reconstruction``, ``loss`` or ``trajectory``.
@@ -78,8 +77,9 @@ class Results:
             run: how they were made: command, machine and versions.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._read()
+        with holding(self.folder, f"--out {self.folder}"):
+            if (there := self.find(kind, settings)) is not None:
+                return there
             if run not in self._content["runs"]:
                 self._content["runs"].append(run)
             row = {"kind": kind, "settings": settings, "run": self._content["runs"].index(run) + 1, **found}
@@ -120,13 +120,6 @@ class Results:
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
                 raise ValueError("not the results of an evaluation")
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other evaluation writes to the folder."""
-        with open(self.folder / ".lock", "a") as lock:  # freed when it is closed, and when the process ends
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
         """Rows that are comparable, with their title, each with the name of its ``network``."""

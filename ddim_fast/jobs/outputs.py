@@ -337,6 +337,11 @@ class NpzFile(Output):
                 archive.writestr(zipfile.ZipInfo(RECORD), json.dumps({**self.begun(), "finished": True}, indent=2))
             file.flush()
             os.fsync(file.fileno())
+        with zipfile.ZipFile(joined) as archive:
+            if archive.testzip() is not None:
+                raise OSError(
+                    f"{self.path} was not stored as it was written; the same command joins it again from {self.folder}"
+                )
         os.replace(joined, self.path)
         self.remove_remains()
 

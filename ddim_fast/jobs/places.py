@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..io.locks import Held, hold, release
 from ..io.pictures import check_channels
 from .outputs import Batches, NpzFile, Output, PngFolder, require_empty
 
@@ -38,30 +39,49 @@ def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output
 def place_output(
     given: Path | None, usual: str, make: Callable[[Path], Kind], record: dict[str, Any]
 ) -> tuple[Kind, dict[str, Any] | None]:
-    """The output of a job, and the record that is there of it.
+    """The output of a job, in which this process alone writes from here on, and the record that is there of it.
 
     Args:
         given: --out; None is the first of the folders ``usual``, ``usual``-2 and so on that holds this job unfinished, or
-            nothing.
+            nothing, and in which no other process writes.
         make: the output at a path.
         record: of the job.
 
     Raises:
         ValueError: other things are in the place that is given, or a record is damaged; the message says what to do.
+        ddim_fast.io.locks.Held: another process writes there.
     """
     if given is not None:
         output = make(given)
-        there = output.record()
-        output.check(there, record)
-        return output, there
+        return output, _taken(output, record)
     for folder in _numbered(usual):
         output = make(folder)
-        with contextlib.suppress(ValueError):
-            there = output.record()
-            output.check(there, record)
+        with contextlib.suppress(ValueError, Held):
+            there = _taken(output, record)
             if there is None or not there["finished"]:
                 return output, there
+            release(output.folder)
     raise AssertionError("there is always another number")
+
+
+def _taken(output: Output, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of what is in an output, whose lock this process takes where that is its job."""
+    if not output.folder.is_dir():
+        try:
+            output.check(output.record(), record)  # before a folder is made for the lock
+        except FileNotFoundError:  # another process has just finished it
+            pass
+        except ValueError:
+            if not output.folder.is_dir():  # otherwise another process has just begun it
+                raise
+    hold(output.folder, f"--out {output.path}")
+    try:
+        there = output.record()
+        output.check(there, record)
+    except ValueError:
+        release(output.folder)
+        raise
+    return there
 
 
 def free_folder(given: Path | None, usual: str) -> Path:

@@ -6,11 +6,7 @@ import contextlib
 import functools
 import json
 import math
-import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +18,7 @@ from tqdm import tqdm
 from ..io.files import atomic_write
 from ..io.progress import duration, redrawn
 from ..io.records import SAMPLES, STATS
+from ..io.stopping import signals
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
 from ..training.loop import Trainer, TrainingStep
@@ -50,7 +47,7 @@ def run_training(
         quiet: no progress bar and no estimate.
 
     Returns:
-        Whether Ctrl-C ended it; there is a checkpoint of its last step then, too, but no grid.
+        Whether a signal ended it; there is a checkpoint of its last step then, too, but no grid.
     """
     options = trainer.options
     _forget_after(out, trainer.step)
@@ -58,7 +55,7 @@ def run_training(
     logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
     with (
-        _Interrupt() as interrupt,
+        signals.finishing("step"),
         open(out / STATS, "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=quiet, file=sys.stderr) as bar,
     ):
@@ -70,7 +67,7 @@ def run_training(
             bar.update()
             if estimate is not None:
                 estimate.update(step)
-            last = step.step == options.steps or time.perf_counter() > deadline or interrupt.came
+            last = step.step == options.steps or time.perf_counter() > deadline or signals.came
             if last or step.step % log_every == 0 or step.step % save_every == 0:
                 loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
                 # The gradient of the last step is in the weights already, and not in a loss yet.
@@ -103,12 +100,12 @@ def run_training(
             if last or step.step % sample_every == 0:
                 bar.set_description("sampling a grid")
                 with redrawn(bar):
-                    interrupt.abandons(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
-            if interrupt.came and saved < step.step:
+                    signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+            if signals.came and saved < step.step:
                 trainer.save(out)
-            if last or interrupt.came:
+            if last or signals.came:
                 break
-    return interrupt.came
+    return signals.came is not None
 
 
 class _Estimate:
@@ -134,70 +131,6 @@ class _Estimate:
             seconds = (time.perf_counter() - self._first[1]) / (made.step - self._first[0]) * left
             self._bar.write(f"about {duration(seconds)} for the {left:,} steps that are left", file=sys.stderr)
             self._said = True
-
-
-class _Interrupt:
-    """A context in which Ctrl-C does not interrupt the step that is being made, half of whose weights could be new: it is
-    remembered, and answered at once. A second one does.
-
-    Python runs its handlers of signals between two of its own instructions, and the backward pass of a large network is one
-    that lasts for tens of seconds. So a thread answers, which the signal itself wakes.
-
-    Attributes:
-        came: whether Ctrl-C was pressed.
-    """
-
-    _PATIENCE = 2.0  # seconds in which a second Ctrl-C may end the process in order
-
-    def __init__(self) -> None:
-        self.came, self._raises = False, False
-
-    def __enter__(self) -> _Interrupt:
-        self._left = threading.Event()
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._before = signal.signal(signal.SIGINT, self._remember)
-        self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._answer, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._left.set()
-        signal.set_wakeup_fd(self._waker_before)
-        signal.signal(signal.SIGINT, self._before)
-        self._waker.close()
-        self._thread.join()
-        self._woken.close()
-
-    def abandons(self, make: Callable[[], None]) -> None:
-        """Call ``make``, which Ctrl-C ends at once, as no step is being made; not at all where it came before."""
-        self._raises = True
-        try:
-            if not self.came:
-                make()
-        except KeyboardInterrupt:
-            if not self.came:
-                raise
-        finally:
-            self._raises = False
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.came = True
-        signal.signal(signal.SIGINT, self._before)
-        if self._raises:
-            raise KeyboardInterrupt
-
-    def _answer(self) -> None:
-        answered = False
-        while number := self._woken.recv(1):
-            if number[0] != signal.SIGINT:
-                continue
-            if not answered:
-                print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-                answered = True
-            elif not self._left.wait(self._PATIENCE):
-                os._exit(130)
 
 
 def _forget_after(out: Path, step: int) -> None:
