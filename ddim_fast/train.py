@@ -140,6 +140,7 @@ def _parser() -> CommandParser:
     output = p.group(OUTPUT)
     output.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     output.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
+    output.add_argument("--keep", metavar="N", type=parse_positive, default=2, help=_KEEP_HELP)
     output.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
     how.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so many, with a checkpoint to --resume from")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no lines about the run")
@@ -178,6 +179,10 @@ _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length afterwards "
     "(default: none)"
 )
+_KEEP_HELP = (
+    "how many checkpoints are kept, the newest in OUT and those before it in OUT/checkpoints; --resume takes the newest that "
+    "is not damaged"
+)
 _LATENTS_HELP = (
     "train on the latents of the autoencoder in this folder, an earlier run's or one saved by diffusers, of which the "
     "checkpoint gets a copy; size and channels of the preset are then the latents'"
@@ -199,7 +204,11 @@ def main() -> None:
         from .jobs.training import run_training
         from .models.autoencoder import Autoencoder
         from .ops.devices import pick_device
+        from .training.checkpoints import recover, remove_run_remains
 
+    remove_run_remains(settings.out)
+    if settings.resume and (line := recover(settings.out)) is not None:
+        print(f"warning: {line}", file=sys.stderr)
     is_default = settings.steps is None
     if is_default:
         with parser.usage_errors():
@@ -221,6 +230,7 @@ def main() -> None:
         log_every=settings.log_every,
         save_every=settings.save_every,
         sample_every=settings.sample_every,
+        keep=settings.keep,
         minutes=settings.minutes,
         quiet=settings.quiet,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..io.files import atomic_write, errors_name_file, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, read_json, remove_remains, write_json
 from ..io.locks import holding
 from .inception import NAME
 
@@ -76,8 +76,8 @@ class Results:
             found: the numbers.
             run: how they were made: command, machine and versions.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with holding(self.folder, f"--out {self.folder}"):
+            self._remove_remains()
             if (there := self.find(kind, settings)) is not None:
                 return there
             if run not in self._content["runs"]:
@@ -89,10 +89,12 @@ class Results:
 
     def report(self) -> list[Path]:
         """Write ``evaluation.md`` and a picture a kind, where there is matplotlib; returns the files."""
-        self._read()
-        path = self.folder / "evaluation.md"
-        atomic_write(path, self.markdown().encode())
-        return [path, *self._draw()]
+        with holding(self.folder, f"--out {self.folder}"):
+            self._remove_remains()
+            self._read()
+            path = self.folder / "evaluation.md"
+            atomic_write(path, self.markdown().encode())
+            return [path, *self._draw()]
 
     def markdown(self) -> str:
         """All rows as tables, the runs listed below."""
@@ -120,6 +122,9 @@ class Results:
             runs, rows = (self._content.get(name) for name in ("runs", "rows"))
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
                 raise ValueError("not the results of an evaluation")
+
+    def _remove_remains(self) -> None:
+        remove_remains(self.folder, lambda name: name.endswith((".json", ".md", ".png")))
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
         """Rows that are comparable, with their title, each with the name of its ``network``."""

@@ -21,6 +21,7 @@ from ..io.records import SAMPLES, STATS
 from ..io.stopping import signals
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
+from ..training.checkpoints import prune, set_aside
 from ..training.loop import Trainer, TrainingStep
 
 __all__ = ["run_training"]
@@ -34,6 +35,7 @@ def run_training(
     log_every: int,
     save_every: int,
     sample_every: int,
+    keep: int,
     minutes: float | None = None,
     quiet: bool = False,
 ) -> bool:
@@ -43,6 +45,7 @@ def run_training(
         out: the folder of the run.
         save_grid: writes a picture of what the network makes by now to a path.
         log_every, save_every, sample_every: steps between lines of stats.jsonl, between checkpoints, and between grids.
+        keep: how many checkpoints there are at the end, see :mod:`ddim_fast.training.checkpoints`.
         minutes: stop after so many.
         quiet: no progress bar and no estimate.
 
@@ -51,6 +54,7 @@ def run_training(
     """
     options = trainer.options
     _forget_after(out, trainer.step)
+    prune(out, keep - 1)
     total = torch.zeros((), device=trainer.model.device)
     logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
@@ -95,17 +99,25 @@ def run_training(
             if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
                 trainer.write_snapshot(out / SNAPSHOTS)
             if last or step.step % save_every == 0:
-                trainer.save(out)
+                _save(trainer, out, saved, keep)
                 saved = step.step
             if last or step.step % sample_every == 0:
                 bar.set_description("sampling a grid")
                 with redrawn(bar):
                     signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
             if signals.came and saved < step.step:
-                trainer.save(out)
+                _save(trainer, out, saved, keep)
             if last or signals.came:
                 break
     return signals.came is not None
+
+
+def _save(trainer: Trainer[Any], out: Path, before: int, keep: int) -> None:
+    """Write a checkpoint, and keep those before it; the last is of step ``before``, or 0 where there is none."""
+    if before and keep > 1:
+        set_aside(out, before)
+    trainer.save(out)
+    prune(out, keep - 1)
 
 
 class _Estimate:
