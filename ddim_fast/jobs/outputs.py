@@ -335,9 +335,7 @@ class NpzFile(Output):
             os.fsync(file.fileno())
         with zipfile.ZipFile(joined) as archive:
             if archive.testzip() is not None:
-                raise OSError(
-                    f"{self.path} was not stored as it was written; the same command joins it again from {self.folder}"
-                )
+                raise OSError(f"{joined} is not as it was written: the disk may be failing; the same command joins it again")
         os.replace(joined, self.path)
         self.remove_remains()
 
