@@ -23,6 +23,7 @@ from .evaluation.fidelity import check_similarity
 from .io.files import item_names
 from .io.pictures import save_image
 from .io.records import COMPARISON
+from .io.stopping import signals
 from .jobs.outputs import Batches, PngFolder
 from .jobs.places import place_output
 
@@ -314,7 +315,7 @@ def _run(job: RestorationJob, output: PngFolder, missing: list[int], settings: R
         way += f" (--travel {length} {repeats}; --travel 1 1 takes {len(job.sampler.timesteps)})"
     announce(settings, job.sampler, way, settings.quiet)
     with job_progress(output, missing, settings.quiet) as made:
-        for k in missing:
+        for k in signals.each(missing, "batch"):
             job.restore(k, output)
             made(k)
         save_image(output.path / COMPARISON, job.comparison(output), scale=max(1, 64 // job.batches.image_shape[0]))

@@ -18,7 +18,9 @@ from .cli.progress import notice
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
 from .io.files import write_json
+from .io.locks import hold
 from .io.records import RUN
+from .io.stopping import signals
 from .jobs.outputs import require_parents
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
@@ -144,6 +146,7 @@ def _parser() -> CommandParser:
     output = p.group(OUTPUT)
     output.add_argument("--log-every", metavar="N", type=parse_positive, default=50, help="steps between lines of stats.jsonl")
     output.add_argument("--save-every", metavar="N", type=parse_positive, default=1000, help="steps between checkpoints")
+    output.add_argument("--keep", metavar="N", type=parse_positive, default=2, help=_KEEP_HELP)
     output.add_argument("--sample-every", metavar="N", type=parse_positive, default=1000, help="steps between sample grids")
     how.add_argument("--minutes", metavar="M", type=_minutes, help="stop after M minutes, with a checkpoint to --resume from")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no lines about the run")
@@ -181,6 +184,10 @@ _STEPS_HELP = (
 _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length (default: none)"
 )
+_KEEP_HELP = (
+    "how many checkpoints are kept, the newest in OUT and those before it in OUT/checkpoints; --resume takes the newest that "
+    "is not damaged"
+)
 _LATENTS_HELP = (
     "train on the latents of the autoencoder in this folder, from an earlier run or saved by diffusers. The checkpoint gets a "
     "copy; the preset's size and channels become the latents'"
@@ -195,12 +202,18 @@ def _recipe_help() -> str:
 def main() -> None:
     parser = _parser()
     settings = _settings(parser)
+    hold(settings.out, f"--out {settings.out}")
+    _check_out(parser, settings.out, settings.resume)  # by now there may be another run
     with notice("loading PyTorch", settings.quiet):
         from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these import more than --help needs
         from .jobs.training import run_training
         from .models.autoencoder import Autoencoder
         from .ops.devices import pick_device
+        from .training.checkpoints import recover, remove_run_remains
 
+    remove_run_remains(settings.out)
+    if settings.resume and (line := recover(settings.out)) is not None:
+        print(f"warning: {line}", file=sys.stderr)
     is_default = settings.steps is None
     if is_default:
         with parser.usage_errors():
@@ -211,7 +224,6 @@ def main() -> None:
     if not settings.quiet:
         print(describe_run(settings, trainer, is_default), file=sys.stderr)
     out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
     seen.save(out)
     write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
     if codec is not None:
@@ -223,6 +235,7 @@ def main() -> None:
         log_every=settings.log_every,
         save_every=settings.save_every,
         sample_every=settings.sample_every,
+        keep=settings.keep,
         minutes=settings.minutes,
         quiet=settings.quiet,
     )
@@ -230,7 +243,7 @@ def main() -> None:
         print(
             f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
         )
-        raise KeyboardInterrupt
+        signals.check()
     if isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
@@ -257,23 +270,13 @@ def _settings(parser: CommandParser) -> TrainSettings:
     out = settings.out
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("training is one process; start it without torchrun")
+    _check_out(parser, out, settings.resume)
     if settings.resume:
-        if not record.is_file():
-            parser.error(f"--resume: there is no run in {out}")
-        if _holds_checkpoint(out) and not (out / TRAINING_STATE).is_file():
-            parser.error(
-                f"--resume: {out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {out} "
-                "begins another run, in another --out, with its weights"
-            )
         parser.hint = f"options that are not given are those of {record}"
         if given.recipe not in ("ddpm", stored.get("recipe")):
             parser.error(f"--recipe {given.recipe}: a run goes on with its own; begin another with another --out")
         if settings.latents != stored.get("latents"):
             parser.error(f"--latents {settings.latents}: a run goes on with its own; begin another with another --out")
-    elif record.exists():
-        parser.error(f"--out {out} holds a run already; go on with --resume or choose another folder")
-    elif _holds_checkpoint(out):
-        parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
     if settings.data is None:
         parser.error("--data is required")
     if out.is_file():
@@ -281,6 +284,22 @@ def _settings(parser: CommandParser) -> TrainSettings:
     with parser.usage_errors():
         require_parents("--out", out)
     return settings
+
+
+def _check_out(parser: CommandParser, out: Path, resume: bool) -> None:
+    """A usage error where a run cannot begin, or go on, in ``out``."""
+    if resume:
+        if not (out / RUN).is_file():
+            parser.error(f"--resume: there is no run in {out}")
+        if _holds_checkpoint(out) and not (out / TRAINING_STATE).is_file():
+            parser.error(
+                f"--resume: {out} has a checkpoint, but no {TRAINING_STATE} to go on from; --init {out} "
+                "begins another run, in another --out, with its weights"
+            )
+    elif (out / RUN).exists():
+        parser.error(f"--out {out} holds a run already; go on with --resume or choose another folder")
+    elif _holds_checkpoint(out):
+        parser.error(f"--out {out} holds a checkpoint already, which is no run's; choose another folder")
 
 
 def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:

@@ -85,10 +85,15 @@ def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Proc
         "torch": torch.__version__,
     }
     evaluation = EvaluationRun(processes, device, results, run, arguments.batch_size, arguments.quiet)
-    if arguments.images is not None:
-        _measure_images(parser, arguments, evaluation)
-    else:
-        _measure_model(parser, arguments, evaluation)
+    try:
+        if arguments.images is not None:
+            _measure_images(parser, arguments, evaluation)
+        else:
+            _measure_model(parser, arguments, evaluation)
+    except KeyboardInterrupt:
+        if processes.is_first:
+            print(f"stopped: the same command goes on with what is in {arguments.out}", file=sys.stderr)
+        raise
     if measures and processes.is_first:
         for path in results.report():
             print(path)

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from ..diffusion.step import SIGMA_HAT
 from ..io.files import cache_folder, one_line
+from ..io.locks import release_all
+from ..io.stopping import Stopped, signals
 from .missing import describe_missing
 
 __all__ = [
@@ -149,13 +151,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main``. An error outside of its options is one line on stderr and exit code 1; a warning of this
-    package is one line."""
+    package is one line. A signal ends it as :mod:`ddim_fast.io.stopping` says, with 128 plus its number as exit code."""
     warnings.formatwarning = _format_warning
     # torch.compile's default is a temporary folder, which does not last.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     try:
-        main()
-        sys.stdout.flush()
+        with signals:
+            main()
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -164,8 +167,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise
         print(f"error: {' '.join(_described(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+    finally:
+        release_all()
     sys.exit(0)
 
 

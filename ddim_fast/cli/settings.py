@@ -117,5 +117,6 @@ class TrainSettings:
     log_every: int
     save_every: int
     sample_every: int
+    keep: int
     minutes: float | None
     quiet: bool

@@ -40,8 +40,9 @@ __all__ = ["describe_run", "find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
-    """Whether a resumed run has a checkpoint; a run that ended before its first one starts over."""
-    return settings.resume and (settings.out / TRAINING_STATE).is_file()
+    """Whether a resumed run has a checkpoint, whose config.json is written last; a run that ended before its first one starts
+    over."""
+    return settings.resume and all((settings.out / name).is_file() for name in (TRAINING_STATE, "config.json"))
 
 
 def _check_same_network(parser: CommandParser, settings: TrainSettings, config: UNetConfig | AutoencoderConfig) -> None:
@@ -152,6 +153,7 @@ def make_trainer(
         parser.error(str(error))
     if _goes_on(settings):
         trainer.load(settings.out)
+        trainer.mend(settings.out)
     return trainer, codec, seen
 
 

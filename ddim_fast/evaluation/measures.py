@@ -27,7 +27,7 @@ from .reconstruction import reconstruction_error
 from .reference import KEPT_FEATURES, Reference
 from .results import fid_label
 from .run import EvaluationRun
-from .shards import Shards, drawn, make_shards
+from .shards import Shards, alone, drawn, make_shards
 
 __all__ = [
     "SampleSet",
@@ -190,7 +190,7 @@ def exact_images(run: EvaluationRun, model: UNet, guide: UNet | None, draws: Sam
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     parts = Shards(cache_folder() / "solutions" / key, count, shape[0] * shape[1] * shape[2], run.batch_size)
     sampler = Sampler(model, steps=steps, spacing="linear", guide=guide)
-    with run.progress(f"{steps} steps", count) as bar:
+    with alone(parts, run.processes), run.progress(f"{steps} steps", count) as bar:
         make_shards(
             parts,
             lambda numbers: draws.sample(sampler, numbers, run.batch_size).cpu().flatten(1),

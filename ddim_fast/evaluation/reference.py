@@ -18,7 +18,7 @@ from ..io.processes import Processes
 from .frechet import FeatureStatistics
 from .inception import FeatureNetwork
 from .pictures import Survey, check_pictures, describe, open_archive, read_array, stored_pictures, survey
-from .shards import Shards, make_shards
+from .shards import Shards, alone, make_shards
 
 __all__ = ["KEPT_FEATURES", "Reference", "check_reference", "load_reference"]
 
@@ -132,16 +132,18 @@ def load_reference(
         raise ValueError(f"{spec}: statistics need at least 2 pictures; there is {found.count}")
     key = hashlib.sha256(f"{network.name} {found.content}".encode()).hexdigest()[:32]
     cached = cache_folder() / "references" / f"{key}.npz"
+    parts = Shards(cached.with_suffix(".parts"), found.count, network.features, size=128)
     if not processes.from_first(cached.is_file):
-        parts = Shards(cached.with_suffix(".parts"), found.count, network.features, size=128)
-        there = found.count - sum(len(parts.pictures(k)) for k in parts.missing())
-        before = processes.add_done(0)
+        with alone(parts, processes):
+            if not processes.from_first(cached.is_file):  # by now another run may have made it
+                there = found.count - sum(len(parts.pictures(k)) for k in parts.missing())
+                before = processes.add_done(0)
 
-        def count(amount: int) -> None:
-            progress(there + processes.add_done(amount) - before, found.count)
+                def count(amount: int) -> None:
+                    progress(there + processes.add_done(amount) - before, found.count)
 
-        make_shards(parts, _features(spec, network), processes, count)
-        processes.from_first(lambda: _finish(parts, spec, network, found, cached))
+                make_shards(parts, _features(spec, network), processes, count)
+                processes.from_first(lambda: _finish(parts, spec, network, found, cached))
     pictures = describe(found.shapes) if differs else ""
     return replace(_read_statistics(cached), spec=spec, content=found.content, pictures=pictures)
 

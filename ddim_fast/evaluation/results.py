@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..io.files import atomic_write, errors_name_file, one_line, read_json, write_json
+from ..io.files import atomic_write, errors_name_file, one_line, read_json, remove_remains, write_json
+from ..io.locks import holding
 from .inception import NAME
 
 __all__ = ["Results", "fid_label", "machine"]
@@ -75,7 +74,7 @@ class Results:
         return next((row for row in self.rows if row["kind"] == kind and row["settings"] == settings), None)
 
     def add(self, kind: str, settings: dict[str, Any], found: dict[str, Any], run: dict[str, Any]) -> Row:
-        """Add a row and write it at once.
+        """Add a row and write it at once; a row of these settings that is there stays.
 
         Args:
             kind: ``quality``, ``reconstruction``, ``loss`` or ``trajectory``.
@@ -83,9 +82,10 @@ class Results:
             found: the numbers.
             run: the command, machine and versions that made them.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._read()
+        with holding(self.folder, f"--out {self.folder}"):
+            self._remove_remains()
+            if (there := self.find(kind, settings)) is not None:
+                return there
             if run not in self._content["runs"]:
                 self._content["runs"].append(run)
             row = {"kind": kind, "settings": settings, "run": self._content["runs"].index(run) + 1, **found}
@@ -95,10 +95,12 @@ class Results:
 
     def report(self) -> list[Path]:
         """Write ``evaluation.md`` and, with matplotlib, one picture per kind; returns the files."""
-        self._read()
-        path = self.folder / "evaluation.md"
-        atomic_write(path, self.markdown().encode())
-        return [path, *self._draw()]
+        with holding(self.folder, f"--out {self.folder}"):
+            self._remove_remains()
+            self._read()
+            path = self.folder / "evaluation.md"
+            atomic_write(path, self.markdown().encode())
+            return [path, *self._draw()]
 
     def markdown(self) -> str:
         """All rows as tables, with the runs listed below them."""
@@ -127,12 +129,8 @@ class Results:
             if not (isinstance(runs, list) and isinstance(rows, list) and all(map(_is_row, rows))):
                 raise ValueError(f"not the results of an evaluation; {_REMEDY}")
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other evaluation writes to the folder."""
-        with open(self.folder / ".lock", "a") as lock:  # the lock ends with the file or the process
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _remove_remains(self) -> None:
+        remove_remains(self.folder, lambda name: name.endswith((".json", ".md", ".png")))
 
     def _groups(self) -> list[tuple[str, list[Row]]]:
         """Comparable rows under their title, each with the name of its ``network``."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..io.locks import hold
 from ..io.processes import Processes
 from ..io.progress import Bar
 from .results import Results
@@ -51,6 +52,7 @@ class EvaluationRun:
         is as of :class:`ddim_fast.io.progress.Bar`."""
         name = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode()).hexdigest()[:16]
         parts = Shards(self.results.folder / f".parts-{name}", count, width, size=-(-128 // self.batch_size) * self.batch_size)
+        self.processes.from_first(lambda: hold(parts.folder, f"--out {self.results.folder}"))
         there = count - sum(len(parts.pictures(k)) for k in self.processes.from_first(parts.missing))
         with self.progress(kind, count, there, runs=runs) as bar:
             make_shards(parts, compute, self.processes, bar)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..io.files import atomic_write
+from ..io.locks import holding, release
 from ..io.processes import Processes
+from ..io.stopping import signals
 from .frechet import FeatureStatistics
 
-__all__ = ["Shards", "drawn", "make_shards"]
+__all__ = ["Shards", "alone", "drawn", "make_shards"]
 
 
 class Shards:
@@ -73,8 +76,9 @@ class Shards:
         return torch.from_numpy(np.concatenate(rows))
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, and release it where this process holds it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        release(self.folder)
 
     def _parts(self) -> list[tuple[int, range]]:
         return [(k, self.pictures(k)) for k in range(len(self))]
@@ -90,6 +94,14 @@ class Shards:
         except Exception:  # numpy raises any exception for a damaged file
             return False
         return stored.dtype == np.float32 and stored.shape == (len(self.pictures(k)), self.width)
+
+
+@contextlib.contextmanager
+def alone(parts: Shards, processes: Processes) -> Iterator[None]:
+    """Inside, no other run makes these parts; before, wait until none does."""
+    with contextlib.ExitStack() as held:
+        processes.from_first(lambda: held.enter_context(holding(parts.folder, str(parts.folder))))
+        yield
 
 
 def drawn(rows: Tensor, limit: int) -> Tensor:
@@ -116,7 +128,7 @@ def make_shards(
     Raises:
         ValueError: a number is not finite.
     """
-    for k in processes.share(processes.from_first(parts.missing)):
+    for k in signals.each(processes.share(processes.from_first(parts.missing)), "batch"):
         numbers = parts.pictures(k)
         made = rows(numbers)
         if not torch.isfinite(made).all():

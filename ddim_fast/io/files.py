@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "numbers",
     "one_line",
     "read_json",
+    "remove_remains",
     "require_file",
     "visible_files",
     "warn_of_skipped",
@@ -101,6 +102,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_remains(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove what :func:`atomic_write` and :func:`atomic_folder` had begun in ``folder`` when their process was killed. No
+    other process may be writing there.
+
+    Args:
+        is_ours: whether a file or a folder, as it would have been called, may be removed.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        remains = re.fullmatch(r"\.(.+)\.\w{8}", path.name)  # as tempfile calls them
+        if remains and is_ours(remains[1]):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

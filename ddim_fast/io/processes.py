@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from .stopping import signals
+
 __all__ = ["Processes", "cpu_threads"]
 
 T = TypeVar("T")
@@ -112,6 +114,11 @@ class Processes:
 
         Raises:
             RuntimeError: one of them has ended.
+            ddim_fast.io.stopping.Stopped: a signal has ended it, which came here, too.
         """
         if self.count > 1:
-            self._dist.barrier()
+            try:
+                self._dist.barrier()
+            except RuntimeError:
+                signals.check()
+                raise

@@ -11,7 +11,6 @@ import abc
 import io
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.decoding import decode_image
-from ..io.files import atomic_write, errors_name_file, is_hidden, write_json
+from ..io.files import atomic_write, errors_name_file, is_hidden, remove_remains, write_json
 from ..io.pictures import save_image, to_uint8
 from ..io.records import GRID, OVERVIEWS, RECORD
 
@@ -249,10 +248,7 @@ class FileFolder(Output):
 
     def remove_remains(self) -> None:
         ours = {*(f"{name}{self.suffix}" for name in self.names), RECORD, *OVERVIEWS}
-        for file in self.folder.iterdir():
-            remains = re.fullmatch(r"\.(.+)\.\w{8}", file.name)  # see atomic_write
-            if remains and remains[1] in ours:
-                file.unlink()
+        remove_remains(self.folder, ours.__contains__)
 
 
 class PngFolder(FileFolder):
@@ -335,6 +331,9 @@ class NpzFile(Output):
                 archive.writestr(zipfile.ZipInfo(RECORD), json.dumps({**self.begun(), "finished": True}, indent=2))
             file.flush()
             os.fsync(file.fileno())
+        with zipfile.ZipFile(joined) as archive:
+            if archive.testzip() is not None:
+                raise OSError(f"{joined} is not as it was written: the disk may be failing; the same command joins it again")
         os.replace(joined, self.path)
         self.remove_remains()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..io.locks import Held, hold, release
 from ..io.pictures import check_channels
 from .outputs import Batches, NpzFile, Output, PngFolder, require_empty
 
@@ -38,30 +39,49 @@ def output_at(path: Path, batches: Batches, audio: AudioConfig | None) -> Output
 def place_output(
     given: Path | None, usual: str, make: Callable[[Path], Kind], record: dict[str, Any]
 ) -> tuple[Kind, dict[str, Any] | None]:
-    """The output of a job, and its existing record.
+    """The output of a job, locked for this process, and its existing record.
 
     Args:
         given: --out; None is the first of the folders ``usual``, ``usual``-2 and so on that is empty or holds this job
-            unfinished.
+            unfinished, and that no other process has locked.
         make: the output at a path.
         record: the record of the job.
 
     Raises:
         ValueError: ``given`` holds other files, or a record is damaged; the message names the remedy.
+        ddim_fast.io.locks.Held: another process writes there.
     """
     if given is not None:
         output = make(given)
-        there = output.record()
-        output.check(there, record)
-        return output, there
+        return output, _taken(output, record)
     for folder in _numbered(usual):
         output = make(folder)
-        with contextlib.suppress(ValueError):
-            there = output.record()
-            output.check(there, record)
+        with contextlib.suppress(ValueError, Held):
+            there = _taken(output, record)
             if there is None or not there["finished"]:
                 return output, there
+            release(output.folder)
     raise AssertionError("there is always another number")
+
+
+def _taken(output: Output, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The existing record of an output. This process takes its lock if the output is this job's."""
+    if not output.folder.is_dir():
+        try:
+            output.check(output.record(), record)  # before a folder is made for the lock
+        except FileNotFoundError:  # another process has just finished it
+            pass
+        except ValueError:
+            if not output.folder.is_dir():  # otherwise another process has just begun it
+                raise
+    hold(output.folder, f"--out {output.path}")
+    try:
+        there = output.record()
+        output.check(there, record)
+    except ValueError:
+        release(output.folder)
+        raise
+    return there
 
 
 def free_folder(given: Path | None, usual: str) -> Path:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..diffusion.trajectory import SamplerState
 from ..io.pictures import to_uint8
 from ..io.progress import count_of
+from ..io.stopping import signals
 from .outputs import Batches, Output
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Job:
         # One thread hides the writing of up to some 1500 PNGs a second; on two cores, four did hardly better.
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
-            for k in ks:
+            for k in signals.each(ks, "batch"):
                 pictures = self.pictures(k)
                 if written is not None:
                     written.result()  # no more than one batch waits, and an error of writing is raised here

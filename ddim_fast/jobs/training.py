@@ -6,11 +6,7 @@ import contextlib
 import functools
 import json
 import math
-import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +18,10 @@ from tqdm import tqdm
 from ..io.files import atomic_write
 from ..io.progress import duration, redrawn
 from ..io.records import SAMPLES, STATS
+from ..io.stopping import signals
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
+from ..training.checkpoints import prune, set_aside
 from ..training.loop import Trainer, TrainingStep
 
 __all__ = ["run_training"]
@@ -37,6 +35,7 @@ def run_training(
     log_every: int,
     save_every: int,
     sample_every: int,
+    keep: int,
     minutes: float | None = None,
     quiet: bool = False,
 ) -> bool:
@@ -46,19 +45,21 @@ def run_training(
         out: the folder of the run.
         save_grid: writes a picture of the network's present samples to a path.
         log_every, save_every, sample_every: steps between lines of stats.jsonl, between checkpoints, and between grids.
+        keep: the number of checkpoints that stay, see :mod:`ddim_fast.training.checkpoints`.
         minutes: stop after this time.
         quiet: no progress bar and no estimate.
 
     Returns:
-        Whether Ctrl-C ended the run; its last step is then in a checkpoint, too, but has no grid.
+        Whether a signal ended the run; its last step is then in a checkpoint, too, but has no grid.
     """
     options = trainer.options
     _forget_after(out, trainer.step)
+    prune(out, keep - 1)
     total = torch.zeros((), device=trainer.model.device)
     logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
     with (
-        _Interrupt() as interrupt,
+        signals.finishing("step"),
         open(out / STATS, "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=quiet, file=sys.stderr) as bar,
     ):
@@ -70,7 +71,7 @@ def run_training(
             bar.update()
             if estimate is not None:
                 estimate.update(step)
-            last = step.step == options.steps or time.perf_counter() > deadline or interrupt.came
+            last = step.step == options.steps or time.perf_counter() > deadline or signals.came
             if last or step.step % log_every == 0 or step.step % save_every == 0:
                 loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
                 # The last gradient is already in the weights, but not yet in a loss.
@@ -98,17 +99,25 @@ def run_training(
             if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
                 trainer.write_snapshot(out / SNAPSHOTS)
             if last or step.step % save_every == 0:
-                trainer.save(out)
+                _save(trainer, out, saved, keep)
                 saved = step.step
             if last or step.step % sample_every == 0:
                 bar.set_description("sampling a grid")
                 with redrawn(bar):
-                    interrupt.abandons(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
-            if interrupt.came and saved < step.step:
-                trainer.save(out)
-            if last or interrupt.came:
+                    signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+            if signals.came and saved < step.step:
+                _save(trainer, out, saved, keep)
+            if last or signals.came:
                 break
-    return interrupt.came
+    return signals.came is not None
+
+
+def _save(trainer: Trainer[Any], out: Path, before: int, keep: int) -> None:
+    """Write a checkpoint, and keep those before it; the last is of step ``before``, or 0 where there is none."""
+    if before and keep > 1:
+        set_aside(out, before)
+    trainer.save(out)
+    prune(out, keep - 1)
 
 
 class _Estimate:
@@ -134,70 +143,6 @@ class _Estimate:
             seconds = (time.perf_counter() - self._first[1]) / (made.step - self._first[0]) * left
             self._bar.write(f"about {duration(seconds)} for the remaining {left:,} steps", file=sys.stderr)
             self._said = True
-
-
-class _Interrupt:
-    """A context in which Ctrl-C does not interrupt the current step, which would leave some weights new and some old. It is
-    recorded and answered at once; a second Ctrl-C interrupts.
-
-    Python runs signal handlers between two of its own instructions, and the backward pass of a large network is one of tens of
-    seconds. So a thread answers, woken by the signal itself.
-
-    Attributes:
-        came: whether Ctrl-C was pressed.
-    """
-
-    _PATIENCE = 2.0  # seconds for a second Ctrl-C to end the process in order
-
-    def __init__(self) -> None:
-        self.came, self._raises = False, False
-
-    def __enter__(self) -> _Interrupt:
-        self._left = threading.Event()
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._before = signal.signal(signal.SIGINT, self._remember)
-        self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._answer, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._left.set()
-        signal.set_wakeup_fd(self._waker_before)
-        signal.signal(signal.SIGINT, self._before)
-        self._waker.close()
-        self._thread.join()
-        self._woken.close()
-
-    def abandons(self, make: Callable[[], None]) -> None:
-        """Call ``make``, which Ctrl-C ends at once, since no step is running; do not call it after a Ctrl-C."""
-        self._raises = True
-        try:
-            if not self.came:
-                make()
-        except KeyboardInterrupt:
-            if not self.came:
-                raise
-        finally:
-            self._raises = False
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.came = True
-        signal.signal(signal.SIGINT, self._before)
-        if self._raises:
-            raise KeyboardInterrupt
-
-    def _answer(self) -> None:
-        answered = False
-        while number := self._woken.recv(1):
-            if number[0] != signal.SIGINT:
-                continue
-            if not answered:
-                print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-                answered = True
-            elif not self._left.wait(self._PATIENCE):
-                os._exit(130)
 
 
 def _forget_after(out: Path, step: int) -> None:

@@ -18,6 +18,7 @@ from ..diffusion.interpolation import between_all
 from ..diffusion.latent import LatentSampler
 from ..diffusion.sampler import Sampler
 from ..io.pictures import to_uint8
+from ..io.stopping import signals
 from .outputs import Batches, PngFolder
 from .video_files import read_frames
 
@@ -92,7 +93,7 @@ class VideoJob:
         channels, size, _ = self.sampler.image_shape
         frames = (fit_image(frame, channels, size, self.resize) for frame in read_frames(self.source))
         following, latent = [next(frames)], None
-        for k in range(max(ks, default=-1) + 1):
+        for k in signals.each(range(max(ks, default=-1) + 1), "batch"):
             given = following + list(itertools.islice(frames, self._pairs))
             following = given[-1:]
             if k not in ks:

@@ -19,9 +19,9 @@ from ..data.images import ImageSet, to_unit_range
 from ..diffusion.schedule import NoiseSchedule
 from ..io.files import atomic_write, errors_name_file
 from ..models.autoencoder import Autoencoder
-from ..models.checkpoint import save_checkpoint
+from ..models.checkpoint import WEIGHTS, save_checkpoint
 from ..models.unet import UNet
-from ..models.weights import check_finite, read_pickle
+from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
@@ -112,8 +112,6 @@ class Trainer(Generic[M]):
         """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
         if isinstance(self.model, Autoencoder):
             self._fit_scale()
-        audio = self.model.audio if isinstance(self.model, UNet) else None
-        save_checkpoint(folder, self.model.config, self.ema.state_dict(), audio)
         buffer = io.BytesIO()
         torch.save(
             {
@@ -126,7 +124,26 @@ class Trainer(Generic[M]):
             },
             buffer,
         )
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: of a process that is killed between the two, mend makes the second.
         atomic_write(folder / TRAINING_STATE, buffer.getvalue())
+        self._save_checkpoint(folder)
+
+    def mend(self, folder: Path) -> None:
+        """Write the averaged weights in ``folder`` anew where they are not those that :meth:`load` has read there: they are
+        damaged, or of the checkpoint before."""
+        own = self.ema.state_dict()
+        try:
+            stored = read_weights(folder, WEIGHTS)[1]
+            if stored.keys() == own.keys() and all(torch.equal(stored[name], own[name].cpu()) for name in own):
+                return
+        except (FileNotFoundError, ValueError):
+            pass
+        self._save_checkpoint(folder)
+
+    def _save_checkpoint(self, folder: Path) -> None:
+        audio = self.model.audio if isinstance(self.model, UNet) else None
+        save_checkpoint(folder, self.model.config, self.ema.state_dict(), audio)
 
     def write_snapshot(self, folder: Path) -> None:
         """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""

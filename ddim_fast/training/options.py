@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["TRAINING_STATE", "TrainingOptions"]
+__all__ = ["CHECKPOINTS", "TRAINING_STATE", "TrainingOptions"]
 
 # What a run goes on from, beside its checkpoint.
 TRAINING_STATE = "training_state.pt"
+
+# The folder, in that of a run, of its checkpoints before the last.
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)

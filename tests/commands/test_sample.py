@@ -332,7 +332,8 @@ def test_an_interrupted_run_says_how_to_go_on(run, checkpoint, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
         code, out, err = run(*options, tmp_path / "parts", "--quiet")
-    assert code == 130 and out == "" and err.count("\n") == 1
+    assert code == 130 and out == "" and err.count("\n") == 3
+    assert err.startswith("\nstopping after this batch; Ctrl-C again ends at once\n")
     holds = int(re.search(r"stopped: .*parts holds (\d+) of 24 images; the same command continues it", err)[1])
     assert 3 <= holds < 24 and holds == len(list((tmp_path / "parts").glob("0*.png")))
     code, out, err = run(*options, tmp_path / "parts")

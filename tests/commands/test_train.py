@@ -93,7 +93,7 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     lines = (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
     assert json.loads((tmp_path / "parts" / "train.json").read_text())["steps"] == 6
-    assert names(tmp_path / "parts") == FILES
+    assert names(tmp_path / "parts") == {*FILES, "checkpoints"} and names(tmp_path / "parts" / "checkpoints") == {"0000004"}
 
 
 @pytest.mark.parametrize(
@@ -401,6 +401,36 @@ def test_damage_found_on_resuming_is_one_line_and_exit_code_1(photos, tmp_path, 
         code, _, err = run_train(*resume)
         assert code == 1
         assert_one_line(err, "error: ", "train.json: not the record of a run")
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--save-every=2"]
+    for name, steps in (("whole", 8), ("parts", 6)):
+        assert run_train(*start, "--keep=3", f"--steps={steps}", "--out", tmp_path / name)[0] == 0
+    out = tmp_path / "parts"
+    assert names(out / "checkpoints") == {"0000002", "0000004"}
+    assert UNet.from_pretrained(out / "checkpoints" / "0000004").config.level_channels == (8, 16)
+    data = bytearray((out / "training_state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / "training_state.pt").write_bytes(data)
+    code, _, err = run_train("--out", out, "--resume", "--steps=8", "--device=cpu", "--quiet")
+    assert code == 0
+    assert_one_line(err, "warning: ", f"{out}/training_state.pt: not a whole training state", "before, of step 4")
+    assert weights_in(out) == weights_in(tmp_path / "whole") and names(out / "checkpoints") == {"0000004", "0000006"}
+    steps = [json.loads(line)["step"] for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8]
+    assert run_train("--out", out, "--resume", "--keep=1", "--steps=9", "--device=cpu", "--quiet")[0] == 0
+    assert names(out / "checkpoints") == set()
+
+
+def test_weights_that_are_not_those_of_the_training_state_are_written_anew(photos, tmp_path, run_train):
+    out = tmp_path / "run"
+    assert run_train("--data", photos, *RUN, "--steps=2", "--out", out)[0] == 0
+    weights = weights_in(out)
+    for damaged in (b"", weights[:-1] + bytes([weights[-1] ^ 1])):
+        (out / "model.safetensors").write_bytes(damaged)
+        assert run_train("--out", out, "--resume", "--device=cpu", "--quiet")[::2] == (0, "")
+        assert weights_in(out) == weights
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_over(photos, tmp_path, run_train):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import tracemalloc
 
@@ -217,3 +218,21 @@ def test_remains_of_a_killed_process_are_removed(tmp_path):
     (file.folder / "joined.npz").write_bytes(b"")
     file.remove_remains()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.npz"]
+
+
+def test_parts_stay_until_the_joined_file_is_found_whole(tmp_path, monkeypatch):
+    file = NpzFile(tmp_path / "a.npz", batches())
+    fill(file)
+    before, fsync = sorted(file.folder.iterdir()), os.fsync
+
+    def fsync_and_damage(descriptor):
+        fsync(descriptor)
+        os.pwrite(descriptor, b"?", 300)  # among the pixels
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync_and_damage)
+        with pytest.raises(OSError, match=r"joined\.npz is not as it was written: the disk may be failing; the same command"):
+            file.finish()
+    assert not file.path.exists() and sorted(p for p in file.folder.iterdir() if p.name != "joined.npz") == before
+    file.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
