@@ -1,4 +1,5 @@
-"""The C++ operators beside PyTorch's, at each shape at which the networks call them, and one evaluation of cifar10-64.
+"""The C++ operators beside PyTorch's, at each shape at which the networks call them, one evaluation of cifar10-64, and the
+captured engine beside the eager one.
 
     python benchmarks/every_cpu.py [--out FILE.json]
 
@@ -10,6 +11,8 @@ timed, and the two sides take turns. The files are what ddim_fast/ops/measured.p
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -25,7 +28,7 @@ from measure import machine
 from peers import network, relative_error
 from torch import Tensor
 
-from ddim_fast import UNet
+from ddim_fast import Sampler, UNet
 from ddim_fast.diffusion.network import Network
 from ddim_fast.models import unet_blocks
 from ddim_fast.ops import native
@@ -37,6 +40,7 @@ from ddim_fast.ops.measured import instruction_set, is_faster_in_cpp
 
 MODELS = ("cifar10-128", "cifar10-64", "cifar10-small", "fashion-mnist", "spoken-digits")
 BATCHES = (1, 8)
+ENGINE_MODELS, ENGINE_BATCHES = ("cifar10-64", "fashion-mnist"), (1, 8, 64)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 # Of each case, at least so many turns and so many seconds.
@@ -194,6 +198,30 @@ def evaluations() -> Iterator[dict[str, Any]]:
         }
 
 
+def engines() -> Iterator[dict[str, Any]]:
+    """Whole runs of five steps by the captured engine. ``ratio``: the eager engine's time over its own."""
+    dtypes = [torch.float32, *([torch.bfloat16] if bf16_is_fast(torch.device("cpu")) else [])]
+    for name, batch, dtype in itertools.product(ENGINE_MODELS, ENGINE_BATCHES, dtypes):
+        model, x = network(name), torch.randn(batch, *network(name).config.image_shape)
+        runs = {
+            engine: functools.partial(Sampler(model, steps=5, engine=engine, dtype=dtype).sample, x_T=x)
+            for engine in ("captured", "eager")
+        }
+        assert relative_error(runs["captured"](), runs["eager"]()) < (1e-4 if dtype == torch.float32 else 0.05)
+        seconds = in_turns(runs, 3.0)
+        yield {
+            "operator": "captured",
+            "shape": [name, batch],
+            "dtype": str(dtype).removeprefix("torch."),
+            "memory format": "channels_last",
+            "instruction set": instruction_set(dtype),
+            "calls": 1,
+            "chosen": is_faster_in_cpp("captured", dtype, "channels_last"),
+            "microseconds": round(seconds["captured"] * 1e6, 1),
+            "ratio": round(seconds["eager"] / seconds["captured"], 3),
+        }
+
+
 def _evaluation(model: UNet, batch: int, backend: str) -> Callable[[], Tensor]:
     """One evaluation with DDIM_FAST_BACKEND=backend."""
     x = torch.randn(batch, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
@@ -230,9 +258,9 @@ def main() -> None:
     torch.manual_seed(0)
     keep_memory(torch.device("cpu"))
     with torch.no_grad():
-        rows = [*evaluations(), *operators()]
+        rows = [*evaluations(), *engines(), *operators()]
     print(table(rows))
-    print("\nPyTorch's time over that of the C++ operators; last column: whether they are chosen.")
+    print("\nPyTorch's time over that of the C++ operators, eager's over captured's; last column: whether ours are chosen.")
     if arguments.out:
         lines = ",\n".join(json.dumps(row) for row in rows)
         arguments.out.write_text(f'{{"machine": {json.dumps(machine())},\n"rows": [\n{lines}\n]}}\n')

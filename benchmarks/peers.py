@@ -50,7 +50,7 @@ IMPLEMENTATIONS = ["diffusers bf16", "diffusers-compiled bf16", "eager bf16", "c
 if DEVICE == "cpu":
     IMPLEMENTATIONS = [
         *(f"{implementation} fp32" for implementation in ("diffusers", "onnxruntime", "openvino", "eager")),
-        *([*IMPLEMENTATIONS, "openvino bf16"] if bf16_is_fast(torch.device("cpu")) else []),
+        *([*IMPLEMENTATIONS, "openvino bf16"] if bf16_is_fast(torch.device("cpu")) else ["diffusers-compiled fp32"]),
         *(["eager int8"] if native.module is not None and native.module.conv3x3_has_int8() else []),
     ]
 

@@ -90,8 +90,8 @@ SPACING_HELP = (
     "(default: quadratic)"
 )
 COMPILE_HELP = (
-    "the fastest execution and dtype of the device. GPU: all steps compiled into one CUDA graph. CPU: this package's C++ "
-    "operators, or torch.compile where they were not built"
+    "the fastest execution and dtype of the device. GPU: all steps compiled into one CUDA graph. CPU: all steps as one "
+    "plan of this package's C++ operators, or torch.compile where they were not built"
 )
 ENGINE_HELP = "engine to use, instead of --compile's choice"
 ONNX_ENGINE_HELP = (

@@ -56,7 +56,7 @@ class Sampler:
             beside the checkpoint that :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and solver.
         solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
         engine: ``eager``; ``compiled``, by torch.compile, with one compilation per batch size; ``captured``, the whole loop in
-            one CUDA graph, for GPUs; or ``auto``, which is eager.
+            one CUDA graph or, on a CPU, one plan of C++ operators; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype, guide, batch_invariant: options of the :class:`Denoiser` made from a model.
         reuse: compute the U-Net's deep features in every ``reuse``-th step only, as an approximation: see

