@@ -70,7 +70,7 @@ def _parser() -> CommandParser:
     sampler.add_argument("--solver", choices=SOLVERS, default="ddim", help="solver of the exported sampler")
     sampler.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
     plan = p.add_argument_group("with --to plan")
-    plan.add_argument("--batch-size", metavar="N", type=parse_positive, default=1, help="images per run (default: 1)")
+    plan.add_argument("--batch-size", metavar="N", type=parse_positive, default=1, help="images per run")
     onnx = p.add_argument_group("with --to onnx")
     onnx.add_argument("--unroll", action="store_true", help="write the steps one after the other, in place of an ONNX Loop")
     onnx.add_argument("--opset", metavar="N", type=int, help="version of ONNX's operators (default: 20; 22 for bfloat16)")

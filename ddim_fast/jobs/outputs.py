@@ -8,6 +8,7 @@ of other settings are never added, and a job never writes among other files.
 from __future__ import annotations
 
 import abc
+import contextlib
 import io
 import json
 import os
@@ -157,7 +158,8 @@ class Output(abc.ABC):
         try:
             write_json(self.folder / RECORD, {**record, "finished": False})
         except OSError:
-            self.folder.rmdir()  # writing there failed, so it is empty
+            with contextlib.suppress(OSError):  # a folder with a lock is removed with that
+                self.folder.rmdir()
             raise
 
     def prepare(self, there: dict[str, Any] | None, record: dict[str, Any]) -> list[int] | None:

@@ -81,7 +81,7 @@ def place(out, number):
 
 @pytest.mark.parametrize(
     "name,count",
-    [("npz", 10), ("train", 10), *(slow(name, 100) for name in ("folder", "npz", "film", "restore", "train"))],
+    [("npz", 10), slow("train", 10), *(slow(name, 100) for name in ("folder", "npz", "film", "restore", "train"))],
 )
 def test_of_two_processes_on_one_output_one_is_refused(name, count, make_job, tmp_path):
     job, out = make_job(name), tmp_path / "out" / "#"
@@ -104,8 +104,8 @@ def test_of_two_processes_on_one_output_one_is_refused(name, count, make_job, tm
     [
         ("npz", signal.SIGTERM),
         ("evaluate", signal.SIGHUP),
-        ("train", signal.SIGTERM),
-        ("train", signal.SIGKILL),
+        slow("train", signal.SIGTERM),
+        slow("train", signal.SIGKILL),
         slow("folder", signal.SIGTERM),
         slow("restore", signal.SIGINT),
         slow("film", signal.SIGTERM),
@@ -174,6 +174,6 @@ def test_the_ranks_of_torchrun_are_one_job_which_a_signal_ends(make_job, tmp_pat
             pass
         run.terminate()
         told = run.communicate(timeout=100)[1]
-    assert re.search(r"stopped: \S+o\.npz holds \d+ of 400 images; the same command goes on with it", told), told
+    assert re.search(r"stopped: \S+o\.npz holds \d+ of 400 images; the same command continues it", told), told
     assert "error:" not in told and not (parts / ".lock").exists()
     assert list(parts.glob(".batch*")) == []

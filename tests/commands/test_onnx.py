@@ -121,7 +121,7 @@ def test_it_runs_without_torch(exported, tmp_path):
 def test_where_torch_is_missing_the_other_engines_say_so(run_here, exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, out, err = run_here(sample, "--model", exported / "checkpoint")
-    assert (code, out, err) == (1, "", "error: torch is not installed; --engine onnx samples without it\n")
+    assert (code, out, err) == (1, "", "error: torch is not installed; --engine onnx and --engine plan sample without it\n")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_without_the_packages_exporting_says_what_is_missing(run_here, exported,
 def test_engines_are_those_that_there_are():
     from ddim_fast.engine import ENGINES
 
-    assert (*ENGINES, "onnx") == sample._ENGINES
+    assert (*ENGINES, "onnx", "plan") == sample._ENGINES
     from ddim_fast.deploy.onnx_export import DTYPES
 
     assert DTYPES == export._DTYPES

@@ -31,7 +31,7 @@ SHARED = {
     "--convert": (),
     "--resize": (),
     "--clip": (),
-    "--batch-size": ("evaluate", "train"),
+    "--batch-size": ("evaluate", "export", "train"),
     "--steps": ("evaluate", "train"),
     "--spacing": ("evaluate",),
 }

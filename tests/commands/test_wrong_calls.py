@@ -333,7 +333,7 @@ sample --model voices --seeds 0 --steps 1 --out new.npz
 sample --model voices --class an
     2 --class: no class is called 'an'; did you mean 'ann'? There are 0/ann, 0/bob
 without=torch sample --model small
-    1 torch is not installed; --engine onnx samples without it
+    1 torch is not installed; --engine onnx and --engine plan sample without it
 DDIM_FAST_BACKEND=warp sample --model small --steps 1 --seeds 0
     2 DDIM_FAST_BACKEND='warp' is unknown; choose reference, native, triton, cuda
 DDIM_FAST_BACKEND=cuda sample --model small --steps 1 --seeds 0 --device cpu
@@ -348,7 +348,7 @@ sample --model small --steps 1 --seeds 0 --out notes/a/b/c
 sample --model exported
     2 exported is an export to ONNX; sample it with python -m ddim_fast.sample --engine onnx
 sample --engine onnx --model exported
-    1 exported is not an export to ONNX: it has no SHA256SUMS
+    1 exported is not an export: it has no SHA256SUMS
 sample --model small --nonsense
     2 unrecognized arguments: --nonsense
 sample --model small --steps 1001
