@@ -36,6 +36,9 @@ _EXAMPLES = """\
 _MAX_STEPS = 100
 _MAX_IMAGES = 20
 
+# Numbers of steps whose samplers, with their recorded runs, are kept.
+_SAMPLERS = 4
+
 # Small images are shown without smoothing.
 _PIXELS = "#sampled img { image-rendering: pixelated; }"
 
@@ -116,7 +119,7 @@ class DemoModel:
 
     def __init__(self, sampler: AnySampler) -> None:
         self._sampler = sampler
-        self.sampler_of = functools.cache(self._make_sampler)
+        self.sampler_of = functools.lru_cache(_SAMPLERS)(self._make_sampler)
         self.config: UNetConfig = sampler.config
         self.image_shape: tuple[int, int, int] = sampler.image_shape
 
@@ -124,8 +127,12 @@ class DemoModel:
         """The sampler with ``steps`` steps; all share one network."""
         from .diffusion.latent import LatentSampler
         from .diffusion.sampler import Sampler
+        from .engine import fastest_engine
 
-        sampler = Sampler(self._sampler.denoiser, steps=steps)
+        denoiser = self._sampler.denoiser
+        # A plan on a CPU is recorded in a fraction of a second; torch.compile, which a GPU needs for it, takes a minute.
+        fast = denoiser.device.type == "cpu" and fastest_engine(denoiser.device, denoiser.dtype) == "captured"
+        sampler = Sampler(denoiser, steps=steps, engine="captured" if fast else "eager")
         if isinstance(self._sampler, LatentSampler):
             return LatentSampler(sampler, self._sampler.codec.autoencoder)
         return sampler

@@ -31,7 +31,7 @@ class Captured(Compiled):
         self._turn = threading.Lock()
 
     def run(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Tensor:
-        with self._turn:
+        with self._turn, torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
             key = (loop, signature(inputs), plan)
             graph = self._graphs.pop(key, None)
             if graph is None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..io.progress import tell, watch
@@ -38,7 +39,7 @@ class CapturedOnCpu(Eager):
         self._turn = threading.Lock()
 
     def run(self, loop: Callable[..., Tensor], inputs: Any, plan: Hashable) -> Tensor:
-        with self._turn:
+        with self._turn, torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
             key = (loop, signature(inputs), plan)
             recording = self.recordings.pop(key, None)
             if recording is None:

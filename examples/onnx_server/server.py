@@ -1,4 +1,4 @@
-"""An HTTP service that samples images from an export to ONNX, without torch.
+"""An HTTP service that samples images from an export to ONNX or to a plan, without torch.
 
     python server.py --model FOLDER --port 8000
     curl -X POST localhost:8000/images -H 'content-type: application/json' -d '{"seeds": [1, 2], "class": 9}' -o images.png
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -29,7 +30,8 @@ from prompt_protocol import LARGEST_HEADERS, RETRY_SOON, SHUTTING_DOWN, PromptPr
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from ddim_fast.deploy import OnnxSampler
+from ddim_fast.deploy import OnnxSampler, PlanSampler
+from ddim_fast.deploy.folder import is_plan
 from ddim_fast.io.pictures import image_grid
 
 LARGEST_BODY = 16_384  # bytes
@@ -83,7 +85,7 @@ class Worker:
         guidance: for those that have a class.
     """
 
-    def __init__(self, sampler: OnnxSampler, batch: int, queue: int, guidance: float | None) -> None:
+    def __init__(self, sampler: OnnxSampler | PlanSampler, batch: int, queue: int, guidance: float | None) -> None:
         self.sampler, self.batch, self.queue, self.guidance = sampler, batch, queue, guidance
         self.waiting: deque[_Waiting] = deque()
         self._busy = False
@@ -167,7 +169,7 @@ class Worker:
             start = stop
 
 
-def make_app(sampler: OnnxSampler, *, batch: int = 16, queue: int = 64, guidance: float | None = None) -> FastAPI:
+def make_app(sampler: OnnxSampler | PlanSampler, *, batch: int = 16, queue: int = 64, guidance: float | None = None) -> FastAPI:
     """The service; arguments as of :class:`Worker`."""
 
     @contextlib.asynccontextmanager
@@ -229,7 +231,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve images sampled from an export to ONNX.")
-    parser.add_argument("--model", default="cifar10-64", help="what export --to onnx wrote (default: a packaged model)")
+    parser.add_argument("--model", default="cifar10-64", help="what export --to onnx or --to plan wrote (default: a packaged model)")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that starts here)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (default: 8000)")
@@ -239,7 +241,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"loading {arguments.model} ...", end=" ", flush=True)
     try:
-        sampler = OnnxSampler(arguments.model, provider=arguments.provider)
+        is_onnx = not is_plan(Path(arguments.model))
+        sampler = OnnxSampler(arguments.model, provider=arguments.provider) if is_onnx else PlanSampler(arguments.model)
         sampler.sample(seeds=[0])  # the first run is slower
         listener = listen(arguments.host, arguments.port)
     except (OSError, ValueError, RuntimeError) as error:

@@ -303,6 +303,15 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_threads(dtype, small_unet):
         torch.set_num_threads(threads)
 
 
+def test_a_recording_outlives_inference_mode(small_unet):
+    sampler, expected = Sampler(small_unet, steps=2, engine="captured"), Sampler(small_unet, steps=2)
+    with torch.inference_mode():
+        sampler.sample(seeds=[1, 2])
+    torch.testing.assert_close(sampler.sample(seeds=[3, 4]), expected.sample(seeds=[3, 4]), atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(sampler.sample(seeds=[5, 6]), expected.sample(seeds=[5, 6]), atol=1e-4, rtol=1e-4)
+
+
 def test_threads_take_turns(small_unet):
     sampler = Sampler(small_unet, steps=3, engine="captured")
     expected = [sampler.sample(seeds=[seed, seed + 1]) for seed in range(6)]
