@@ -52,7 +52,7 @@ void prepare_product_binding(uintptr_t weight, uintptr_t out, int64_t out_channe
 
 void bind_plan(py::module_& module) {
     using namespace py::literals;
-    py::class_<Plan>(module, "Plan", R"(A recorded run of operators: see csrc/plan.h.
+    py::class_<Plan>(module, "Plan", py::module_local(), R"(A recorded run of operators: see csrc/plan.h.
 
 segments: for each, its size in bytes and whether calls may write to it.
 calls: for each, the operator's name, its buffers as (segment, offset in bytes), -1 for none, its integers and its numbers, in

@@ -92,7 +92,9 @@ def announce(settings: SamplerSettings | SampleSettings, sampler: Any, items: st
         from ..ops.serving import serving_line
 
         model = describe_model(settings.model, sampler.networks, dtype, sampler.device)
-        say(f"{model}, {sampler.engine}, operators by {serving_line(sampler.device, sampler.dtype)}; {items}", quiet)
+        is_plan = sampler.engine == "captured" and sampler.device.type == "cpu"
+        by = "a plan of C++ operators" if is_plan else f"operators by {serving_line(sampler.device, sampler.dtype)}"
+        say(f"{model}, {sampler.engine}, {by}; {items}", quiet)
         if settings.compile and (reasons := _reasons(settings, sampler)):
             say(f"--compile: {'; '.join(reasons)}", quiet)
     else:

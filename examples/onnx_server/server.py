@@ -231,7 +231,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve images sampled from an export to ONNX.")
-    parser.add_argument("--model", default="cifar10-64", help="what export --to onnx or --to plan wrote (default: a packaged model)")
+    model_help = "what export --to onnx or --to plan wrote (default: a packaged model)"
+    parser.add_argument("--model", default="cifar10-64", help=model_help)
     parser.add_argument("--provider", help="ONNX Runtime's execution provider (default: the fastest that starts here)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (default: 8000)")

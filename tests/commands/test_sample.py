@@ -57,14 +57,16 @@ def test_the_dtype_is_the_best_for_the_device_or_what_was_asked_for(options, fas
 @pytest.mark.parametrize(
     "options,faster,fast,reasons",
     [
-        ([], True, True, "eager, since this package's C++ operators are faster here than torch.compile"),
-        ([], True, False, "than torch.compile; float32, since this processor is not fast at bfloat16"),
-        (["--engine", "eager", "--dtype", "float32"], True, False, None),
-        (["--engine", "eager"], True, True, None),
+        ([], {"conv3x3"}, True, "eager, since this package's C++ operators are faster here than torch.compile"),
+        ([], {"conv3x3"}, False, "than torch.compile; float32, since this processor is not fast at bfloat16"),
+        ([], {"conv3x3", "captured"}, False, "--compile: float32, since this processor is not fast at bfloat16"),
+        (["--dtype", "float32"], {"conv3x3", "captured"}, True, None),
+        (["--engine", "eager", "--dtype", "float32"], {"conv3x3"}, False, None),
+        (["--engine", "eager"], {"conv3x3"}, True, None),
     ],
 )
 def test_a_run_with_compile_that_is_not_compiled_says_why(options, faster, fast, reasons, run, checkpoint, monkeypatch):
-    monkeypatch.setattr("ddim_fast.engine.cpp_is_fastest", lambda device: faster)
+    monkeypatch.setattr("ddim_fast.engine.is_faster_in_cpp", lambda operator, *others: operator in faster)
     monkeypatch.setattr("ddim_fast.ops.devices.bf16_is_fast", lambda device: fast)
     command = ["--model", checkpoint, "--seeds", "0", "--steps", "1", "--device", "cpu", *options]
     code, _, err = run(*command, "--compile")
