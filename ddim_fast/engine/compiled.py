@@ -43,7 +43,7 @@ def signature(arguments: Any) -> Hashable:
     """The shapes, strides and dtypes of tensors nested in tuples: a compilation or a capture serves these alone."""
     if isinstance(arguments, Tensor):
         return tuple(arguments.shape), arguments.stride(), arguments.dtype
-    return tuple(map(signature, arguments)) if isinstance(arguments, tuple) else arguments
+    return tuple(map(signature, arguments)) if isinstance(arguments, (tuple, list)) else arguments
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import conv3x3, ddim_step, group_norm_silu, native  # noqa: F401  (what torch.ops.ddim_fast has)
-from ..ops.torch_private import StorageWeakRef, is_view, storage_id, tree_map_only
+from ..ops.torch_private import StorageWeakRef, is_view, storage_id
+from .compiled import signature
 from .plan import Buffer, Call, NotRecorded, View
 
 __all__ = ["Derived", "Recorder"]
@@ -61,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self._buffers: dict[int, Buffer] = {}
         self._references: list[StorageWeakRef] = []  # while they are held, each storage's number is its own
+        self._meta: dict[Any, Any] = {}  # results without values, by operator and arguments
         self._padded: dict[Buffer, tuple[Tensor, Sequence[int]]] = {}
         self._derived = derived
         for key in [key for key, (reference, _) in derived.items() if reference.expired()]:
@@ -102,10 +104,13 @@ class Recorder(TorchDispatchMode):
             self._new_buffer(made, "scratch")
             return made
 
-        meta_args, meta_kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), kwargs))
-        if "device" in kwargs:
-            meta_kwargs["device"] = "meta"
-        return tree_map_only(Tensor, allocate, func(*meta_args, **meta_kwargs))
+        key = func, signature(tuple(args)), signature(tuple(kwargs.items()))
+        if key not in self._meta:  # the steps of a run are alike
+            options = {name: _mapped(value, _on_meta) for name, value in kwargs.items()}
+            if "device" in options:
+                options["device"] = "meta"
+            self._meta[key] = func(*_mapped(tuple(args), _on_meta), **options)
+        return _mapped(self._meta[key], allocate)
 
     def buffer(self, tensor: Tensor) -> Buffer:
         """The memory of a tensor; one that was there before is a weight."""
@@ -442,6 +447,13 @@ def _code(t: Tensor) -> int:
     if t.dtype not in _DTYPES:
         raise NotRecorded(f"{t.dtype}{_REFUSED}")
     return _DTYPES[t.dtype]
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of each tensor in lists and tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(_mapped(part, function) for part in value) if isinstance(value, (tuple, list)) else value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
