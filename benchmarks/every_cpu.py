@@ -27,9 +27,12 @@ import torch
 from measure import machine
 from peers import network, relative_error
 from torch import Tensor
+from torch.nn import functional
 
 from ddim_fast import Sampler, UNet
 from ddim_fast.diffusion.network import Network
+from ddim_fast.engine.captured_cpu import CapturedOnCpu
+from ddim_fast.engine.plan import Plan
 from ddim_fast.models import unet_blocks
 from ddim_fast.ops import native
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
@@ -198,6 +201,71 @@ def evaluations() -> Iterator[dict[str, Any]]:
         }
 
 
+def plan_operators() -> Iterator[dict[str, Any]]:
+    """The operators that only plans have, product and attention, at the shapes of the networks' plans. ``ratio``: PyTorch's time
+    over that of a plan of this one call."""
+    dtypes = [torch.float32, *([torch.bfloat16] if bf16_is_fast(torch.device("cpu")) else [])]
+    for dtype in dtypes:
+        counts: Counter = Counter()
+        for name, batch in itertools.product(MODELS, BATCHES):
+            sampler = Sampler(network(name), steps=1, engine="captured", dtype=dtype)
+            for operator, _, integers, _ in recorded(sampler, batch).calls:
+                if operator in ("product", "attention"):
+                    counts[operator, tuple(integers)] += 1
+        for (operator, integers), count in counts.items():
+            inputs, function = (attention_call if operator == "attention" else product_call)(integers, dtype)
+            engine = CapturedOnCpu()
+            result = engine.run(_apply, inputs, function)
+            exact = function(*(t.double() for t in inputs))
+            assert relative_error(result.double(), exact) < TOLERANCE[dtype], (operator, integers, dtype)
+            (recording,) = engine.recordings.values()
+            calls = {"ours": functools.partial(recording.plan.run, 0), "pytorch": functools.partial(function, *inputs)}
+            seconds = in_turns(calls)
+            yield {
+                "operator": operator,
+                "shape": integers[1:13],
+                "dtype": str(dtype).removeprefix("torch."),
+                "memory format": "channels_last",
+                "instruction set": instruction_set(dtype),
+                "calls": count,
+                "chosen": True,
+                "microseconds": round(seconds["ours"] * 1e6, 1),
+                "ratio": round(seconds["pytorch"] / seconds["ours"], 3),
+            }
+
+
+def recorded(sampler: Sampler, batch: int) -> Plan:
+    """The plan of a batch."""
+    sampler.sample(x_T=torch.randn(batch, *sampler.image_shape))
+    engine: Any = sampler._engine
+    return next(iter(engine.recordings.values())).plan
+
+
+def product_call(integers: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """Images and a convolution of these sizes, in the order of csrc/plan.cpp; a linear layer where that is one."""
+    _, n, height, width, channels, _, _, out, rows, columns, down, right, top, left = integers
+    weight = torch.randn(out, channels, rows, columns) / (channels * rows * columns) ** 0.5
+    weights = {d: weight.to(d, memory_format=torch.channels_last) for d in (dtype, torch.float64)}
+    if height == width == rows == columns == 1:
+        x = torch.randn(n, channels).to(dtype)
+        return (x,), lambda x: functional.linear(x, weights[x.dtype].flatten(1))
+    x = torch.randn(n, channels, height, width).to(dtype, memory_format=torch.channels_last)
+    if top != rows // 2:  # padded on the right and below
+        return (x,), lambda x: functional.conv2d(functional.pad(x, (0, 1, 0, 1)), weights[x.dtype], stride=(down, right))
+    return (x,), lambda x: functional.conv2d(x, weights[x.dtype], stride=(down, right), padding=(top, left))
+
+
+def attention_call(integers: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """Tokens of these sizes, as linear layers leave them."""
+    _, n, heads, queries, keys, dim = integers[:6]
+    tokens = [torch.randn(n, count, heads, dim).to(dtype).transpose(1, 2) for count in (queries, keys, keys)]
+    return tuple(tokens), functional.scaled_dot_product_attention
+
+
+def _apply(engine: Any, inputs: tuple[Tensor, ...], function: Callable[..., Tensor]) -> Tensor:
+    return function(*inputs)
+
+
 def engines() -> Iterator[dict[str, Any]]:
     """Whole runs of five steps by the captured engine. ``ratio``: the eager engine's time over its own."""
     dtypes = [torch.float32, *([torch.bfloat16] if bf16_is_fast(torch.device("cpu")) else [])]
@@ -258,7 +326,7 @@ def main() -> None:
     torch.manual_seed(0)
     keep_memory(torch.device("cpu"))
     with torch.no_grad():
-        rows = [*evaluations(), *engines(), *operators()]
+        rows = [*evaluations(), *engines(), *plan_operators(), *operators()]
     print(table(rows))
     print("\nPyTorch's time over that of the C++ operators, eager's over captured's; last column: whether ours are chosen.")
     if arguments.out:

@@ -291,7 +291,7 @@ def networks_on_h100() -> dict[tuple[int, str], tuple[float, float]]:
     return {(int(batch), name): (float(ms), float(error)) for batch, name, ms, error in lines}
 
 
-@makes("engines: Speed on a GPU, 1")
+@makes("h100/networks: One evaluation, 1")
 def _(rows: Rows) -> Expected:
     found = networks_on_h100()
     expected = []
