@@ -202,8 +202,8 @@ def evaluations() -> Iterator[dict[str, Any]]:
 
 
 def plan_operators() -> Iterator[dict[str, Any]]:
-    """The operators that only plans have, product and attention, at the shapes of the networks' plans. ``ratio``: PyTorch's time
-    over that of a plan of this one call."""
+    """The operators that only plans have, product and attention, at the shapes of the networks' plans. ``ratio``: the time of
+    PyTorch's operator over that of a plan of this one call."""
     dtypes = [torch.float32, *([torch.bfloat16] if bf16_is_fast(torch.device("cpu")) else [])]
     for dtype in dtypes:
         counts: Counter = Counter()
