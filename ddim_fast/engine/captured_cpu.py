@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..io.progress import tell, watch
 from ..ops.capturing import capturing
+from . import handlers  # noqa: F401  (what a recorder knows)
 from .captured import cloned, tensors_of
 from .compiled import signature
 from .eager import Eager
