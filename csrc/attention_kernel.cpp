@@ -1,7 +1,7 @@
 // The attention of some queries of one head. Compiled once for each instruction set: see instruction_set.h.
 //
-// Queries lie along the lanes of vectors. So keys and values are read where they are, one number for all lanes, and softmax takes
-// the same steps in each lane.
+// Queries lie along the lanes of vectors. So keys and values are read where they are, one number for all lanes, and softmax
+// takes the same steps in each lane.
 #include "attention_kernel.h"
 
 #include "multiply.h"
@@ -9,7 +9,8 @@
 namespace ddim_fast::DDIM_FAST_ISA {
 namespace {
 
-// out = a b for `width` columns, whole vectors. The last group of rows overlaps the one before it; what both compute is the same.
+// out = a b for `width` columns, whole vectors. The last group of rows overlaps the one before it; what both compute is the
+// same.
 template <typename A>
 DDIM_FAST_INLINE void multiply_all(Left<A> a, int64_t rows, int64_t depth, const float* b, int64_t width, float* out) {
     constexpr int64_t kStrip = kVectors * kLanes;
@@ -86,7 +87,9 @@ DDIM_FAST_INLINE void run(const Attention<T>& op, const Queries& q, float* scrat
 
 }  // namespace
 
-__attribute__((flatten)) void attend(const Attention<float>& op, const Queries& queries, float* scratch) { run(op, queries, scratch); }
+__attribute__((flatten)) void attend(const Attention<float>& op, const Queries& queries, float* scratch) {
+    run(op, queries, scratch);
+}
 
 __attribute__((flatten)) void attend(const Attention<bfloat16>& op, const Queries& queries, float* scratch) {
     run(op, queries, scratch);

@@ -22,7 +22,8 @@ DDIM_FAST_INLINE void multiply_block(const Conv3x3<T, W>& op, int64_t component,
                 // The strip that follows this one in its block, or in the next component's.
                 const int64_t next = at + kStrip + (k + kStrip < channels ? 0 : op.out_channels - channels);
                 const int64_t bytes = width * sizeof(float) * kTileGroup / rows;
-                aside = {reinterpret_cast<const char*>(op.weight + smaller(next, last) * depth) + row / kTileGroup * bytes * depth, bytes};
+                const char* const weights = reinterpret_cast<const char*>(op.weight + smaller(next, last) * depth);
+                aside = {weights + row / kTileGroup * bytes * depth, bytes};
             }
             multiply_up_to<kVectors>(Left<W>{a + row * depth, depth, 1}, depth, op.weight + at * depth, width, width,
                                      out + row * kBlock + k, aside);

@@ -33,7 +33,9 @@ template <Arithmetic kArithmetic>
 DDIM_FAST_INLINE void run(const Elementwise& op, const ElementRow& row) {
     for (int64_t i = row.first; i < row.first + row.count; i += kLanes) {
         const int64_t count = smaller(kLanes, row.first + row.count - i);
-        const auto input = [&](int n) __attribute__((always_inline)) { return load_operand(op.inputs[n], row.inputs[n], i, count); };
+        const auto input = [&](int n) __attribute__((always_inline)) {
+            return load_operand(op.inputs[n], row.inputs[n], i, count);
+        };
         Vector v = {};
         if constexpr (kArithmetic == Arithmetic::fill) v = broadcast(op.number);
         if constexpr (kArithmetic == Arithmetic::copy) v = input(0);

@@ -1,5 +1,5 @@
-// The products of a group of rows and a strip of columns: what convolutions and matrix products have in common. For kernel files:
-// see instruction_set.h.
+// The products of a group of rows and a strip of columns: what convolutions and matrix products have in common. For kernel
+// files: see instruction_set.h.
 #pragma once
 
 #include "tile.h"
@@ -52,8 +52,8 @@ DDIM_FAST_INLINE void fetch(const char* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-// out[row] = sum over k of a[row][k] * b[k], for a group of rows and N vectors of columns. Rows of b lie `b_stride` apart, those of
-// out kBlock. A: fp32, or bf16 that is multiplied as fp32.
+// out[row] = sum over k of a[row][k] * b[k], for a group of rows and N vectors of columns. Rows of b lie `b_stride` apart,
+// those of out kBlock. A: fp32, or bf16 that is multiplied as fp32.
 template <int N, typename A>
 DDIM_FAST_INLINE void multiply(Left<A> a, int64_t depth, const float* b, int64_t b_stride, float* out, Aside<float> aside) {
     for (int64_t begin = 0; begin < depth; begin += kChain) {

@@ -69,9 +69,9 @@ void parallel_for(int64_t count, int64_t grain, int64_t num_threads, const Body&
     for (int64_t part = 0; part < parts; ++part) run_part(part);
 }
 
-// Calls body() on up to `num_threads` threads at once, which share the work of every parallel_for in it. What a part of that has
-// thrown the others find in `team->error` after it; what body throws itself, it must throw on every thread. It is thrown again
-// at the end.
+// Calls body() on up to `num_threads` threads at once, which share the work of every parallel_for in it. What a part of that
+// has thrown the others find in `team->error` after it; what body throws itself, it must throw on every thread. It is thrown
+// again at the end.
 template <typename Body>
 void run_in_team(int num_threads, const Body& body) {
     Team members = {1, nullptr};

@@ -65,8 +65,8 @@ public:
     Buffer may_read(int64_t bytes, int64_t alignment) { return take(bytes, alignment, false, true); }
     Buffer writes(int64_t bytes, int64_t alignment) { return take(bytes, alignment, true, false); }
 
-    // What is written is nothing else that the call reaches, but for buffers that begin where it does: operators that allow that
-    // read an element before they write it.
+    // What is written is nothing else that the call reaches, but for buffers that begin where it does: operators that allow
+    // that read an element before they write it.
     void finish() const {
         if (buffers_ != call_.buffers.size() || integers_ != call_.integers.size() || reals_ != call_.reals.size())
             throw PlanError("there are too many arguments");
@@ -92,7 +92,8 @@ private:
         }
         if (b.segment >= static_cast<int64_t>(segments_.size())) throw PlanError("a segment is missing");
         const Segment& segment = segments_[b.segment];
-        if (b.offset < 0 || bytes > segment.bytes || b.offset > segment.bytes - bytes) throw PlanError("a buffer lies outside its segment");
+        if (b.offset < 0 || bytes > segment.bytes || b.offset > segment.bytes - bytes)
+            throw PlanError("a buffer lies outside its segment");
         if (b.offset % alignment != 0) throw PlanError("a buffer is not aligned");
         if (is_written && !segment.writable) throw PlanError("it writes to a segment that is only read");
         ranges_.push_back({b.segment, b.offset, b.offset + bytes, is_written});
@@ -107,7 +108,7 @@ private:
 
 using StepPointer = std::unique_ptr<Plan::Step>;
 
-// ---- Each operator's arguments: dtype first where it has one, then its sizes, in the order of its struct; then its buffers. ----
+// ---- Each operator's arguments: its dtype, where it has one, then its sizes, in the order of its struct, then its buffers ----
 
 template <typename T, typename W>
 struct Conv3x3Step : Plan::Step {
@@ -121,9 +122,11 @@ struct Conv3x3Step : Plan::Step {
         op.tile = static_cast<int>(a.integer(2, 4));
         if (op.in_channels % kConv3x3Channels != 0 || op.out_channels % kConv3x3Channels != 0)
             throw PlanError("channels are no multiples of 16");
-        if (op.tile != 2 && (op.tile != 4 || op.upsample || sizeof(W) != sizeof(float))) throw PlanError("there is no such tile");
+        if (op.tile != 2 && (op.tile != 4 || op.upsample || sizeof(W) != sizeof(float)))
+            throw PlanError("there is no such tile");
         const int64_t weights = multiply({components(op.tile), op.in_channels, op.out_channels});
-        const int64_t pixels = multiply({op.images, op.height, op.width}), results = multiply({pixels, op.out_channels, op.upsample ? 4 : 1});
+        const int64_t pixels = multiply({op.images, op.height, op.width});
+        const int64_t results = multiply({pixels, op.out_channels, op.upsample ? 4 : 1});
         x = a.reads(multiply({pixels, op.in_channels, sizeof(T)}), sizeof(T));
         weight = a.reads(multiply({weights, sizeof(W)}), sizeof(W));
         bias = a.may_read(multiply({op.out_channels, sizeof(float)}), sizeof(float));
@@ -243,7 +246,8 @@ struct AttentionStep : Plan::Step {
         op.scale = a.real();
         const auto bytes = [&](TokenStrides s, int64_t tokens) -> int64_t {
             if (op.images == 0 || op.heads == 0 || tokens == 0) return 0;
-            const int64_t parts[] = {multiply({op.images - 1, s.image}), multiply({op.heads - 1, s.head}), multiply({tokens - 1, s.token}), op.dim};
+            const int64_t parts[] = {multiply({op.images - 1, s.image}), multiply({op.heads - 1, s.head}),
+                                     multiply({tokens - 1, s.token}), op.dim};
             int64_t last = 0;
             for (const int64_t part : parts)
                 if (__builtin_add_overflow(last, part, &last)) throw PlanError("a size is out of range");

@@ -17,7 +17,8 @@ namespace ddim_fast {
 namespace {
 
 using Segments = std::vector<std::pair<int64_t, bool>>;
-using Calls = std::vector<std::tuple<std::string, std::vector<std::pair<int64_t, int64_t>>, std::vector<int64_t>, std::vector<double>>>;
+using Buffers = std::vector<std::pair<int64_t, int64_t>>;
+using Calls = std::vector<std::tuple<std::string, Buffers, std::vector<int64_t>, std::vector<double>>>;
 
 std::unique_ptr<Plan> make_plan(const Segments& segments, const Calls& calls) {
     std::vector<Segment> named;
@@ -63,11 +64,11 @@ Raises ValueError where a call is not one, or reaches beyond a segment.)")
         .def("run", &run_plan, "segments"_a, "begin"_a, "end"_a, "num_threads"_a, py::call_guard<py::gil_scoped_release>(),
              R"(Executes the calls [begin, end).
 
-segments: the address of each, a multiple of 8; whoever calls keeps them alive and of their stated sizes, and lets one thread at a
-    time run over the same memory.
+segments: the address of each, a multiple of 8; whoever calls keeps them alive and of their stated sizes, and lets one thread
+    at a time run over the same memory.
 num_threads: how many threads may share the work.
 
-Raises ValueError for what does not fit the plan, and IndexError where a number that is read from memory lies outside its table.)")
+Raises ValueError for what does not fit the plan, and IndexError where a number in memory lies outside its table.)")
         .def("__len__", &Plan::size);
 
     module.def("prepare_product", &prepare_product_binding, "weight_ptr"_a, "out_ptr"_a, "out_channels"_a, "depth"_a, "bf16"_a,

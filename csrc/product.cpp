@@ -37,7 +37,9 @@ void prepare(const float* weight, T* out, int64_t out_channels, int64_t depth) {
 
 }  // namespace
 
-int64_t prepared_product_numbers(int64_t out_channels, int64_t depth) { return padded_columns(out_channels) * round_up(depth, 2); }
+int64_t prepared_product_numbers(int64_t out_channels, int64_t depth) {
+    return padded_columns(out_channels) * round_up(depth, 2);
+}
 
 void prepare_product(const float* weight, float* out, int64_t out_channels, int64_t depth) {
     prepare(weight, out, out_channels, depth);

@@ -34,7 +34,8 @@ struct Product {
     int64_t left;
 };
 
-// The numbers that prepare_product makes of (out_channels, depth) weights, depth being kernel_height * kernel_width * in_channels.
+// The numbers that prepare_product makes of (out_channels, depth) weights, depth being kernel_height * kernel_width *
+// in_channels.
 int64_t prepared_product_numbers(int64_t out_channels, int64_t depth);
 
 // weight: (out_channels, kernel_height, kernel_width, in_channels).

@@ -49,7 +49,8 @@ DDIM_FAST_INLINE void run(const Product<T>& op, const Part& part, char* scratch)
     T* const gathered = reinterpret_cast<T*>(scratch);
     float* const sums = reinterpret_cast<float*>(scratch + place.row_bytes);
     // Rows of a linear layer stay where they are, but for a last, partial group.
-    const bool in_place = op.kernel_height * op.kernel_width * op.stride_height * op.stride_width == 1 && depth == op.in_channels;
+    const bool is_linear = op.kernel_height * op.kernel_width * op.stride_height * op.stride_width == 1;
+    const bool in_place = is_linear && depth == op.in_channels;
     const int64_t whole = in_place ? (part.end - part.begin) / kTileGroup * kTileGroup : 0;
     for (int64_t i = whole; i < rows; ++i) {
         if (part.begin + i < part.end)
@@ -58,7 +59,8 @@ DDIM_FAST_INLINE void run(const Product<T>& op, const Part& part, char* scratch)
             memset(gathered + i * depth, 0, depth * sizeof(T));
     }
     constexpr int64_t kStrip = kVectors * kLanes;
-    for (int64_t first = part.first_block * kBlock; first < smaller(part.last_block * kBlock, op.out_channels); first += kBlock) {
+    const int64_t last = smaller(part.last_block * kBlock, op.out_channels);
+    for (int64_t first = part.first_block * kBlock; first < last; first += kBlock) {
         const int64_t there = smaller(kBlock, columns - first);
         for (int64_t k = 0; k < there; k += kStrip) {
             const int64_t width = smaller(kStrip, there - k);
@@ -76,9 +78,13 @@ DDIM_FAST_INLINE void run(const Product<T>& op, const Part& part, char* scratch)
 }  // namespace
 
 #ifdef __AVX512BF16__
-__attribute__((flatten)) void multiply_rows(const Product<bfloat16>& op, const Part& part, char* scratch) { run(op, part, scratch); }
+__attribute__((flatten)) void multiply_rows(const Product<bfloat16>& op, const Part& part, char* scratch) {
+    run(op, part, scratch);
+}
 #else
-__attribute__((flatten)) void multiply_rows(const Product<float>& op, const Part& part, char* scratch) { run(op, part, scratch); }
+__attribute__((flatten)) void multiply_rows(const Product<float>& op, const Part& part, char* scratch) {
+    run(op, part, scratch);
+}
 
 const int64_t strip_columns = kVectors * kLanes;
 #endif

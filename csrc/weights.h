@@ -10,8 +10,8 @@
 
 namespace ddim_fast {
 
-// A weight's place: (components, strips of columns, depth, columns of the strip), but as many numbers along the depth beside each
-// other as fill 32 bits. `columns` are the weights' of one component, all of the strips' width but the last.
+// A weight's place: (components, strips of columns, depth, columns of the strip), but as many numbers along the depth beside
+// each other as fill 32 bits. `columns` are the weights' of one component, all of the strips' width but the last.
 template <typename W>
 W* place_of_weight(W* out, int64_t component, int64_t column, int64_t k, int64_t columns, int64_t depth) {
     constexpr int64_t kBeside = sizeof(float) / sizeof(W);
