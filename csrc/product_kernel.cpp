@@ -14,14 +14,18 @@ void gather(const Product<T>& op, int64_t row, T* out) {
     const int64_t y = row % positions / op.out_width * op.stride_height - op.top;
     const int64_t x = row % op.out_width * op.stride_width - op.left;
     const T* const image = op.x + row / positions * op.height * op.width * channels;
+    // Of each row of the kernel, the pixels inside of the image lie beside each other.
+    const int64_t before = smaller(x < 0 ? -x : 0, op.kernel_width);
+    const int64_t inside = smaller(op.kernel_width, op.width - x) - before;
     T* p = out;
-    for (int64_t i = y; i < y + op.kernel_height; ++i)
-        for (int64_t j = x; j < x + op.kernel_width; ++j, p += channels) {
-            if (i >= 0 && i < op.height && j >= 0 && j < op.width)
-                memcpy(p, image + (i * op.width + j) * channels, channels * sizeof(T));
-            else
-                memset(p, 0, channels * sizeof(T));
-        }
+    for (int64_t i = y; i < y + op.kernel_height; ++i, p += op.kernel_width * channels) {
+        const int64_t there = i >= 0 && i < op.height && inside > 0 ? inside : 0;
+        if (before > 0) memset(p, 0, before * channels * sizeof(T));
+        const T* const from = image + (i * op.width + x + before) * channels;
+        if (there > 0) memcpy(p + before * channels, from, there * channels * sizeof(T));
+        const int64_t after = op.kernel_width - before - there;
+        if (after > 0) memset(p + (before + there) * channels, 0, after * channels * sizeof(T));
+    }
     memset(p, 0, (out + padded_depth(op) - p) * sizeof(T));
 }
 
