@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops import conv3x3, ddim_step, group_norm_silu  # noqa: F401  (they register what torch.ops.ddim_fast has)
-from .plan import NotRecorded
-from .recorder import ADD, ADDCMUL, CLAMP, COPY, DIVIDE, FILL, LERP, MULTIPLY, REFUSED, Recorder, code_of, handles
+from .plan import ADD, ADDCMUL, CLAMP, COPY, DIVIDE, FILL, LERP, MULTIPLY, NotRecorded
+from .recorder import REFUSED, Recorder, code_of, handles
 
 __all__: list[str] = []
 

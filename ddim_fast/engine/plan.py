@@ -13,7 +13,24 @@ from torch.profiler import record_function
 from ..ops import native
 from ..ops.torch_private import is_profiled
 
-__all__ = ["Buffer", "Call", "NotRecorded", "Plan", "View"]
+__all__ = [
+    "ADD",
+    "ADDCMUL",
+    "CLAMP",
+    "COPY",
+    "DIVIDE",
+    "FILL",
+    "LERP",
+    "MULTIPLY",
+    "Buffer",
+    "Call",
+    "NotRecorded",
+    "Plan",
+    "View",
+]
+
+# The first integer of a call of elementwise, see csrc/elementwise.h.
+FILL, COPY, ADD, MULTIPLY, DIVIDE, CLAMP, LERP, ADDCMUL = range(8)
 
 # Buffers begin at cache lines.
 _LINE = 64
@@ -85,6 +102,9 @@ class Plan:
         result: the buffer that the run's result lies in.
         marks: numbers of calls after which :meth:`run` can be asked to stop, rising.
 
+    Raises:
+        NotRecorded: the result is an input, or a weight.
+
     Attributes:
         calls: names, places of buffers, integers and numbers, as csrc/plan.h takes them.
         buffers: what lies in each segment after the first, which is the memory between two calls.
@@ -93,6 +113,8 @@ class Plan:
     """
 
     def __init__(self, calls: Sequence[Call], result: View, marks: Sequence[int]) -> None:
+        if result.buffer.kind != "scratch":
+            raise NotRecorded("a captured run on a CPU must compute its result")
         kept = _needed(_fused(calls), result)
         numbers = [number for number, _ in kept]
         self._marks = [bisect.bisect_left(numbers, mark) for mark in marks]
@@ -143,16 +165,20 @@ def _fused(calls: Sequence[Call]) -> list[Call]:
         writers.setdefault(call.out.buffer, []).append(number)
     fused = list(calls)
     for number, call in enumerate(calls):
-        if call.name != "elementwise" or call.integers[0] != 2 or call.reals[0] != 1.0:
+        if call.name != "elementwise" or call.integers[0] != ADD or call.reals[0] != 1.0:
             continue
         for own, other in ((1, 0), (0, 1)):
             view, residual = call.reads[own], call.reads[other]
             if view is None or residual is None or uses[view.buffer] != 1 or len(writers.get(view.buffer, ())) != 1:
                 continue
-            product = calls[writers[view.buffer][0]]
+            place = writers[view.buffer][0]
+            product = calls[place]
             if product.name != "product" or product.reads[3] is not None or product.out != view or not _is_plain(call, product):
                 continue
-            # The residual is as it was when the sum is taken, so the product moves there.
+            # The residual is as it was when the sum is taken, so the product moves there, past calls that leave what it reads.
+            read = {v.buffer for v in product.reads if v is not None}
+            if any(passed.out.buffer in read for passed in calls[place:number]):
+                continue
             fused[number] = dataclasses.replace(product, reads=[*product.reads[:3], residual], out=call.out)
             break
     return fused
@@ -202,7 +228,7 @@ def _share_memory(calls: Sequence[Call], result: View) -> int:
         starts.setdefault(number, []).append(buffer)
     for number in range(len(calls)):
         for buffer in starts.get(number, ()):
-            bytes_ = -(-max(buffer.bytes, 1) // _LINE) * _LINE
+            bytes_ = _whole_lines(buffer)
             fitting = [(length, offset) for offset, length in free if length >= bytes_]
             if fitting:
                 length, buffer.offset = min(fitting)  # the gap that it fills best
@@ -218,8 +244,12 @@ def _share_memory(calls: Sequence[Call], result: View) -> int:
                 size = buffer.offset + bytes_
             buffer.segment = 0
         for buffer in ends.get(number, ()):
-            _give_back(free, buffer.offset, -(-max(buffer.bytes, 1) // _LINE) * _LINE)
+            _give_back(free, buffer.offset, _whole_lines(buffer))
     return size
+
+
+def _whole_lines(buffer: Buffer) -> int:
+    return -(-max(buffer.bytes, 1) // _LINE) * _LINE
 
 
 def _give_back(free: list[tuple[int, int]], offset: int, length: int) -> None:

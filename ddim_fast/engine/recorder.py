@@ -14,26 +14,9 @@ from ..ops.torch_private import StorageWeakRef, is_view, storage_id
 from .compiled import signature
 from .plan import Buffer, Call, NotRecorded, View
 
-__all__ = [
-    "ADD",
-    "ADDCMUL",
-    "CLAMP",
-    "COPY",
-    "DIVIDE",
-    "FILL",
-    "LERP",
-    "MULTIPLY",
-    "REFUSED",
-    "Derived",
-    "Recorder",
-    "code_of",
-    "handles",
-]
+__all__ = ["REFUSED", "Derived", "Recorder", "code_of", "handles"]
 
 aten = torch.ops.aten
-
-# Of csrc/elementwise.h.
-FILL, COPY, ADD, MULTIPLY, DIVIDE, CLAMP, LERP, ADDCMUL = range(8)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LAST = torch.channels_last
@@ -76,7 +59,7 @@ class Recorder(TorchDispatchMode):
         self._buffers: dict[int, Buffer] = {}
         self._references: list[StorageWeakRef] = []  # while they are held, each storage's number is its own
         self._meta: dict[Any, Any] = {}  # results without values, by operator and arguments
-        self._padded: dict[Buffer, tuple[Tensor, Sequence[int]]] = {}
+        self._padded: dict[Buffer, tuple[int, Tensor, Sequence[int]]] = {}  # with how many calls there were then
         self._derived = derived
         for key in [key for key, (reference, _) in derived.items() if reference.expired()]:
             del derived[key]
@@ -203,11 +186,15 @@ class Recorder(TorchDispatchMode):
             raise NotRecorded(what + REFUSED)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
-        """The image that ``x`` is made of, and the numbers of rows and columns of zeros before it."""
-        return self._padded.get(self.buffer(x), (x, (0, 0)))
+        """The image that ``x`` is made of, if it is still the same, and the numbers of rows and columns of zeros before it."""
+        number, image, before = self._padded.get(self.buffer(x), (0, x, (0, 0)))
+        written = {self.buffer(image), self.buffer(x)}
+        is_same = image is x or not any(call.out.buffer in written for call in self.calls[number:])
+        return (image, before) if is_same else (x, (0, 0))
 
     def note_padding(self, out: Tensor, x: Tensor, before: Sequence[int]) -> None:
-        self._padded[self.buffer(out)] = x, before
+        """Remember what :meth:`padded` returns."""
+        self._padded[self.buffer(out)] = len(self.calls), x, before
 
     def _new_buffer(self, tensor: Tensor, kind: str) -> Buffer:
         storage = tensor.untyped_storage()

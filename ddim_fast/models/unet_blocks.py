@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.capturing import is_compiling
+from ..ops.capturing import is_traced
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
 from ..ops.group_norm_silu import group_norm_silu
@@ -68,7 +68,7 @@ def batch_invariant(operator: Callable[..., Tensor], *images: Tensor, owner: nn.
             out whether the operator sums in another order. None always gives the image twice.
     """
     x = images[0]
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] != 1 or is_compiling() or is_observed():
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] != 1 or is_traced() or is_observed():
         return operator(*images)
     if owner is not None and not (getattr(owner, "batch_invariant", True) and _depends_on_batch(operator, images, owner)):
         return operator(*images)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["capturing", "is_capturing", "is_compiling"]
+__all__ = ["capturing", "is_capturing", "is_traced"]
 
 _state = threading.local()
 
@@ -28,6 +28,6 @@ def is_capturing() -> bool:
     return not torch.compiler.is_compiling() and getattr(_state, "active", False)  # compiled code shall not depend on it
 
 
-def is_compiling() -> bool:
+def is_traced() -> bool:
     """Whether operators are to be called as torch.library registers them: under torch.compile, or in a capture."""
     return torch.compiler.is_compiling() or is_capturing()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .capturing import is_compiling
+from .capturing import is_traced
 from .dispatch import Implementation, choose
 from .measured import bf16_products, is_faster_in_cpp
 from .torch_private import is_observed
@@ -52,7 +52,7 @@ def conv3x3(
     if prepared is None or is_observed() or _records_gradient(x, bias, residual):
         return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
     _check(x, prepared, bias, residual, upsample)
-    return (_registered if is_compiling() else _run_native)(x, list(prepared), bias, residual, upsample)
+    return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
 
 
 def conv3x3_cached(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .capturing import is_capturing, is_compiling
+from .capturing import is_capturing, is_traced
 from .ddim_step_numpy import check_settings
 from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
@@ -70,7 +70,7 @@ def ddim_step(
     out_dtype = out_dtype or (sample.dtype if out is None else out.dtype)
     call = _Step(sample, model_output, coefficients, clip, noise, unconditional, guidance, seeds, step, out_dtype)
     _check(call, out)
-    if is_compiling():
+    if is_traced():
         # Inductor makes one pass of the reference by itself; what it cannot is to draw noise at the kernels' price.
         use_op = (seeds is not None or is_capturing()) and not is_observed() and not _has_loose_tensors(coefficients)
         result = _registered(*_flat(call)) if use_op else _reference(call)
@@ -418,7 +418,7 @@ def _check_coefficients(call: _Step) -> None:
     for name, tensor in (("coefficients", table), ("step", step)):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but sample is on {device}")
-    if device.type == "cpu" and not is_compiling() and not 0 <= int(step) < len(table):
+    if device.type == "cpu" and not is_traced() and not 0 <= int(step) < len(table):
         raise ValueError(f"step is {int(step)}, but the table of coefficients has rows 0 to {len(table) - 1}")
 
 

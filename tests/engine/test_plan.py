@@ -216,6 +216,38 @@ def test_what_the_result_does_not_need_is_left_out_and_sums_are_joined():
     assert [call[0] for call in recording.plan.calls] == ["product"]
 
 
+def test_a_product_stays_where_what_it_reads_is_written_afterwards():
+    weight, x = random(16, 16), random(4, 16)
+
+    def function(x):
+        x = x * 2
+        y = F.linear(x, weight)
+        x.mul_(3)
+        return x + y
+
+    torch.testing.assert_close(captured(function, x), function(x))
+
+
+def test_padding_is_not_left_to_a_convolution_of_an_image_that_was_written_since():
+    weight, x = random(8, 16, 3, 3), random(1, 16, 6, 6, layout=LAST)
+
+    def function(x, change):
+        x = x * 1
+        padded = F.pad(x, (0, 1, 0, 1))
+        change(x, padded)
+        return F.conv2d(padded, weight, stride=2)
+
+    for change in (lambda x, padded: None, lambda x, padded: x.mul_(2), lambda x, padded: padded.mul_(2)):
+        expected = function(x, change)
+        found = captured(lambda x, change=change: function(x, change), x)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_result_that_nothing_computes_is_an_error():
+    with pytest.raises(NotRecorded, match="must compute its result"):
+        captured(lambda x: x[1:], torch.ones(4))
+
+
 def test_a_product_that_others_read_is_not_joined_with_one_sum():
     weight = random(16, 16)
     x = random(4, 16)
