@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "SCHEDULE",
     "UNET",
     "ExportFolder",
+    "check_fields",
     "is_export",
     "is_plan",
     "verify",
@@ -88,9 +90,7 @@ class ExportFolder:
             _verify(path, sums, name)
         schedule = read_json(path / SCHEDULE)
         with errors_name_file(path / SCHEDULE):
-            for name, kind in _FIELDS.items():
-                if not isinstance(schedule.get(name), kind):
-                    raise ValueError(f"{name!r} is missing or damaged; export the model again")
+            check_fields(schedule, _FIELDS)
             if set(schedule["settings"]) != _SETTINGS:
                 raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
             if not isinstance(schedule["settings"]["solver"], str):
@@ -125,6 +125,17 @@ class ExportFolder:
         for part in (name, *(other for other in sums if other.startswith(f"{name}."))):
             _verify(self.path, sums, part)
         return self.path / name
+
+
+def check_fields(values: dict[str, Any], fields: Mapping[str, type]) -> None:
+    """Compare the contents of a description with the types of its fields.
+
+    Raises:
+        ValueError: a field is missing or of another type; the message names it.
+    """
+    for name, kind in fields.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"{name!r} is missing or damaged; export the model again")
 
 
 def verify(folder: Path, *names: str) -> str:

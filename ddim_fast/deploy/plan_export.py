@@ -159,7 +159,7 @@ class _Weights:
         return {
             "bytes": recording.plan.bytes,
             "result": recording.plan.result_offset,
-            "scale": None if inputs.conditions.scale is None else "scale",
+            "guided": inputs.conditions.scale is not None,
             "segments": segments,
             "calls": [list(call) for call in recording.plan.calls],
         }

@@ -8,7 +8,7 @@ README.md       for people                      SHA256SUMS     of all the others
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..models.checkpoint import load_config
 from ..models.config import UNetConfig
 from ..ops import native
 from ..ops.scalars import is_whole
-from .folder import PLAN, verify
+from .folder import PLAN, check_fields, verify
 
 __all__ = ["FORMAT", "GUIDED", "PLAIN", "WEIGHTS", "PlanFolder", "Run"]
 
@@ -51,19 +51,21 @@ class Run:
 
     Attributes:
         plan: of the native module.
-        segments: its memory: first what lives between two calls.
+        segments: its memory, kept alive: first what lives between two calls.
+        addresses: where each segment begins.
         inputs: by name, the arrays that a run reads anew.
         result: (N, C, H, W) float32, a view of the first segment.
     """
 
     plan: Any
     segments: list[np.ndarray]
+    addresses: list[int]
     inputs: dict[str, np.ndarray]
     result: np.ndarray
 
     def __call__(self) -> None:
         """Executes it."""
-        self.plan.run([a.ctypes.data for a in self.segments], 0, len(self.plan), cpu_threads())
+        self.plan.run(self.addresses, 0, len(self.plan), cpu_threads())
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class PlanFolder:
     config: UNetConfig
     description: dict[str, Any]
     identity: str
+    _laid_out: dict[tuple[Any, ...], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> PlanFolder:
@@ -93,9 +96,7 @@ class PlanFolder:
         identity = verify(path, "config.json", PLAN, WEIGHTS)
         description = read_json(path / PLAN)
         with errors_name_file(path / PLAN):
-            for name, kind in _FIELDS.items():
-                if not isinstance(description.get(name), kind):
-                    raise ValueError(f"{name!r} is missing or damaged; export the model again")
+            check_fields(description, _FIELDS)
             if description["format"] != FORMAT:
                 raise ValueError(
                     f"format {description['format']} is not the one of this version, {FORMAT}; export the model again"
@@ -108,7 +109,7 @@ class PlanFolder:
         return cls(path, config, description, identity)
 
     def run(self, name: str) -> Run:
-        """A run, its weights laid out for this processor.
+        """A run, its weights laid out for this processor. Runs share them.
 
         Raises:
             ValueError: a file is damaged, or the processor lacks what the run needs.
@@ -136,20 +137,26 @@ class PlanFolder:
         inputs = {
             "x": np.zeros((count, *shape), np.float32),
             "seeds": np.zeros(count, np.int64),
-            "labels": np.zeros(count if run["scale"] is None else 2 * count, np.int64),
+            "labels": np.zeros(2 * count if run["guided"] else count, np.int64),
             "scale": np.zeros(1, np.float32),
         }
         segments = [np.zeros(size, np.uint8)]
         for segment in run["segments"]:
-            segments.append(inputs[segment["input"]] if "input" in segment else _laid_out(segment, weights))
+            if "input" in segment:
+                segments.append(inputs[segment["input"]])
+                continue
+            key = tuple(sorted(segment.items()))
+            if key not in self._laid_out:
+                self._laid_out[key] = _lay_out(segment, weights)
+            segments.append(self._laid_out[key])
         sizes = [(a.nbytes, i == 0) for i, a in enumerate(segments)]
         calls = [(call[0], [tuple(place) for place in call[1]], call[2], call[3]) for call in run["calls"]]
         plan = native.module.Plan(sizes, calls)
         result = segments[0][offset : offset + images].view(np.float32).reshape(count, *shape)
-        return Run(plan, segments, inputs, result)
+        return Run(plan, segments, [a.ctypes.data for a in segments], inputs, result)
 
 
-def _laid_out(segment: dict[str, Any], weights: dict[str, np.ndarray]) -> np.ndarray:
+def _lay_out(segment: dict[str, Any], weights: dict[str, np.ndarray]) -> np.ndarray:
     """Weights as operators read them on this processor."""
     weight, kind = np.ascontiguousarray(weights[segment["weight"]]), segment["kind"]
     if kind == "raw":

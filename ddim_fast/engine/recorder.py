@@ -58,6 +58,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self._buffers: dict[int, Buffer] = {}
         self._references: list[StorageWeakRef] = []  # while they are held, each storage's number is its own
+        self._constants: dict[Any, Any] = {}  # what was computed from weights alone, by operator and arguments
         self._meta: dict[Any, Any] = {}  # results without values, by operator and arguments
         self._padded: dict[Buffer, tuple[int, Tensor, Sequence[int]]] = {}  # with how many calls there were then
         self._derived = derived
@@ -80,14 +81,31 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
             self._new_buffer(result, "scratch")
         elif all(self.buffer(t).kind == "weight" for t in _tensors([args, list(kwargs.values())])):
-            result = func(*args, **kwargs)
-            for t in _tensors(result):
-                self._new_buffer(t, "weight")
+            result = self._folded(func, args, kwargs)
         elif handler is None:
             raise NotRecorded(f"{func}{REFUSED}")
         else:
             result = args[0] if func._schema.is_mutable else self._without_values(func, args, kwargs)
             handler(self, result, *args, **kwargs)
+        return result
+
+    def _folded(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of weights alone: computed once, whatever the number of steps that ask for it."""
+        key = (
+            func,
+            signature(tuple(args)),
+            signature(tuple(kwargs.items())),
+            *map(_place, _tensors([args, list(kwargs.values())])),
+        )
+        if key in self._constants:
+            return self._constants[key]
+        result = func(*args, **kwargs)
+        for t in _tensors(result):
+            self._new_buffer(t, "weight")
+        if func._schema.is_mutable:
+            self._constants.clear()  # a weight has changed
+        else:
+            self._constants[key] = result
         return result
 
     def _without_values(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -136,7 +154,7 @@ class Recorder(TorchDispatchMode):
 
     def derived(self, kind: Any, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, once for each weight and kind."""
-        key = kind, storage_id(weight), weight.storage_offset(), tuple(weight.shape), weight.stride()
+        key = kind, _place(weight), signature(weight)
         if key not in self._derived:
             self._derived[key] = StorageWeakRef(weight.untyped_storage()), make()
         return self._derived[key][1]
@@ -212,6 +230,11 @@ def handles(*operators: Any) -> Callable[[Handler], Handler]:
         return function
 
     return register
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: with its signature, what tells it from others while its storage lives."""
+    return storage_id(t), int(t.storage_offset())
 
 
 def _on_meta(t: Tensor) -> Tensor:

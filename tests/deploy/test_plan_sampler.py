@@ -72,6 +72,15 @@ def test_the_same_seeds_give_the_captured_engines_bytes(labels, guidance, model,
     assert np.array_equal(np.concatenate(alone), found)
 
 
+def test_the_runs_share_their_weights(folder):
+    sampler = PlanSampler(folder)
+    sampler.sample(seeds=[1], labels=1, guidance=2.0)
+    plain, guided = (
+        {id(a) for a in run.segments} - {id(a) for a in run.inputs.values()} for run in (sampler._plain, sampler._guided)
+    )
+    assert len(plain & guided) > 0.9 * len(plain)
+
+
 def test_nothing_of_one_request_is_left_for_the_next(model, folder):
     sampler = PlanSampler(folder)
     requests = [

@@ -193,6 +193,17 @@ def test_what_only_depends_on_weights_is_computed_once():
     assert [call[0] for call in recording.plan.calls] == ["product"]
 
 
+def test_a_constant_of_every_step_is_computed_once(small_unet):
+    """A residual block with a shortcut adds up two biases."""
+    counts = []
+    for steps in (1, 5):
+        sampler = Sampler(small_unet, steps=steps, engine="captured")
+        sampler.sample(seeds=[0])
+        (recording,) = sampler._engine.recordings.values()
+        counts.append(sum(buffer.kind == "weight" for buffer in recording.plan.buffers))
+    assert counts[0] == counts[1]
+
+
 def test_weights_that_one_recording_made_are_not_taken_for_another_ones():
     """The sum of two biases lives as long as its recording; the next one's may lie at the same address."""
     weight, engine, x = random(16, 16), CapturedOnCpu(), random(4, 16)
