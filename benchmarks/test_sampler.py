@@ -16,7 +16,7 @@ from peers import DTYPES, IMPLEMENTATIONS, PEERS, diffusers_compiled, network, p
 from ddim_fast import NoiseSchedule, Sampler, fast_ddim_step, select_timesteps
 
 CASES = [("fashion-mnist", 8), ("fashion-mnist", 1), ("fashion-mnist", 64)]
-CASES += [("cifar10-64", 1), ("cifar10-64", 8), ("cifar10-128", 1)]  # the large network at batch 8: see test_unet.py
+CASES += [("cifar10-64", 1), ("cifar10-64", 8), ("cifar10-128", 1), ("cifar10-128", 8)]
 if DEVICE == "cuda":
     CASES = list(itertools.product(["cifar10-128", "fashion-mnist"], [512, 1, 8, 64]))
 STEPS = [10, 20, *full(50, 100)] if DEVICE == "cuda" else [10, *full(20)]
