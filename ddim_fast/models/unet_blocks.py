@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.add_bias import add_bias, adds_in_one_pass
 from ..ops.attention import attention
 from ..ops.capturing import is_traced
 from ..ops.conv1x1 import conv1x1
@@ -22,6 +23,7 @@ from .config import UNetConfig
 __all__ = [
     "Attention",
     "Conv3x3",
+    "Convolution",
     "Level",
     "MidBlock",
     "ResnetBlock",
@@ -110,6 +112,15 @@ class RowLinear(nn.Linear):
 def same_size(config: UNetConfig) -> dict[str, Any]:
     """The options of a convolution that keeps the image's size: 3x3, or 1x3 in a one-dimensional network."""
     return {"kernel_size": (1, 3), "padding": (0, 1)} if config.one_dimensional else {"kernel_size": 3, "padding": 1}
+
+
+class Convolution(nn.Conv2d):
+    """A convolution whose bias is added by :func:`add_bias` where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not adds_in_one_pass(x):
+            return super().forward(x)
+        return add_bias(F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias)
 
 
 class Conv3x3(nn.Conv2d):
@@ -217,7 +228,7 @@ class Downsample(nn.Module):
         self.pad = None if config.downsample_padding else (0, 1, 0, int(is_image))
         if self.pad is not None:
             options["padding"] = 0
-        self.conv = nn.Conv2d(channels, channels, stride=(1 + is_image, 2), **options)
+        self.conv = Convolution(channels, channels, stride=(1 + is_image, 2), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return batch_invariant(self.conv, x if self.pad is None else F.pad(x, self.pad), owner=self.conv)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .add_bias import add_bias, add_bias_reference, adds_in_one_pass
 from .capturing import is_traced
 from .dispatch import Implementation, choose
 from .measured import bf16_products, is_faster_in_cpp
@@ -50,7 +51,7 @@ def conv3x3(
         ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
     """
     if prepared is None or is_observed() or _records_gradient(x, bias, residual):
-        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
+        return _run_pytorch(x, weight, bias, residual, upsample)
     _check(x, prepared, bias, residual, upsample)
     return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
 
@@ -70,7 +71,7 @@ def conv3x3_cached(
         return _run_cached(x, weight, bias, residual, upsample)
     elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
         return _registered_cached(x, weight, bias, residual, upsample)
-    return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    return _run_pytorch(x, weight.to(x.dtype), bias, residual, upsample)
 
 
 def conv3x3_reference(
@@ -209,6 +210,19 @@ IMPLEMENTATIONS = (
     Implementation("native", _prepare_native, _why_not_native, _native_is_faster),
     *(Implementation(backend, _prepare_nothing, lambda request: None) for backend in ("triton", "cuda", "reference")),
 )
+
+
+def _run_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    """PyTorch's convolution; its bias and the residual are added in one pass where that is faster."""
+    if (bias is None and residual is None) or not adds_in_one_pass(x):
+        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
+    return _added(conv3x3_reference(x, weight, upsample=upsample), bias, residual)
+
+
+def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """A convolution's result and what is added to it. Under autocast the residual may be wider; PyTorch takes that."""
+    add = add_bias if residual is None or residual.dtype == out.dtype else add_bias_reference
+    return add(out, bias, residual=residual)
 
 
 @torch.library.custom_op("ddim_fast::conv3x3", mutates_args=())
