@@ -227,7 +227,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
                     module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             elif isinstance(module, Attention):
-                module.fold()
+                module.fold(dtype)
                 for linear in (module.to_q, module.to_k, module.to_v, *module.to_out):
                     if linear is not None:
                         linear.to(dtype)
