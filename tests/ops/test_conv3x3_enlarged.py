@@ -38,7 +38,7 @@ def test_is_the_enlargement_and_the_convolution(shape, rows, with_bias, with_res
     torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # on a CPU PyTorch's transposed convolution adds in float16
 @pytest.mark.parametrize("narrow", [False, True])
 def test_is_as_exact_as_pytorch(dtype, narrow):
     """Whether the sums are rounded once, or are of weights that had been rounded before."""
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_is_as_exact_as_pytorch(dtype):
     x, weight, bias, residual = make(2, 64, 64, 8, 8, device="cuda")
     x, residual, weight = x.to(dtype), residual.to(dtype), weight.float() / (3 * 64**0.5)
