@@ -21,6 +21,7 @@ from .config import UNetConfig
 from .unet_blocks import (
     Attention,
     Conv3x3,
+    Convolution,
     Level,
     MidBlock,
     ResnetBlock,
@@ -67,7 +68,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         self.config = config
         widths = config.level_channels
         time_dim = 4 * config.base_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], **same_size(config))
+        self.conv_in = Convolution(config.in_channels, widths[0], **same_size(config))
         self.time_embedding = TimeEmbedding(config.base_channels, time_dim)
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
@@ -92,7 +93,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
             )
             channels = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
-        self.conv_out = nn.Conv2d(channels, config.in_channels, **same_size(config))
+        self.conv_out = Convolution(channels, config.in_channels, **same_size(config))
         self._initialise()
 
     def __repr__(self) -> str:
@@ -226,7 +227,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
                     module.prepare(dtype)
                 module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             elif isinstance(module, Attention):
-                module.fold()
+                module.fold(dtype)
                 for linear in (module.to_q, module.to_k, module.to_v, *module.to_out):
                     if linear is not None:
                         linear.to(dtype)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.add_bias import add_bias, adds_in_one_pass
 from ..ops.attention import attention
 from ..ops.capturing import is_traced
 from ..ops.conv1x1 import conv1x1
 from ..ops.conv3x3 import Prepared, conv3x3, prepare_conv3x3
+from ..ops.dispatch import Implementation, choose, why_not_triton
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.measured import is_faster_on_gpu
 from ..ops.torch_private import is_observed
 from .config import UNetConfig
 
 __all__ = [
     "Attention",
     "Conv3x3",
+    "Convolution",
     "Level",
     "MidBlock",
     "ResnetBlock",
@@ -112,6 +116,15 @@ def same_size(config: UNetConfig) -> dict[str, Any]:
     return {"kernel_size": (1, 3), "padding": (0, 1)} if config.one_dimensional else {"kernel_size": 3, "padding": 1}
 
 
+class Convolution(nn.Conv2d):
+    """A convolution whose bias is added by :func:`add_bias` where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not adds_in_one_pass(x):
+            return super().forward(x)
+        return add_bias(F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias)
+
+
 class Conv3x3(nn.Conv2d):
     """:func:`conv3x3` with its weight; :meth:`prepare` transforms the weight for inference."""
 
@@ -184,13 +197,18 @@ class Attention(nn.Module):
         self.to_v: nn.Linear | None = nn.Linear(channels, channels)
         self.to_out = module_list([nn.Linear(channels, channels)])
 
-    def fold(self) -> None:
-        """Merge the four linear layers into two, for inference with one head: the tokens become the keys and values.
+    def fold(self, dtype: torch.dtype) -> None:
+        """Merge linear layers, for inference in ``dtype``: of one head the four into two, the tokens becoming keys and values;
+        of several heads those of query, key and value into one, where that is faster.
 
-        Scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row of the
-        attention matrix P sums to 1. So the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
+        With one head, scores are q k^T = (x Wq^T + bq) Wk x^T + (a number for each query, which softmax ignores), and each row
+        of the attention matrix P sums to 1. So the output P (x Wv^T + bv) Wo^T + bo is (P x) (Wo Wv)^T + Wo bv + bo.
         """
-        if self.heads > 1 or self.to_k is None or self.to_v is None:  # both layers exist
+        if self.to_k is None or self.to_v is None:
+            return
+        if self.heads > 1:
+            request = _Projections(self, dtype)
+            choose("projections", PROJECTIONS, request).run(request)
             return
         wq, wk, wv, wo = (f.weight.double() for f in (self.to_q, self.to_k, self.to_v, self.to_out[0]))
         bq, bv, bo = (f.bias.double() for f in (self.to_q, self.to_v, self.to_out[0]))
@@ -202,10 +220,51 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         tokens = norm_silu(self.group_norm, x, silu=False).flatten(2).transpose(1, 2)
-        projections = (tokens if f is None else f(tokens) for f in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in projections)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self._project(tokens))
         attended = batch_invariant(attention, q, k, v, owner=self).transpose(1, 2).flatten(2)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
+
+    def _project(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Query, key and value, each (N, H W, C); of one product they are views of it."""
+        if self.to_k is not None and self.to_v is not None:
+            return self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        return (self.to_q(tokens), tokens, tokens) if self.heads == 1 else self.to_q(tokens).chunk(3, dim=2)
+
+
+class _Projections(NamedTuple):
+    """The request to choose between three linear layers and one: an attention of several heads, and its dtype in inference."""
+
+    attention: Attention
+    dtype: torch.dtype
+
+
+def _why_not_joined(request: _Projections) -> str | None:
+    return why_not_triton(request.attention.to_q.weight.device)
+
+
+def _joined_are_faster(request: _Projections) -> bool:
+    return is_faster_on_gpu("projections", request.attention.to_q.weight.device, request.dtype)
+
+
+def _join(request: _Projections) -> None:
+    """The layers of query, key and value become one, ``to_q``."""
+    attention = request.attention
+    layers: Any = (attention.to_q, attention.to_k, attention.to_v)
+    for name in ("weight", "bias"):
+        joined = torch.cat([getattr(layer, name) for layer in layers])
+        setattr(attention.to_q, name, nn.Parameter(joined, requires_grad=False))
+    attention.to_q.out_features *= 3
+    attention.to_k = attention.to_v = None
+
+
+def _keep(request: _Projections) -> None:
+    """The layers stay three."""
+
+
+PROJECTIONS = (
+    Implementation("triton", _join, _why_not_joined, _joined_are_faster),
+    *(Implementation(backend, _keep, lambda request: None) for backend in ("native", "cuda", "reference")),
+)
 
 
 class Downsample(nn.Module):
@@ -217,7 +276,7 @@ class Downsample(nn.Module):
         self.pad = None if config.downsample_padding else (0, 1, 0, int(is_image))
         if self.pad is not None:
             options["padding"] = 0
-        self.conv = nn.Conv2d(channels, channels, stride=(1 + is_image, 2), **options)
+        self.conv = Convolution(channels, channels, stride=(1 + is_image, 2), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return batch_invariant(self.conv, x if self.pad is None else F.pad(x, self.pad), owner=self.conv)

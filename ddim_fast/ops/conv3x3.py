@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .add_bias import add_bias, add_bias_reference, adds_in_one_pass
 from .capturing import is_traced
-from .dispatch import Implementation, choose
-from .measured import bf16_products, is_faster_in_cpp
+from .dispatch import Implementation, choose, why_not_triton
+from .measured import bf16_products, is_faster_in_cpp, is_faster_on_gpu
 from .torch_private import is_observed
 from .weight_cache import cached, converted, forget
 
@@ -41,7 +42,8 @@ def conv3x3(
         bias: (K,), in the dtype of ``x`` or float32.
         residual: of the result's shape and dtype, added to it.
         upsample: repeat each pixel of ``x`` in both directions first (nearest neighbour), of signals along their width.
-        prepared: the result of :func:`prepare_conv3x3`, for inference; ``weight`` is used only where a gradient is recorded.
+        prepared: the result of :func:`prepare_conv3x3`, for inference; ``weight`` is used only where a gradient is recorded, or
+            the preparation does not serve.
 
     Returns:
         (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, of signals (N, K, 1, 2 W), in the dtype of ``x``.
@@ -49,9 +51,13 @@ def conv3x3(
     Raises:
         ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
     """
+    if prepared is not None and _is_transposed(prepared) and not upsample:
+        prepared = None  # which serves enlarged images alone
     if prepared is None or is_observed() or _records_gradient(x, bias, residual):
-        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
+        return _run_pytorch(x, weight, bias, residual, upsample)
     _check(x, prepared, bias, residual, upsample)
+    if _is_transposed(prepared):
+        return _run_transposed(x, prepared[0], bias, residual)
     return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
 
 
@@ -70,7 +76,7 @@ def conv3x3_cached(
         return _run_cached(x, weight, bias, residual, upsample)
     elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
         return _registered_cached(x, weight, bias, residual, upsample)
-    return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    return _run_pytorch(x, weight.to(x.dtype), bias, residual, upsample)
 
 
 def conv3x3_reference(
@@ -92,6 +98,10 @@ def prepare_conv3x3(
     F(4x4, 3x3) is for float32 on images that are large enough; its error is that of a direct convolution in float32 (8e-7
     relative, with 256 channels), three times that of F(2x2, 3x3). DDIM_FAST_CONV3X3=exact does without it.
 
+    On a GPU images that are to be upsampled are convolved by a transposed convolution with stride 2, whose 4x4 weights are sums
+    of the 3x3 ones: 4 products instead of 9, and the large image is not made. It takes a committed result, or
+    DDIM_FAST_BACKEND=triton.
+
     Args:
         weight: (K, C, 3, 3) or (K, C, 1, 3) on the device where it will be used.
         dtype: of the images.
@@ -102,7 +112,8 @@ def prepare_conv3x3(
 
     Returns:
         The argument ``prepared`` of :func:`conv3x3`: four times as large as the weights for F(4x4, 3x3), 1.8 times for
-        F(2x2, 3x3), less in narrower dtypes. None where PyTorch's convolution serves, which takes the weights as they are.
+        F(2x2, 3x3) and for the transposed convolution, less in narrower dtypes. None where PyTorch's convolution serves, which
+        takes the weights as they are.
 
     Raises:
         ValueError: ``limits`` are given, or DDIM_FAST_BACKEND=native, and cannot be served; the message says why.
@@ -200,6 +211,27 @@ def _native_is_faster(request: _Weight) -> bool:
     return is_faster_in_cpp("conv3x3", request.dtype, "channels_last")
 
 
+def _prepare_transposed(request: _Weight) -> Prepared | None:
+    """The weights (C, K, 4, 4), or (C, K, 1, 4), of the transposed convolution with stride 2 that is an enlargement and the
+    convolution. None for images that keep their size.
+
+    Along a side, outputs 2i and 2i + 1 see the inputs i - 1, i, i and i, i, i + 1: the products with i are one, with the sum
+    of two weights.
+    """
+    if request.size is not None:
+        return None
+    weight = request.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    sums = wide.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    down = sums if weight.shape[2] == 3 else wide.new_ones(1, 1)
+    transposed = torch.einsum("ai,kcij,bj->ckab", down, wide, sums)
+    return (transposed.to(request.dtype, memory_format=torch.channels_last),)
+
+
+def _transposed_is_faster(request: _Weight) -> bool:
+    return is_faster_on_gpu("conv3x3_enlarged", request.weight.device, request.dtype)
+
+
 def _prepare_nothing(request: _Weight) -> None:
     """For PyTorch's convolution."""
 
@@ -207,8 +239,32 @@ def _prepare_nothing(request: _Weight) -> None:
 # PyTorch's convolution serves under each other name, on any device.
 IMPLEMENTATIONS = (
     Implementation("native", _prepare_native, _why_not_native, _native_is_faster),
-    *(Implementation(backend, _prepare_nothing, lambda request: None) for backend in ("triton", "cuda", "reference")),
+    Implementation("triton", _prepare_transposed, lambda request: why_not_triton(request.weight.device), _transposed_is_faster),
+    *(Implementation(backend, _prepare_nothing, lambda request: None) for backend in ("cuda", "reference")),
 )
+
+
+def _run_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    """PyTorch's convolution; its bias and the residual are added in one pass where that is faster."""
+    if (bias is None and residual is None) or not adds_in_one_pass(x):
+        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
+    return _added(conv3x3_reference(x, weight, upsample=upsample), bias, residual)
+
+
+def _run_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Enlarged and convolved by PyTorch's transposed convolution."""
+    is_image = weight.shape[2] == 4
+    options: Any = {"stride": (1 + is_image, 2), "padding": (int(is_image), 1)}
+    if bias is None or not adds_in_one_pass(x):
+        out = F.conv_transpose2d(x, weight, None if bias is None else bias.to(weight.dtype), **options)
+        return out if residual is None else out + residual
+    return _added(F.conv_transpose2d(x, weight, **options), bias, residual)
+
+
+def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """A convolution's result and what is added to it. Under autocast the residual may be wider; PyTorch takes that."""
+    add = add_bias if residual is None or residual.dtype == out.dtype else add_bias_reference
+    return add(out, bias, residual=residual)
 
 
 @torch.library.custom_op("ddim_fast::conv3x3", mutates_args=())
@@ -265,7 +321,7 @@ def _run_cached(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
         return prepare_conv3x3(weight.detach(), x.dtype, size=size)
 
     size: Any = None if upsample else tuple(x.shape[2:])
-    prepared = cached(weight, ("conv3x3", x.dtype, _Weight(weight, x.dtype, None, size).tile), prepare)
+    prepared = cached(weight, ("conv3x3", x.dtype, upsample, _Weight(weight, x.dtype, None, size).tile), prepare)
     if prepared is None:
         weight = converted(weight, x.dtype)
     return conv3x3(x, weight, bias, residual=residual, upsample=upsample, prepared=prepared)
@@ -287,6 +343,11 @@ def _copied_larger(x: Tensor, rows: int) -> Tensor:
     return larger.permute(0, 3, 1, 2)
 
 
+def _is_transposed(prepared: Prepared) -> bool:
+    """Whether the weights are a transposed convolution's, (C, K, 4, 4) instead of (components, K, C)."""
+    return prepared[0].ndim == 4
+
+
 def _tile_of(weights: Tensor) -> int:
     return 4 if len(weights) == 36 else 2
 
@@ -304,18 +365,19 @@ def _records_gradient(*tensors: Tensor | None) -> bool:
 
 def _check(x: Tensor, prepared: Prepared, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
     weights, *scales = prepared
-    channels = weights.shape[1]
-    if x.ndim != 4 or x.shape[1] != weights.shape[2]:
-        raise ValueError(f"x must have shape (N, {weights.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")
+    channels, channels_in = weights.shape[1], weights.shape[0 if _is_transposed(prepared) else 2]
+    if x.ndim != 4 or x.shape[1] != channels_in:
+        raise ValueError(f"x must have shape (N, {channels_in}, H, W) to fit the weights; got {tuple(x.shape)}")
     fits = x.dtype in (torch.float32, torch.bfloat16) if scales else x.dtype == weights.dtype
-    if upsample and _tile_of(weights) == 4:
+    if upsample and not _is_transposed(prepared) and _tile_of(weights) == 4:
         raise ValueError("upsample is for weights that were prepared without a size")
     if not fits or x.device != weights.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, but the weights were prepared as {weights.dtype} on {weights.device}")
     if bias is not None and (bias.shape != (channels,) or bias.device != x.device):
         raise ValueError(f"bias must have shape ({channels},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
-    scale = 2 if upsample else 1
-    expected = (x.shape[0], channels, scale * x.shape[2], scale * x.shape[3])
+    across = 2 if upsample else 1
+    down = 1 if _is_transposed(prepared) and weights.shape[2] == 1 else across
+    expected = (x.shape[0], channels, down * x.shape[2], across * x.shape[3])
     if residual is not None and (residual.shape != expected or residual.dtype != x.dtype or residual.device != x.device):
         raise ValueError(
             f"residual must have shape {expected} in {x.dtype} on {x.device}; "

@@ -1,4 +1,4 @@
-"""The processors and layouts for which the C++ operators were measured to be faster than PyTorch's."""
+"""The processors, GPUs and layouts for which the operators were measured to be faster than PyTorch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 
 from . import native, torch_private
 
-__all__ = ["FASTER_IN_CPP", "bf16_products", "instruction_set", "is_faster_in_cpp"]
+__all__ = [
+    "FASTER_IN_CPP",
+    "FASTER_ON_GPU",
+    "bf16_products",
+    "compute_capability",
+    "instruction_set",
+    "is_faster_in_cpp",
+    "is_faster_on_gpu",
+]
 
 # (operator, instruction set, dtype, memory format), from the files every_cpu-*.json under benchmarks/results, which
 # benchmarks/every_cpu.py writes; tests/ops/test_measured.py compares the two. Where there is no row, PyTorch serves.
@@ -32,6 +40,11 @@ FASTER_IN_CPP: frozenset[tuple[str, str, str, str]] = frozenset(
     }
 )
 
+# (operator, compute capability, dtype, memory format), from the files unet_parts.json under benchmarks/results, which
+# benchmarks/gpu/unet_parts.py writes. No such file exists yet, so PyTorch serves on every GPU. DDIM_FAST_BACKEND=triton asks
+# for ours.
+FASTER_ON_GPU: frozenset[tuple[str, str, str, str]] = frozenset()
+
 
 @functools.cache
 def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> bool:
@@ -44,6 +57,26 @@ def is_faster_in_cpp(operator: str, dtype: torch.dtype, memory_format: str) -> b
     """
     row = (operator, instruction_set(dtype), str(dtype).removeprefix("torch."), memory_format)
     return row in FASTER_IN_CPP
+
+
+def is_faster_on_gpu(operator: str, device: torch.device, dtype: torch.dtype, memory_format: str = "channels_last") -> bool:
+    """Whether ours was measured to be faster than PyTorch's on a GPU like this one; never on a CPU.
+
+    Args:
+        operator: as in :data:`FASTER_ON_GPU`.
+        device: of the images.
+        dtype: of the images.
+        memory_format: of the images, ``channels_last`` or ``contiguous``.
+    """
+    if device.type != "cuda" or not FASTER_ON_GPU:
+        return False
+    return (operator, compute_capability(device), str(dtype).removeprefix("torch."), memory_format) in FASTER_ON_GPU
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> str:
+    """Of a GPU: sm_90 for an H100."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

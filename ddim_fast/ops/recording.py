@@ -53,7 +53,7 @@ def recorded_operators() -> Iterator[dict[str, set[str]]]:
     # A convolution's implementation is chosen when its weights are prepared, not when it runs.
     replaced = [(module, "choose", choose_recorded) for module in (attention, ddim_step, group_norm_silu)] + [
         (conv3x3, "_run_native", recorded("conv3x3", "native", conv3x3._run_native)),
-        (conv3x3, "conv3x3_reference", recorded("conv3x3", "PyTorch", conv3x3.conv3x3_reference)),
+        (conv3x3, "_run_pytorch", recorded("conv3x3", "PyTorch", conv3x3._run_pytorch)),
     ]
     with contextlib.ExitStack() as restored:
         for module, name, function in replaced:

@@ -301,7 +301,7 @@ def test_attention_of_one_head_needs_two_linear_layers():
     """The copy for inference computes the same function; in float64, to its last digits."""
     model = make_unet().double()
     folded = copy.deepcopy(model.mid_block.attentions[0]).requires_grad_(False)
-    folded.fold()
+    folded.fold(torch.float64)
     assert folded.to_k is None and folded.to_v is None
     x = 3 * torch.randn(2, 48, 4, 4, dtype=torch.float64)
     with torch.no_grad():
@@ -321,6 +321,33 @@ def test_attention_of_several_heads_keeps_its_layers():
     assert inference.mid_block.attentions[0].to_k is not None
     with torch.no_grad():
         torch.testing.assert_close(inference(x, t), model(x, t), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_attention_of_several_heads_can_have_one_product_for_query_key_and_value(monkeypatch, layout):
+    """Nothing is copied between the product and the attention; in float64 it is the same function to the last digits."""
+    pytest.importorskip("triton")
+    model = make_unet(attention_head_dim=8).double()
+    plain = model.mid_block.attentions[0]
+    joined = copy.deepcopy(plain).requires_grad_(False)
+    state = torch.get_rng_state()
+    with monkeypatch.context() as forced:
+        forced.setenv("DDIM_FAST_BACKEND", "triton")
+        for _ in range(2):  # a copy for inference can be copied again
+            joined.fold(torch.float64)
+    assert joined.to_k is None and joined.to_v is None and joined.to_q.weight.shape == (3 * 48, 48)
+    assert torch.equal(torch.get_rng_state(), state)
+    seen = []
+
+    def noted(query, key, value):
+        seen.extend((query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setattr("ddim_fast.models.unet_blocks.attention", noted)
+    x = 3 * torch.randn(2, 48, 4, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    with torch.no_grad():
+        torch.testing.assert_close(joined(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert len({t.untyped_storage().data_ptr() for t in seen[:3]}) == 1 and seen[0].stride(3) == 1
 
 
 class Counting(torch.nn.Module):

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from gpu.unet_parts import faster
 
-from ddim_fast.ops.measured import FASTER_IN_CPP
+from ddim_fast.ops.measured import FASTER_IN_CPP, FASTER_ON_GPU
 
-RESULTS = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*/every_cpu-*.json"))
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = sorted(FOLDER.glob("*/every_cpu-*.json"))
 
 
 def measured() -> dict[tuple[str, str, str, str], list[dict]]:
@@ -32,3 +34,8 @@ def test_what_is_chosen_was_measured_to_be_faster(kind):
     # Calls on single small images, of which Python's share is the most, may cost a few microseconds more.
     slower = [row for row in rows if row["ratio"] < 0.95]
     assert len(slower) <= 0.2 * len(rows) and all(row["microseconds"] < 100 for row in slower)
+
+
+def test_what_is_chosen_on_a_gpu_was_measured_there():
+    rows = [row for file in FOLDER.glob("*/unet_parts*.json") for row in json.loads(file.read_text())["rows"]]
+    assert faster(rows) == FASTER_ON_GPU
