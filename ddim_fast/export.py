@@ -175,7 +175,7 @@ def _settings(parser: CommandParser) -> ExportSettings:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
         if options["to"] == "checkpoint" and options["dtype"] == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
-    options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
+    options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"], options["solver"])
     return ExportSettings(**options)
 
 

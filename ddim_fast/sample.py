@@ -125,7 +125,7 @@ def _settings(parser: CommandParser) -> SampleSettings:
     exported = {"onnx": _exported, "plan": _planned}.get(options["engine"])
     usual = exported(parser, options) if exported else {"eta": 0.0, "solver": "ddim"}
     options |= {name: value for name, value in usual.items() if options[name] is None}
-    options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
+    options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"], options["solver"])
     return SampleSettings(**options)
 
 

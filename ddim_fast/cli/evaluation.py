@@ -18,8 +18,10 @@ from ..data.images import ImageSet, load_images
 from ..data.resizing import Resizer
 from ..diffusion.adaptive import fit_timesteps
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.fitting import fit_solver
 from ..diffusion.guidance import check_interval
 from ..diffusion.sampler import Sampler
+from ..diffusion.solvers import FITTED
 from ..diffusion.timesteps import ADAPTIVE
 from ..engine import select_engine
 from ..evaluation.inception import FeatureNetwork, load_inception
@@ -40,7 +42,7 @@ from ..evaluation.run import EvaluationRun
 from ..evaluation.weights import default_weights, fetch_weights
 from ..io.processes import Processes
 from ..jobs.outputs import require_empty
-from ..models.checkpoint import save_timesteps
+from ..models.checkpoint import load_calibration, save_timesteps
 from ..models.checksum import weights_checksum
 from ..models.unet import UNet
 from ..ops.devices import pick_device
@@ -55,6 +57,7 @@ __all__ = ["evaluate"]
 
 # Calibration seeds must not be evaluated ones.
 _CALIBRATION_SEEDS = range(2**61, 2**61 + 16)
+_SOLVER_SEEDS = range(2**61, 2**61 + 96)
 
 
 def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Processes) -> None:
@@ -71,7 +74,8 @@ def evaluate(parser: CommandParser, arguments: EvaluateSettings, processes: Proc
         if processes.is_first:
             print(f"wrote the feature network to {default_weights()}")
     measures = arguments.reference or arguments.trajectory_error or arguments.reconstruction or arguments.loss
-    if not measures and not arguments.fit_timesteps:
+    fits = arguments.fit_timesteps or arguments.fit_solver
+    if not measures and not fits:
         return
     with parser.usage_errors():
         results = Results(arguments.out)
@@ -151,16 +155,17 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
                 data = _data(arguments, arguments.data, model, evaluation.is_silent)
         held_out = {} if data is None else _held_out(arguments, data)
         for_quality, for_trajectories = (_draws(arguments, model, count) for count in (NUM_IMAGES, NUM_TRAJECTORIES))
-        if not arguments.fit_timesteps:  # the samplers may need the fitted timesteps
+        fits = arguments.fit_timesteps or arguments.fit_solver
+        if not fits:  # the samplers may need what is fitted
             samplers = _checked_samplers(arguments, model, guide)
     dtype = select_dtype(arguments.dtype, arguments.compile, evaluation.device)
     evaluation.say(describe_model(arguments.model, [model], str(dtype).removeprefix("torch."), evaluation.device))
     evaluation.say(f"operators: {serving_line(evaluation.device, dtype)}")
     evaluation.say(f"images: {_numbers(arguments, data, for_quality[0], for_trajectories[0])}")
-    if arguments.fit_timesteps:
-        _fit(parser, evaluation, model, folder)
+    if fits:
+        _fit(parser, arguments, evaluation, model, guide, folder)
     with parser.usage_errors():
-        if arguments.fit_timesteps:
+        if fits:
             samplers = _checked_samplers(arguments, model, guide)
         if arguments.reference is not None:
             reference = _reference(arguments.reference, evaluation, network, model.config.image_shape)
@@ -204,6 +209,7 @@ def _numbers(arguments: EvaluateSettings, data: ImageSet | None, quality: Sample
         "--trajectory-error": len(trajectories.seeds) if arguments.trajectory_error else 0,
         "--data": 0 if data is None else len(data),
         "--fit-timesteps": len(_CALIBRATION_SEEDS) if arguments.fit_timesteps else 0,
+        "--fit-solver": len(_SOLVER_SEEDS) if arguments.fit_solver else 0,
     }
     return ", ".join(f"{number:,} for {option}" for option, number in numbers.items() if number)
 
@@ -297,6 +303,10 @@ def _samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | None) -> I
         }, make
 
     for solver, spacing, eta in itertools.product(arguments.solver, arguments.spacing, arguments.eta):
+        if solver == FITTED:  # it brings its timesteps
+            if spacing != arguments.spacing[0]:
+                continue
+            spacing = ADAPTIVE
         if solver == "ddim" or eta == 0:  # only that solver takes eta
             for steps in arguments.steps:
                 yield setting(engine, solver=solver, spacing=spacing, eta=eta, steps=steps, tolerance=None)
@@ -317,17 +327,52 @@ def _checked_samplers(arguments: EvaluateSettings, model: UNet, guide: UNet | No
     return samplers
 
 
-def _fit(parser: CommandParser, evaluation: EvaluationRun, model: UNet, path: Path) -> None:
-    """Fit timesteps, write them beside the checkpoint, and give them to the model."""
+def _fit(
+    parser: CommandParser,
+    arguments: EvaluateSettings,
+    evaluation: EvaluationRun,
+    model: UNet,
+    guide: UNet | None,
+    path: Path,
+) -> None:
+    """Fit timesteps or solvers, write them beside the checkpoint, and give them to the model."""
     if not path.exists():
-        parser.error(f"--fit-timesteps writes beside the checkpoint, but {path} is on the Hub; download it into a folder")
-    seeds, classes = _CALIBRATION_SEEDS, model.config.num_classes
-    labels = None if classes is None else [i % classes for i in range(len(seeds))]
+        parser.error(f"what is fitted is written beside the checkpoint, but {path} is on the Hub; download it into a folder")
+    calibration = load_calibration(path)
 
-    def fit() -> dict[str, dict[int, list[int]]]:
-        timesteps = fit_timesteps(model, seeds=seeds, labels=labels, progress=not evaluation.is_silent)
-        calibration = {"seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": labels, "ddim_fast": __version__}
-        print(f"wrote {save_timesteps(path, timesteps, calibration)}")
-        return timesteps
+    def options(seeds: range) -> dict[str, Any]:
+        classes = model.config.num_classes
+        labels = None if classes is None else [i % classes for i in range(len(seeds))]
+        return {"seeds": seeds, "labels": labels, "progress": not evaluation.is_silent}
 
-    model.fitted_timesteps = evaluation.processes.from_first(fit)
+    def write(timesteps: dict[str, dict[int, list[int]]], coefficients: dict[int, list[list[float]]], **settings: Any) -> None:
+        calibration.update(settings, ddim_fast=__version__)
+        print(f"wrote {save_timesteps(path, timesteps, calibration, coefficients)}")
+        model.fitted_timesteps, model.fitted_coefficients = timesteps, coefficients
+
+    def fit() -> tuple[Any, Any]:
+        if arguments.fit_timesteps:
+            given = options(_CALIBRATION_SEEDS)
+            fitted = {**(model.fitted_timesteps or {}), **fit_timesteps(model, **given)}
+            write(fitted, model.fitted_coefficients or {}, seeds=_ends(_CALIBRATION_SEEDS), labels=given["labels"])
+        condition = _guidance(arguments)
+        guided = condition if guide is None else {**condition, "guide": arguments.guide}
+        for steps in arguments.fit_solver or []:
+            given = options(_SOLVER_SEEDS)
+            solver = fit_solver(
+                Denoiser(model, guide=guide), steps, **given, **condition, teacher_steps=arguments.teacher_steps
+            )
+            print(f"{steps} steps: {solver.before:.3f} from the teacher by UniPC, {solver.after:.3f} fitted (whitened)")
+            before, coefficients = model.fitted_timesteps or {}, model.fitted_coefficients or {}
+            timesteps = {**before, FITTED: {**before.get(FITTED, {}), steps: solver.timesteps}}
+            distances = [solver.before, solver.after]
+            record = {"seeds": _ends(_SOLVER_SEEDS), "teacher steps": arguments.teacher_steps, "distances": distances, **guided}
+            solvers = {**calibration.get(FITTED, {}), str(steps): record}
+            write(timesteps, {**coefficients, steps: solver.coefficients}, **{FITTED: solvers})
+        return model.fitted_timesteps, model.fitted_coefficients
+
+    model.fitted_timesteps, model.fitted_coefficients = evaluation.processes.from_first(fit)
+
+
+def _ends(seeds: range) -> str:
+    return f"{seeds.start}-{seeds.stop - 1}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.resizing import RESIZES
 from ..diffusion.guidance import guided_steps
+from ..diffusion.solvers import FITTED
 from ..diffusion.timesteps import ADAPTIVE, SPACINGS
 from ..models.checkpoint import DEFAULT_MODEL
 from ..models.config import UNetConfig
@@ -111,8 +112,12 @@ MODEL_HELP = (
 )
 
 
-def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None) -> tuple[int, str]:
+def settle_steps(parser: CommandParser, steps: int | None, spacing: str | None, solver: str | None = None) -> tuple[int, str]:
     """Settle --steps and --spacing with their defaults; contradictory ones are a usage error."""
+    if solver == FITTED:
+        if spacing not in (None, ADAPTIVE):
+            parser.error(f"--solver fitted brings its timesteps; leave --spacing {spacing} out")
+        spacing = ADAPTIVE
     listed = None if spacing is None else parse_spacing(spacing)
     if isinstance(listed, list):
         if steps not in (None, len(listed)):

@@ -24,6 +24,7 @@ class EvaluateSettings:
     reconstruction: bool
     loss: bool
     fit_timesteps: bool
+    fit_solver: list[int] | None
     fetch_inception: bool
     model: str
     images: str | None
@@ -34,6 +35,7 @@ class EvaluateSettings:
     solver: list[str]
     spacing: list[str]
     eta: list[float | str]
+    teacher_steps: int
     tolerance: list[float]
     classes: str
     guidance: float | None

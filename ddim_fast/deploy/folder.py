@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import atomic_write, errors_name_file, read_json
-from ..models.checkpoint import load_config, load_timesteps, timesteps_file
+from ..models.checkpoint import load_coefficients, load_config, load_timesteps, timesteps_file
 from ..models.config import UNetConfig
 
 __all__ = [
@@ -103,8 +103,8 @@ class ExportFolder:
         """The sampler's settings: steps, eta, spacing, solver and clip."""
         return self.schedule["settings"]
 
-    def fitted_timesteps(self) -> dict[str, dict[int, list[int]]] | None:
-        """The network's fitted timesteps, by solver and number of steps; None if there are none.
+    def fitted(self) -> tuple[dict[str, dict[int, list[int]]] | None, dict[int, list[list[float]]]]:
+        """The network's fitted timesteps, by solver and number of steps, and the coefficients of its fitted solvers.
 
         Raises:
             ValueError: their file is damaged or was changed.
@@ -112,7 +112,7 @@ class ExportFolder:
         file = timesteps_file(self.path)
         if file.is_file():
             _verify(self.path, _checksums(self.path), file.name)
-        return load_timesteps(self.path, self.config.num_train_timesteps)
+        return load_timesteps(self.path, self.config.num_train_timesteps), load_coefficients(self.path)
 
     def model(self, name: str) -> Path:
         """The path of one of the models, after comparing it and its external data with their checksums.

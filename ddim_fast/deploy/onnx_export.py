@@ -17,6 +17,8 @@ from onnx import ModelProto
 
 from .. import __version__
 from ..diffusion.sampler import Sampler
+from ..diffusion.solvers import FITTED
+from ..diffusion.timesteps import ADAPTIVE
 from ..io.files import atomic_folder, write_json
 from ..models.checkpoint import save_timesteps
 from ..models.unet import UNet
@@ -87,6 +89,7 @@ def export_onnx(
     opset = max(OPSET, least) if opset is None else opset
     if not least <= opset <= OPSETS[-1]:
         raise ValueError(f"opset must be from {least} to {OPSETS[-1]} for {dtype}; got {opset}")
+    spacing = ADAPTIVE if solver == FITTED else spacing
     sampler = Sampler(
         model, steps=steps, eta=eta, spacing=spacing, solver=solver, clip_sample_range=clip_sample_range, engine="eager"
     )
@@ -130,7 +133,7 @@ def export_onnx(
         write_json(place / "config.json", model.config.to_dict())
         write_json(place / SCHEDULE, schedule)
         if model.fitted_timesteps is not None:
-            save_timesteps(place, model.fitted_timesteps, {"model": source})
+            save_timesteps(place, model.fitted_timesteps, {"model": source}, model.fitted_coefficients)
         card = model_card(model.config, schedule, source, command, sum(p.numel() for p in model.parameters()))
         (place / "README.md").write_text(card, encoding="utf-8")
         write_checksums(place)

@@ -14,7 +14,7 @@ import numpy as np
 from ..diffusion.guidance import apply_guidance, guided_steps
 from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import DDIMUpdate, State, make_solver
+from ..diffusion.solvers import FITTED, DDIMUpdate, State, make_solver
 from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
@@ -99,11 +99,14 @@ class OnnxSampler:
         with errors_name_file(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
             spacing, solver = chosen["spacing"], chosen["solver"]
-            if isinstance(spacing, str) and spacing == ADAPTIVE:
-                spacing = choose_fitted(self.folder.fitted_timesteps(), solver, chosen["steps"])
+            coefficients = None
+            if solver == FITTED or (isinstance(spacing, str) and spacing == ADAPTIVE):
+                fitted, tables = self.folder.fitted()
+                spacing = choose_fitted(fitted, solver, chosen["steps"])
+                coefficients = tables[len(spacing)] if solver == FITTED else None
             self.timesteps = select_timesteps(schedule, chosen["steps"], spacing)
             levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
-            self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"])
+            self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"], coefficients)
 
     def sample(
         self,

@@ -20,6 +20,8 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.loop import Loop, Run
 from ..diffusion.request import Request
 from ..diffusion.sampler import Sampler
+from ..diffusion.solvers import FITTED
+from ..diffusion.timesteps import ADAPTIVE
 from ..engine import inference
 from ..engine.captured_cpu import CapturedOnCpu, Recording
 from ..engine.plan import Buffer
@@ -73,6 +75,7 @@ def export_plan(
         raise ValueError(f"a plan is in {' or '.join(_DTYPES)}, not {dtype}")
     if native.module is None:
         raise ValueError(f"a plan is recorded with the C++ operators: {native.why_not}")
+    spacing = ADAPTIVE if solver == FITTED else spacing
     denoiser = Denoiser(model, dtype=_DTYPES[dtype])
     sampler = Sampler(denoiser, steps=steps, eta=eta, spacing=spacing, solver=solver, clip_sample_range=clip_sample_range)
     loop = Loop(denoiser, sampler.solver)

@@ -27,7 +27,7 @@ from .inversion import Inverter
 from .loop import Loop, calibrate, initial_noise
 from .request import Request, as_tensor
 from .restoration import Restorer
-from .solvers import make_solver
+from .solvers import FITTED, make_solver
 from .timesteps import ADAPTIVE, choose_fitted, select_timesteps
 from .trajectory import SamplerState
 
@@ -54,7 +54,8 @@ class Sampler:
         eta: for the ``ddim`` solver: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance.
         spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, the timesteps
             beside the checkpoint that :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and solver.
-        solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``.
+        solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``; or ``fitted``, the coefficients and timesteps beside the
+            checkpoint that :func:`ddim_fast.diffusion.fitting.fit_solver` fitted to the model, whatever ``spacing`` says.
         engine: ``eager``; ``compiled``, by torch.compile, with one compilation per batch size; ``captured``, the whole loop in
             one CUDA graph or, on a CPU, one plan of C++ operators; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
@@ -101,9 +102,10 @@ class Sampler:
         self.denoiser = denoiser = model if isinstance(model, Denoiser) else Denoiser(model, **given)
         self.model, self.guide, self.config = denoiser.model, denoiser.guide, denoiser.config
         self.schedule, self.dtype, self.networks = denoiser.schedule, denoiser.dtype, denoiser.networks
-        if isinstance(spacing, str) and spacing == ADAPTIVE:
+        if solver == FITTED or (isinstance(spacing, str) and spacing == ADAPTIVE):
             spacing = choose_fitted(getattr(self.model, "fitted_timesteps", None), solver, steps)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
+        self._coefficients = getattr(self.model, "fitted_coefficients", {})[len(spacing)] if solver == FITTED else None
         self._solver, self._clip, self.eta, self.reuse, self.tolerance = solver, clip_sample_range, eta, reuse, tolerance
         self.image_shape = self.config.image_shape
         self.engine, self._engine = select_engine(engine, self.device), make_engine(engine, self.device)
@@ -124,7 +126,9 @@ class Sampler:
         self.timesteps = timesteps
         # After the last step no noise is left.
         self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
-        self.solver = make_solver(self._solver, self._levels, self.eta, self.config.prediction_type, self._clip)
+        self.solver = make_solver(
+            self._solver, self._levels, self.eta, self.config.prediction_type, self._clip, self._coefficients
+        )
         self._loop = Loop(self.denoiser, self.solver, self.reuse)
         self._inverter = Inverter(self.denoiser, timesteps, self._engine)
         self._restorer = Restorer(self.denoiser, timesteps, self._engine, self._clip)
@@ -140,6 +144,8 @@ class Sampler:
         """
         timestep = plain(timestep)
         self._require_steps("to start at")
+        if self._solver == FITTED:
+            raise ValueError("the solver fitted starts from noise; use another solver to start at a timestep")
         if timestep not in self._later:
             steps = self._steps and min(self._steps, timestep + 1)
             later = copy.copy(self)

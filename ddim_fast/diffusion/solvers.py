@@ -1,4 +1,4 @@
-"""Solvers: DDIM, DDPM, DPM-Solver++(2M) and UniPC.
+"""Solvers: DDIM, DDPM, DPM-Solver++(2M), UniPC, and solvers fitted to a model.
 
 All coefficients are computed in float64 when the solver is created, and stored in one float32 table, one row per step. So each
 step is the same few multiply-adds over the images, and the step number may be a tensor that the host never reads.
@@ -15,7 +15,7 @@ import numpy as np
 from .prediction import prediction_coefficients
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
-__all__ = ["SOLVERS", "DDIMUpdate", "Solver", "StepFunction", "make_solver"]
+__all__ = ["FITTED", "SOLVERS", "DDIMUpdate", "Fitted", "Solver", "StepFunction", "UniPC", "make_solver"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,12 @@ class Solver(StepFunction, Protocol):
 
 
 def make_solver(
-    name: str, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip_sample_range: float | None
+    name: str,
+    alphas_cumprod: np.ndarray,
+    eta: float | str,
+    prediction_type: str,
+    clip_sample_range: float | None,
+    coefficients: Sequence[Sequence[float]] | None = None,
 ) -> Solver:
     """Create the solver ``name`` for a run.
 
@@ -97,6 +102,7 @@ def make_solver(
         eta: see :func:`step_coefficients`; for ``ddim`` only, 0 with the others.
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
         clip_sample_range: clip x_0 to [-r, r] at each step; None does not clip.
+        coefficients: the rows of :class:`Fitted`, which the solver ``fitted`` needs.
 
     Raises:
         ValueError: the solver is unknown, or an option does not fit it.
@@ -110,6 +116,8 @@ def make_solver(
         raise ValueError(f"eta is an option of the ddim solver; {name} takes eta = 0 only (got {eta!r})")
     if solver.needs_distinct_timesteps and not np.all(np.diff(alphas_cumprod) > 0):
         raise ValueError(f"the {name} solver needs timesteps without repeats; choose another spacing")
+    if name == FITTED:
+        return solver(coefficients, clip_sample_range)
     return solver(alphas_cumprod, eta, prediction_type, clip_sample_range)
 
 
@@ -220,11 +228,30 @@ class DPMSolverPlusPlus2M(_MultiStep):
         return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
 
-class UniPC(_MultiStep):
-    """UniPC of second order with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 8): each network evaluation also corrects
-    the step that led to it. First and last predictions are of first order."""
+class _Corrected(_MultiStep):
+    """Solvers whose network evaluations also correct the step that led to them.
+
+    A row holds the coefficients of: x_0, from x and the network's output; the corrected x, from the one before, from the x_0 of
+    the step before and of the one before that, and from x_0; and the next x, from the corrected x, x_0 and the x_0 before.
+    """
 
     memory = 3
+
+    def start(self, x: Tensor) -> State:
+        return x, x.clone(), x.new_zeros(x.shape), x.new_zeros(x.shape)
+
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        x, x_before, previous, older = state
+        x0 = _predict_x0(row[0], row[1], x, output, self.clip)
+        from_before, from_previous, from_older, from_x0 = row[2:6]
+        x = from_before * x_before + from_previous * previous + from_older * older + from_x0 * x0
+        from_x, from_x0, from_previous = row[6:]
+        return from_x * x + from_x0 * x0 + from_previous * previous, x, x0, previous
+
+
+class UniPC(_Corrected):
+    """UniPC of second order with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 8): each network evaluation also corrects
+    the step that led to it. First and last predictions are of first order."""
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         super().__init__(alphas_cumprod, eta, prediction_type, clip)
@@ -251,19 +278,26 @@ class UniPC(_MultiStep):
         rho = (b_1 - b_2) / (1 + ratio)
         return float(b_1 - rho), float(rho / ratio)
 
-    def start(self, x: Tensor) -> State:
-        return x, x.clone(), x.new_zeros(x.shape), x.new_zeros(x.shape)
 
-    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
-        x, x_before, previous, older = state
-        x0 = _predict_x0(row[0], row[1], x, output, self.clip)
-        from_before, from_previous, from_older, from_x0 = row[2:6]
-        x = from_before * x_before + from_previous * previous + from_older * older + from_x0 * x0
-        from_x, from_x0, from_previous = row[6:]
-        return from_x * x + from_x0 * x0 + from_previous * previous, x, x0, previous
+class Fitted(_Corrected):
+    """The steps of UniPC with coefficients and timesteps that :func:`ddim_fast.diffusion.fitting.fit_solver` fitted to a model.
+
+    Args:
+        coefficients: (S, 9), the rows of :class:`_Corrected`.
+        clip: clip x_0 to [-r, r] at each step; None does not.
+    """
+
+    needs_distinct_timesteps = False
+
+    def __init__(self, coefficients: Sequence[Sequence[float]] | np.ndarray, clip: float | None = None) -> None:
+        self.table, self.clip = np.array(coefficients, dtype=np.float32), clip
+        self._prediction = [tuple(row[:2]) for row in self.table.tolist()]
 
 
-SOLVERS: dict[str, Any] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC}
+# The solver whose timesteps and coefficients come with the model.
+FITTED = "fitted"
+
+SOLVERS: dict[str, Any] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC, FITTED: Fitted}
 
 
 def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:

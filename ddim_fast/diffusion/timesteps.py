@@ -8,8 +8,9 @@ import numpy as np
 
 from ..ops.scalars import is_whole, plain
 from .schedule import NoiseSchedule
+from .solvers import FITTED
 
-__all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "select_timesteps"]
+__all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "distinct", "select_timesteps"]
 
 # The spacing that does not come from the schedule: timesteps fitted to a model, for :class:`ddim_fast.Sampler`.
 ADAPTIVE = "adaptive"
@@ -74,11 +75,11 @@ def select_timesteps(
         raise ValueError(f"steps must be a whole number from 1 to {total}, the number of training timesteps; got {steps!r}")
     if spacing.startswith("ermongroup"):
         return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)
-    return _distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
+    return distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
 
 
 def choose_fitted(fitted: dict[str, dict[int, list[int]]] | None, solver: str, steps: int | None) -> list[int]:
-    """The timesteps of spacing ``adaptive``.
+    """The timesteps of spacing ``adaptive``, and of the solver ``fitted``.
 
     Args:
         fitted: a model's fitted timesteps, by solver and number of steps, or None.
@@ -88,11 +89,18 @@ def choose_fitted(fitted: dict[str, dict[int, list[int]]] | None, solver: str, s
         ValueError: none are fitted for that solver and number of steps.
     """
     runs = (fitted or {}).get("ddim" if solver == "ddpm" else solver)
+    if not runs and solver == FITTED:
+        raise ValueError(
+            "solver fitted: no solver has been fitted to this model; fit one once by python -m ddim_fast.evaluate --fit-solver "
+            "--steps 5 --model MODEL"
+        )
     if not runs:
         raise ValueError(
             f"spacing adaptive: no timesteps have been fitted to this model and {solver}; fit them once by python -m "
             "ddim_fast.evaluate --fit-timesteps --model MODEL"
         )
+    if steps not in runs and solver == FITTED:
+        raise ValueError(f"solver fitted: this model's is for {', '.join(map(str, sorted(runs)))} steps; got {steps}")
     if steps not in runs:
         raise ValueError(
             f"spacing adaptive: the timesteps fitted to this model are for {min(runs)} to {max(runs)} steps; got {steps}"
@@ -163,7 +171,7 @@ def _last(schedule: NoiseSchedule) -> np.ndarray:
     return np.array([schedule.num_train_timesteps - 1])
 
 
-def _distinct(rising: np.ndarray, total: int) -> np.ndarray:
+def distinct(rising: np.ndarray, total: int) -> np.ndarray:
     """The nearest strictly rising sequence in 0..total-1: repeats move up to the next free timestep, and down at the end."""
     i = np.arange(len(rising))
     strictly = np.maximum.accumulate(rising - i) + i

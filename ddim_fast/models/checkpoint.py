@@ -11,11 +11,13 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..io.files import atomic_write, errors_name_file, read_json, write_json
+from ..ops.scalars import is_finite
 from .audio import AudioConfig
 from .config import AutoencoderConfig, UNetConfig
 from .json_dataclass import JsonDataclass
@@ -33,7 +35,9 @@ __all__ = [
     "SNAPSHOTS",
     "WEIGHTS",
     "load_audio",
+    "load_calibration",
     "load_checkpoint",
+    "load_coefficients",
     "load_config",
     "load_timesteps",
     "local_model",
@@ -242,21 +246,55 @@ def load_timesteps(path: Path, total: int) -> dict[str, dict[int, list[int]]] | 
     return {solver: {int(steps): run for steps, run in runs.items()} for solver, runs in stored.items()}
 
 
-def save_timesteps(path: Path, timesteps: dict[str, dict[int, list[int]]], calibration: dict[str, Any]) -> Path:
-    """Write fitted timesteps beside a checkpoint; returns the file.
+def load_coefficients(path: Path) -> dict[int, list[list[float]]]:
+    """The rows of the solver ``fitted`` of a checkpoint, by their number; the timesteps are :func:`load_timesteps`'s.
 
-    Args:
-        timesteps: as :func:`load_timesteps` returns them.
-        calibration: the settings of the fit, for people.
+    Raises:
+        ValueError: their file is damaged; the message names it.
     """
     file = timesteps_file(path)
-    parts = []
-    for solver, runs in timesteps.items():
-        lines = ",\n".join(f'   "{steps}": {json.dumps(run)}' for steps, run in runs.items())
-        parts.append(f'  "{solver}": {{\n{lines}\n  }}')
-    text = ",\n".join(parts)
-    atomic_write(file, f'{{\n "calibration": {json.dumps(calibration)},\n "timesteps": {{\n{text}\n }}\n}}\n'.encode())
+    if not file.is_file():
+        return {}
+    stored = read_json(file)
+    tables, timesteps = stored.get("coefficients", {}), stored.get("timesteps")
+    with errors_name_file(file):
+        if not isinstance(tables, dict) or not all(_is_table(table, steps) for steps, table in tables.items()):
+            raise ValueError("not the coefficients of a fitted solver, 9 numbers a step, by the number of steps")
+        if not isinstance(timesteps, dict) or tables.keys() != timesteps.get("fitted", {}).keys():
+            raise ValueError("a fitted solver has timesteps and coefficients for the same numbers of steps")
+    return {int(steps): table for steps, table in tables.items()}
+
+
+def load_calibration(path: Path) -> dict[str, Any]:
+    """The settings of the fits of a checkpoint, for people; empty where nothing was fitted."""
+    file = timesteps_file(path)
+    calibration = read_json(file).get("calibration") if file.is_file() else None
+    return calibration if isinstance(calibration, dict) else {}
+
+
+def save_timesteps(
+    path: Path,
+    timesteps: dict[str, dict[int, list[int]]],
+    calibration: dict[str, Any],
+    coefficients: dict[int, list[list[float]]] | None = None,
+) -> Path:
+    """Write what was fitted beside a checkpoint; returns the file.
+
+    Args:
+        timesteps, coefficients: as :func:`load_timesteps` and :func:`load_coefficients` return them.
+        calibration: the settings of the fits, for people.
+    """
+    file = timesteps_file(path)
+    runs = ",\n".join(f'  "{solver}": {{\n{_lines(by_steps)}\n  }}' for solver, by_steps in timesteps.items())
+    parts = [f' "calibration": {json.dumps(calibration)}', f' "timesteps": {{\n{runs}\n }}']
+    if coefficients:
+        parts.append(f' "coefficients": {{\n{_lines(coefficients)}\n }}')
+    atomic_write(file, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
     return file
+
+
+def _lines(by_steps: Mapping[int, Any]) -> str:
+    return ",\n".join(f'   "{steps}": {json.dumps(value)}' for steps, value in by_steps.items())
 
 
 def timesteps_file(path: Path) -> Path:
@@ -266,6 +304,12 @@ def timesteps_file(path: Path) -> Path:
 
 def _are_runs(runs: Any, total: int) -> bool:
     return isinstance(runs, dict) and all(_is_falling(run, total) and steps == str(len(run)) for steps, run in runs.items())
+
+
+def _is_table(table: Any, steps: str) -> bool:
+    if not isinstance(table, list) or steps != str(len(table)):
+        return False
+    return all(isinstance(row, list) and len(row) == 9 and all(map(is_finite, row)) for row in table)
 
 
 def _is_falling(run: Any, total: int) -> bool:

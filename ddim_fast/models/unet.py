@@ -16,7 +16,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from .audio import AudioConfig
-from .checkpoint import load_audio, load_checkpoint, load_timesteps, local_model, save_checkpoint
+from .checkpoint import load_audio, load_checkpoint, load_coefficients, load_timesteps, local_model, save_checkpoint
 from .config import UNetConfig
 from .unet_blocks import (
     Attention,
@@ -55,10 +55,12 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
 
     Attributes:
         fitted_timesteps: the timesteps of spacing ``adaptive`` by solver and number of steps, if the checkpoint has any.
+        fitted_coefficients: the rows of the solver ``fitted`` by number of steps, if the checkpoint has any.
         audio: the sound format of its images, for a network of sounds.
     """
 
     fitted_timesteps: dict[str, dict[int, list[int]]] | None = None
+    fitted_coefficients: dict[int, list[list[float]]] | None = None
     audio: AudioConfig | None = None
 
     def __init__(self, config: UNetConfig) -> None:
@@ -264,6 +266,7 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         checkpoint = load_checkpoint(path, config)
         model = checkpoint.network(cls)
         model.fitted_timesteps = load_timesteps(path, model.config.num_train_timesteps)
+        model.fitted_coefficients = load_coefficients(path) or None
         model.audio = load_audio(path, model.config)
         return model
 

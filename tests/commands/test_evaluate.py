@@ -339,6 +339,29 @@ def test_fitted_timesteps_are_written_and_compared(run, small_config, tmp_path, 
     assert code == 2 and "deterministic" in err
 
 
+def test_a_solver_is_fitted_and_compared(run, small_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = dataclasses.replace(small_config, num_train_timesteps=25, beta_end=0.3, sample_size=8, attention_resolutions=())
+    UNet(config).save_pretrained(tmp_path / "model")
+    code, _, err = run("--model", tmp_path / "model", "--fit-solver", "3,20")
+    assert code == 2 and "--fit-solver 20: the steps are at least 2 and fewer than --teacher-steps 20" in err
+    code, _, err = run("--model", tmp_path / "model", "--trajectory-error", "--solver", "fitted", "--steps", 3)
+    assert code == 2 and "--fit-solver" in err
+    monkeypatch.setattr("ddim_fast.cli.evaluation._SOLVER_SEEDS", range(1000, 1008))
+    command = ["--model", tmp_path / "model", "--trajectory-error", "--num-images", 4, "--steps", "3"]
+    code, out, err = run(
+        "--fit-solver", "2,3", "--guidance", 1.5, *command, "--solver", "unipc,fitted", "--spacing", "linear,quadratic"
+    )
+    assert code == 0 and "3 steps: " in out, err
+    found = [row["settings"] for row in rows(tmp_path, "trajectory")]
+    assert [(s["solver"], s["spacing"]) for s in found] == [("unipc", "linear"), ("unipc", "quadratic"), ("fitted", "adaptive")]
+    stored = json.loads((tmp_path / "model" / "timesteps.json").read_text())
+    assert stored["coefficients"].keys() == stored["timesteps"]["fitted"].keys() == {"2", "3"}
+    assert (
+        stored["calibration"]["fitted"]["3"]["guidance"] == 1.5 and found[2]["timesteps"] == stored["timesteps"]["fitted"]["3"]
+    )
+
+
 def test_fitting_alone_does_not_check_the_default_number_of_steps(run, small_config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = dataclasses.replace(small_config, num_train_timesteps=4, sample_size=8, attention_resolutions=())

@@ -100,6 +100,23 @@ def test_fitted_timesteps_go_with_the_network(use_exported, exported, export_fol
         OnnxSampler(folder)
 
 
+def test_a_fitted_solver_goes_with_the_network(use_exported, exported, tmp_path, monkeypatch):
+    """UniPC's own rows, under another name: fitted ones differ in their numbers only."""
+    rows = {steps: Sampler(exported.model, steps=steps, solver="unipc") for steps in (4, 2)}
+    timesteps = {"fitted": {steps: sampler.timesteps.tolist() for steps, sampler in rows.items()}}
+    monkeypatch.setattr(exported.model, "fitted_timesteps", timesteps)
+    coefficients = {steps: sampler.solver.table.tolist() for steps, sampler in rows.items()}
+    monkeypatch.setattr(exported.model, "fitted_coefficients", coefficients)
+    export_onnx(tmp_path / "fitted", exported.model, steps=4, solver="fitted")
+    for settings, whole in (({}, True), ({"steps": 2}, False)):
+        sampler = OnnxSampler(tmp_path / "fitted", **settings)
+        expected = rows[settings.get("steps", 4)].sample(seeds=SEEDS, labels=LABELS)
+        assert sampler.runs_whole == whole
+        assert_same(sampler.sample(seeds=SEEDS, labels=LABELS), expected)
+    with pytest.raises(ValueError, match="solver fitted: this model's is for 2, 4 steps; got 3"):
+        OnnxSampler(tmp_path / "fitted", steps=3)
+
+
 def test_no_label_a_single_label_and_given_noise(exported, export_folder):
     sampler, torch_sampler = OnnxSampler(export_folder), Sampler(exported.model, steps=4)
     x_T = torch.randn(2, 3, 8, 8)
