@@ -102,7 +102,7 @@ class OnnxSampler:
             if isinstance(spacing, str) and spacing == ADAPTIVE:
                 spacing = choose_fitted(self.folder.fitted_timesteps(), solver, chosen["steps"])
             self.timesteps = select_timesteps(schedule, chosen["steps"], spacing)
-            levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
+            levels = schedule.levels(self.timesteps)
             self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"])
 
     def sample(
