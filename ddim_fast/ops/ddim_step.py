@@ -55,6 +55,8 @@ def ddim_step(
         noise: like ``sample``, or None to leave its term out.
         out: where the result goes, of the sample's shape; may be one of the inputs.
         unconditional: the network's output without its condition, for classifier-free guidance; None leaves out the first line.
+            It is for :func:`ddim_fast.fast_ddim_step` in other loops. Ours guides before the step:
+            :func:`ddim_fast.diffusion.guidance.apply_guidance` says why.
         guidance: the scale that goes with it.
         seeds: (N,) int64 beside the sample, one an image, instead of ``noise``: :func:`ddim_fast.seeded_noise` of ``step``,
             made on the spot (on a GPU equal to it to a few units in the last place).
