@@ -85,9 +85,7 @@ class ExportFolder:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or was changed, or a name leads out of the folder.
         """
-        sums = _checksums(path)
-        for name in ("config.json", SCHEDULE):
-            _verify(path, sums, name)
+        identity = verify(path, "config.json", SCHEDULE)
         schedule = read_json(path / SCHEDULE)
         with errors_name_file(path / SCHEDULE):
             check_fields(schedule, _FIELDS)
@@ -95,7 +93,6 @@ class ExportFolder:
                 raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
             if not isinstance(schedule["settings"]["solver"], str):
                 raise ValueError(f"'solver' must be a name; got {schedule['settings']['solver']!r}")
-        identity = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()
         return cls(path, load_config(path), schedule, identity)
 
     @property
@@ -111,7 +108,7 @@ class ExportFolder:
         """
         file = timesteps_file(self.path)
         if file.is_file():
-            _verify(self.path, _checksums(self.path), file.name)
+            verify(self.path, file.name)
         return load_timesteps(self.path, self.config.num_train_timesteps)
 
     def model(self, name: str) -> Path:
@@ -121,9 +118,7 @@ class ExportFolder:
             FileNotFoundError: it is missing.
             ValueError: it was changed.
         """
-        sums = _checksums(self.path)
-        for part in (name, *(other for other in sums if other.startswith(f"{name}."))):
-            _verify(self.path, sums, part)
+        verify(self.path, name, *(other for other in _checksums(self.path) if other.startswith(f"{name}.")))
         return self.path / name
 
 
@@ -150,7 +145,13 @@ def verify(folder: Path, *names: str) -> str:
     """
     sums = _checksums(folder)
     for name in names:
-        _verify(folder, sums, name)
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is not a whole export: it has no {name}; export or copy it again")
+        if name not in sums:
+            raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
+        if _sha256(file) != sums[name]:
+            raise ValueError(f"{file}: damaged or changed: its checksum is not that of {CHECKSUMS}; export or copy it again")
     return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()
 
 
@@ -169,16 +170,6 @@ def _checksums(folder: Path) -> dict[str, str]:
                 raise ValueError(f"{match[2]!r} leads out of the folder")
             sums[match[2]] = match[1]
     return sums
-
-
-def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
-    file = folder / name
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole export: it has no {name}; export or copy it again")
-    if name not in sums:
-        raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
-    if _sha256(file) != sums[name]:
-        raise ValueError(f"{file}: damaged or changed: its checksum is not that of {CHECKSUMS}; export or copy it again")
 
 
 def _sha256(file: Path) -> str:

@@ -196,11 +196,8 @@ def _run_cuda(request: _Request) -> Tensor:
 
 
 def _why_not_cuda(request: _Request) -> str | None:
-    if native.module is None:
-        return native.why_not
-    if not native.has_cuda:
-        return "ddim_fast was built without nvcc"
-    return _why_not_compiled(request, "cuda", (torch.float32, torch.bfloat16, torch.float16))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return native.why_not_cuda() or _why_not_compiled(request, "cuda", dtypes)
 
 
 def _run_triton(request: _Request) -> Tensor:
