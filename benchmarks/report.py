@@ -4,6 +4,7 @@
     python benchmarks/report.py run.json --baseline compiled                    # pytest-benchmark's JSON: ratios
     python benchmarks/report.py run.json --baseline "diffusers fp32" --plot speed.png   # of test_unet.py or test_sampler.py
     python benchmarks/report.py evaluation.json --plot fid.png                  # of ddim_fast.evaluate: FID by steps
+    python benchmarks/report.py evaluation.json --plot fid.png --speed run.json # FID by seconds an image, of test_sampler.py
 
 Of ratios one row a group (one shape, dtype and layout), one column an implementation: the baseline's time over its time, and
 its share of the copy or matmul rate measured in the same run, or its error where the implementations differ in it. Absolute
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["fid_by_steps", "fid_table", "plot_fid", "plot_speeds", "speeds", "table"]
+__all__ = ["fastest", "fid_by_steps", "fid_table", "plot_fid", "plot_speeds", "speeds", "table"]
 
 
 def table(run: dict[str, Any], baseline: str | None) -> str:
@@ -110,16 +111,65 @@ def fid_table(evaluation: dict[str, Any], columns: Sequence[int] = (5, 8, 10, 20
     return "\n".join(lines)
 
 
-def plot_fid(evaluation: dict[str, Any], path: Path) -> None:
-    """:func:`fid_by_steps` as a plot."""
+def fastest(run: dict[str, Any], model: str, dtype: str) -> tuple[float, str]:
+    """Seconds of an evaluation of one image, by the fastest of our engines and batch sizes in a run of test_sampler.py, and the
+    name of that engine with its group.
+
+    Args:
+        model, dtype: as in the settings of an ``evaluation.json``.
+
+    Raises:
+        ValueError: the run has no such model and dtype.
+    """
+    short = {"float32": "fp32", "bfloat16": "bf16"}.get(dtype, dtype)
+    found = [
+        (1 / rate, f"{name}, {benchmark['group']}")
+        for benchmark in run["benchmarks"]
+        if benchmark["group"].startswith(f"{model} batch ")
+        for name, rate in benchmark["extra_info"].get("evaluations/s", {}).items()
+        if name in {f"{engine} {short}" for engine in ("eager", "compiled", "captured")}
+    ]
+    if not found:
+        raise ValueError(f"--speed has no run of {model} in {dtype}; give a file of test_sampler.py with one")
+    return min(found)
+
+
+_STYLES = ("-", "--", ":", "-.")
+
+
+def plot_fid(evaluation: dict[str, Any], path: Path, speed: dict[str, Any] | None = None) -> None:
+    """:func:`fid_by_steps` as a plot; against the time of an image by :func:`fastest` of the run ``speed``, if it is given.
+
+    Raises:
+        ValueError: the evaluation is of several models or dtypes, or the run has not its own.
+    """
     from matplotlib import pyplot
 
+    scale, label = 1.0, "steps"
+    if speed is not None:
+        measured = {
+            (row["settings"]["model"], row["settings"]["dtype"])
+            for row in evaluation["rows"]
+            if row.get("label") == "FID-512" and "solver" in row["settings"]
+        }
+        if len(measured) != 1:
+            raise ValueError(f"the time of an image is of one model and dtype; the evaluation has {sorted(measured)}")
+        seconds, engine = fastest(speed, *measured.pop())
+        scale, label = 1e3 * seconds, f"milliseconds an image ({engine})"
+    found = fid_by_steps(evaluation)
+    solvers, spacings = (list(dict.fromkeys(part)) for part in zip(*(name.split(", ") for name in found), strict=True))
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, values in fid_by_steps(evaluation).items():
-        axes.plot(*zip(*values.items(), strict=True), marker="o", markersize=3, label=name)
-    axes.set(xscale="log", xlabel="steps", ylabel="FID-512")
+    for name, values in found.items():
+        solver, spacing = name.split(", ")
+        color, style = f"C{solvers.index(solver)}", _STYLES[spacings.index(spacing) % len(_STYLES)]
+        x = [scale * steps for steps in values]
+        axes.plot(x, list(values.values()), marker="o", markersize=3, label=name, color=color, linestyle=style)
+    axes.set(xscale="log", xlabel=label, ylabel="FID-512")
+    ticks = [scale * steps for steps in sorted(set().union(*found.values()))]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -165,13 +215,21 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="what --benchmark-json or ddim_fast.evaluate wrote")
     parser.add_argument("--baseline", metavar="NAME", help="the implementation to compare with")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="FID against steps; or speed against batch and steps")
+    parser.add_argument(
+        "--speed", type=Path, metavar="RUN.json", help="of test_sampler.py: plot FID against seconds an image, not steps"
+    )
     arguments = parser.parse_args()
     try:
         content = json.loads(arguments.json.read_text())
         is_evaluation = "rows" in content
         print(fid_table(content) if is_evaluation else table(content, arguments.baseline))
-        if arguments.plot is not None:
-            (plot_fid if is_evaluation else plot_speeds)(content, arguments.plot)
+        if arguments.plot is None:
+            return
+        if is_evaluation:
+            speed = None if arguments.speed is None else json.loads(arguments.speed.read_text())
+            plot_fid(content, arguments.plot, speed)
+        else:
+            plot_speeds(content, arguments.plot)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

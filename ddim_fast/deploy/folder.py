@@ -85,9 +85,7 @@ class ExportFolder:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or was changed, or a name leads out of the folder.
         """
-        sums = _checksums(path)
-        for name in ("config.json", SCHEDULE):
-            _verify(path, sums, name)
+        identity = verify(path, "config.json", SCHEDULE)
         schedule = read_json(path / SCHEDULE)
         with errors_name_file(path / SCHEDULE):
             check_fields(schedule, _FIELDS)
@@ -95,7 +93,6 @@ class ExportFolder:
                 raise ValueError(f"'settings' must be {', '.join(sorted(_SETTINGS))}; got {', '.join(schedule['settings'])}")
             if not isinstance(schedule["settings"]["solver"], str):
                 raise ValueError(f"'solver' must be a name; got {schedule['settings']['solver']!r}")
-        identity = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()
         return cls(path, load_config(path), schedule, identity)
 
     @property
@@ -103,16 +100,22 @@ class ExportFolder:
         """The sampler's settings: steps, eta, spacing, solver and clip."""
         return self.schedule["settings"]
 
-    def fitted(self) -> tuple[dict[str, dict[int, list[int]]] | None, dict[int, list[list[float]]]]:
-        """The network's fitted timesteps, by solver and number of steps, and the coefficients of its fitted solvers.
+    @property
+    def fitted_timesteps(self) -> dict[str, dict[int, list[int]]] | None:
+        """The network's fitted timesteps, by solver and number of steps; None if there are none.
 
         Raises:
             ValueError: their file is damaged or was changed.
         """
         file = timesteps_file(self.path)
         if file.is_file():
-            _verify(self.path, _checksums(self.path), file.name)
-        return load_timesteps(self.path, self.config.num_train_timesteps), load_coefficients(self.path)
+            verify(self.path, file.name)
+        return load_timesteps(self.path, self.config.num_train_timesteps)
+
+    @property
+    def fitted_coefficients(self) -> dict[int, list[list[float]]]:
+        """The coefficients of the network's fitted solvers, by number of steps."""
+        return load_coefficients(self.path)
 
     def model(self, name: str) -> Path:
         """The path of one of the models, after comparing it and its external data with their checksums.
@@ -121,9 +124,7 @@ class ExportFolder:
             FileNotFoundError: it is missing.
             ValueError: it was changed.
         """
-        sums = _checksums(self.path)
-        for part in (name, *(other for other in sums if other.startswith(f"{name}."))):
-            _verify(self.path, sums, part)
+        verify(self.path, name, *(other for other in _checksums(self.path) if other.startswith(f"{name}.")))
         return self.path / name
 
 
@@ -150,7 +151,13 @@ def verify(folder: Path, *names: str) -> str:
     """
     sums = _checksums(folder)
     for name in names:
-        _verify(folder, sums, name)
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is not a whole export: it has no {name}; export or copy it again")
+        if name not in sums:
+            raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
+        if _sha256(file) != sums[name]:
+            raise ValueError(f"{file}: damaged or changed: its checksum is not that of {CHECKSUMS}; export or copy it again")
     return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()
 
 
@@ -169,16 +176,6 @@ def _checksums(folder: Path) -> dict[str, str]:
                 raise ValueError(f"{match[2]!r} leads out of the folder")
             sums[match[2]] = match[1]
     return sums
-
-
-def _verify(folder: Path, sums: dict[str, str], name: str) -> None:
-    file = folder / name
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole export: it has no {name}; export or copy it again")
-    if name not in sums:
-        raise ValueError(f"{folder / CHECKSUMS}: there is no checksum of {name}")
-    if _sha256(file) != sums[name]:
-        raise ValueError(f"{file}: damaged or changed: its checksum is not that of {CHECKSUMS}; export or copy it again")
 
 
 def _sha256(file: Path) -> str:

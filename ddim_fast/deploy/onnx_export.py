@@ -126,7 +126,7 @@ def export_onnx(
             "unroll": unroll,
             "optimize": optimize,
             "timesteps": sampler.timesteps.tolist(),
-            "alphas_cumprod": [*sampler.schedule.alphas_cumprod[sampler.timesteps].tolist(), 1.0],
+            "alphas_cumprod": sampler.schedule.levels(sampler.timesteps).tolist(),
             "coefficients": sampler.solver.table.tolist(),
             "versions": _versions(),
         }

@@ -14,8 +14,8 @@ import numpy as np
 from ..diffusion.guidance import apply_guidance, guided_steps
 from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import FITTED, DDIMUpdate, State, make_solver
-from ..diffusion.timesteps import ADAPTIVE, choose_fitted, select_timesteps
+from ..diffusion.solvers import DDIMUpdate, State, make_solver
+from ..diffusion.timesteps import choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
 from ..io.progress import Bar, tell
@@ -99,13 +99,9 @@ class OnnxSampler:
         with errors_name_file(self.folder.path) if own == given.keys() else contextlib.nullcontext():
             schedule = NoiseSchedule.from_config(config)
             spacing, solver = chosen["spacing"], chosen["solver"]
-            coefficients = None
-            if solver == FITTED or (isinstance(spacing, str) and spacing == ADAPTIVE):
-                fitted, tables = self.folder.fitted()
-                spacing = choose_fitted(fitted, solver, chosen["steps"])
-                coefficients = tables[len(spacing)] if solver == FITTED else None
+            spacing, coefficients = choose_fitted(spacing, solver, chosen["steps"], self.folder)
             self.timesteps = select_timesteps(schedule, chosen["steps"], spacing)
-            levels = np.append(schedule.alphas_cumprod[self.timesteps], 1.0)
+            levels = schedule.levels(self.timesteps)
             self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"], coefficients)
 
     def sample(

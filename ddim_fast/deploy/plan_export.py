@@ -78,12 +78,11 @@ def export_plan(
     spacing = ADAPTIVE if solver == FITTED else spacing
     denoiser = Denoiser(model, dtype=_DTYPES[dtype])
     sampler = Sampler(denoiser, steps=steps, eta=eta, spacing=spacing, solver=solver, clip_sample_range=clip_sample_range)
-    loop = Loop(denoiser, sampler.solver)
     weights = _Weights(denoiser, model)
     with stage("recording the run"):
-        runs = {PLAIN: weights.describe(_record(loop, sampler, batch_size, None))}
+        runs = {PLAIN: weights.describe(_record(sampler, batch_size, None))}
         if model.config.num_classes is not None:
-            runs[GUIDED] = weights.describe(_record(loop, sampler, batch_size, 2.0))
+            runs[GUIDED] = weights.describe(_record(sampler, batch_size, 2.0))
     listed = spacing if isinstance(spacing, str) else [int(t) for t in spacing]
     settings = {
         "steps": steps if isinstance(spacing, str) else None,
@@ -111,20 +110,21 @@ def export_plan(
         write_checksums(place)
 
 
-def _record(loop: Loop[Any], sampler: Sampler, batch_size: int, guidance: float | None) -> Recording:
+def _record(sampler: Sampler, batch_size: int, guidance: float | None) -> Recording:
     """A run over tensors of these shapes; of classes, the embeddings of all are among them, and labels name their rows."""
     classes, x_T = sampler.config.num_classes, torch.zeros(batch_size, *sampler.image_shape)
     seeds = torch.zeros(batch_size, dtype=torch.int64)
     # So many labels that their embeddings are laid down by class.
     labels = None if classes is None else torch.zeros(classes + 1, dtype=torch.int64)
     request = Request(seeds, x_T=x_T, labels=labels, guidance=guidance)
+    engine = CapturedOnCpu()
+    loop = Loop(sampler.denoiser, sampler.solver, engine)
     run = loop.prepare(request, sampler.timesteps, sampler.solver.table)
     inputs = run.inputs
     if labels is not None:
         rows = torch.zeros(batch_size * (1 if guidance is None else 2), dtype=torch.int64)
         inputs = inputs._replace(conditions=inputs.conditions._replace(network=(inputs.conditions.network[0], rows)))
-    engine = CapturedOnCpu()
-    loop.last(engine, Run(inputs))
+    loop.last(Run(inputs))
     (recording,) = engine.recordings.values()
     return recording
 

@@ -34,7 +34,7 @@ from .prediction import prediction_coefficients
 from .request import Request
 from .schedule import NoiseSchedule
 
-__all__ = ["check_tolerance", "sample_controlled", "solve_controlled"]
+__all__ = ["check_tolerance", "require_steps", "sample_controlled", "solve_controlled"]
 
 # The length of the first step, before any estimate, as a share of the whole range of l.
 _FIRST_STEP = 0.12
@@ -45,12 +45,14 @@ _SAFETY, _SHRINK, _GROWTH = 0.7, 0.3, 2.0
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str, reuse: int) -> None:
-    """Check that a sampler's options allow a tolerance.
+def check_tolerance(tolerance: float | None, eta: float | str, solver: str, engine: str, reuse: int) -> None:
+    """Check that a sampler's options allow a tolerance, if there is one.
 
     Raises:
         ValueError: they do not, or the tolerance is not a positive number.
     """
+    if tolerance is None:
+        return
     if not is_finite(tolerance) or tolerance <= 0:
         raise ValueError(f"tolerance must be a positive number; got {tolerance!r}")
     if engine not in ("auto", "eager"):
@@ -64,6 +66,16 @@ def check_tolerance(tolerance: float, eta: float | str, solver: str, engine: str
         raise ValueError(
             f"a tolerance has a deterministic solver of its own: eta must be 0 and solver ddim; got {eta}, {solver}"
         )
+
+
+def require_steps(tolerance: float | None, purpose: str) -> None:
+    """Check that a sampler with this tolerance, or None, has steps for ``purpose``, such as "to look at".
+
+    Raises:
+        ValueError: it has a tolerance.
+    """
+    if tolerance is not None:
+        raise ValueError(f"with a tolerance each image takes steps of its own, so there are none {purpose}; use fixed steps")
 
 
 @inference()

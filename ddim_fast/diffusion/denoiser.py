@@ -95,6 +95,20 @@ class Denoiser:
             self._guide = Network(guide.eval(), dtype, batch_invariant=batch_invariant)
         self.needs_calibration = dtype == torch.int8
 
+    @classmethod
+    def of(cls, model: DiffusionModel | Denoiser | str | Path, **options: Any) -> Denoiser:
+        """The denoiser of a model, with the options that are not None; or a denoiser itself, which takes none.
+
+        Raises:
+            ValueError: an option is given with a denoiser, or as of the class.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if not isinstance(model, Denoiser):
+            return cls(model, **given)
+        if given:
+            raise ValueError(f"{next(iter(given))} is an option of the Denoiser, which this sampler shares with others")
+        return model
+
     def __repr__(self) -> str:
         shape, dtype = "x".join(map(str, self.config.image_shape)), str(self.dtype).removeprefix("torch.")
         guide = "" if self.guide is None else f", guide {type(self.guide).__name__}"

@@ -54,6 +54,10 @@ def apply_guidance(unconditional: Any, conditional: Any, scale: Any) -> Any:
     Classifier-free guidance (Ho and Salimans 2022, eq. 6) takes both from one network, with the label and without it;
     autoguidance (Karras et al. 2024) takes ``unconditional`` from a worse network. Any prediction linear in x_0 can be guided.
 
+    It is one pass over memory of its own: it reads two outputs and writes one. :func:`ddim_fast.fast_ddim_step` joins it to a
+    DDIM step, for other loops. Here it is apart, so that all solvers have guidance, and those with memory, classifier guidance
+    and :class:`ddim_fast.diffusion.trajectory.SamplerState` have the guided output.
+
     Args:
         unconditional, conditional: tensors, arrays or values of a graph.
         scale: a number of the same kind.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine import Engine, inference
-from ..io.progress import tell
-from .denoiser import Denoiser
+from ..engine import inference
+from ..io.progress import Bar, tell
 from .loop import Inputs, Loop
 from .request import Request
-from .solvers import DDIM, DDIMUpdate
+from .solvers import DDIM, DDIMUpdate, Solver
 from .step import StepCoefficients, step_coefficients
 
 __all__ = ["Inverter", "inverse_step", "inversion"]
@@ -32,43 +32,52 @@ class Inverter:
     same timesteps (Song et al. 2021, section 4.3 and eq. 14).
 
     Args:
-        denoiser: shared with the sampler.
+        loop: the sampler's.
         timesteps: (S,) of the sampler, noisiest first.
-        engine: executes the steps.
     """
 
-    def __init__(self, denoiser: Denoiser, timesteps: np.ndarray, engine: Engine) -> None:
-        self._denoiser, self._timesteps, self._engine = denoiser, timesteps, engine
-        levels = np.append(denoiser.schedule.alphas_cumprod[timesteps], 1.0)
+    def __init__(self, loop: Loop[Solver], timesteps: np.ndarray) -> None:
+        self._sampling, self._timesteps, denoiser = loop, timesteps, loop.denoiser
+        levels = denoiser.schedule.levels(timesteps)
         self._evaluated, update = inversion(timesteps, levels, denoiser.config.prediction_type)
-        self._loop = Loop(denoiser, update)
-        self._exact = Loop(denoiser, DDIM(levels, 0.0, denoiser.config.prediction_type, None))
+        self._loop = Loop(denoiser, update, loop.engine)
 
     @inference()
-    def encode(self, request: Request, *, exact: bool = False, batch_size: int = 64) -> Tensor:
-        """The noise of the images ``request.x_T``. The error of Euler steps falls with their number.
+    def encode(
+        self, images: Tensor, *, exact: bool = False, batch_size: int = 64, progress: bool = False, **condition: Any
+    ) -> Tensor:
+        """The noise of images. The error of Euler steps falls with their number.
 
         Args:
-            request: as tensors.
+            images: (N, C, H, W) in [-1, 1].
             exact: solve for the inverse of each step of the sampler, by :func:`inverse_step`: the images come back up to
                 rounding. With the packaged models, a step takes 5 or 6 network evaluations in runs of 50 steps, 6 to 11 in 20,
                 8 to 17 in 10, and 20 to 42 in 5. The slowest image of a batch decides; 60 is the limit.
             batch_size: images per network call.
+            progress: show a bar that moves with each network evaluation.
+            condition: labels, guidance and guidance_interval as in :meth:`ddim_fast.Sampler.sample`.
 
         Returns:
             (N, C, H, W) float32.
 
         Raises:
-            ValueError: the batch size is not a whole number of 1 or more.
+            ValueError: the images do not fit the network, or the sampler has no inverse.
         """
-        function = self._encode_exactly if exact else self._encode
-        return request.compute(function, batch_size, request.x_T[:0], padded=self._engine.needs_one_batch_size)
+        loop = self._sampling
+        if loop.solver.stochastic:
+            raise ValueError("encode needs a deterministic sampler; use solver ddim and eta=0")
+        request = loop.request(x_T=images, **condition)
+        if exact and (not isinstance(loop.solver, DDIM) or loop.solver.clip is not None or loop.reuse > 1):
+            raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
+        function, padded = self._encode_exactly if exact else self._encode, loop.engine.needs_one_batch_size
+        with Bar(len(request), shown=progress):
+            return request.compute(lambda batch: (function(batch),), batch_size, (request.x_T[:0],), padded=padded)[0]
 
     def _encode(self, request: Request) -> Tensor:
-        return self._loop.last(self._engine, self._loop.prepare(request, self._evaluated, self._loop.solver.table))
+        return self._loop.last(self._loop.prepare(request, self._evaluated, self._loop.solver.table))
 
     def _encode_exactly(self, request: Request) -> Tensor:
-        loop = self._exact
+        loop: Loop[Any] = self._sampling
         inputs, unguided, _ = loop.prepare(request, self._timesteps, loop.solver.table)
         without = inputs._replace(conditions=inputs.conditions.unguided())
         x = inputs.x
@@ -77,7 +86,7 @@ class Inverter:
 
             def step(x: Tensor, here: Inputs = here, index: Tensor = inputs.steps[number]) -> Tensor:
                 tell(0)
-                return self._engine.call(loop.step, (x,), here, index)[0][0]
+                return loop.engine.call(loop.step, (x,), here, index)[0][0]
 
             x = inverse_step(step, coefficients, x)
             tell(len(x) / len(inputs.steps), evaluations=0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import is_whole
 from .denoiser import Conditions, Denoiser, Prepared
 from .guidance import ClassifierGuidance
-from .request import Request
+from .request import Request, as_tensor
 from .solvers import Solver, State, StepFunction
 from .trajectory import SamplerState
 
@@ -56,6 +56,7 @@ class Loop(Generic[F]):
     """Steps of one denoiser and one solver, executed by an engine.
 
     Args:
+        engine: executes the steps.
         reuse: the network computes its deep features in every ``reuse``-th step; 1 is every step. In between they are
             extrapolated linearly in the step's number (as in Liu et al. 2025, arXiv 2503.06923, of first order). Unchanged
             features lag behind: with them the packaged fashion-mnist did worse than with fewer steps in the same time.
@@ -64,7 +65,7 @@ class Loop(Generic[F]):
         ValueError: ``reuse`` is not a whole number from 1, or the network has no features to share.
     """
 
-    def __init__(self, denoiser: Denoiser, solver: F, reuse: int = 1) -> None:
+    def __init__(self, denoiser: Denoiser, solver: F, engine: Engine, reuse: int = 1) -> None:
         if not is_whole(reuse) or reuse < 1:
             raise ValueError(f"reuse must be a whole number of steps, 1 or more; got {reuse!r}")
         if reuse > 1 and not denoiser.has_deep_features:
@@ -72,7 +73,25 @@ class Loop(Generic[F]):
                 f"reuse={reuse} needs a network with the methods condition and denoise_reusing, as ddim_fast.UNet has them; "
                 "this one can only be sampled with reuse=1"
             )
-        self.denoiser, self.solver, self.reuse = denoiser, solver, reuse
+        self.denoiser, self.solver, self.engine, self.reuse = denoiser, solver, engine, reuse
+
+    def request(self, x_T: Any = None, **asked: Any) -> Request:
+        """The arguments of :meth:`ddim_fast.Sampler.sample`, checked, as tensors on the device.
+
+        Raises:
+            ValueError: they do not fit each other, the network, the solver or the engine; the message names the argument.
+        """
+        if asked.get("gradient") is not None and self.engine.runs_whole:
+            raise ValueError(
+                "gradient is called between the steps of a run, which a captured run does not allow; use engine eager or "
+                "compiled"
+            )
+        denoiser, x_T = self.denoiser, None if x_T is None else as_tensor(x_T)
+        has_guide = denoiser.guide is not None
+        request = Request.check(denoiser.config, stochastic=self.solver.stochastic, has_guide=has_guide, x_T=x_T, **asked)
+        if request.guidance_interval is not None and self.reuse > 1 and not has_guide:
+            raise ValueError(f"guidance_interval changes the network's batch between steps; use reuse=1, not {self.reuse}")
+        return request.to(denoiser.device)
 
     def prepare(self, request: Request, timesteps: np.ndarray, table: np.ndarray, x: Tensor | None = None) -> Run:
         """Prepare a run before its first step.
@@ -98,9 +117,9 @@ class Loop(Generic[F]):
         )
         return Run(inputs, prepared.unguided, prepared.correction)
 
-    def last(self, engine: Engine, run: Run) -> Tensor:
+    def last(self, run: Run) -> Tensor:
         """The sample after the last step."""
-        return engine.run(self._last, run.inputs, run[1:])
+        return self.engine.run(self._last, run.inputs, run[1:])
 
     def states(self, engine: Engine, run: Run) -> Iterator[tuple[State, Tensor]]:
         """The state after each step, and the denoiser's output in that step."""
@@ -124,11 +143,26 @@ class Loop(Generic[F]):
             yield state, output
 
     @inference()
-    def trajectory(self: Loop[Solver], engine: Engine, request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
-        """The state after each step of a solver with its own table; arguments as of :meth:`prepare`."""
+    def sample(
+        self: Loop[Solver], request: Request, timesteps: np.ndarray, on_step: Callable[[SamplerState], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images of a request, and (N,) int64 network evaluations of each, by a solver with its own table; arguments as of
+        :meth:`prepare`. ``on_step`` is called with the state after each step."""
+        if on_step is None:
+            images = self.last(self.prepare(request, timesteps, self.solver.table))
+        else:
+            for state in self.trajectory(request, timesteps):
+                on_step(state)
+            images = state.x
+        evaluations = self.denoiser.evaluations(timesteps, request.guidance, request.guidance_interval)
+        return images, torch.full((len(request),), evaluations)
+
+    @inference()
+    def trajectory(self: Loop[Solver], request: Request, timesteps: np.ndarray) -> Iterator[SamplerState]:
+        """The state after each step of such a solver."""
         run = self.prepare(request, timesteps, self.solver.table)
         before = run.inputs.x
-        for i, (state, output) in enumerate(self.states(engine, run)):
+        for i, (state, output) in enumerate(self.states(self.engine, run)):
             yield SamplerState(i, int(timesteps[i]), state[0], (self.solver, before, output))
             before = state[0]
 
@@ -176,8 +210,11 @@ def initial_noise(request: Request, denoiser: Denoiser) -> Tensor:
 
 @inference()
 def calibrate(denoiser: Denoiser, solver: Solver, timesteps: np.ndarray) -> None:
-    """Calibrate a denoiser's 8-bit convolutions by sampling a few images of all classes, from seeds outside the usual range."""
+    """Calibrate a denoiser's 8-bit convolutions, unless they are, by sampling a few images of all classes, from seeds outside
+    the usual range."""
+    if not denoiser.needs_calibration:
+        return
     classes, seeds = denoiser.config.num_classes, np.arange(2**62, 2**62 + 8)
-    loop = Loop(denoiser, solver)
+    loop = Loop(denoiser, solver, make_engine("eager", denoiser.device))
     request = Request(seeds, labels=None if classes is None else np.arange(8) * classes // 7).to(denoiser.device)
-    denoiser.calibrate(lambda: loop.last(make_engine("eager", denoiser.device), loop.prepare(request, timesteps, solver.table)))
+    denoiser.calibrate(lambda: loop.sample(request, timesteps))

@@ -83,11 +83,7 @@ class Network:
             labels: (N,) or None; an unconditional network ignores them.
             guided: whether each image is also evaluated without its label; these come first.
         """
-        classes = self.num_classes
-        labels = None if classes is None else labels
-        if guided:
-            assert classes is not None and labels is not None
-            labels = torch.cat([torch.full_like(labels, classes), labels])
+        classes, labels = self.num_classes, self._labels(labels, guided)
         if not self._conditions_itself:
             return (timesteps,) if labels is None else (timesteps, labels)
         if classes is None or labels is None:
@@ -107,14 +103,17 @@ class Network:
             labels: (N,) or None.
             guided: as for :meth:`conditions`.
         """
-        classes = self.num_classes
-        labels = None if classes is None else labels
-        if guided:
-            assert classes is not None and labels is not None
-            timesteps, labels = timesteps.repeat(2), torch.cat([torch.full_like(labels, classes), labels])
+        labels, timesteps = self._labels(labels, guided), timesteps.repeat(2) if guided else timesteps
         if not self._conditions_itself:
             return (timesteps[None],) if labels is None else (timesteps[None], labels)
         return (self._model.condition(timesteps, labels)[None],)
+
+    def _labels(self, labels: Tensor | None, guided: bool) -> Tensor | None:
+        """The labels of all evaluations: "no class" before each image's own, if they are guided."""
+        if not guided:
+            return None if self.num_classes is None else labels
+        assert self.num_classes is not None and labels is not None
+        return torch.cat([torch.full_like(labels, self.num_classes), labels])
 
     def __call__(
         self, x: Tensor, conditions: NetworkConditions, index: Tensor, deep: Tensor | None = None

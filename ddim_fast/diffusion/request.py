@@ -125,11 +125,14 @@ class Request:
             count, size = len(batch), min(batch_size, len(self))
             yield batch[[min(i, count - 1) for i in range(size)]] if padded and count < size else batch, count
 
-    def compute(self, function: Callable[[Request], Tensor], batch_size: int, empty: Tensor, *, padded: bool) -> Tensor:
+    def compute(
+        self, function: Callable[[Request], tuple[Tensor, ...]], batch_size: int, empty: tuple[Tensor, ...], *, padded: bool
+    ) -> list[Tensor]:
         """The results of ``function`` for all batches, or ``empty`` without images. Arguments as of :meth:`batches`."""
         import torch
 
-        return torch.cat([empty, *(function(batch)[:count] for batch, count in self.batches(batch_size, padded=padded))])
+        wanted = ([result[:count] for result in function(batch)] for batch, count in self.batches(batch_size, padded=padded))
+        return [torch.cat(parts) for parts in zip(empty, *wanted, strict=True)]
 
 
 def as_tensor(images: Any) -> Tensor:

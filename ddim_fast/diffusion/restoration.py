@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, inference
-from ..io.progress import count_of
+from ..io.progress import Bar, count_of
 from ..ops.ddim_step import ddim_step
 from ..ops.noise import INITIAL_NOISE, check_seeds, seeded_noise
 from ..ops.scalars import is_finite, is_whole, plain
@@ -27,7 +27,7 @@ from .degradations import LinearOperator
 from .denoiser import Denoiser
 from .loop import Loop, initial_noise
 from .prediction import prediction_coefficients
-from .request import Request, as_tensor
+from .request import as_tensor
 from .step import step_coefficients
 
 __all__ = ["Codec", "Restoration", "Restorer", "TimeTravel", "inconsistency", "measure", "restoration_steps"]
@@ -233,6 +233,7 @@ class Restorer:
         noise_std: float = 0.0,
         travel: TimeTravel | None = None,
         codec: Codec | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Images that ``operator`` maps to ``measurement``; the network fills in the rest.
 
@@ -246,6 +247,7 @@ class Restorer:
             travel: time travel, for operators that measure little.
             codec: for a network of latents, their codec; :class:`ddim_fast.diffusion.latent.LatentSampler` gives its own, and
                 returns images.
+            progress: show a bar that moves with each network evaluation.
 
         Returns:
             (N, C, H, W) float32 on the network's device, images or latents. Without noise, ``operator`` maps the images to the
@@ -264,20 +266,18 @@ class Restorer:
         shape, expected = tuple(back_projection.shape[1:]), denoiser.config.image_shape
         if codec is None and shape != expected:
             raise ValueError(f"the measurement is of images of shape {shape}, but the network's are {expected}")
-        has_guide = denoiser.guide is not None
-        request = Request.check(
-            denoiser.config, stochastic=True, has_guide=has_guide, seeds=seeds, labels=labels, guidance=guidance
-        ).to(denoiser.device)
         loop = self._loop_of(operator, codec, shape)
+        request = loop.request(seeds=seeds, labels=labels, guidance=guidance)
         x = loop.solver.pack(initial_noise(request, denoiser), back_projection)
-        return loop.last(self._engine, loop.prepare(request, timesteps, table, x))
+        with Bar(len(request), shown=progress):
+            return loop.last(loop.prepare(request, timesteps, table, x))
 
     def steps(
         self, operator: LinearOperator, *, eta: float = 0.85, noise_std: float = 0.0, travel: TimeTravel | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps and coefficients of :meth:`restore`, as :func:`restoration_steps` returns them."""
         schedule, prediction_type = self._denoiser.schedule, self._denoiser.config.prediction_type
-        levels = np.append(schedule.alphas_cumprod[self._timesteps], 1.0)
+        levels = schedule.levels(self._timesteps)
         return restoration_steps(
             self._timesteps, levels, prediction_type, operator, eta=eta, noise_std=noise_std, travel=travel
         )
@@ -288,5 +288,5 @@ class Restorer:
         loop = self._loop
         if loop is None or (loop.solver.operator, loop.solver.codec, loop.solver.image_shape) != (operator, codec, shape):
             solver = Restoration(operator, self._denoiser.config.image_shape, shape, self._clip, codec)
-            loop = self._loop = Loop(self._denoiser, solver)
+            loop = self._loop = Loop(self._denoiser, solver, self._engine)
         return loop

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,34 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine import inference, make_engine, select_engine
+from ..engine import make_engine, select_engine
 from ..io.progress import Bar
 from ..models.config import DiffusionModel
 from ..models.unet import Labels
-from ..ops.noise import INITIAL_NOISE, seeded_noise
 from ..ops.scalars import plain
-from .controlled import check_tolerance, sample_controlled
+from .controlled import check_tolerance, require_steps, sample_controlled
 from .degradations import LinearOperator
 from .denoiser import Denoiser
 from .guidance import Gradient
 from .inversion import Inverter
 from .loop import Loop, calibrate, initial_noise
-from .request import Request, as_tensor
+from .request import Request
 from .restoration import Restorer
 from .solvers import FITTED, make_solver
-from .timesteps import ADAPTIVE, choose_fitted, select_timesteps
-from .trajectory import SamplerState
+from .timesteps import choose_fitted, select_timesteps
+from .trajectory import LastRun, SamplerState
 
 __all__ = ["Sampler", "SamplerState"]
-
-
-class _Latest(threading.local):
-    """The records of this thread's last call. A copy of a sampler starts without them."""
-
-    evaluations: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
 
 
 class Sampler:
@@ -54,14 +43,13 @@ class Sampler:
         eta: for the ``ddim`` solver: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance.
         spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, the timesteps
             beside the checkpoint that :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and solver.
-        solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``; or ``fitted``, the coefficients and timesteps beside the
-            checkpoint that :func:`ddim_fast.diffusion.fitting.fit_solver` fitted to the model, whatever ``spacing`` says.
+        solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``; or ``fitted``: the timesteps, whatever ``spacing`` says, and
+            coefficients beside the checkpoint, by :func:`ddim_fast.diffusion.fitting.fit_solver`.
         engine: ``eager``; ``compiled``, by torch.compile, with one compilation per batch size; ``captured``, the whole loop in
             one CUDA graph or, on a CPU, one plan of C++ operators; or ``auto``, which is eager.
         clip_sample_range: clip the predicted x_0 to [-r, r] at each step; None does not.
         dtype, guide, batch_invariant: options of the :class:`Denoiser` made from a model.
-        reuse: compute the U-Net's deep features in every ``reuse``-th step only, as an approximation: see
-            :class:`ddim_fast.diffusion.loop.Loop`.
+        reuse: an approximation: deep features are computed every ``reuse`` steps; see :class:`ddim_fast.diffusion.loop.Loop`.
         tolerance: the largest estimated error of a step, which controls the step size instead of ``steps`` and ``spacing``: see
             :mod:`ddim_fast.diffusion.controlled`. Each image takes its own steps, so there is no trajectory and no encoding.
 
@@ -69,6 +57,7 @@ class Sampler:
         denoiser: the network with its guide and dtype.
         image_shape: (C, H, W) of the images.
         timesteps: (S,) int64 array, noisiest first; not used with a tolerance.
+        needs_one_batch_size: whether every batch size costs a preparation, so that a smaller last batch is better padded.
         runs_whole: whether all steps are one call, unless they are watched.
 
     Raises:
@@ -93,27 +82,19 @@ class Sampler:
         batch_invariant: bool | None = None,
     ) -> None:
         steps, eta, clip_sample_range, reuse, tolerance = map(plain, (steps, eta, clip_sample_range, reuse, tolerance))
-        if tolerance is not None:
-            check_tolerance(tolerance, eta, solver, engine, reuse)
-        options: dict[str, Any] = {"dtype": dtype, "guide": guide, "batch_invariant": batch_invariant}
-        given = {name: value for name, value in options.items() if value is not None}
-        if isinstance(model, Denoiser) and given:
-            raise ValueError(f"{next(iter(given))} is an option of the Denoiser, which this sampler shares with others")
-        self.denoiser = denoiser = model if isinstance(model, Denoiser) else Denoiser(model, **given)
-        self.model, self.guide, self.config = denoiser.model, denoiser.guide, denoiser.config
-        self.schedule, self.dtype, self.networks = denoiser.schedule, denoiser.dtype, denoiser.networks
-        if solver == FITTED or (isinstance(spacing, str) and spacing == ADAPTIVE):
-            spacing = choose_fitted(getattr(self.model, "fitted_timesteps", None), solver, steps)
+        check_tolerance(tolerance, eta, solver, engine, reuse)
+        self.denoiser = denoiser = Denoiser.of(model, dtype=dtype, guide=guide, batch_invariant=batch_invariant)
+        self.model, self.guide, self.networks, self.dtype = denoiser.model, denoiser.guide, denoiser.networks, denoiser.dtype
+        self.config, self.schedule, self.image_shape = denoiser.config, denoiser.schedule, denoiser.config.image_shape
+        spacing, self._coefficients = choose_fitted(spacing, solver, steps, self.model)
         self._steps, self._spacing = steps if isinstance(spacing, str) else None, spacing
-        self._coefficients = getattr(self.model, "fitted_coefficients", {})[len(spacing)] if solver == FITTED else None
         self._solver, self._clip, self.eta, self.reuse, self.tolerance = solver, clip_sample_range, eta, reuse, tolerance
-        self.image_shape = self.config.image_shape
         self.engine, self._engine = select_engine(engine, self.device), make_engine(engine, self.device)
-        self.runs_whole = self.engine == "captured" or tolerance is not None
+        self.needs_one_batch_size = self._engine.needs_one_batch_size
+        self.runs_whole = self._engine.runs_whole or tolerance is not None
         self._visit(select_timesteps(self.schedule, self._steps, spacing))
         self._later: dict[int, Sampler] = {}
-        if denoiser.needs_calibration:
-            calibrate(denoiser, self.solver, self.timesteps)
+        calibrate(denoiser, self.solver, self.timesteps)
 
     def __repr__(self) -> str:
         spacing = self._spacing if isinstance(self._spacing, str) else "listed"
@@ -123,16 +104,12 @@ class Sampler:
         return f"Sampler({self.denoiser!r}, {self._solver}, {way}{eta}{reuse}, {self.engine})"
 
     def _visit(self, timesteps: np.ndarray) -> None:
-        self.timesteps = timesteps
-        # After the last step no noise is left.
-        self._levels = np.append(self.schedule.alphas_cumprod[timesteps], 1.0)
-        self.solver = make_solver(
-            self._solver, self._levels, self.eta, self.config.prediction_type, self._clip, self._coefficients
-        )
-        self._loop = Loop(self.denoiser, self.solver, self.reuse)
-        self._inverter = Inverter(self.denoiser, timesteps, self._engine)
+        self.timesteps, levels = timesteps, self.schedule.levels(timesteps)
+        self.solver = make_solver(self._solver, levels, self.eta, self.config.prediction_type, self._clip, self._coefficients)
+        self._loop = Loop(self.denoiser, self.solver, self._engine, self.reuse)
+        self._inverter = Inverter(self._loop, timesteps)
         self._restorer = Restorer(self.denoiser, timesteps, self._engine, self._clip)
-        self._latest = _Latest()
+        self._last_run = LastRun()
 
     def starting_at(self, timestep: int) -> Sampler:
         """This sampler with the same number of steps from an image at the noise level of ``timestep``, 0 to T - 1; cached per
@@ -143,9 +120,9 @@ class Sampler:
             ValueError: the timestep is out of range, no timestep is left, or the sampler has a tolerance.
         """
         timestep = plain(timestep)
-        self._require_steps("to start at")
+        require_steps(self.tolerance, "to start at")
         if self._solver == FITTED:
-            raise ValueError("the solver fitted starts from noise; use another solver to start at a timestep")
+            raise ValueError("the solver fitted starts from noise only; use another one to start at a timestep")
         if timestep not in self._later:
             steps = self._steps and min(self._steps, timestep + 1)
             later = copy.copy(self)
@@ -161,15 +138,10 @@ class Sampler:
         return other
 
     @property
-    def needs_one_batch_size(self) -> bool:
-        """Whether every batch size costs a preparation, so that a smaller last batch is better padded."""
-        return self._engine.needs_one_batch_size
-
-    @property
     def evaluations(self) -> Tensor | None:
         """(N,) int64, the network evaluations of each image in this thread's last :meth:`sample`; None before. Evaluations of a
         guide are not counted."""
-        return self._latest.evaluations
+        return self._last_run.evaluations
 
     @property
     def device(self) -> torch.device:
@@ -214,20 +186,18 @@ class Sampler:
                 captured run or a tolerance allows no gradient, because nothing can be called between their steps.
         """
         asked = {"seeds": seeds, "labels": labels, "guidance": guidance, "guidance_interval": guidance_interval}
-        request = self._request(x_T, gradient, **asked)
+        request = self.check(x_T=x_T, gradient=gradient, **asked)
         if on_step is not None:
-            self._require_steps("to look at")
-        counts = [torch.empty(0, dtype=torch.int64)]
+            require_steps(self.tolerance, "to look at")
 
-        def compute(batch: Request) -> Tensor:
-            images, evaluations = self._sample(batch, on_step)
-            counts.append(evaluations)
-            return images
+        def compute(batch: Request) -> tuple[Tensor, Tensor]:
+            if self.tolerance is not None:
+                return sample_controlled(self.denoiser, batch, self.tolerance, self._clip)
+            return self._loop.sample(batch, self.timesteps, on_step)
 
-        none = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device)
+        empty = torch.empty(0, *self.image_shape, dtype=torch.float32, device=self.device), torch.empty(0, dtype=torch.int64)
         with Bar(len(request), shown=progress):
-            images = request.compute(compute, batch_size, none, padded=self.needs_one_batch_size)
-        self._latest.evaluations = torch.cat(counts)[: len(request)]  # only the last batch may be padded
+            images, self._last_run.evaluations = request.compute(compute, batch_size, empty, padded=self.needs_one_batch_size)
         return images
 
     def trajectory(self, **request: Any) -> Iterator[SamplerState]:
@@ -236,16 +206,18 @@ class Sampler:
         Raises:
             ValueError: as there, or the sampler has a tolerance, and its images share no steps.
         """
-        self._require_steps("to look at")
-        return self._loop.trajectory(self._engine, self._request(**request), self.timesteps)
+        require_steps(self.tolerance, "to look at")
+        return self._loop.trajectory(self.check(**request), self.timesteps)
 
-    def check(self, **request: Any) -> None:
-        """Raise the errors of :meth:`sample` for these arguments, without computing anything."""
-        self._request(**request)
+    def check(self, **request: Any) -> Request:
+        """Raise the errors of :meth:`sample` for these arguments, without computing anything; else return them as tensors."""
+        if request.get("gradient") is not None:
+            require_steps(self.tolerance, "to call a gradient between")
+        return self._loop.request(**request)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The x_T (N, C, H, W) of :meth:`sample`."""
-        return initial_noise(self._request(seeds=seeds), self.denoiser)
+        return initial_noise(self.check(seeds=seeds), self.denoiser)
 
     def noised(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """(N, C, H, W) images in [-1, 1] with the noise of the first timestep added (Ho et al. 2020, eq. 4), an x_T for
@@ -254,75 +226,24 @@ class Sampler:
         Raises:
             ValueError: the images do not fit the network or the seeds.
         """
-        request, level = self._request(seeds=seeds, x_T=images), float(self._levels[0])
-        noise = seeded_noise(request.seeds, INITIAL_NOISE, self.image_shape, self.device)
-        return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * noise
+        request, level = self.check(seeds=seeds, x_T=images), float(self.schedule.alphas_cumprod[self.timesteps[0]])
+        return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * self.noise(seeds)
 
-    def encode(
-        self, images: Tensor, *, exact: bool = False, batch_size: int = 64, progress: bool = False, **condition: Any
-    ) -> Tensor:
-        """The noise x_T (N, C, H, W) float32 from which deterministic DDIM makes ``images``, (N, C, H, W) in [-1, 1], by
-        :meth:`Inverter.encode` over the same timesteps; labels, guidance, guidance_interval and progress are as in
-        :meth:`sample`.
-        Exact inversion is for the ``ddim`` solver without clipping and ``reuse``; it takes 5 to 42 evaluations a step.
+    def encode(self, images: Tensor, *, exact: bool = False, **options: Any) -> Tensor:
+        """The noise x_T (N, C, H, W) float32 from which deterministic DDIM makes ``images``, (N, C, H, W) in [-1, 1], over the
+        same timesteps. Arguments and errors as of :meth:`Inverter.encode`: labels, guidance, guidance_interval, batch_size and
+        progress as in :meth:`sample`. Exact inversion, of the ``ddim`` solver without clipping and ``reuse``, takes 5 to 42
+        evaluations a step."""
+        require_steps(self.tolerance, "to invert")
+        return self._inverter.encode(images, exact=exact, **options)
 
-        Raises:
-            ValueError: the images do not fit the network, or the sampler has no inverse.
-        """
-        self._require_steps("to invert")
-        if self.solver.stochastic:
-            raise ValueError("encode needs a deterministic sampler; use solver ddim and eta=0")
-        request = self._request(x_T=images, **condition)
-        if exact and (self._solver != "ddim" or self._clip is not None or self.reuse > 1):
-            raise ValueError("encode(exact=True) inverts steps of the ddim solver, without clipping and with reuse=1")
-        with Bar(len(request), shown=progress):
-            return self._inverter.encode(request, exact=exact, batch_size=batch_size)
-
-    def restore(
-        self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], progress: bool = False, **options: Any
-    ) -> Tensor:
+    def restore(self, measurement: Tensor, operator: LinearOperator, *, seeds: Sequence[int], **options: Any) -> Tensor:
         """Images that ``operator`` maps to ``measurement``: inpainting, super-resolution, colorization, deblurring. Arguments
-        and errors as of :meth:`Restorer.restore`, progress as in :meth:`sample`. Timesteps are the sampler's; its solver and
-        eta are not used."""
-        self._require_steps("to restore in")
-        with Bar(len(seeds), shown=progress):
-            return self._restorer.restore(measurement, operator, seeds=seeds, **options)
+        and errors as of :meth:`Restorer.restore`. Timesteps are the sampler's; its solver and eta are not used."""
+        require_steps(self.tolerance, "to restore in")
+        return self._restorer.restore(measurement, operator, seeds=seeds, **options)
 
     def restoration_steps(self, operator: LinearOperator, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps and coefficients of :meth:`restore`; see :meth:`Restorer.steps`."""
-        self._require_steps("to restore in")
+        require_steps(self.tolerance, "to restore in")
         return self._restorer.steps(operator, **options)
-
-    def _require_steps(self, purpose: str) -> None:
-        if self.tolerance is not None:
-            raise ValueError(
-                f"with a tolerance each image takes steps of its own, so there are none {purpose}; use fixed steps"
-            )
-
-    def _request(self, x_T: Any = None, gradient: Gradient | None = None, **request: Any) -> Request:
-        """The arguments of :meth:`sample`, checked, on the device."""
-        if gradient is not None and self.runs_whole:
-            raise ValueError(
-                "gradient is called between the steps of a run, which a captured run and a tolerance do not allow; use engine "
-                "eager or compiled, and fixed steps"
-            )
-        x_T, has_guide = None if x_T is None else as_tensor(x_T), self.guide is not None
-        options = {"stochastic": self.solver.stochastic, "has_guide": has_guide, "x_T": x_T, "gradient": gradient}
-        checked = Request.check(self.config, **options, **request)
-        if checked.guidance_interval is not None and self.reuse > 1 and self.guide is None:
-            raise ValueError(f"guidance_interval changes the network's batch between steps; use reuse=1, not {self.reuse}")
-        return checked.to(self.device)
-
-    @inference()
-    def _sample(self, request: Request, on_step: Callable[[SamplerState], None] | None) -> tuple[Tensor, Tensor]:
-        """The images of a batch, and the network evaluations of each."""
-        if self.tolerance is not None:
-            return sample_controlled(self.denoiser, request, self.tolerance, self._clip)
-        if on_step is None:
-            images = self._loop.last(self._engine, self._loop.prepare(request, self.timesteps, self.solver.table))
-        else:
-            for state in self._loop.trajectory(self._engine, request, self.timesteps):
-                on_step(state)
-            images = state.x
-        evaluations = self.denoiser.evaluations(self.timesteps, request.guidance, request.guidance_interval)
-        return images, torch.full((len(request),), evaluations)

@@ -59,6 +59,10 @@ class NoiseSchedule:
         """T."""
         return len(self.betas)
 
+    def levels(self, timesteps: np.ndarray) -> np.ndarray:
+        """(S + 1,) float64, alphas_cumprod at the timesteps of a run and after its last step, where no noise is left."""
+        return np.append(self.alphas_cumprod[timesteps], 1.0)
+
     @property
     def log_snr(self) -> np.ndarray:
         """(T,) float64: log(alphas_cumprod / (1 - alphas_cumprod)); -inf at a zero-SNR terminal step."""

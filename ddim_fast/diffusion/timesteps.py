@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,34 +79,38 @@ def select_timesteps(
     return distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
 
 
-def choose_fitted(fitted: dict[str, dict[int, list[int]]] | None, solver: str, steps: int | None) -> list[int]:
-    """The timesteps of spacing ``adaptive``, and of the solver ``fitted``.
+def choose_fitted(
+    spacing: str | Sequence[int], solver: str, steps: int | None, model: Any
+) -> tuple[str | Sequence[int], list[list[float]] | None]:
+    """What was fitted to a model, where a sampler asks for it: timesteps in place of spacing ``adaptive``, or the timesteps and
+    coefficients of the solver ``fitted``. Otherwise the spacing as it is, and None.
 
     Args:
-        fitted: a model's fitted timesteps, by solver and number of steps, or None.
         solver: the solver; ``ddpm`` uses the timesteps of ``ddim``.
+        model: has ``fitted_timesteps``, by solver and number of steps, and ``fitted_coefficients``, or None there.
 
     Raises:
-        ValueError: none are fitted for that solver and number of steps.
+        ValueError: nothing is fitted for that solver and number of steps.
     """
-    runs = (fitted or {}).get("ddim" if solver == "ddpm" else solver)
+    if solver != FITTED and not (isinstance(spacing, str) and spacing == ADAPTIVE):
+        return spacing, None
+    runs = (getattr(model, "fitted_timesteps", None) or {}).get("ddim" if solver == "ddpm" else solver)
     if not runs and solver == FITTED:
         raise ValueError(
-            "solver fitted: no solver has been fitted to this model; fit one once by python -m ddim_fast.evaluate --fit-solver "
-            "--steps 5 --model MODEL"
+            "solver fitted: none has been fitted to this model; fit one by python -m ddim_fast.evaluate --fit-solver 4,5,6 "
+            "--model MODEL"
         )
     if not runs:
         raise ValueError(
             f"spacing adaptive: no timesteps have been fitted to this model and {solver}; fit them once by python -m "
             "ddim_fast.evaluate --fit-timesteps --model MODEL"
         )
-    if steps not in runs and solver == FITTED:
-        raise ValueError(f"solver fitted: this model's is for {', '.join(map(str, sorted(runs)))} steps; got {steps}")
     if steps not in runs:
-        raise ValueError(
-            f"spacing adaptive: the timesteps fitted to this model are for {min(runs)} to {max(runs)} steps; got {steps}"
-        )
-    return runs[steps]
+        wanted = "solver fitted: the one" if solver == FITTED else "spacing adaptive: the timesteps"
+        listed = ", ".join(map(str, sorted(runs))) if solver == FITTED else f"{min(runs)} to {max(runs)}"
+        verb = "is" if solver == FITTED else "are"
+        raise ValueError(f"{wanted} fitted to this model {verb} for {listed} steps; got {steps}")
+    return runs[steps], model.fitted_coefficients[steps] if solver == FITTED else None
 
 
 def _linear(schedule: NoiseSchedule, steps: int) -> np.ndarray:

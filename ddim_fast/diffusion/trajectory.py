@@ -1,7 +1,8 @@
-"""The state after each step, yielded by ``trajectory``."""
+"""What runs tell of themselves: the state after each step, yielded by ``trajectory``, and the evaluations of the last run."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
     from .solvers import Solver
 
-__all__ = ["SamplerState"]
+__all__ = ["LastRun", "SamplerState"]
 
 
 @dataclass
@@ -44,3 +45,16 @@ class SamplerState:
         """(N, C, H, W) float32: the images that the network predicted at ``timestep``. Computed on access."""
         solver, x, output = self._evaluation
         return solver.predict_x0(self.step, x, output)
+
+
+class LastRun(threading.local):
+    """The record of a thread's last run. A copy starts without one.
+
+    Attributes:
+        evaluations: (N,) int64, the network evaluations of each image, or None.
+    """
+
+    evaluations: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()

@@ -25,6 +25,8 @@ class Captured(Compiled):
     # Graphs keep their memory. More shapes than this in turn are not a sampling run but a mistake.
     MOST = 4
 
+    runs_whole = True
+
     def __init__(self) -> None:
         super().__init__()
         self._graphs: dict[Hashable, _Graph] = {}

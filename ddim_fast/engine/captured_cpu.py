@@ -34,6 +34,8 @@ class CapturedOnCpu(Eager):
     # Recordings keep their memory. More shapes than this in turn are not a sampling run but a mistake.
     MOST = 8
 
+    runs_whole = True
+
     def __init__(self) -> None:
         self.recordings: dict[Hashable, Recording] = {}
         self._derived: Derived = {}

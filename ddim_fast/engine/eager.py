@@ -17,9 +17,11 @@ class Eager:
 
     Attributes:
         needs_one_batch_size: whether every batch size costs a preparation, so that a smaller last batch is better padded.
+        runs_whole: whether :meth:`run` is one call, so that nothing can be called between its steps.
     """
 
     needs_one_batch_size = False
+    runs_whole = False
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """``function(*arguments)``.

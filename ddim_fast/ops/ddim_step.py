@@ -55,6 +55,8 @@ def ddim_step(
         noise: like ``sample``, or None to leave its term out.
         out: where the result goes, of the sample's shape; may be one of the inputs.
         unconditional: the network's output without its condition, for classifier-free guidance; None leaves out the first line.
+            It is for :func:`ddim_fast.fast_ddim_step` in other loops. Ours guides before the step:
+            :func:`ddim_fast.diffusion.guidance.apply_guidance` says why.
         guidance: the scale that goes with it.
         seeds: (N,) int64 beside the sample, one an image, instead of ``noise``: :func:`ddim_fast.seeded_noise` of ``step``,
             made on the spot (on a GPU equal to it to a few units in the last place).
@@ -194,11 +196,8 @@ def _run_cuda(request: _Request) -> Tensor:
 
 
 def _why_not_cuda(request: _Request) -> str | None:
-    if native.module is None:
-        return native.why_not
-    if not native.has_cuda:
-        return "ddim_fast was built without nvcc"
-    return _why_not_compiled(request, "cuda", (torch.float32, torch.bfloat16, torch.float16))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return native.why_not_cuda() or _why_not_compiled(request, "cuda", dtypes)
 
 
 def _run_triton(request: _Request) -> Tensor:

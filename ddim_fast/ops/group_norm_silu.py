@@ -100,8 +100,7 @@ def _with_parameters(call: _Call) -> _Call:
 def group_norm_silu_reference(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, **options: Any
 ) -> Tensor:
-    """The reference in plain PyTorch: differentiable, on any device and layout. Arguments as
-    :func:`group_norm_silu`."""
+    """The reference in plain PyTorch: differentiable, on any device and layout. Arguments as :func:`group_norm_silu`."""
     defaults: dict[str, Any] = dict.fromkeys(("pre_shift", "scale", "shift", "residual", "skip")) | {"silu": True}
     return _reference(_with_parameters(_Call(x, num_groups, weight, bias, eps, **(defaults | options))))
 
@@ -289,10 +288,8 @@ def _run_cuda(call: _Call) -> Tensor:
 
 
 def _why_not_cuda(call: _Call) -> str | None:
-    if native.module is None:
-        return native.why_not
-    if not native.has_cuda:
-        return "ddim_fast was built without nvcc"
+    if (reason := native.why_not_cuda()) is not None:
+        return reason
     if call.x.device.type != "cuda" or call.x.dtype not in _CUDA_DTYPES:
         return f"it takes float32, bfloat16 and float16 on a GPU, not {call.x.dtype} on {call.x.device}"
     if call.channels // call.num_groups > 2048:

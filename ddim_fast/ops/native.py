@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["has_cuda", "module", "why_not"]
+__all__ = ["has_cuda", "module", "why_not", "why_not_cuda"]
 
 module: Any = None
 why_not: str | None = None
@@ -26,3 +26,8 @@ except ImportError as error:
     why_not = f"ddim_fast._native was built but cannot be loaded: {error}"
 
 has_cuda: bool = hasattr(module, "ddim_step_cuda")
+
+
+def why_not_cuda() -> str | None:
+    """None, or why `module` has no CUDA functions."""
+    return why_not if module is None else None if has_cuda else "ddim_fast was built without nvcc"

@@ -87,6 +87,57 @@ def test_the_plot_of_fid(evaluation, tmp_path):
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_seconds_an_image_are_of_our_fastest_engine_in_the_networks_dtype():
+    def of(group, **rates):
+        return {"group": group, "extra_info": {"evaluations/s": {name.replace("_", " "): rate for name, rate in rates.items()}}}
+
+    run = {
+        "benchmarks": [
+            of("small batch 1 steps 10", captured_bf16=50.0, openvino_bf16=400.0, captured_int8=500.0),
+            of("small batch 8 steps 10", captured_bf16=80.0, eager_bf16=100.0, eager_fp32=40.0),
+            of("small-2 batch 8 steps 10", eager_bf16=1000.0),
+        ]
+    }
+    assert report.fastest(run, "small", "bfloat16") == (0.01, "eager bf16, small batch 8 steps 10")
+    assert report.fastest(run, "small", "float32") == (1 / 40, "eager fp32, small batch 8 steps 10")
+    with pytest.raises(ValueError, match="--speed has no run of small in float16"):
+        report.fastest(run, "small", "float16")
+
+
+@pytest.mark.parametrize("model", ["cifar10-64", "fashion-mnist"])
+def test_the_plot_of_fid_against_seconds(model, tmp_path, monkeypatch):
+    """Of the committed files, by the command."""
+    from matplotlib import axes
+
+    drawn = {}
+    plot = axes.Axes.plot
+
+    def watched(self, x, y, **options):
+        drawn[options["label"]] = x, y
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(axes.Axes, "plot", watched)
+    results = SCRIPT.parent / "results" / "zen4-two-cores"
+    evaluation, speed = results / model / "evaluation.json", results / "sampler-avx512.json"
+    path = tmp_path / "fid-time.png"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(evaluation), "--speed", str(speed), "--plot", str(path)])
+    report.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
+    fid = report.fid_by_steps(json.loads(evaluation.read_text()))
+    rates = [b["extra_info"]["evaluations/s"] for b in json.loads(speed.read_text())["benchmarks"] if f"{model} " in b["group"]]
+    rate = max(rate["captured bf16"] for rate in rates)
+    assert drawn.keys() == fid.keys()
+    for name, (milliseconds, values) in drawn.items():
+        assert milliseconds == pytest.approx([1e3 * steps / rate for steps in fid[name]]) and values == list(fid[name].values())
+
+
+def test_the_time_of_an_image_is_not_of_several_dtypes(evaluation, tmp_path):
+    for row, dtype in zip(evaluation["rows"], ["float32", *["bfloat16"] * 4], strict=True):
+        row["settings"] |= {"model": "small", "dtype": dtype}
+    with pytest.raises(ValueError, match="of one model and dtype; the evaluation has"):
+        report.plot_fid(evaluation, tmp_path / "fid.png", {"benchmarks": []})
+
+
 def test_speeds_are_read_from_the_groups(tmp_path):
     def of(group, **rates):
         return {"group": group, "extra_info": {"images/s": rates}}

@@ -113,7 +113,7 @@ def test_a_fitted_solver_goes_with_the_network(use_exported, exported, tmp_path,
         expected = rows[settings.get("steps", 4)].sample(seeds=SEEDS, labels=LABELS)
         assert sampler.runs_whole == whole
         assert_same(sampler.sample(seeds=SEEDS, labels=LABELS), expected)
-    with pytest.raises(ValueError, match="solver fitted: this model's is for 2, 4 steps; got 3"):
+    with pytest.raises(ValueError, match="solver fitted: the one fitted to this model is for 2, 4 steps; got 3"):
         OnnxSampler(tmp_path / "fitted", steps=3)
 
 

@@ -65,10 +65,10 @@ def test_the_table_serves_every_engine(small_unet, engine):
 
 
 def test_what_a_fitted_solver_cannot_do(small_unet, fake_network):
-    with pytest.raises(ValueError, match=r"no solver has been fitted to this model; .* --fit-solver"):
+    with pytest.raises(ValueError, match=r"solver fitted: none has been fitted to this model; .* --fit-solver"):
         Sampler(small_unet, steps=5, solver="fitted")
     small_unet.fitted_timesteps, small_unet.fitted_coefficients = {"fitted": {2: [700, 3]}}, {2: ROWS}
-    with pytest.raises(ValueError, match="this model's is for 2 steps; got 5"):
+    with pytest.raises(ValueError, match="solver fitted: the one fitted to this model is for 2 steps; got 5"):
         Sampler(small_unet, steps=5, solver="fitted")
     with pytest.raises(ValueError, match="eta is an option of the ddim solver"):
         Sampler(small_unet, steps=2, solver="fitted", eta=0.5)

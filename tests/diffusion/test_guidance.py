@@ -157,7 +157,7 @@ def test_what_is_no_gradient_is_named(gradient, fake_network):
 
 
 def test_controlled_steps_have_no_between(fake_network):
-    with pytest.raises(ValueError, match="gradient is called between the steps of a run"):
+    with pytest.raises(ValueError, match="so there are none to call a gradient between; use fixed steps"):
         Sampler(fake_network(), tolerance=0.1).sample(seeds=[0], gradient=lambda x, t, x0: x)
 
 

@@ -182,13 +182,14 @@ def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
     """On the meta device a number that somebody wants to read is an error. It is no CPU, so what runs is what runs on a GPU,
     but for the kernels."""
     sampler = Sampler(UNet(small_config), steps=3, solver=solver, eta=eta, spacing="trailing")
-    loop = Loop(Denoiser(UNet(small_config).to("meta"), dtype=torch.bfloat16), sampler.solver)
+    denoiser = Denoiser(UNet(small_config).to("meta"), dtype=torch.bfloat16)
+    loop = Loop(denoiser, sampler.solver, make_engine("eager", denoiser.device))
     labels, gradient = torch.zeros(2, dtype=torch.int64, device="meta"), None
     if guided == "by a gradient":
         gradient = likelihood_gradient(lambda x0: -x0.square().sum((1, 2, 3)), loop.denoiser)
     request = Request(labels, labels=labels, guidance=2.0 if guided else None, gradient=gradient)
     run = loop.prepare(request, sampler.timesteps, sampler.solver.table, torch.zeros(2, 3, 16, 16, device="meta"))
-    assert loop.last(make_engine("eager", loop.denoiser.device), run).shape == (2, 3, 16, 16)
+    assert loop.last(run).shape == (2, 3, 16, 16)
     with pytest.raises(RuntimeError):
         run.inputs.x.sum().item()
 
@@ -200,16 +201,16 @@ def test_no_step_waits_for_the_gpu(solver, eta, engine, small_config):
     sampler = Sampler(UNet(small_config).to("cuda"), steps=3, solver=solver, eta=eta, spacing="trailing", engine=engine)
     run = _prepared(sampler, seeds=[0, 1], labels=[2, 3], guidance=2.0)
     with torch.no_grad():
-        sampler._loop.last(sampler._engine, run)
+        sampler._loop.last(run)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sampler._loop.last(sampler._engine, run)
+            sampler._loop.last(run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def _prepared(sampler, **request):
-    return sampler._loop.prepare(sampler._request(**request), sampler.timesteps, sampler.solver.table)
+    return sampler._loop.prepare(sampler.check(**request), sampler.timesteps, sampler.solver.table)
 
 
 def test_conditions_are_the_networks_own(small_unet):
