@@ -249,7 +249,7 @@ def parse_positive(text: str) -> int:
     """
     if not text.isdecimal() or _digits(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    if int(text) > _MOST:
+    if _digits(text) > _MOST:
         raise argparse.ArgumentTypeError(f"{text} is more than {_MOST:,}")
     return int(text)
 
