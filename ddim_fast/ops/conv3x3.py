@@ -14,12 +14,16 @@ from . import native
 from .capturing import is_traced
 from .dispatch import Implementation, choose
 from .measured import bf16_products, is_faster_in_cpp
+from .tensors import address, explain_refusal, resolved
 from .torch_private import is_observed
 from .weight_cache import cached, converted, forget
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_cached", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]
 
 Prepared = tuple[Tensor, ...]
+
+# Heights and widths of weights: of images, and of signals.
+_KERNELS = ((3, 3), (1, 3))
 
 
 def conv3x3(
@@ -47,12 +51,29 @@ def conv3x3(
         (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, of signals (N, K, 1, 2 W), in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
+        ValueError: shapes, dtypes, layouts or devices do not fit; the message names the tensor.
+        TypeError: an argument is no tensor.
     """
-    if prepared is None or is_observed() or _records_gradient(x, bias, residual):
-        return conv3x3_reference(x, weight, bias, residual=residual, upsample=upsample)
-    _check(x, prepared, bias, residual, upsample)
-    return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
+    try:
+        if prepared is None or is_observed() or _records_gradient(x, bias, residual):
+            # What PyTorch would compute of other tensors; the rest it refuses itself, and then _check says what it is.
+            misfits = x.ndim != 4 or weight.shape[2:] not in _KERNELS or not x.is_floating_point()
+            if misfits or x.device != weight.device or (bias is not None and bias.device != x.device):
+                _check(x, weight, bias, residual, upsample)
+            out = conv3x3_reference(x, weight, bias, upsample=upsample)
+            if residual is None:
+                return out
+            if residual.shape != out.shape or residual.dtype != out.dtype:
+                _check(x, weight, bias, residual, upsample)
+            return out + residual
+        _check_prepared(x, prepared, bias, residual, upsample)
+        return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
+    except Exception as error:
+        optional = {"bias": bias, "residual": residual}
+        explain_refusal("conv3x3", error, {"x": x} if prepared else {"x": x, "weight": weight}, optional)
+        if prepared is None:
+            _check(x, weight, bias, residual, upsample)
+        raise
 
 
 def conv3x3_cached(
@@ -64,13 +85,17 @@ def conv3x3_cached(
     ``weight`` may have another dtype than ``x`` and the result. Where a gradient is recorded, nothing is prepared, and the
     prepared weights are dropped.
     """
-    if is_observed() or _records_gradient(x, weight, bias, residual):
-        forget(weight)
-    elif not torch.compiler.is_compiling():
-        return _run_cached(x, weight, bias, residual, upsample)
-    elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
-        return _registered_cached(x, weight, bias, residual, upsample)
-    return conv3x3_reference(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    try:
+        if is_observed() or _records_gradient(x, weight, bias, residual):
+            forget(weight)
+        elif not torch.compiler.is_compiling():
+            return _run_cached(x, weight, bias, residual, upsample)
+        elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
+            return _registered_cached(x, weight, bias, residual, upsample)
+        return conv3x3(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    except Exception as error:
+        explain_refusal("conv3x3", error, {"x": x, "weight": weight}, {"bias": bias, "residual": residual})
+        raise
 
 
 def conv3x3_reference(
@@ -107,6 +132,11 @@ def prepare_conv3x3(
     Raises:
         ValueError: ``limits`` are given, or DDIM_FAST_BACKEND=native, and cannot be served; the message says why.
     """
+    if weight.ndim != 4 or weight.shape[2:] not in _KERNELS or not weight.is_floating_point():
+        raise ValueError(
+            "conv3x3: weight must be floating-point numbers of shape (K, C, 3, 3) or (K, C, 1, 3); "
+            f"got {weight.dtype} of {tuple(weight.shape)}"
+        )
     request = _Weight(weight, dtype, limits, size)
     if limits is None:
         return choose("conv3x3", IMPLEMENTATIONS, request).run(request)
@@ -163,10 +193,10 @@ def _is_exact() -> bool:
 
 
 def _prepare_native(request: _Weight) -> Prepared:
-    weight, dtype, limits = request.weight.detach().float().contiguous(), request.dtype, request.limits
+    weight, dtype, limits = resolved(request.weight.detach()).float().contiguous(), request.dtype, request.limits
     channels, tile = weight.shape[:2], request.tile
     prepared = torch.empty(((tile + 2) ** 2, *channels), dtype=dtype if limits is None else torch.int8)
-    addresses = weight.data_ptr(), prepared.data_ptr()
+    addresses = address(weight), address(prepared)
     if limits is None:
         native.module.prepare_conv3x3(*addresses, *channels, dtype == torch.bfloat16, tile)
         return (prepared,)
@@ -188,7 +218,7 @@ def _why_not_native(request: _Weight) -> str | None:
         return "it takes bfloat16 only where the processor has AVX-512 BF16"
     if weight.shape[2] != 3:
         return f"it takes 3x3 weights, not {weight.shape[2]}x{weight.shape[3]}"
-    if weight.shape[0] % 16 or weight.shape[1] % 16:
+    if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.numel():
         return f"it takes channels in multiples of 16, not {weight.shape[1]} and {weight.shape[0]}"
     return None
 
@@ -224,20 +254,20 @@ def _(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor |
 
 def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     layout = torch.channels_last
-    x = x.contiguous(memory_format=layout)
-    residual = None if residual is None else residual.contiguous(memory_format=layout)
-    bias = None if bias is None else bias.float().contiguous()
+    x = resolved(x).contiguous(memory_format=layout)
+    residual = None if residual is None else resolved(residual).contiguous(memory_format=layout)
+    bias = None if bias is None else resolved(bias).float().contiguous()
     weights, *scales = prepared
     out = _empty_result(x, weights, upsample)
     n, channels, height, width = x.shape
     native.module.conv3x3(
-        [0 if t is None else t.data_ptr() for t in (x, weights, bias, residual, out)],
+        [address(x), weights.data_ptr(), address(bias), address(residual), out.data_ptr()],
         [n, height, width, channels, out.shape[1]],
         upsample,
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
         _tile_of(weights),
-        scales=[t.data_ptr() for t in scales] or None,
+        scales=[address(t) for t in scales] or None,
     )
     return out
 
@@ -302,22 +332,76 @@ def _records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(x: Tensor, prepared: Prepared, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
+    """Check what PyTorch's convolution, padded for a 3x3 kernel, would take otherwise."""
+    shape = weight.shape
+    if len(shape) != 4 or shape[2:] not in _KERNELS or 0 in shape:
+        raise ValueError(f"conv3x3: weight must have shape (K, C, 3, 3) or (K, C, 1, 3); got {tuple(shape)}")
+    _check_images(x, shape[1])
+    if 0 in x.shape[2:]:
+        raise ValueError(f"conv3x3: x must have pixels; got {tuple(x.shape)}")
+    if not x.is_floating_point() or x.device != weight.device or _differ(x, weight):
+        raise ValueError(
+            f"conv3x3: x must be a floating-point tensor like weight, {weight.dtype} on {weight.device}; "
+            f"got {x.dtype} on {x.device}"
+        )
+    _check_added(x, shape[0], bias, residual, (2 if shape[2] == 3 else 1, 2) if upsample else (1, 1))
+
+
+def _check_prepared(x: Tensor, prepared: Prepared, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
     weights, *scales = prepared
-    channels = weights.shape[1]
-    if x.ndim != 4 or x.shape[1] != weights.shape[2]:
-        raise ValueError(f"x must have shape (N, {weights.shape[2]}, H, W) to fit the weights; got {tuple(x.shape)}")
-    fits = x.dtype in (torch.float32, torch.bfloat16) if scales else x.dtype == weights.dtype
-    if upsample and _tile_of(weights) == 4:
+    shape = weights.shape
+    if (
+        len(shape) != 3
+        or shape[0] not in (16, 36)
+        or not weights.is_contiguous()
+        or (scales and not _are_scales(scales, weights))
+    ):
+        raise ValueError("prepared must be the result of prepare_conv3x3")
+    _check_images(x, shape[2])
+    fits = x.dtype in (torch.float32, torch.bfloat16) and (scales or x.dtype == weights.dtype)
+    if upsample and shape[0] == 36:
         raise ValueError("upsample is for weights that were prepared without a size")
     if not fits or x.device != weights.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, but the weights were prepared as {weights.dtype} on {weights.device}")
-    if bias is not None and (bias.shape != (channels,) or bias.device != x.device):
-        raise ValueError(f"bias must have shape ({channels},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
-    scale = 2 if upsample else 1
-    expected = (x.shape[0], channels, scale * x.shape[2], scale * x.shape[3])
-    if residual is not None and (residual.shape != expected or residual.dtype != x.dtype or residual.device != x.device):
+    _check_added(x, shape[1], bias, residual, (2, 2) if upsample else (1, 1))
+
+
+def _check_images(x: Tensor, channels: int) -> None:
+    shape = x.shape
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(f"conv3x3: x must have shape (N, {channels}, H, W) to fit the weights; got {tuple(shape)}")
+
+
+def _are_scales(scales: list[Tensor], weights: Tensor) -> bool:
+    """Whether they belong to weights of that dtype: those of 8-bit weights are as _prepare_native makes them."""
+    shapes, dtypes = [(16,), (16, weights.shape[1]), (16, weights.shape[1])], [torch.float32, torch.float32, torch.int32]
+    return (
+        (weights.dtype, len(weights)) == (torch.int8, 16)
+        and [tuple(t.shape) for t in scales] == shapes
+        and [t.dtype for t in scales] == dtypes
+        and all(t.is_contiguous() for t in scales)
+    )
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have different dtypes that autocast does not make the same."""
+    return one.dtype != other.dtype and not torch.is_autocast_enabled(one.device.type)
+
+
+def _check_added(x: Tensor, channels: int, bias: Tensor | None, residual: Tensor | None, scale: tuple[int, int]) -> None:
+    """Check what is added to the result, whose sides are ``scale`` times those of ``x``."""
+    if bias is not None and (bias.shape != (channels,) or bias.device != x.device or not bias.is_floating_point()):
         raise ValueError(
-            f"residual must have shape {expected} in {x.dtype} on {x.device}; "
+            f"conv3x3: bias must have shape ({channels},) in a floating-point dtype on {x.device}; "
+            f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
+        )
+    if residual is None:
+        return
+    n, _, height, width = x.shape
+    expected = (n, channels, scale[0] * height, scale[1] * width)
+    if residual.shape != expected or residual.device != x.device or _differ(residual, x):
+        raise ValueError(
+            f"conv3x3: residual must have shape {expected} in {x.dtype} on {x.device}; "
             f"got {tuple(residual.shape)} in {residual.dtype} on {residual.device}"
         )
