@@ -54,8 +54,10 @@ def conv3x3(
         ValueError: shapes, dtypes, layouts or devices do not fit; the message names the tensor.
         TypeError: an argument is no tensor.
     """
+    is_plain = prepared is None
     try:
-        if prepared is None or is_observed() or _records_gradient(x, bias, residual):
+        is_plain = is_plain or is_observed() or _records_gradient(x, bias, residual)
+        if prepared is None or is_plain:
             # What PyTorch would compute of other tensors; the rest it refuses itself, and then _check says what it is.
             misfits = x.ndim != 4 or weight.shape[2:] not in _KERNELS or not x.is_floating_point()
             if misfits or x.device != weight.device or (bias is not None and bias.device != x.device):
@@ -70,8 +72,8 @@ def conv3x3(
         return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
     except Exception as error:
         optional = {"bias": bias, "residual": residual}
-        explain_refusal("conv3x3", error, {"x": x} if prepared else {"x": x, "weight": weight}, optional)
-        if prepared is None:
+        explain_refusal("conv3x3", error, {"x": x, "weight": weight} if is_plain else {"x": x}, optional)
+        if is_plain:
             _check(x, weight, bias, residual, upsample)
         raise
 

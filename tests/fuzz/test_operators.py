@@ -160,6 +160,8 @@ def fuzzer(operator, make, run, reference, name=None):
         if number == 0:  # the file as it was written
             return
         tensors, options = call_of(make, number)
+        if operator == "attention" and any(isinstance(t, torch.Tensor) and t.numel() > 10**9 for t in tensors.values()):
+            return  # PyTorch's own function computes it, for hours
         expected = None
         try:
             with torch.no_grad():
@@ -168,16 +170,18 @@ def fuzzer(operator, make, run, reference, name=None):
         except Exception:  # it is for the operator to say what is wrong
             pass
         try:
-            found = run(**tensors, **options)
+            found, refusal = run(**tensors, **options), None
         except (TypeError, ValueError) as error:
             assert str(error).startswith(f"{operator}: "), f"an error that names no operator: {error!r}"
             told = [*tensors, *options, "seeds", "sample", "coefficients", "step"]
             assert any(name in str(error) for name in told), f"an error that names no argument: {error!r}"
-            raise
+            refusal = type(error)(str(error))  # without what was behind it, which may be a lack of memory
         except RuntimeError as error:
             if "allocate memory" in str(error) or "Storage size calculation overflowed" in str(error):
                 return  # as of PyTorch's own operators
             raise
+        if refusal is not None:
+            raise refusal
         if isinstance(expected, torch.Tensor) and type(found) is torch.Tensor and found.device.type == "cpu":
             assert found.shape == expected.shape
             error = (found.detach().double() - expected.double()).abs()
