@@ -105,5 +105,5 @@ def explain_refusal(
     if isinstance(error, IndexError):
         shapes = [f"{name} {tuple(value.shape)}" for name, value in tensors.items()]
         raise ValueError(f"{operator}: too few dimensions; got {', '.join(shapes)}") from error
-    if isinstance(error, TypeError) and others:
+    if isinstance(error, (AttributeError, TypeError)) and others:
         raise TypeError(f"{operator}: {others} is of a type that it does not take: {str(error).splitlines()[0]}") from error
