@@ -17,7 +17,7 @@ from .cli.progress import notice
 from .cli.samplers import pixel_model
 from .diffusion.solvers import SOLVERS
 from .io.files import atomic_folder
-from .jobs.outputs import require_empty
+from .jobs.places import free_folder
 from .models.checkpoint import (
     AUTOENCODER,
     DEFAULT_MODEL,
@@ -104,7 +104,7 @@ def main() -> None:
     parser = _parser()
     settings = _settings(parser)
     with parser.usage_errors():
-        require_empty(settings.out)
+        free_folder(settings.out, "export")
     if settings.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(settings.model)

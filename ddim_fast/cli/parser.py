@@ -206,8 +206,8 @@ def _format_warning(
     return f"warning: {message}\n" if ours else _format_others(message, category, filename, lineno, line)
 
 
-# A range such as 0-9999999999 is a slip, and would fill the memory.
-_MOST = 100_000_000
+# A range such as 0-9999999999 is a slip, and would fill the memory. A list of numbers takes 40 bytes for each.
+_MOST, _LONGEST = 100_000_000, 10_000_000
 
 
 def parse_integers(text: str) -> list[int]:
@@ -221,11 +221,11 @@ def parse_integers(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9")
-        if dash and int(last) < int(first):
+        if dash and _digits(last) < _digits(first):
             raise argparse.ArgumentTypeError(f"the range {part.strip()!r} runs backwards")
-        part_numbers = range(int(first), int(last or first) + 1)
-        if part_numbers.stop - part_numbers.start > _MOST:
-            raise argparse.ArgumentTypeError(f"the range {part.strip()!r} has more than {_MOST:,} numbers")
+        part_numbers = range(_digits(first), _digits(last or first) + 1)
+        if part_numbers.stop - part_numbers.start > _LONGEST - len(numbers):
+            raise argparse.ArgumentTypeError(f"up to {part.strip()!r} there are more than {_LONGEST:,} numbers; name fewer")
         numbers += part_numbers
     return numbers
 
@@ -247,9 +247,9 @@ def parse_positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text is none.
     """
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or _digits(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    if int(text) > _MOST:
+    if _digits(text) > _MOST:
         raise argparse.ArgumentTypeError(f"{text} is more than {_MOST:,}")
     return int(text)
 
@@ -260,9 +260,14 @@ def parse_seed(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text is none.
     """
-    if text.isdecimal() and int(text) < 2**63:
+    if text.isdecimal() and _digits(text) < 2**63:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+
+
+def _digits(text: str) -> int:
+    """The number of a text of digits; of more digits than a 64-bit number has, one that is too large for anything."""
+    return int(text) if len(text) < 25 else 10**25
 
 
 def _whole(text: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..engine import inference
 from ..io.files import errors_name_file
-from ..models.weights import is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
+from ..models.weights import is_dense, is_state_dict, read_pickle, read_safetensors, read_shards, read_weights
 
 __all__ = [
     "FEATURES",
@@ -272,11 +272,14 @@ def load_inception(path: Path, name: str | None = None) -> FeatureNetwork:
         for key in sorted(keys ^ tensors.keys()):
             raise ValueError(f"{'unexpected' if key in tensors else 'missing'} tensor {key!r}: not the FID Inception network")
         for key, tensor in tensors.items():
-            if tensor.shape != expected[key].shape or not tensor.is_floating_point():
-                raise ValueError(f"tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(expected[key].shape)}")
+            if tensor.shape != expected[key].shape or not is_dense(tensor):
+                raise ValueError(
+                    f"tensor {key!r} is no array of floating-point numbers of shape {tuple(expected[key].shape)}; "
+                    f"got {tensor.dtype} {tuple(tensor.shape)}"
+                )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {key!r} is not finite")
-    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    tensors = {key: tensor.detach().float() for key, tensor in tensors.items()}
     identity = _identity(path, tensors, name)
     network.load_state_dict(tensors, assign=True, strict=False)
     for module in list(network.modules()):

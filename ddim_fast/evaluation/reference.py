@@ -133,9 +133,9 @@ def load_reference(
     key = hashlib.sha256(f"{network.name} {found.content}".encode()).hexdigest()[:32]
     cached = cache_folder() / "references" / f"{key}.npz"
     parts = Shards(cached.with_suffix(".parts"), found.count, network.features, size=128)
-    if not processes.from_first(cached.is_file):
+    if not processes.from_first(lambda: _is_kept(cached, network)):
         with alone(parts, processes):
-            if not processes.from_first(cached.is_file):  # by now another run may have made it
+            if not processes.from_first(lambda: _is_kept(cached, network)):  # by now another run may have made it
                 there = found.count - sum(len(parts.pictures(k)) for k in parts.missing())
                 before = processes.add_done(0)
 
@@ -146,6 +146,15 @@ def load_reference(
                 processes.from_first(lambda: _finish(parts, spec, network, found, cached))
     pictures = describe(found.shapes) if differs else ""
     return replace(_read_statistics(cached), spec=spec, content=found.content, pictures=pictures)
+
+
+def _is_kept(path: Path, network: FeatureNetwork) -> bool:
+    """Whether the cache folder has these statistics; a damaged file is as good as none."""
+    try:
+        _read_statistics(path).check(network, None)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _is_archive(path: Path) -> bool:

@@ -59,7 +59,7 @@ class Results:
         self._path = folder / "evaluation.json"
         self._read()
         try:
-            self.markdown()  # needs every field of a row
+            self.markdown().encode()  # needs every field of a row
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self._path}: a row or run in it is damaged ({one_line(error)}); {_REMEDY}") from None
 

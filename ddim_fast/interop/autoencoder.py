@@ -34,7 +34,12 @@ def load_autoencoder(folder: Path) -> nn.Module:
     except ImportError:
         raise ValueError(f"{folder} is an autoencoder of diffusers, which is not installed: pip install diffusers") from None
     try:
-        autoencoder = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        autoencoder, found = getattr(diffusers, name).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        # diffusers would leave them as they are drawn at random.
+        for tensor in (*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]):
+            raise ValueError(f"tensor {tensor!r} is missing, unexpected or of another shape")
     except Exception as error:  # diffusers also raises errors of its dependencies; all mean the same to the user
         raise ValueError(f"{folder}: not a whole {name} of diffusers ({one_line(error)}); copy or download it again") from None
     with errors_name_file(folder / "diffusion_pytorch_model.safetensors"):

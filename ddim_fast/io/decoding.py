@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ _PLAIN = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
 _DEPTHS = {"L;2": 2, "L;4": 4}
 
 # Memory per pixel of these decoders, relative to the others.
-_COPIES: dict[str | None, int] = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4, "ICNS": 4}
+_COPIES: dict[str | None, int] = {"JPEG2000": 2, "ICNS": 2}
 
 
 def image_suffixes() -> set[str]:
@@ -58,7 +59,9 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
     """
     # Pillow's decoders of some forty formats raise any exception for a damaged file.
     try:
-        image: Any = Image.open(io.BytesIO(data), formats=_decoders())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            image: Any = Image.open(io.BytesIO(data), formats=_decoders())
         check_size(image, _COPIES.get(image.format, 1))
         tiles = image.tile
         image.load()
@@ -67,20 +70,20 @@ def decode_image(name: str, data: bytes, background: str = "white") -> Image.Ima
         return image if turn is None else image.transpose(turn)
     except Exception as error:
         raise ValueError(
-            f"{name}: not a readable image ({reason_of(error)}); copy or download it again, or save it as PNG"
+            f"{name}: not a readable image ({reason_of(error)}); copy or download it again, or save it smaller, as PNG"
         ) from None
 
 
 def check_size(image: Image.Image, copies: int) -> None:
-    """Check that a picture is no decompression bomb: it has at most twice ``Image.MAX_IMAGE_PIXELS`` (Pillow's own limit),
-    divided by ``copies``, the memory factor of its decoder.
+    """Check that a picture is no decompression bomb: it has at most ``Image.MAX_IMAGE_PIXELS`` (89 million, from where Pillow
+    warns), divided by ``copies``, the memory factor of its decoder.
 
     Raises:
         ValueError: it has more pixels.
     """
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > 2 * limit // copies:
-        raise ValueError(f"{image.width}x{image.height} pixels take more than 2 GB to decode")
+    if limit is not None and image.width * image.height > limit // copies:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {limit // copies:,}, the most that are decoded")
 
 
 def opaque(image: Image.Image, background: str = "white") -> Image.Image:

@@ -39,6 +39,9 @@ __all__ = [
 # Folders that Mac archives, Synology storage and file systems put beside pictures and sounds.
 _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
+# Bytes; the index of a large network's weights has a hundredth of it. Read, it takes some ten times as much memory.
+_LARGEST_JSON = 2**26
+
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: written beside its place, flushed to disk, then renamed over it."""
@@ -61,10 +64,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or far larger than any that this package or diffusers writes.
     """
     require_file(path)
     with errors_name_file(path):
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and the largest such file has {_LARGEST_JSON:,}; name another file")
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")

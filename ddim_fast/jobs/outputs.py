@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.decoding import decode_image
-from ..io.files import atomic_write, errors_name_file, is_hidden, remove_remains, write_json
+from ..io.files import atomic_write, check_expansion, errors_name_file, is_hidden, read_json, remove_remains, write_json
 from ..io.pictures import save_image, to_uint8
 from ..io.records import GRID, OVERVIEWS, RECORD
 
@@ -141,8 +141,9 @@ class Output(abc.ABC):
         if not path.exists():
             return None
         try:
+            values = read_json(path)
             with errors_name_file(path):
-                return _checked_record(json.loads(path.read_bytes()))
+                return _checked_record(values)
         except ValueError as error:
             raise ValueError(f"{error}; name another --out") from None
 
@@ -311,9 +312,13 @@ class NpzFile(Output):
         if not self.path.exists():
             return super().record()
         try:
-            with zipfile.ZipFile(self.path) as archive, errors_name_file(self.path):
-                return _checked_record(json.loads(archive.read(RECORD)))
-        except (zipfile.BadZipFile, KeyError):
+            with zipfile.ZipFile(self.path) as archive:
+                member = archive.getinfo(RECORD)
+                check_expansion(member.compress_size, member.file_size)
+                return _checked_record(json.loads(archive.read(member)))
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception:  # zipfile raises any exception for a damaged file, or another program's
             raise ValueError(f"--out {self.path} exists and has no {RECORD} of its settings; name another file") from None
 
     def finish(self) -> None:

@@ -85,15 +85,28 @@ def _taken(output: Output, record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def free_folder(given: Path | None, usual: str) -> Path:
-    """The folder for a command's output: ``given``, or the first of ``usual``, ``usual``-2 ... that is new or empty.
+    """The folder for a command's output: ``given``, or the first of ``usual``, ``usual``-2 ... that is new or empty and that no
+    other process has locked. This process takes its lock, which lies beside it: so the folder comes to its place whole.
 
     Raises:
         ValueError: ``given`` is not empty.
+        ddim_fast.io.locks.Held: another process is about to fill it.
     """
-    if given is not None:
-        require_empty(given)
-        return given
-    return next(folder for folder in _numbered(usual) if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())))
+    for folder in _numbered(usual) if given is None else (given,):
+        if given is None and folder.is_dir() and any(folder.iterdir()):
+            continue
+        with contextlib.nullcontext() if given is not None else contextlib.suppress(ValueError, Held):
+            require_empty(folder)
+            whole = folder.resolve()
+            lock = whole.with_name(f".{whole.name}.lock")
+            hold(lock, f"--out {folder}")
+            try:
+                require_empty(folder)  # another process may have filled it meanwhile
+            except ValueError:
+                release(lock)
+                raise
+            return folder
+    raise AssertionError("there is always another number")
 
 
 def _numbered(usual: str) -> Iterator[Path]:

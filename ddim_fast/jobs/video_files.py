@@ -71,7 +71,7 @@ def _gif_frames(source: Path) -> Iterator[tuple[Image.Image, int]]:
     try:
         with Image.open(source, formats=["GIF"]) as film:
             for frame in ImageSequence.Iterator(film):
-                check_size(frame, copies=4)
+                check_size(frame, copies=2)
                 yield opaque(frame), frame.info.get("duration", 0)
     except Exception as error:  # Pillow raises any exception for a damaged file
         raise ValueError(f"{source}: not a readable GIF ({reason_of(error)}); {_REMEDY}") from None

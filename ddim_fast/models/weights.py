@@ -22,6 +22,7 @@ from .config import AutoencoderConfig, UNetConfig
 __all__ = [
     "Checkpoint",
     "check_finite",
+    "is_dense",
     "is_state_dict",
     "read_pickle",
     "read_safetensors",
@@ -73,7 +74,7 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {'unexpected' if name in self.tensors else 'missing'} tensor {name!r}")
         for name, shape in shapes.items():
             tensor = self.tensors[stored[name]]
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            if not is_dense(tensor):
                 raise ValueError(f"{self.path}: tensor {stored[name]!r} is not a dense array of floating-point numbers")
             if tuple(tensor.shape) != shape:
                 raise ValueError(
@@ -207,6 +208,11 @@ def is_state_dict(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a stored tensor is an array of floating-point numbers in memory; a pickle may hold other kinds."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from .dispatch import Implementation, choose, why_not_triton
+from .tensors import explain_refusal
 from .torch_private import is_observed
 
 __all__ = ["attention", "attention_reference"]
@@ -44,13 +45,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None 
         that ``out.transpose(1, 2).flatten(2)`` copies nothing; PyTorch's operator chooses its own layout.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+        ValueError: shapes, dtypes, layouts or devices do not fit; the message names the tensor.
+        TypeError: an argument is no tensor.
     """
     call = _Call(query, key, value, scale)
-    _check(call)
-    if is_observed():  # what is exported shall run without this package
-        return _run_pytorch(call)
-    return choose("attention", IMPLEMENTATIONS, call).run(call)
+    try:
+        _check(call)
+        if is_observed():  # what is exported shall run without this package
+            return _run_pytorch(call)
+        return choose("attention", IMPLEMENTATIONS, call).run(call)
+    except Exception as error:
+        explain_refusal("attention", error, {"query": query, "key": key, "value": value}, {}, "scale")
+        raise
 
 
 class _Call(NamedTuple):

@@ -13,14 +13,14 @@ from torch import Tensor
 from . import native
 from .add_bias import add_bias, add_bias_reference, adds_in_one_pass
 from .capturing import is_traced
+from .conv3x3_arguments import KERNELS, Prepared, check, check_prepared, is_transposed, result_shape
 from .dispatch import Implementation, choose, why_not_triton
 from .measured import bf16_products, is_faster_in_cpp, is_faster_on_gpu
+from .tensors import address, explain_refusal, resolved
 from .torch_private import is_observed
 from .weight_cache import cached, converted, forget
 
 __all__ = ["Prepared", "conv3x3", "conv3x3_cached", "conv3x3_components", "conv3x3_reference", "prepare_conv3x3"]
-
-Prepared = tuple[Tensor, ...]
 
 
 def conv3x3(
@@ -49,16 +49,32 @@ def conv3x3(
         (N, K, H, W), or (N, K, 2 H, 2 W) if ``upsample``, of signals (N, K, 1, 2 W), in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit ``prepared``; the message names the tensor.
+        ValueError: shapes, dtypes, layouts or devices do not fit; the message names the tensor.
+        TypeError: an argument is no tensor.
     """
-    if prepared is not None and _is_transposed(prepared) and not upsample:
-        prepared = None  # which serves enlarged images alone
-    if prepared is None or is_observed() or _records_gradient(x, bias, residual):
-        return _run_pytorch(x, weight, bias, residual, upsample)
-    _check(x, prepared, bias, residual, upsample)
-    if _is_transposed(prepared):
-        return _run_transposed(x, prepared[0], bias, residual)
-    return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
+    is_plain = prepared is None
+    try:
+        if prepared is not None and is_transposed(prepared) and not upsample:
+            prepared = None  # which serves enlarged images alone
+        is_plain = prepared is None or is_observed() or _records_gradient(x, bias, residual)
+        if prepared is None or is_plain:
+            # What PyTorch would compute of other tensors; the rest it refuses itself, and then check says what it is.
+            misfits = x.ndim != 4 or weight.shape[2:] not in KERNELS or not x.is_floating_point() or x.device != weight.device
+            if misfits or (bias is not None and bias.device != x.device):
+                check(x, weight, bias, residual, upsample)
+            if residual is not None and (residual.dtype != x.dtype or residual.shape != result_shape(x, weight, upsample)):
+                check(x, weight, bias, residual, upsample)
+            return _run_pytorch(x, weight, bias, residual, upsample)
+        check_prepared(x, prepared, bias, residual, upsample)
+        if is_transposed(prepared):
+            return _run_transposed(x, prepared[0], bias, residual)
+        return (_registered if is_traced() else _run_native)(x, list(prepared), bias, residual, upsample)
+    except Exception as error:
+        optional = {"bias": bias, "residual": residual}
+        explain_refusal("conv3x3", error, {"x": x, "weight": weight} if is_plain else {"x": x}, optional)
+        if is_plain:
+            check(x, weight, bias, residual, upsample)
+        raise
 
 
 def conv3x3_cached(
@@ -70,13 +86,17 @@ def conv3x3_cached(
     ``weight`` may have another dtype than ``x`` and the result. Where a gradient is recorded, nothing is prepared, and the
     prepared weights are dropped.
     """
-    if is_observed() or _records_gradient(x, weight, bias, residual):
-        forget(weight)
-    elif not torch.compiler.is_compiling():
-        return _run_cached(x, weight, bias, residual, upsample)
-    elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
-        return _registered_cached(x, weight, bias, residual, upsample)
-    return _run_pytorch(x, weight.to(x.dtype), bias, residual, upsample)
+    try:
+        if is_observed() or _records_gradient(x, weight, bias, residual):
+            forget(weight)
+        elif not torch.compiler.is_compiling():
+            return _run_cached(x, weight, bias, residual, upsample)
+        elif _is_prepared(x.device, x.dtype, *weight.shape[:2]):
+            return _registered_cached(x, weight, bias, residual, upsample)
+        return conv3x3(x, weight.to(x.dtype), bias, residual=residual, upsample=upsample)
+    except Exception as error:
+        explain_refusal("conv3x3", error, {"x": x, "weight": weight}, {"bias": bias, "residual": residual})
+        raise
 
 
 def conv3x3_reference(
@@ -118,6 +138,11 @@ def prepare_conv3x3(
     Raises:
         ValueError: ``limits`` are given, or DDIM_FAST_BACKEND=native, and cannot be served; the message says why.
     """
+    if weight.ndim != 4 or weight.shape[2:] not in KERNELS or not weight.is_floating_point():
+        raise ValueError(
+            "conv3x3: weight must be floating-point numbers of shape (K, C, 3, 3) or (K, C, 1, 3); "
+            f"got {weight.dtype} of {tuple(weight.shape)}"
+        )
     request = _Weight(weight, dtype, limits, size)
     if limits is None:
         return choose("conv3x3", IMPLEMENTATIONS, request).run(request)
@@ -174,10 +199,10 @@ def _is_exact() -> bool:
 
 
 def _prepare_native(request: _Weight) -> Prepared:
-    weight, dtype, limits = request.weight.detach().float().contiguous(), request.dtype, request.limits
+    weight, dtype, limits = resolved(request.weight.detach()).float().contiguous(), request.dtype, request.limits
     channels, tile = weight.shape[:2], request.tile
     prepared = torch.empty(((tile + 2) ** 2, *channels), dtype=dtype if limits is None else torch.int8)
-    addresses = weight.data_ptr(), prepared.data_ptr()
+    addresses = address(weight), address(prepared)
     if limits is None:
         native.module.prepare_conv3x3(*addresses, *channels, dtype == torch.bfloat16, tile)
         return (prepared,)
@@ -199,7 +224,7 @@ def _why_not_native(request: _Weight) -> str | None:
         return "it takes bfloat16 only where the processor has AVX-512 BF16"
     if weight.shape[2] != 3:
         return f"it takes 3x3 weights, not {weight.shape[2]}x{weight.shape[3]}"
-    if weight.shape[0] % 16 or weight.shape[1] % 16:
+    if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.numel():
         return f"it takes channels in multiples of 16, not {weight.shape[1]} and {weight.shape[0]}"
     return None
 
@@ -280,20 +305,20 @@ def _(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor |
 
 def _run_native(x: Tensor, prepared: list[Tensor], bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
     layout = torch.channels_last
-    x = x.contiguous(memory_format=layout)
-    residual = None if residual is None else residual.contiguous(memory_format=layout)
-    bias = None if bias is None else bias.float().contiguous()
+    x = resolved(x).contiguous(memory_format=layout)
+    residual = None if residual is None else resolved(residual).contiguous(memory_format=layout)
+    bias = None if bias is None else resolved(bias).float().contiguous()
     weights, *scales = prepared
     out = _empty_result(x, weights, upsample)
     n, channels, height, width = x.shape
     native.module.conv3x3(
-        [0 if t is None else t.data_ptr() for t in (x, weights, bias, residual, out)],
+        [address(x), weights.data_ptr(), address(bias), address(residual), out.data_ptr()],
         [n, height, width, channels, out.shape[1]],
         upsample,
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
         _tile_of(weights),
-        scales=[t.data_ptr() for t in scales] or None,
+        scales=[address(t) for t in scales] or None,
     )
     return out
 
@@ -343,11 +368,6 @@ def _copied_larger(x: Tensor, rows: int) -> Tensor:
     return larger.permute(0, 3, 1, 2)
 
 
-def _is_transposed(prepared: Prepared) -> bool:
-    """Whether the weights are a transposed convolution's, (C, K, 4, 4) instead of (components, K, C)."""
-    return prepared[0].ndim == 4
-
-
 def _tile_of(weights: Tensor) -> int:
     return 4 if len(weights) == 36 else 2
 
@@ -361,25 +381,3 @@ def _empty_result(x: Tensor, weights: Tensor, upsample: bool) -> Tensor:
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _check(x: Tensor, prepared: Prepared, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> None:
-    weights, *scales = prepared
-    channels, channels_in = weights.shape[1], weights.shape[0 if _is_transposed(prepared) else 2]
-    if x.ndim != 4 or x.shape[1] != channels_in:
-        raise ValueError(f"x must have shape (N, {channels_in}, H, W) to fit the weights; got {tuple(x.shape)}")
-    fits = x.dtype in (torch.float32, torch.bfloat16) if scales else x.dtype == weights.dtype
-    if upsample and not _is_transposed(prepared) and _tile_of(weights) == 4:
-        raise ValueError("upsample is for weights that were prepared without a size")
-    if not fits or x.device != weights.device:
-        raise ValueError(f"x is {x.dtype} on {x.device}, but the weights were prepared as {weights.dtype} on {weights.device}")
-    if bias is not None and (bias.shape != (channels,) or bias.device != x.device):
-        raise ValueError(f"bias must have shape ({channels},) on {x.device}; got {tuple(bias.shape)} on {bias.device}")
-    across = 2 if upsample else 1
-    down = 1 if _is_transposed(prepared) and weights.shape[2] == 1 else across
-    expected = (x.shape[0], channels, down * x.shape[2], across * x.shape[3])
-    if residual is not None and (residual.shape != expected or residual.dtype != x.dtype or residual.device != x.device):
-        raise ValueError(
-            f"residual must have shape {expected} in {x.dtype} on {x.device}; "
-            f"got {tuple(residual.shape)} in {residual.dtype} on {residual.device}"
-        )

@@ -15,6 +15,7 @@ from .ddim_step_numpy import check_settings
 from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
 from .noise import seeded_noise
+from .tensors import address, explain_refusal, have_one_order, may_replace
 from .torch_private import is_observed
 
 __all__ = ["Coefficients", "ddim_step", "ddim_step_reference"]
@@ -67,17 +68,25 @@ def ddim_step(
         x_prev, ``out`` where it is given.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, or arguments do not belong together; the message names the argument.
+        ValueError: shapes, dtypes, layouts or devices differ, or arguments do not belong together; the message names the
+            argument.
+        TypeError: an argument is no tensor.
     """
-    out_dtype = out_dtype or (sample.dtype if out is None else out.dtype)
-    call = _Step(sample, model_output, coefficients, clip, noise, unconditional, guidance, seeds, step, out_dtype)
-    _check(call, out)
-    if is_traced():
-        # Inductor makes one pass of the reference by itself; what it cannot is to draw noise at the kernels' price.
-        use_op = (seeds is not None or is_capturing()) and not is_observed() and not _has_loose_tensors(coefficients)
-        result = _registered(*_flat(call)) if use_op else _reference(call)
-        return result if out is None else out.copy_(result)
-    return choose("ddim_step", IMPLEMENTATIONS, (call, out)).run((call, out))
+    try:
+        out_dtype = out_dtype or (sample.dtype if out is None else out.dtype)
+        call = _Step(sample, model_output, coefficients, clip, noise, unconditional, guidance, seeds, step, out_dtype)
+        _check(call, out)
+        if is_traced():
+            # Inductor makes one pass of the reference by itself; what it cannot is to draw noise at the kernels' price.
+            use_op = (seeds is not None or is_capturing()) and not is_observed() and not _has_loose_tensors(coefficients)
+            result = _registered(*_flat(call)) if use_op else _reference(call)
+            return result if out is None else out.copy_(result)
+        return choose("ddim_step", IMPLEMENTATIONS, (call, out)).run((call, out))
+    except Exception as error:
+        images = {"sample": sample, "model_output": model_output}
+        optional = {"noise": noise, "unconditional": unconditional, "out": out}
+        explain_refusal("ddim_step", error, images, optional, "coefficients, clip, guidance, seeds or step")
+        raise
 
 
 class _Step(NamedTuple):
@@ -248,8 +257,13 @@ def _why_not_one_pass(call: _Step, out: Tensor | None) -> str | None:
     if _records_gradient(call):
         return "it records no gradient; use torch.no_grad()"
     tensors = call.images if out is None else [*call.images, out]
-    if not all(t.is_contiguous() for t in tensors) and not _have_one_order(tensors):
+    if not all(t.is_contiguous() for t in tensors) and not have_one_order(tensors):
         return "it takes dense tensors of one memory layout"
+    for tensor in tensors:
+        if tensor.is_neg():
+            return "it takes numbers that lie in memory with their own sign"
+    if out is not None and not may_replace(out, call.images if call.seeds is None else [*call.images, call.seeds]):
+        return "it writes over an input only where it reads each number from the place that it is written to"
     if call.seeds is not None and not sample.is_contiguous():
         return "it draws the noise of contiguous images only"
     return None
@@ -279,17 +293,10 @@ def _addresses(call: _Step, out: Tensor) -> tuple[tuple[int, ...], dict[str, Any
     sample, output = call.sample, call.model_output
     options: dict[str, Any] = {"dtypes": tuple(_DTYPE_CODES[d] for d in (sample.dtype, output.dtype, out.dtype))}
     if call.unconditional is not None:
-        options |= {"unconditional_ptr": call.unconditional.data_ptr(), "guidance": call.guidance}
+        options |= {"unconditional_ptr": address(call.unconditional), "guidance": call.guidance}
     if call.seeds is not None:
-        options |= {"seeds_ptr": call.seeds.data_ptr(), "image_numel": math.prod(sample.shape[1:])}
-    noise = 0 if call.noise is None else call.noise.data_ptr()
-    return (sample.data_ptr(), output.data_ptr(), noise, out.data_ptr(), sample.numel()), options
-
-
-def _have_one_order(tensors: list[Tensor]) -> bool:
-    """Whether they are dense and of the same strides, but for dimensions of one element, whose strides do not matter."""
-    orders = [[stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1] for t in tensors]
-    return torch.ops.aten.is_non_overlapping_and_dense(tensors[0]) and all(order == orders[0] for order in orders)
+        options |= {"seeds_ptr": address(call.seeds), "image_numel": math.prod(sample.shape[1:])}
+    return (address(sample), address(output), address(call.noise), address(out), sample.numel()), options
 
 
 def _run_reference(request: _Request) -> Tensor:
@@ -386,14 +393,16 @@ def _check(call: _Step, out: Tensor | None) -> None:
     for name, tensor in images.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}, but sample is a tensor of torch; give both as the same")
         if tensor.shape != sample.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but sample has {tuple(sample.shape)}")
         if tensor.device != sample.device:
             raise ValueError(f"{name} is on {tensor.device}, but sample is on {sample.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+    if out is not None and 0 in out.stride() and not torch.ops.aten.is_non_overlapping_and_dense(out):
+        raise ValueError(f"out of shape {tuple(out.shape)} and strides {out.stride()} has one place for several numbers")
+    if out is not None and out.requires_grad and out.is_leaf and torch.is_grad_enabled():
+        raise ValueError("out is a leaf that records a gradient, and would be written over; use torch.no_grad()")
     if not call.out_dtype.is_floating_point or (out is not None and out.dtype != call.out_dtype):
         raise ValueError(f"out_dtype must be a floating-point dtype, that of out where it is given; got {call.out_dtype}")
     check_settings(call.clip, call.noise, call.unconditional, call.guidance, call.seeds)

@@ -12,6 +12,7 @@ from . import native
 from .capturing import is_capturing
 from .dispatch import Implementation, choose, why_not_triton
 from .measured import is_faster_in_cpp
+from .tensors import address, check_tensor, explain_refusal, resolved
 from .torch_private import is_observed, is_transformed
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
@@ -55,17 +56,23 @@ def group_norm_silu(
         (N, C, H, W) in the dtype and memory format of ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+        ValueError: shapes, dtypes, layouts or devices do not fit; the message names the tensor.
+        TypeError: an argument is no tensor.
     """
     call = _Call(x, num_groups, weight, bias, eps, silu, pre_shift, scale, shift, residual, skip)
-    _check(call)
-    if weight is None or bias is None:
-        call = _with_parameters(call)
-    if is_capturing():
-        return _registered(*call)
-    if torch.compiler.is_compiling():
-        return _registered(*call) if _compiles_to_operator(call) else _reference(call)
-    return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)
+    try:
+        _check(call)
+        if weight is None or bias is None:
+            call = _with_parameters(call)
+        if is_capturing():
+            return _registered(*call)
+        if torch.compiler.is_compiling():
+            return _registered(*call) if _compiles_to_operator(call) else _reference(call)
+        return choose("group_norm_silu", IMPLEMENTATIONS, call).run(call)
+    except Exception as error:
+        optional = {name: value for name, value in call._asdict().items() if name not in ("x", "num_groups", "eps", "silu")}
+        explain_refusal("group_norm_silu", error, {"x": x}, optional, "num_groups or eps")
+        raise
 
 
 class _Call(NamedTuple):
@@ -363,29 +370,29 @@ def _arrays(call: _Call) -> tuple[list[int], list[int], int, Tensor, list[Tensor
     layout = _format(x)
     n, x_channels, height, width = x.shape
     channels = call.channels
-    x = x.contiguous(memory_format=layout)
+    x = resolved(x).contiguous(memory_format=layout)
     if skip is None:
         out = torch.empty_like(x)
     else:
-        skip = skip.contiguous(memory_format=layout)
+        skip = resolved(skip).contiguous(memory_format=layout)
         out = _empty_image(x, channels)
     if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
+        residual = resolved(residual).contiguous(memory_format=layout)
     stride = 0
     if pre_shift is not None:
-        pre_shift = pre_shift.float()
+        pre_shift = resolved(pre_shift).float()
         if pre_shift.stride(1) != 1:
             pre_shift = pre_shift.contiguous()
         stride = pre_shift.stride(0)  # rows of a larger table, or one row for all, stay where they are
     numbers = (_dense(call.weight), _dense(call.bias), pre_shift, _dense(call.scale), _dense(call.shift))
     tensors = [x, skip, residual, out, *numbers]
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    pointers = [address(t) for t in tensors]
     return pointers, [n, x_channels, channels - x_channels, height * width, call.num_groups], stride, out, tensors
 
 
 def _dense(numbers: Tensor | None) -> Tensor | None:
     """In float32, one after the other."""
-    return None if numbers is None else numbers.float().contiguous()
+    return None if numbers is None else resolved(numbers).float().contiguous()
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -421,29 +428,20 @@ def _check(call: _Call) -> None:
     n, x_channels, height, width = x.shape
     channels = call.channels
     if call.weight is not None:
-        _check_tensor("weight", call.weight, (channels,), x)
+        check_tensor("weight", call.weight, (channels,), x)
     if call.bias is not None:
-        _check_tensor("bias", call.bias, (channels,), x)
+        check_tensor("bias", call.bias, (channels,), x)
     if call.pre_shift is not None:
-        _check_tensor("pre_shift", call.pre_shift, (n, channels), x)
+        check_tensor("pre_shift", call.pre_shift, (n, channels), x)
     if call.scale is not None:
-        _check_tensor("scale", call.scale, (n, channels), x)
+        check_tensor("scale", call.scale, (n, channels), x)
     if call.shift is not None:
-        _check_tensor("shift", call.shift, (n, channels), x)
+        check_tensor("shift", call.shift, (n, channels), x)
     if call.residual is not None:
-        _check_tensor("residual", call.residual, (n, channels, height, width), x, like_x=True)
+        check_tensor("residual", call.residual, (n, channels, height, width), x, like_x=True)
     if call.skip is not None:
-        _check_tensor("skip", call.skip, (n, channels - x_channels, height, width), x, like_x=True)
+        check_tensor("skip", call.skip, (n, channels - x_channels, height, width), x, like_x=True)
     if call.num_groups < 1 or channels % call.num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels; got {call.num_groups}")
     if not call.eps >= 0:
         raise ValueError(f"eps cannot be negative; got {call.eps}")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, like_x: bool = False) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if tensor.dtype != x.dtype and (like_x or not tensor.is_floating_point()):
-        raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}")

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddim_fast import UNet, evaluate, export, interpolate, reconstruct, sample, train
 from ddim_fast.cli.parser import run_command
@@ -137,6 +137,19 @@ def test_a_foreign_autoencoder_with_a_weight_that_is_not_finite_is_refused(runs,
     assert run_train("--data", runs / "photos", "--latents", tmp_path / "foreign", "--out", tmp_path / "run") == 2
     message = f"{tmp_path}/foreign/diffusion_pytorch_model.safetensors: tensor 'encoder.layers.0.bias' is not finite"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0.bias", "another"])
+def test_a_foreign_autoencoder_with_a_missing_or_unknown_weight_is_refused(name, runs, tmp_path, capsys):
+    """diffusers would draw it at random, or ignore it."""
+    channels = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+    foreign = diffusers.AutoencoderTiny(**channels, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+    foreign.save_pretrained(tmp_path / "foreign")
+    path = tmp_path / "foreign" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({**{n: t for n, t in state.items() if n != name}, **({} if name in state else {name: torch.zeros(1)})}, path)
+    assert run_train("--data", runs / "photos", "--latents", tmp_path / "foreign", "--out", tmp_path / "run") == 2
+    assert f"foreign: not a whole AutoencoderTiny of diffusers (tensor '{name}' is missing" in capsys.readouterr().err
 
 
 def test_a_foreign_autoencoder_of_another_kind_is_refused(runs, tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_fast import evaluate, interpolate, restore, sample, train
+from ddim_fast import edit, evaluate, export, interpolate, reconstruct, restore, sample, train
 from ddim_fast.io.locks import hold, release_all
 from tests.helpers.forked_runs import cut_short, pairs
 from tests.helpers.small_runs import RUN
@@ -57,6 +57,9 @@ def make_job(request, checkpoint, photos, tmp_path, monkeypatch):
         "restore": Job(restore, [photos, "--task", "colorize", "--travel", 1, 1, "--num-images", 3, *few]),
         "film": Job(interpolate, ["--video", photos, *few], ".gif"),
         "evaluate": Job(evaluate, ["--loss", "--data", photos, "--model", checkpoint, "--device", "cpu", "--batch-size", 2]),
+        "edit": Job(edit, [photos, "--strength", 0.5, *few]),
+        "reconstruct": Job(reconstruct, [photos, *few]),
+        "export": Job(export, ["--to", "checkpoint", "--model", checkpoint]),
         "train": Job(train, ["--data", photos, *RUN[:-1], "--steps", 3, "--save-every", 1, "--sample-every", 2]),
     }
     return jobs.__getitem__
@@ -139,6 +142,17 @@ def assert_same(name, one, other):
         for rows in (found, whole):
             rows["evaluation.json"] = [{**row, "run": 1} for row in rows["evaluation.json"]]
     assert found == whole
+
+
+@pytest.mark.parametrize("name", ["edit", "reconstruct", "export"])
+def test_a_folder_that_comes_to_its_place_whole_is_locked_before(name, make_job, run_here, here):
+    job = make_job(name)
+    options = [*job.options, "--out", "o"] if name == "export" else [*job.options, "--quiet", "--out", "o"]
+    hold(here / ".o.lock", "it")
+    code, _, err = run_here(job.command, *options)
+    assert code == 1 and REFUSED.fullmatch(err.strip()) and not (here / "o").exists()
+    assert run_here(job.command, *options)[0] == 0  # the command has released what its process held
+    assert [path.name for path in here.iterdir() if path.name != "photos"] == ["o"]
 
 
 def test_a_place_that_nobody_has_named_is_another_one(make_job, run_here, here):

@@ -126,7 +126,9 @@ sample --model small --seeds 99999999999999999999
 sample --model small --seeds 3,4,3
     2 --seeds names 3 more than once: a folder holds one image per seed; name a .npz file, which holds them all
 sample --model small --seeds 0-99999999999
-    2 argument --seeds: the range '0-99999999999' has more than 100,000,000 numbers
+    2 argument --seeds: up to '0-99999999999' there are more than 10,000,000 numbers; name fewer
+sample --model small --seeds 0-5999999,0-5999999
+    2 argument --seeds: up to '0-5999999' there are more than 10,000,000 numbers; name fewer
 sample --model small --num-images 0
     2 argument --num-images: '0' is not a positive whole number
 sample --model small --num-images 3 --seeds 0-2

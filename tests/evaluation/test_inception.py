@@ -124,6 +124,15 @@ def test_weights_of_something_else_are_refused(tensors, tmp_path):
         load_inception(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_weights_that_are_no_arrays_are_refused(kind, tensors, tmp_path):
+    first = sorted(tensors)[0]
+    bad = tensors[first].to("meta") if kind == "meta" else tensors[first].to_sparse()
+    torch.save({**tensors, first: bad}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"a\.pth: tensor '{first}' is no array of floating-point numbers"):
+        load_inception(tmp_path / "a.pth")
+
+
 def test_a_pickle_with_code_is_not_executed(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(pickle.dumps({"x": np.array}))

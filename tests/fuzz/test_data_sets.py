@@ -2,21 +2,27 @@
 
 import gzip
 import io
+import json
 import struct
 import zipfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import soundfile
 import torch
 from PIL import Image
 
 from ddim_fast.data.images import load_images
+from ddim_fast.data.sound_files import load_sounds
 from ddim_fast.evaluation.inception import FeatureNetwork
 from ddim_fast.evaluation.pictures import read_pictures
 from ddim_fast.evaluation.reference import load_reference
+from ddim_fast.evaluation.shards import Shards, make_shards
 from ddim_fast.io.processes import Processes
 from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes
+from tests.helpers.tones import MEL, RATE, tone
 
 NETWORK = FeatureNetwork(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(12, 6)), "tiny", 6, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -104,10 +110,50 @@ def read_statistics(path):
     load_reference(str(path), (3, 8, 8), NETWORK, Processes())
 
 
+def write_cached(folder):
+    """What the cache folder keeps of a data set: its statistics, and parts of them that were not finished."""
+    np.savez(folder / "pictures.npz", arr_0=PIXELS)
+    read_statistics(folder / "pictures.npz")
+    return [next((folder / ".cache").rglob("*.npz"))]
+
+
+def read_cached(path):
+    """Either is the same as when it is computed anew."""
+    folder = next(parent for parent in path.parents if parent.name == ".cache").parent
+    load_reference(str(folder / "pictures.npz"), (3, 8, 8), NETWORK, Processes())
+
+
+def write_parts(folder):
+    parts = Shards(folder / "parts", 6, 4, size=3)
+    for k in range(len(parts)):
+        parts.write(k, np.full((3, 4), k, np.float32))
+    return sorted((folder / "parts").iterdir())
+
+
+def read_parts(path):
+    """What is not whole is made again."""
+    parts = Shards(path.parent, 6, 4, size=3)
+    make_shards(parts, lambda numbers: torch.zeros(len(numbers), 4), Processes())
+    assert parts.all().shape == (6, 4)
+
+
+def write_sound_parquet(folder):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(500), RATE, format="FLAC")
+    sounds = [{"bytes": buffer.getvalue(), "path": f"{i}.flac"} for i in range(4)]
+    table = pa.table({"audio": sounds, "label": [0, 1, 0, 1], "speaker": list("abab")})
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), folder / "a.parquet")
+    return [folder / "a.parquet"]
+
+
 PARQUET = Fuzzer("Parquet", write_parquet, lambda path: load_images(str(path), 3, 8), mutate_bytes)
 IDX = Fuzzer("IDX", write_idx, read_idx, damage_idx)
 NPZ = Fuzzer("npz", write_npz, lambda path: read_pictures(str(path)), damage_npz)
 STATISTICS = Fuzzer("statistics", write_statistics, read_statistics, damage_npz)
+CACHED = Fuzzer("cached statistics", write_cached, read_cached, damage_npz)
+PARTS = Fuzzer("parts", write_parts, read_parts, mutate_bytes)
+SOUNDS = Fuzzer("Parquet of sounds", write_sound_parquet, lambda path: load_sounds(str(path), MEL), mutate_bytes)
 
 
 def test_damaged_parquet_is_refused_by_name():
@@ -122,10 +168,19 @@ def test_a_damaged_npz_file_is_refused_by_name():
     NPZ.check(400)
 
 
-def test_damaged_statistics_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # for those of pictures, where a file has no other any more
+def test_damaged_statistics_are_refused_by_name():
     STATISTICS.check(300)
 
 
+@pytest.mark.parametrize("fuzzer", (CACHED, PARTS), ids=lambda fuzzer: fuzzer.name)
+def test_what_is_damaged_and_can_be_made_again_is(fuzzer):
+    outcome = fuzzer.run(100)
+    assert outcome.read == 100, outcome
+
+
+def test_damaged_parquet_of_sounds_is_refused_by_name():
+    SOUNDS.check(100)
+
+
 if __name__ == "__main__":
-    main(PARQUET, IDX, NPZ, STATISTICS)
+    main(PARQUET, IDX, NPZ, STATISTICS, CACHED, PARTS, SOUNDS)

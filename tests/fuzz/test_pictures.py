@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from ddim_fast.data.images import load_images
-from ddim_fast.jobs.video_files import frame_rate, read_frames
+from ddim_fast.jobs.video_files import _write_mp4, frame_rate, read_frames
 from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F")
@@ -151,6 +151,12 @@ def write_films(folder):
     return [folder / "a.gif", folder / "b.gif"]
 
 
+def write_video(folder):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    _write_mp4(folder / "a.mp4", frames, (16, 16, 3), 5)
+    return [folder / "a.mp4"]
+
+
 def read_film(path):
     return frame_rate(path), [frame.size for frame in read_frames(path)]
 
@@ -159,6 +165,7 @@ PICTURES = Fuzzer("pictures", write_all, read_as_pillow_does, mutate_bytes)
 PHOTOS = Fuzzer("EXIF", write_photos, read_as_pillow_does, damage_exif)
 PNGS = Fuzzer("PNG", write_pngs, read_as_pillow_does, damage_chunk)
 FILMS = Fuzzer("GIF", write_films, read_film, mutate_bytes)
+VIDEOS = Fuzzer("MP4", write_video, read_film, mutate_bytes)
 
 
 def test_a_damaged_picture_is_refused_by_name():
@@ -177,5 +184,9 @@ def test_a_damaged_film_is_refused_by_name():
     FILMS.check(200)
 
 
+def test_a_damaged_video_is_refused_by_name():
+    VIDEOS.check(12)
+
+
 if __name__ == "__main__":
-    main(PICTURES, PHOTOS, PNGS, FILMS)
+    main(PICTURES, PHOTOS, PNGS, FILMS, VIDEOS)

@@ -4,15 +4,21 @@ import io
 import math
 import struct
 import zipfile
+from unittest import mock
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ddim_fast import UNet
+from ddim_fast.evaluation import inception
+from ddim_fast.evaluation.inception import _Conv, load_inception
+from ddim_fast.interop.autoencoder import load_autoencoder
 from ddim_fast.models.checkpoint import save_checkpoint
 from ddim_fast.models.formats.diffusers import save_diffusers
 from ddim_fast.models.formats.ermongroup import _stored_name
+from ddim_fast.training.averages import PowerAverages, average_of_length
 from tests.fuzz.test_config import SMALL
 from tests.helpers.fuzzing import Fuzzer, main, mutate_bytes, mutate_json
 
@@ -55,6 +61,42 @@ def write_ermongroup(folder):
     torch.save(states, folder / "old.ckpt", _use_new_zipfile_serialization=False)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "network.safetensors")
     return sorted(folder.iterdir())
+
+
+def write_snapshots(folder):
+    averages = PowerAverages(network())
+    for step in (1, 2, 5):
+        averages.write_snapshot(folder / "ema", step)
+    return sorted((folder / "ema").iterdir())
+
+
+class TinyInception(torch.nn.Module):
+    """In place of the network of FID, whose weights take 95 MB."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = _Conv(3, 4, 3), _Conv(4, 8, 1)
+
+
+def write_inception(folder):
+    torch.manual_seed(0)
+    state = TinyInception().state_dict()
+    state = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    save_file(state, folder / "a.safetensors")
+    torch.save(state, folder / "a.pth")
+    return sorted(folder.iterdir())
+
+
+def read_inception(path):
+    with mock.patch.object(inception, "Inception", TinyInception):
+        load_inception(path, name="mine")
+
+
+def write_kl(folder):
+    """An autoencoder of diffusers."""
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).save_pretrained(folder / "vae")
+    return sorted((folder / "vae").iterdir())
 
 
 ERMONGROUP = SMALL.__class__(
@@ -127,6 +169,9 @@ FUZZERS = (
     Fuzzer("shards", write_shards, lambda path: load(path.parent), mutate_file),
     Fuzzer("bin", write_bin, lambda path: load(path.parents[1]), mutate_file),
     Fuzzer("ckpt", write_ermongroup, load, mutate_file),
+    Fuzzer("snapshots", write_snapshots, lambda path: average_of_length(path.parent, 0.08), mutate_file),
+    Fuzzer("Inception", write_inception, read_inception, mutate_file),
+    Fuzzer("autoencoder", write_kl, lambda path: load_autoencoder(path.parent), mutate_file),
 )
 
 

@@ -192,11 +192,22 @@ def test_opacities_of_colours_that_a_palette_has_not_are_none(transparency):
 
 
 def test_a_decompression_bomb_is_named(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 * 50)
-    for format, side in (("PNG", 70), ("WEBP", 50)):  # as large as they may be, by the memory that decoding takes
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    for format, side in (
+        ("PNG", 64),
+        ("WEBP", 64),
+        ("JPEG2000", 45),
+    ):  # as large as they may be, by the memory that decoding takes
         assert decode_image("a", saved(Image.new("L", (side, side)), format)).size == (side, side)
-        with pytest.raises(ValueError, match=r"a: not a readable image \(.*pixels"):
+        with pytest.raises(ValueError, match=r"a: not a readable image \(.* the most that are decoded\); .* save it smaller"):
             decode_image("a", saved(Image.new("L", (side, side + 2)), format))
+
+
+def test_pillows_warning_of_a_bomb_is_not_shown(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(ValueError, match="10x10 pixels are more than 64"):
+        decode_image("a", saved(Image.new("L", (10, 10)), "PNG"))
+    assert not recwarn.list
 
 
 def test_tags_of_a_tiff_are_not_damaged_by_reading_it():

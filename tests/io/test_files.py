@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from ddim_fast.io.files import atomic_folder, check_expansion, one_line, visible_files
+from ddim_fast.io.files import atomic_folder, check_expansion, one_line, read_json, visible_files
 
 
 def fill(folder):
@@ -58,6 +58,13 @@ def test_a_folder_that_two_links_lead_to_comes_once(tmp_path):
     for name in "ab":
         (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
     assert list(visible_files(tmp_path / "data")) == [tmp_path / "data/a/1"]
+
+
+def test_json_of_many_megabytes_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(ValueError, match=r"config\.json: it has 67,108,865 bytes, and the largest such file has 67,108,864"):
+        read_json(tmp_path / "config.json")
 
 
 def test_what_expands_far_more_than_usual_is_a_bomb_where_it_is_large():

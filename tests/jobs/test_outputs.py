@@ -236,3 +236,14 @@ def test_parts_stay_until_the_joined_file_is_found_whole(tmp_path, monkeypatch):
     assert not file.path.exists() and sorted(p for p in file.folder.iterdir() if p.name != "joined.npz") == before
     file.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_an_archive_that_cannot_be_read_is_another_programs(tmp_path):
+    output = NpzFile(tmp_path / "a.npz", batches())
+    fill(output)
+    output.finish()
+    data = output.path.read_bytes()
+    at = data.rindex(RECORD.encode()) - 46  # of its entry in the directory, whose compression is none that there is
+    output.path.write_bytes(data[: at + 10] + b"\x63" + data[at + 11 :])
+    with pytest.raises(ValueError, match=rf"a\.npz exists and has no {RECORD} of its settings; name another file"):
+        output.record()

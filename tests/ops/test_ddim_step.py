@@ -566,3 +566,25 @@ def test_levels_that_determine_no_step_are_named(library, a, b, options, message
     a, b = (make(level) if isinstance(level, list) else level for level in (a, b))
     with pytest.raises(ValueError, match=message):
         fast_ddim_step(x, output, a, b, noise=output if "eta" in options else None, **options)
+
+
+def test_a_result_that_lies_across_an_input_is_the_same_as_beside_it():
+    coefficients = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0]
+    memory = torch.randn(4097)
+    sample, out, model_output = memory[:-1], memory[1:], torch.randn(4096)
+    expected = ddim_step(sample.clone(), model_output, coefficients)
+    assert torch.equal(ddim_step(sample, model_output, coefficients, out=out), expected)
+
+
+def test_numbers_that_lie_in_memory_with_the_other_sign_are_read_with_their_own():
+    coefficients = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0]
+    plain, other = torch.randn(64), torch.randn(64)
+    turned = torch.complex(torch.zeros(64), -plain).conj().imag
+    assert turned.is_neg() and torch.equal(turned, plain)
+    assert torch.equal(ddim_step(turned, other, coefficients), ddim_step(plain, other, coefficients))
+
+
+@pytest.mark.parametrize("out", [torch.zeros(1).expand(4), torch.zeros(4, requires_grad=True)])
+def test_a_result_that_cannot_be_written_is_named(out):
+    with pytest.raises(ValueError, match=r"ddim_step: out .*(has one place for several numbers|records a gradient)"):
+        ddim_step(torch.zeros(4), torch.zeros(4), [1.0] * 7, out=out)
