@@ -27,6 +27,7 @@ from .models.checkpoint import (
     save_checkpoint,
     timesteps_file,
 )
+from .models.config import UNetConfig, preset_names
 
 if TYPE_CHECKING:
     from .models.unet import UNet
@@ -37,6 +38,7 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --class horse --out horses-diffusers
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
+  python -m ddim_fast.export --to checkpoint --widen cifar10-128 --model cifar10-64 --out cifar10-wide
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --spacing adaptive --steps 5 --out small
   python -m ddim_fast.export --to plan --model fashion-mnist --steps 10 --out fashion-plan
@@ -47,7 +49,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 # The targets of an export, and the options that only some of them take.
 _OPTIONS = {
-    "checkpoint": ("dtype", "ema_length", "max_shard_size"),
+    "checkpoint": ("dtype", "ema_length", "max_shard_size", "widen"),
     "diffusers": (),
     "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
     "plan": ("dtype", "steps", "eta", "spacing", "solver", "clip", "batch_size"),
@@ -63,6 +65,7 @@ def _parser() -> CommandParser:
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
     p.add_argument("--ema-length", metavar="X", type=float, help=_LENGTH_HELP)
+    p.add_argument("--widen", metavar="PRESET", choices=preset_names(), help=_WIDEN_HELP)
     sampler = p.add_argument_group("with --to onnx and --to plan")
     sampler.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     sampler.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
@@ -92,6 +95,10 @@ _DTYPE_HELP = (
 _LENGTH_HELP = (
     "checkpoint: average the weights over this share of the training, up to 0.288, from the snapshots of ddim_fast.train "
     "--ema-snapshots (default: the run's own average)"
+)
+_WIDEN_HELP = (
+    "checkpoint: a network of twice the channels with the same function, for ddim_fast.train --init; PRESET is the "
+    "network it becomes"
 )
 _SHARD_HELP = "checkpoint: split the weights into files of at most SIZE, such as 16MB"
 _CLASS_HELP = (
@@ -134,6 +141,9 @@ def main() -> None:
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
         model.audio = audio
+    if settings.widen is not None:
+        with parser.usage_errors():
+            model = _widened(settings.widen, model)
     try:
         if settings.to == "checkpoint":
             _to_checkpoint(settings, model, path)
@@ -154,6 +164,7 @@ class ExportSettings:
     dtype: str
     max_shard_size: str | None
     ema_length: float | None
+    widen: str | None
     steps: int
     eta: float | str
     spacing: str
@@ -177,6 +188,15 @@ def _settings(parser: CommandParser) -> ExportSettings:
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
     options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
     return ExportSettings(**options)
+
+
+def _widened(preset: str, model: UNet) -> UNet:
+    from .models.widening import widen
+
+    try:
+        return widen(model, UNetConfig.preset(preset))
+    except ValueError as error:
+        raise ValueError(f"--widen {preset}: {error}") from None
 
 
 def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
