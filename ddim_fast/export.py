@@ -39,6 +39,7 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
   python -m ddim_fast.export --to checkpoint --widen cifar10-128 --model cifar10-64 --out cifar10-wide
+  python -m ddim_fast.export --to stage --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-stage
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --spacing adaptive --steps 5 --out small
   python -m ddim_fast.export --to plan --model fashion-mnist --steps 10 --out fashion-plan
@@ -50,6 +51,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "int8")
 # The targets of an export, and the options that only some of them take.
 _OPTIONS = {
     "checkpoint": ("dtype", "ema_length", "max_shard_size", "widen"),
+    "stage": ("dtype", "max_shard_size"),
     "diffusers": (),
     "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
     "plan": ("dtype", "steps", "eta", "spacing", "solver", "clip", "batch_size"),
@@ -86,10 +88,10 @@ def _parser() -> CommandParser:
 _TO_HELP = (
     "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; plan: the whole sampler for "
     "this package's C++ operators, without torch and ONNX Runtime; checkpoint: a folder as ddim_fast.train writes it, in any "
-    "precision"
+    "precision; stage: two of them, with a run's averaged and its raw weights, to keep and to train on from"
 )
 _DTYPE_HELP = (
-    "checkpoint: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs); plan: the same, "
+    "checkpoint, stage: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs); plan: the same, "
     "float32 or bfloat16"
 )
 _LENGTH_HELP = (
@@ -100,7 +102,7 @@ _WIDEN_HELP = (
     "checkpoint: a network of twice the channels with the same function, for ddim_fast.train --init; PRESET is the "
     "network it becomes"
 )
-_SHARD_HELP = "checkpoint: split the weights into files of at most SIZE, such as 16MB"
+_SHARD_HELP = "checkpoint, stage: split the weights into files of at most SIZE, such as 16MB"
 _CLASS_HELP = (
     "class-conditional model: export one class by name or number, 'none' for samples without a label, or 'all' (default: all; "
     "required for diffusers, whose DDIMPipeline knows no classes)"
@@ -112,6 +114,9 @@ def main() -> None:
     settings = _settings(parser)
     with parser.usage_errors():
         require_empty(settings.out)
+    if settings.to == "stage":
+        _to_stage(parser, settings)
+        return
     if settings.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(settings.model)
@@ -184,8 +189,10 @@ def _settings(parser: CommandParser) -> ExportSettings:
             if options[name] != parser.get_default(name):
                 targets = " and ".join(f"--to {to}" for to, names in _OPTIONS.items() if name in names)
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
-        if options["to"] == "checkpoint" and options["dtype"] == "int8":
+        if options["to"] in ("checkpoint", "stage") and options["dtype"] == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
+        if options["to"] == "stage" and options["label"] not in (None, "all"):
+            raise ValueError(f"--class {options['label']}: a stage keeps all classes of its run; --to checkpoint exports one")
     options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"])
     return ExportSettings(**options)
 
@@ -212,6 +219,22 @@ def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
         if (path / AUTOENCODER).is_dir():
             shutil.copytree(path / AUTOENCODER, new / AUTOENCODER)
     print(f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out} samples from it")
+
+
+def _to_stage(parser: CommandParser, settings: ExportSettings) -> None:
+    import torch
+
+    from .training.stages import AVERAGED, RAW, write_stage
+
+    try:
+        with notice(f"writing {settings.out}"):
+            write_stage(Path(settings.model), settings.out, getattr(torch, settings.dtype), settings.max_shard_size)
+    except FileNotFoundError as error:
+        parser.error(f"--model {settings.model}: {error}")
+    print(
+        f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out / AVERAGED} samples from it, and "
+        f"python -m ddim_fast.train --init {settings.out / RAW} goes on"
+    )
 
 
 def _check_pipeline(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:
