@@ -39,6 +39,7 @@ _results: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="benchmarks: all cases instead of a choice")
+    parser.addoption("--implementations", metavar="LIST", help="test_sampler.py: 'compiled bf16,captured bf16' instead of all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
