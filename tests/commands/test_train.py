@@ -102,6 +102,7 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     [
         (["--prediction-type=v_prediction"], "the network of this run has prediction_type epsilon, not v_prediction"),
         (["--latents=elsewhere"], "--latents elsewhere: a run goes on with its own"),
+        (["--optimizer=muon"], "--optimizer muon: a run goes on with its own"),
     ],
 )
 def test_a_run_goes_on_with_its_own_network(options, part, photos, tmp_path, run_train):
