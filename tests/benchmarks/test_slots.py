@@ -94,3 +94,28 @@ def test_the_operators_tables_are_made(slot, tmp_path):
     table = (tmp_path / "out" / "tables.md").read_text()
     assert all(name in table for name in ("attention", "group_norm_silu", "ddim_step"))
     assert all((tmp_path / "out" / f"{name}.json").is_file() for name in ("attention", "group_norm_silu", "ddim_step"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_whole_runs_are_timed_after_the_tests(slot, tmp_path):
+    code, said = slot(1)
+    assert "tests: exit status 0" in said and "sampler-1: exit status 0" in said, (tmp_path / "out" / "log.txt").read_text()
+    assert code == int("memcheck: exit status 0" not in said)  # the tool is a GPU's
+    (timed,) = json.loads((tmp_path / "out" / "sampler-1.json").read_text())["benchmarks"]
+    assert list(timed["extra_info"]["images/s"]) == ["eager bf16"]
+
+
+def test_four_parts_are_given_at_a_time(tmp_path):
+    (tmp_path / "work" / "given").mkdir(parents=True)
+    (tmp_path / "work" / "parts").mkdir()
+    names = [f"{name}.tar.0{i}" for name in ("averaged", "raw") for i in range(3)]
+    for name in names:
+        (tmp_path / "work" / "parts" / name).write_text(name)
+    for given, left in ((names[:4], 2), (names[4:], 0), ([], 0)):
+        command = ["bash", "-c", f"source {SLOTS / 'lib.sh'}; give_parts", "slot", tmp_path / "out"]
+        environment = {**os.environ, "WORK": str(tmp_path / "work")}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout == f"parts of the stage left to give: {left}\n"
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == given
+        shutil.rmtree(tmp_path / "out")
