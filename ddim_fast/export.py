@@ -27,6 +27,7 @@ from .models.checkpoint import (
     save_checkpoint,
     timesteps_file,
 )
+from .models.config import UNetConfig, preset_names
 
 if TYPE_CHECKING:
     from .models.unet import UNet
@@ -37,6 +38,8 @@ _EXAMPLES = """\
   python -m ddim_fast.export --to diffusers --class horse --out horses-diffusers
   python -m ddim_fast.export --to checkpoint --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-small
   python -m ddim_fast.export --to checkpoint --model runs/photos --ema-length 0.08 --out photos-08
+  python -m ddim_fast.export --to checkpoint --widen cifar10-128 --model cifar10-64 --out cifar10-wide
+  python -m ddim_fast.export --to stage --model runs/photos --dtype bfloat16 --max-shard-size 16MB --out photos-stage
   python -m ddim_fast.export --to onnx --model runs/photos --out photos-onnx
   python -m ddim_fast.export --to onnx --dtype int8 --solver unipc --spacing adaptive --steps 5 --out small
   python -m ddim_fast.export --to plan --model fashion-mnist --steps 10 --out fashion-plan
@@ -47,7 +50,8 @@ _DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 # The targets of an export, and the options that only some of them take.
 _OPTIONS = {
-    "checkpoint": ("dtype", "ema_length", "max_shard_size"),
+    "checkpoint": ("dtype", "ema_length", "max_shard_size", "widen"),
+    "stage": ("dtype", "max_shard_size"),
     "diffusers": (),
     "onnx": ("dtype", "steps", "eta", "spacing", "solver", "clip", "unroll", "opset", "optimize"),
     "plan": ("dtype", "steps", "eta", "spacing", "solver", "clip", "batch_size"),
@@ -63,6 +67,7 @@ def _parser() -> CommandParser:
     p.add_argument("--dtype", choices=_DTYPES, default="float32", help=_DTYPE_HELP)
     p.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=_SHARD_HELP)
     p.add_argument("--ema-length", metavar="X", type=float, help=_LENGTH_HELP)
+    p.add_argument("--widen", metavar="PRESET", choices=preset_names(), help=_WIDEN_HELP)
     sampler = p.add_argument_group("with --to onnx and --to plan")
     sampler.add_argument("--steps", metavar="S", type=int, help=STEPS_HELP)
     sampler.add_argument("--eta", metavar="X", type=parse_eta, default=0.0, help="as of ddim_fast.sample")
@@ -83,17 +88,21 @@ def _parser() -> CommandParser:
 _TO_HELP = (
     "diffusers: a folder of a DDIMPipeline; onnx: a folder with the network and the whole sampler; plan: the whole sampler for "
     "this package's C++ operators, without torch and ONNX Runtime; checkpoint: a folder as ddim_fast.train writes it, in any "
-    "precision"
+    "precision; stage: two of them, with a run's averaged and its raw weights, to keep and to train on from"
 )
 _DTYPE_HELP = (
-    "checkpoint: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs); plan: the same, "
+    "checkpoint, stage: dtype of the stored weights; onnx: dtype of the network's computation (int8: on CPUs); plan: the same, "
     "float32 or bfloat16"
 )
 _LENGTH_HELP = (
     "checkpoint: average the weights over this share of the training, up to 0.288, from the snapshots of ddim_fast.train "
     "--ema-snapshots (default: the run's own average)"
 )
-_SHARD_HELP = "checkpoint: split the weights into files of at most SIZE, such as 16MB"
+_WIDEN_HELP = (
+    "checkpoint: a network of twice the channels with the same function, for ddim_fast.train --init; PRESET is the "
+    "network it becomes"
+)
+_SHARD_HELP = "checkpoint, stage: split the weights into files of at most SIZE, such as 16MB"
 _CLASS_HELP = (
     "class-conditional model: export one class by name or number, 'none' for samples without a label, or 'all' (default: all; "
     "required for diffusers, whose DDIMPipeline knows no classes)"
@@ -105,6 +114,9 @@ def main() -> None:
     settings = _settings(parser)
     with parser.usage_errors():
         free_folder(settings.out, "export")
+    if settings.to == "stage":
+        _to_stage(parser, settings)
+        return
     if settings.to == "checkpoint":
         with parser.usage_errors():
             resolve_model(settings.model)
@@ -134,6 +146,9 @@ def main() -> None:
         audio, model = model.audio, UNet(config).eval()
         model.load_state_dict(state)
         model.audio = audio
+    if settings.widen is not None:
+        with parser.usage_errors():
+            model = _widened(settings.widen, model)
     try:
         if settings.to == "checkpoint":
             _to_checkpoint(settings, model, path)
@@ -154,6 +169,7 @@ class ExportSettings:
     dtype: str
     max_shard_size: str | None
     ema_length: float | None
+    widen: str | None
     steps: int
     eta: float | str
     spacing: str
@@ -173,10 +189,21 @@ def _settings(parser: CommandParser) -> ExportSettings:
             if options[name] != parser.get_default(name):
                 targets = " and ".join(f"--to {to}" for to, names in _OPTIONS.items() if name in names)
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {targets}")
-        if options["to"] == "checkpoint" and options["dtype"] == "int8":
+        if options["to"] in ("checkpoint", "stage") and options["dtype"] == "int8":
             raise ValueError("--dtype int8 is for --to onnx; weights of a checkpoint are float32, float16 or bfloat16")
+        if options["to"] == "stage" and options["label"] not in (None, "all"):
+            raise ValueError(f"--class {options['label']}: a stage keeps all classes of its run; --to checkpoint exports one")
     options["steps"], options["spacing"] = settle_steps(parser, options["steps"], options["spacing"], options["solver"])
     return ExportSettings(**options)
+
+
+def _widened(preset: str, model: UNet) -> UNet:
+    from .models.widening import widen
+
+    try:
+        return widen(model, UNetConfig.preset(preset))
+    except ValueError as error:
+        raise ValueError(f"--widen {preset}: {error}") from None
 
 
 def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
@@ -192,6 +219,22 @@ def _to_checkpoint(settings: ExportSettings, model: UNet, path: Path) -> None:
         if (path / AUTOENCODER).is_dir():
             shutil.copytree(path / AUTOENCODER, new / AUTOENCODER)
     print(f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out} samples from it")
+
+
+def _to_stage(parser: CommandParser, settings: ExportSettings) -> None:
+    import torch
+
+    from .training.stages import AVERAGED, RAW, write_stage
+
+    try:
+        with notice(f"writing {settings.out}"):
+            write_stage(Path(settings.model), settings.out, getattr(torch, settings.dtype), settings.max_shard_size)
+    except FileNotFoundError as error:
+        parser.error(f"--model {settings.model}: {error}")
+    print(
+        f"wrote {settings.out}; python -m ddim_fast.sample --model {settings.out / AVERAGED} samples from it, and "
+        f"python -m ddim_fast.train --init {settings.out / RAW} goes on"
+    )
 
 
 def _check_pipeline(parser: CommandParser, settings: ExportSettings, model: UNet) -> None:

@@ -101,6 +101,7 @@ class TrainSettings:
     resume: bool
     steps: int | None
     batch_size: int
+    optimizer: str
     lr: float
     warmup: int
     lr_schedule: str

@@ -165,7 +165,7 @@ def _autoencoder_trainer(
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
         if options.ema_snapshots is not None:
             raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
-        for name in ("dropout", "prediction_type", "min_snr_gamma"):
+        for name in ("dropout", "optimizer", "prediction_type", "min_snr_gamma"):
             if getattr(settings, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})

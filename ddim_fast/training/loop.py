@@ -25,6 +25,7 @@ from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
+from .muon import Muon
 from .options import TRAINING_STATE, TrainingOptions
 
 __all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
@@ -71,7 +72,11 @@ class Trainer(Generic[M]):
         self.step = 0
         self.ema = EMA(model, options.ema)
         self._averages = None if options.ema_snapshots is None else PowerAverages(model)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+        self.optimizer: torch.optim.Optimizer
+        if options.optimizer == "muon":
+            self.optimizer = Muon(model, options.lr)
+        else:
+            self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         self._loss = self._make_loss().to(model.device)
         # On a GPU as CUDA graphs: launching the step's thousand kernels from Python takes longer than they run.
         mode = "reduce-overhead" if model.device.type == "cuda" else None
@@ -164,17 +169,21 @@ class Trainer(Generic[M]):
             state = read_pickle(path)
         except ValueError as error:
             raise ValueError(f"{path}: not a whole training state") from error
-        parameters = list(self.model.parameters())
+        # By their numbers in the optimizer's state.
+        parameters = [(p, _kinds(group)) for group in self.optimizer.param_groups for p in group["params"]]
         try:
             step, averages = operator.index(state["step"]), state.get("averages")
-            moments, kinds = dict(state["optimizer"]["state"]), ("step", "exp_avg", "exp_avg_sq")
+            moments = dict(state["optimizer"]["state"])
             parts = [
                 (state["model"], self.model.state_dict()),
                 (state["ema"], self.ema.state_dict()),
                 (
-                    {f"{kind} of parameter {i}": moments[i][kind] for i in moments for kind in kinds},
-                    {f"{kind} of parameter {i}": parameters[i] for i in moments for kind in kinds[1:]}
-                    | {f"step of parameter {i}": torch.zeros(()) for i in moments},
+                    {f"{kind} of parameter {i}": moments[i][kind] for i in moments for kind in parameters[i][1]},
+                    {
+                        f"{kind} of parameter {i}": torch.zeros(()) if kind == "step" else parameters[i][0]
+                        for i in moments
+                        for kind in parameters[i][1]
+                    },
                 ),
             ]
             if self._averages is not None and averages is not None:
@@ -249,6 +258,11 @@ class Trainer(Generic[M]):
         if self.options.lr_schedule == "constant":
             return self.options.lr
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _kinds(group: dict[str, Any]) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter in a group of its."""
+    return ("momentum_buffer",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
 
 
 def _fits(found: dict[str, Tensor], like: dict[str, Tensor]) -> bool:

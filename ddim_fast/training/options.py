@@ -21,7 +21,8 @@ class TrainingOptions:
     Attributes:
         steps: optimiser steps in all.
         batch_size: images a step.
-        lr: peak learning rate of Adam.
+        optimizer: ``adam``, or ``muon``: see :class:`ddim_fast.training.muon.Muon`.
+        lr: peak learning rate.
         warmup: steps of linear warm-up.
         lr_schedule: after the warm-up, ``constant`` or ``cosine`` (to zero at the last step).
         ema: decay of the averaged weights, which are the ones that are sampled.
@@ -40,6 +41,7 @@ class TrainingOptions:
 
     steps: int = 800_000
     batch_size: int = 128
+    optimizer: str = "adam"
     lr: float = 2e-4
     warmup: int = 5000
     lr_schedule: str = "constant"
@@ -57,6 +59,7 @@ class TrainingOptions:
         for name, holds, right in (
             ("steps", self.steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("optimizer", self.optimizer in ("adam", "muon"), "adam or muon"),
             ("lr", 0 < self.lr < math.inf, "positive"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),

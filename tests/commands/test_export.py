@@ -214,3 +214,28 @@ def test_an_average_of_another_length(run, checkpoint, small_unet, tmp_path):
         assert float(loaded.conv_in.bias.detach().mean()) == pytest.approx(40 * share / (share + 1) - 0.5, abs=0.3)
         assert loaded.fitted_timesteps is None  # they were fitted to other weights
         torch.testing.assert_close(loaded.conv_out.weight, small_unet.conv_out.weight, atol=1e-4, rtol=1e-3)
+
+
+def test_a_checkpoint_is_widened(run, tmp_path):
+    code, _, err = run("--to", "checkpoint", "--widen", "cifar10-128", "--model", "cifar10-64", "--out", tmp_path / "wide")
+    assert (code, err) == (0, "")
+    wide, narrow = UNet.from_pretrained(tmp_path / "wide"), UNet.from_pretrained("cifar10-64")
+    assert wide.config.level_channels == UNetConfig.preset("cifar10-128").level_channels
+    assert wide.config.class_names == narrow.config.class_names
+    assert wide.fitted_timesteps == narrow.fitted_timesteps  # they hold: the function is the same
+    x, t, labels = torch.randn(2, 3, 32, 32), torch.tensor([5, 700]), torch.tensor([3, 10])
+    torch.testing.assert_close(wide(x, t, labels), narrow(x, t, labels), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--to=checkpoint", "--widen=celeba-64"], "--widen celeba-64: a network of twice the channels has sample_size 32"),
+        (["--to=checkpoint", "--widen=cifar"], "--widen: invalid choice: 'cifar'"),
+        (["--to=onnx", "--widen=cifar10-128"], "--widen is an option of --to checkpoint"),
+    ],
+)
+def test_a_network_that_is_not_twice_as_wide_is_refused(options, message, run, tmp_path):
+    code, _, err = run(*options, "--model", "cifar10-64", "--out", tmp_path / "out")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli.parser import run_command
+from ddim_fast.models.widening import widen
 from ddim_fast.training.loop import Trainer
 from tests.helpers.small_runs import NETWORK, RUN, assert_one_line
 
@@ -101,6 +102,7 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     [
         (["--prediction-type=v_prediction"], "the network of this run has prediction_type epsilon, not v_prediction"),
         (["--latents=elsewhere"], "--latents elsewhere: a run goes on with its own"),
+        (["--optimizer=muon"], "--optimizer muon: a run goes on with its own"),
     ],
 )
 def test_a_run_goes_on_with_its_own_network(options, part, photos, tmp_path, run_train):
@@ -575,3 +577,21 @@ def test_a_model_grows_by_a_level_for_images_twice_as_large(photos, tmp_path, ru
     code, _, err = run_train("--resume", "--steps=2", "--out", tmp_path / "after", "--quiet")
     assert (code, err) == (0, "")
     assert UNet.from_pretrained(tmp_path / "after").config == after.config
+
+
+def test_training_goes_on_from_a_widened_network(photos, tmp_path, run_train):
+    options = ["--data", photos, *RUN[len(NETWORK) :], "--log-every=1"]
+    run_train(*options, *NETWORK, "--class-conditional", "--steps=3", "--out", tmp_path / "narrow")
+    narrow = UNet.from_pretrained(tmp_path / "narrow")
+    widen(narrow, dataclasses.replace(narrow.config, base_channels=16)).save_pretrained(tmp_path / "wide")
+    for name in ("narrow", "wide"):
+        code, _, err = run_train(*options, "--init", tmp_path / name, "--steps=4", "--out", tmp_path / f"after-{name}")
+        assert (code, err) == (0, "")
+    before, after = (json.loads((tmp_path / f"after-{n}/stats.jsonl").read_text().splitlines()[0]) for n in ("narrow", "wide"))
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    trained = torch.load(tmp_path / "after-wide/training_state.pt", weights_only=True)["model"]
+    assert trained["conv_in.weight"].shape == (16, 1, 3, 3)
+    start = UNet.from_pretrained(tmp_path / "wide").state_dict()
+    for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.to_v.weight"):
+        moved = trained[name] - start[name]
+        assert (moved[::2] - moved[1::2]).norm() > 0.1 * moved.norm() > 0
