@@ -99,6 +99,7 @@ class TrainSettings:
     resume: bool
     steps: int | None
     batch_size: int
+    accumulate: int
     lr: float
     warmup: int
     lr_schedule: str

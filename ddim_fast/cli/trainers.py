@@ -18,6 +18,7 @@ from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
 from ..interop.autoencoder import load_autoencoder
 from ..io.pictures import image_grid, save_image
+from ..io.processes import Processes
 from ..models.audio import AudioConfig
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import AUTOENCODER, load_config, local_model
@@ -36,7 +37,7 @@ from .settings import TrainSettings
 if TYPE_CHECKING:
     from .samplers import AnySampler
 
-__all__ = ["describe_run", "find_start", "make_trainer", "save_grid"]
+__all__ = ["describe_run", "find_device", "find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
@@ -73,6 +74,17 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
     if added:
         there = count_of(now.images, "images")
         print(f"{now.path} holds {there}, {added} more than before: the run continues with all of them", file=sys.stderr)
+
+
+def find_device(parser: CommandParser, settings: TrainSettings, processes: Processes) -> torch.device:
+    """The device of this process, made ready for it."""
+    with parser.usage_errors():
+        device = pick_device(processes.device_name(settings.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        processes.share_cores()
+    return device
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
@@ -127,16 +139,17 @@ def _latents(settings: TrainSettings) -> str | None:
 
 
 def make_trainer(
-    parser: CommandParser, settings: TrainSettings, start: UNet | None
+    parser: CommandParser, settings: TrainSettings, start: UNet | None, device: torch.device, processes: Processes
 ) -> tuple[Trainer[Any], LatentCodec | None, DataRecord]:
     """The trainer, at a resumed run's last checkpoint; the autoencoder of a latent network, or None; and the record of the
     data.
 
     Args:
         settings, start: the results of :func:`find_start`.
+        device: the result of :func:`find_device`.
+        processes: those that share each batch.
     """
     with parser.usage_errors():
-        device = pick_device(settings.device)
         options = _options(settings, device)
         if settings.latents is not None and settings.preset == AUTOENCODER:
             raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
@@ -144,21 +157,26 @@ def make_trainer(
     trainer: Trainer[Any]
     try:
         if settings.preset == AUTOENCODER:
-            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
+            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options, processes)
         else:
-            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
+            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start, processes)
     except FileNotFoundError as error:
         if settings.resume:  # the run's stored data, not the user's option
             raise FileNotFoundError(f"{error} ({parser.hint})") from None
         parser.error(str(error))
     if _goes_on(settings):
         trainer.load(settings.out)
-        trainer.mend(settings.out)
+        if processes.is_first:
+            trainer.mend(settings.out)
     return trainer, codec, seen
 
 
 def _autoencoder_trainer(
-    parser: CommandParser, settings: TrainSettings, device: torch.device, options: TrainingOptions
+    parser: CommandParser,
+    settings: TrainSettings,
+    device: torch.device,
+    options: TrainingOptions,
+    processes: Processes,
 ) -> tuple[Trainer[Autoencoder], None, DataRecord]:
     with parser.usage_errors():
         if settings.class_conditional:
@@ -174,7 +192,7 @@ def _autoencoder_trainer(
         data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
-    return Trainer(Autoencoder(config).to(device), data, options), None, seen
+    return Trainer(Autoencoder(config).to(device), data, options, processes), None, seen
 
 
 def _unet_trainer(
@@ -183,6 +201,7 @@ def _unet_trainer(
     device: torch.device,
     options: TrainingOptions,
     start: UNet | None,
+    processes: Processes,
 ) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
@@ -224,7 +243,7 @@ def _unet_trainer(
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
-    return Trainer(model.to(device), data, options), codec, seen
+    return Trainer(model.to(device), data, options, processes), codec, seen
 
 
 def _load(
@@ -275,10 +294,15 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     elif options.steps <= options.warmup:
         steps += f"; all within the warm-up of {options.warmup:,}: use --recipe fast for short runs"
     resized = "" if trainer.data.resized is None else f"{trainer.data.resized}\n"
+    slices = trainer.processes.count * options.accumulate
+    share = "" if slices == 1 else f" in {slices} slices of {options.batch_size // slices}"
+    dropout = ""
+    if slices > 1 and isinstance(trainer.model, UNet) and trainer.model.config.dropout:
+        dropout = f"dropout: drawn for each slice, so the weights are those of {slices} slices; --dropout 0 gives one's\n"
     return (
         f"{describe_model(network, [trainer.model], dtype, device)}\n"
-        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n{resized}"
-        f"steps: {steps}"
+        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step{share}\n"
+        f"{resized}{dropout}steps: {steps}"
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def run_training(
     keep: int,
     minutes: float | None = None,
     quiet: bool = False,
-) -> bool:
+) -> int | None:
     """Run the loop: progress bar, estimate of the whole time, stats.jsonl, checkpoints, sample grids.
 
     Args:
@@ -49,18 +50,32 @@ def run_training(
         minutes: stop after this time.
         quiet: no progress bar and no estimate.
 
+    Of several processes the first one writes and prints; all stop after the same step.
+
     Returns:
-        Whether a signal ended the run; its last step is then in a checkpoint, too, but has no grid.
+        The signal that ended the run, in any of the processes, or None; its last step is then in a checkpoint, too, but has no
+        grid.
+
+    Raises:
+        ValueError: the loss or the gradient became infinite or NaN.
     """
-    options = trainer.options
-    _forget_after(out, trainer.step)
-    prune(out, keep - 1)
+    options, processes = trainer.options, trainer.processes
+    quiet = quiet or not processes.is_first
+    if processes.is_first:
+        _forget_after(out, trainer.step)
+        prune(out, keep - 1)
     total = torch.zeros((), device=trainer.model.device)
     logged, saved, since = trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
+
+    def stopping() -> tuple[int | None, bool]:
+        """The signal that came to any of the processes, or None, and whether the time is over in any."""
+        number, is_late = processes.largest([signals.came or 0, time.perf_counter() > deadline])
+        return number or None, bool(is_late)
+
     with (
         signals.finishing("step"),
-        open(out / STATS, "a", encoding="utf-8") as stats,
+        open(out / STATS if processes.is_first else os.devnull, "a", encoding="utf-8") as stats,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=quiet, file=sys.stderr) as bar,
     ):
         estimate = None if quiet else _Estimate(options.steps, bar)
@@ -71,7 +86,8 @@ def run_training(
             bar.update()
             if estimate is not None:
                 estimate.update(step)
-            last = step.step == options.steps or time.perf_counter() > deadline or signals.came
+            came, is_late = stopping()
+            last = step.step == options.steps or is_late or came
             if last or step.step % log_every == 0 or step.step % save_every == 0:
                 loss, grad_norm = total.item() / (step.step - logged), step.grad_norm.item()
                 # The last gradient is already in the weights, but not yet in a loss.
@@ -96,20 +112,25 @@ def run_training(
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
                 total.zero_()
                 logged, since = step.step, now
-            if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
-                trainer.write_snapshot(out / SNAPSHOTS)
-            if last or step.step % save_every == 0:
-                _save(trainer, out, saved, keep)
+            is_saved, is_shown = last or step.step % save_every == 0, last or step.step % sample_every == 0
+            if processes.is_first:
+                if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
+                    trainer.write_snapshot(out / SNAPSHOTS)
+                if is_saved:
+                    _save(trainer, out, saved, keep)
+                if is_shown and not came:
+                    bar.set_description("sampling a grid")
+                    with redrawn(bar):
+                        signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+            if is_saved:
                 saved = step.step
-            if last or step.step % sample_every == 0:
-                bar.set_description("sampling a grid")
-                with redrawn(bar):
-                    signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
-            if signals.came and saved < step.step:
+            if (is_saved or is_shown) and not came:
+                came, _ = stopping()  # a signal meanwhile; the others wait here for the first process
+            if came and saved < step.step and processes.is_first:
                 _save(trainer, out, saved, keep)
-            if last or signals.came:
+            if last or came:
                 break
-    return signals.came is not None
+    return came
 
 
 def _save(trainer: Trainer[Any], out: Path, before: int, keep: int) -> None:

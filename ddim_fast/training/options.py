@@ -20,7 +20,8 @@ class TrainingOptions:
 
     Attributes:
         steps: optimiser steps in all.
-        batch_size: images a step.
+        batch_size: images a step, in all processes together.
+        accumulate: compute the gradient of a batch in so many slices, one after the other, for less memory.
         lr: peak learning rate of Adam.
         warmup: steps of linear warm-up.
         lr_schedule: after the warm-up, ``constant`` or ``cosine`` (to zero at the last step).
@@ -40,6 +41,7 @@ class TrainingOptions:
 
     steps: int = 800_000
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 2e-4
     warmup: int = 5000
     lr_schedule: str = "constant"
@@ -57,6 +59,7 @@ class TrainingOptions:
         for name, holds, right in (
             ("steps", self.steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
             ("lr", 0 < self.lr < math.inf, "positive"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),
@@ -68,3 +71,16 @@ class TrainingOptions:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
+        self.slice_size(1)
+
+    def slice_size(self, processes: int) -> int:
+        """The images that one of so many processes computes at once.
+
+        Raises:
+            ValueError: a batch does not divide into such slices.
+        """
+        slices = processes * self.accumulate
+        if self.batch_size % slices:
+            why = [f"{processes} processes"] * (processes > 1) + [f"accumulate {self.accumulate}"] * (self.accumulate > 1)
+            raise ValueError(f"batch_size must be a multiple of {slices}, for {' and '.join(why)}; got {self.batch_size}")
+        return self.batch_size // slices

@@ -204,13 +204,6 @@ def test_without_a_compiler_the_step_is_not_compiled(photos, tmp_path, run_train
     assert json.loads((out / "train.json").read_text())["compile"]  # elsewhere the run goes on compiled
 
 
-def test_training_under_torchrun_is_refused(photos, tmp_path, run_train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = run_train("--data", photos, *RUN, "--out", tmp_path / "run")
-    assert code == 2
-    assert_one_line(err, "training is one process")
-
-
 def test_a_schedule_of_few_timesteps_has_a_grid(photos, tmp_path, run_train):
     options = [*RUN[:-7], "num_train_timesteps=10", *RUN[-7:]]
     code, _, err = run_train("--data", photos, *options, "--steps=1", "--out", tmp_path / "run")
@@ -291,7 +284,9 @@ def test_names_where_training_begins_with_a_model(folders, names, labels, photos
     for folder, own in zip(folders, sorted(photos.iterdir()), strict=False):
         shutil.copytree(own, tmp_path / "data" / folder)
     seen, init = [], Trainer.__init__
-    monkeypatch.setattr(Trainer, "__init__", lambda self, model, data, rest: seen.append(data) or init(self, model, data, rest))
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, model, data, *rest: seen.append(data) or init(self, model, data, *rest)
+    )
     options = ["--init", tmp_path / "init", "--data", tmp_path / "data", *RUN[len(NETWORK) :], "--steps=1"]
     assert run_train(*options, "--out", tmp_path / "run")[0] == 0
     assert UNet.from_pretrained(tmp_path / "run").config.class_names == names

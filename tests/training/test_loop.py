@@ -7,6 +7,7 @@ import torch
 
 from ddim_fast import Sampler, UNet, UNetConfig
 from ddim_fast.data.images import ImageSet
+from ddim_fast.io.processes import Processes
 from ddim_fast.training.loop import Trainer, TrainingOptions
 
 TINY = {
@@ -27,14 +28,14 @@ def make_model(seed: int = 0, **fields) -> UNet:
     return UNet(UNetConfig(**{**TINY, "dropout": 0.0, **fields}))
 
 
-def make_data(count: int, labels=None) -> ImageSet:
-    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+def make_data(count: int, labels=None, channels: int = 1) -> ImageSet:
+    images = torch.randint(0, 256, (count, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     return ImageSet(images, None if labels is None else torch.tensor(labels))
 
 
-def make_trainer(data: ImageSet, model: UNet | None = None, **options) -> Trainer:
+def make_trainer(data: ImageSet, model: UNet | None = None, processes: Processes | None = None, **options) -> Trainer:
     options = {"steps": 5, "batch_size": 4, "lr": 1e-3, "warmup": 0, "flip": False, **options}
-    return Trainer(model or make_model(), data, TrainingOptions(**options))
+    return Trainer(model or make_model(), data, TrainingOptions(**options), processes)
 
 
 def run(trainer: Trainer, steps: int | None = None) -> list:
