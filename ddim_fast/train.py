@@ -102,8 +102,12 @@ def _parser() -> CommandParser:
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, also its checkpoint")
     p.add_argument(
         "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in --out; options not given are the run's own",
+        metavar="auto",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_auto,
+        help="continue from the last checkpoint in --out; options not given are the run's own. auto: begin if there is none",
     )
     how = p.group("training")
     how.add_argument("--steps", metavar="N", type=parse_positive, help=_STEPS_HELP)
@@ -160,6 +164,12 @@ def _parser() -> CommandParser:
 def _absolute(text: str) -> str:
     """An existing path made absolute, so that it holds from another working directory."""
     return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
+
+
+def _auto(text: str) -> str:
+    if text == "auto":
+        return text
+    raise argparse.ArgumentTypeError(f"it stands alone, or with auto; got {text!r}")
 
 
 def _model(text: str) -> str:
@@ -250,7 +260,8 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
     settings, trainer, codec, seen = processes.after_first(prepare)
     out = settings.out
     # Torch warns of the layout of 1x1 kernels, which differs in channels_last by name alone.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    if processes.count > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     if processes.is_first:
         if not settings.quiet:
             print(describe_run(settings, trainer, is_default), file=sys.stderr)
@@ -309,13 +320,14 @@ def _settings(parser: CommandParser) -> TrainSettings:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = parser.error  # type: ignore[method-assign]
     first.add_argument("--out", type=Path, default=Path())
-    first.add_argument("--resume", action="store_true")
+    first.add_argument("--resume", nargs="?", const=True, default=False)
     first.add_argument("--recipe", default="ddpm")
     given = first.parse_known_args()[0]
     record = given.out / RUN
-    stored = _stored(parser, record) if given.resume and record.is_file() else {}
-    parser.set_defaults(**(stored if given.resume else _RECIPES.get(given.recipe, {})))
-    settings = TrainSettings(**vars(parser.parse_args()))
+    resume = given.resume is True or (given.resume == "auto" and record.is_file())
+    stored = _stored(parser, record) if resume and record.is_file() else {}
+    parser.set_defaults(**(stored if resume else _RECIPES.get(given.recipe, {})))
+    settings = TrainSettings(**{**vars(parser.parse_args()), "resume": resume})
     out = settings.out
     _check_out(parser, out, settings.resume)
     if settings.resume:

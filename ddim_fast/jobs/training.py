@@ -65,7 +65,7 @@ def run_training(
         _forget_after(out, trainer.step)
         prune(out, keep - 1)
     total = torch.zeros((), device=trainer.model.device)
-    logged, saved, since = trainer.step, trainer.step, time.perf_counter()
+    came, logged, saved, since = signals.came, trainer.step, trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
 
     def stopping() -> tuple[int | None, bool]:

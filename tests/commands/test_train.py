@@ -96,6 +96,31 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert names(tmp_path / "parts") == {*FILES, "checkpoints"} and names(tmp_path / "parts" / "checkpoints") == {"0000004"}
 
 
+def test_a_scheduler_gives_the_same_command_until_the_run_is_finished(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--recipe=fast", "--out"]
+    assert run_train(*start, tmp_path / "whole", "--steps=4")[0] == 0
+    again = [*start, tmp_path / "parts", "--resume", "auto", "--steps=4"]
+    assert run_train(*again, "--minutes=1e-9")[0] == 0  # there was no run
+    assert torch.load(tmp_path / "parts" / "training_state.pt")["step"] == 1
+    for _ in range(2):  # the second one finds it finished
+        code, out, err = run_train(*again)
+        assert (code, err) == (0, "") and "trained to step 4" in out
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+    assert [json.loads(line)["step"] for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()] == [1, 2, 4]
+    (tmp_path / "parts" / "train.json").unlink()
+    code, _, err = run_train(*again)
+    assert code == 2
+    assert_one_line(err, "holds a checkpoint already, which is no run's")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_by_the_same_command(photos, tmp_path, run_train):
+    again = ["--data", photos, *RUN, "--steps=3", "--resume=auto", "--out", tmp_path / "run"]
+    assert run_train(*again, "--lr=1e30")[0] == 1
+    assert run_train(*again)[::2] == (0, "")
+    assert run_train("--data", photos, *RUN, "--steps=3", "--out", tmp_path / "fresh")[0] == 0
+    assert weights_in(tmp_path / "run") == weights_in(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize(
     "options,part",
     [

@@ -1024,6 +1024,10 @@ train --data photos --out new --preset autoencoder --dropout 0.1
     2 --dropout is for diffusion models, not for an autoencoder
 train --out new --resume
     2 --resume: there is no run in new
+train --out run --resume again
+    2 argument --resume: it stands alone, or with auto; got 'again'
+train --out new --resume auto
+    2 --data is required
 train --out small --resume
     2 --resume: there is no run in small
 train --out run --resume --recipe fast
