@@ -80,6 +80,7 @@ def _parser() -> CommandParser:
         type=_absolute,
         help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
     )
+    p.add_argument("--val", metavar="SPEC", type=_absolute, help=_VAL_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument(
         "--preset",
@@ -119,6 +120,7 @@ def _parser() -> CommandParser:
     how.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
     how.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
     how.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
+    how.add_argument("--skip-bad-steps", metavar="N", type=int, default=default.skip_bad_steps, help=_SKIP_HELP)
     how.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
     how.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="prediction type of the network (default: the preset's)"
@@ -195,6 +197,13 @@ _STEPS_HELP = (
     f"optimiser steps in all (default: {_STEPS['ddpm']:,} on a GPU, with --recipe fast {_STEPS['fast']:,}; {_CPU_STEPS:,} on "
     "a CPU)"
 )
+_VAL_HELP = (
+    "held-out images, as --data: each checkpoint's loss on them goes to stats.jsonl as val_loss, and the best one to OUT/best"
+)
+_SKIP_HELP = (
+    "let N steps of the run pass whose loss or gradient is infinite or NaN; they change no weights, and OUT/bad_steps.jsonl "
+    "lists their images. One more ends the run"
+)
 _BATCH_HELP = "images a step, in all processes together"
 _ACCUMULATE_HELP = (
     "compute each batch in K slices, one after the other, for less memory; the result is the same but for rounding"
@@ -259,6 +268,9 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
 
     settings, trainer, codec, seen = processes.after_first(prepare)
     out = settings.out
+    most, least = processes.largest([trainer.step, -trainer.step])
+    if most != -least:
+        raise ValueError(f"--out {out}: processes find different checkpoints there; name a folder that their machines share")
     # Torch warns of the layout of 1x1 kernels, which differs in channels_last by name alone.
     if processes.count > 1:
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -280,6 +292,7 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
             keep=settings.keep,
             minutes=settings.minutes,
             quiet=settings.quiet,
+            validation=settings.val or "",
         )
     except RuntimeError as error:
         if not processes.is_lost(error):

@@ -88,6 +88,7 @@ class TrainSettings:
     """
 
     data: str
+    val: str | None
     convert: bool
     preset: str
     init: str | None
@@ -106,6 +107,7 @@ class TrainSettings:
     ema: float
     ema_snapshots: int | None
     grad_clip: float
+    skip_bad_steps: int
     dropout: float | None
     prediction_type: str | None
     min_snr_gamma: float | None

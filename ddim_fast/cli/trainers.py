@@ -189,10 +189,12 @@ def _autoencoder_trainer(
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
     with notice(f"reading {settings.data}", settings.quiet):
-        data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+        size = config.in_channels, config.sample_size
+        data = load_images(settings.data, *size, labelled=False)
+        held_out = None if settings.val is None else load_images(settings.val, *size, labelled=False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
-    return Trainer(Autoencoder(config).to(device), data, options, processes), None, seen
+    return Trainer(Autoencoder(config).to(device), data, options, processes, held_out), None, seen
 
 
 def _unet_trainer(
@@ -219,7 +221,8 @@ def _unet_trainer(
     weights = None if start is None else start.state_dict()
     labelled = settings.class_conditional or config.num_classes is not None
     with notice(f"reading {settings.data}", settings.quiet):
-        data = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled, config.class_names)
+        shape = config.image_shape if codec is None else image_shape
+        data = _load(settings, settings.data, shape, audio, labelled, config.class_names)
     if labelled and data.labels is None:
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
@@ -234,8 +237,16 @@ def _unet_trainer(
     _check_same_data(parser, settings, seen)
     _check_same_network(parser, settings, config)
     config = _with_names(settings, config, data)
+    held_out = None
+    if settings.val is not None:
+        with notice(f"reading {settings.val}", settings.quiet):
+            names = config.class_names or data.class_names
+            held_out = _load(settings, settings.val, shape, audio, config.num_classes is not None, names)
+        if config.num_classes is not None and held_out.labels is None:
+            parser.error(f"--val: {settings.val} has no label for every image; name images with the classes of --data")
     if codec is not None:
         with notice(f"encoding {len(data):,} images as latents", settings.quiet):
+            held_out = None if held_out is None else encoded(held_out, codec, False)
             data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
@@ -243,22 +254,23 @@ def _unet_trainer(
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
-    return Trainer(model.to(device), data, options, processes), codec, seen
+    return Trainer(model.to(device), data, options, processes, held_out), codec, seen
 
 
 def _load(
     settings: TrainSettings,
+    spec: str,
     image_shape: tuple[int, int, int],
     audio: AudioConfig | None,
     labelled: bool,
     class_names: tuple[str, ...] | None,
 ) -> ImageSet:
-    """The data, with classes numbered as in the network that training starts from."""
+    """The data at ``spec``, with classes numbered as in the network that training starts from."""
     if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
+        return load_images(spec, *image_shape[:2], labelled=labelled, class_names=class_names)
     from ..data.sounds import load_sound_images
 
-    return load_sound_images(settings.data, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
+    return load_sound_images(spec, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
 
 
 def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> UNetConfig:

@@ -31,6 +31,9 @@ from .options import TRAINING_STATE, TrainingOptions
 
 __all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
 
+# Held-out images whose random numbers are drawn together.
+_HELD_OUT_AT_ONCE = 64
+
 M = TypeVar("M", UNet, Autoencoder)
 
 
@@ -55,27 +58,27 @@ class Trainer(Generic[M]):
 
     Args:
         processes: those that share each batch, with the same model, data and options; None is this one alone.
+        held_out: images for :meth:`validation_loss`.
 
     Raises:
         ValueError: the labels do not fit the network, the data is not the network's size, or a batch does not divide among the
             processes.
     """
 
-    def __init__(self, model: M, data: ImageSet, options: TrainingOptions, processes: Processes | None = None) -> None:
-        config = model.config
-        self._num_classes = config.num_classes if isinstance(model, UNet) else None
-        if tuple(data.images.shape[1:]) != config.image_shape:
-            raise ValueError(
-                f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}"
-            )
-        if self._num_classes is not None:
-            if data.labels is None:
-                raise ValueError("the network is class-conditional, but the data has no labels")
-            low, high = int(data.labels.min()), int(data.labels.max())
-            if low < 0 or high >= self._num_classes:
-                raise ValueError(f"labels must be in 0..{self._num_classes - 1}; the data has {low}..{high}")
+    def __init__(
+        self,
+        model: M,
+        data: ImageSet,
+        options: TrainingOptions,
+        processes: Processes | None = None,
+        held_out: ImageSet | None = None,
+    ) -> None:
+        self._num_classes = model.config.num_classes if isinstance(model, UNet) else None
+        for images in (data, *([] if held_out is None else [held_out])):
+            _check_fits(images, model.config.image_shape, self._num_classes)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data.to(model.device)
+        self.held_out = None if held_out is None else held_out.to(model.device)
         self.options = options
         self.processes = Processes(alone=True) if processes is None else processes
         self._slice_size = options.slice_size(self.processes.count)
@@ -95,6 +98,10 @@ class Trainer(Generic[M]):
         total=trainer.options.steps)`` shows a progress bar."""
         self.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.options.accumulate > 1:
+            # A slice's gradient may lie in memory that the next slice's CUDA graph writes, so it is added up elsewhere.
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
         shared = None if self.processes.count == 1 else SharedLoss(self.model, self._loss_of_batch, self.processes.count)
         while self.step < self.options.steps:
             loss = self._backward(shared)
@@ -116,20 +123,13 @@ class Trainer(Generic[M]):
         size, slices = self.options.batch_size, self.options.accumulate
         rank, share = self.processes.rank, slices * self._slice_size
         own = slice(rank * share, (rank + 1) * share)
-        images, labels = self._images(self.indices(self.step)[own])
+        images, labels = self._images(self.data, self.indices(self.step)[own])
         torch.manual_seed(_mix(self.options.seed, self.step))
         images, labels = self._augment(images, labels, own)
-        drawn = [numbers[own].split(self._slice_size) for numbers in self._loss.draw(self.model, images, size)]
-        # A slice's gradient may lie in memory that the next slice's CUDA graph writes, so it is added to what lies elsewhere.
+        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size))
         self.optimizer.zero_grad(set_to_none=slices == 1)
         total = torch.zeros((), device=images.device)
-        parts = zip(
-            images.split(self._slice_size),
-            [None] * slices if labels is None else labels.split(self._slice_size),
-            zip(*drawn, strict=True),
-            strict=True,
-        )
-        for k, part in enumerate(parts):
+        for k, part in enumerate(self._slices(images, labels, drawn)):
             if self._slice_size < size:
                 torch.manual_seed(_mix(_mix(self.options.seed, self.step), rank * slices + k))  # of the dropout
             torch.compiler.cudagraph_mark_step_begin()
@@ -138,6 +138,29 @@ class Trainer(Generic[M]):
                 loss.backward()
             total += loss.detach()
         return total if shared is None else shared.mean(total)
+
+    def _slices(
+        self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
+        """What is computed at once: images, their labels and their random numbers."""
+        for start in range(0, len(images), self._slice_size):
+            part = slice(start, start + self._slice_size)
+            yield images[part], None if labels is None else labels[part], tuple(numbers[part] for numbers in drawn)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The loss of the averaged weights on the held-out images, which the processes share. Each image has the same timestep
+        and noise in every call, whatever the seed, the batch size and the number of processes."""
+        assert self.held_out is not None
+        model, count, total = self.averaged_model(), len(self.held_out), 0.0
+        for start in self.processes.share(range(0, count, _HELD_OUT_AT_ONCE)):
+            numbers = torch.arange(start, min(start + _HELD_OUT_AT_ONCE, count))
+            images, labels = self._images(self.held_out, numbers)
+            torch.manual_seed(_mix(-1, start))
+            drawn = self._loss.draw(model, images, len(images))
+            for part in self._slices(images, labels, drawn):
+                total += self._loss_of(*part, model).item() * len(part[0])
+        return self.processes.total([total])[0] / count
 
     def averaged_model(self) -> M:
         """A copy of the network with the averaged weights, in eval mode."""
@@ -248,10 +271,12 @@ class Trainer(Generic[M]):
         config = self.model.config
         return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)
 
-    def _loss_of(self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...]) -> Tensor:
+    def _loss_of(
+        self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...], model: nn.Module | None = None
+    ) -> Tensor:
         autocast = torch.autocast(images.device.type, torch.bfloat16) if self.options.bf16 else contextlib.nullcontext()
         with autocast:
-            return self._loss(self.model, images, labels, drawn)
+            return self._loss(self.model if model is None else model, images, labels, drawn)
 
     def indices(self, step: int) -> Tensor:
         """The numbers of the images in the batch of ``step``, counted from 0: int64 (batch_size,), on the CPU. The data has a
@@ -267,11 +292,12 @@ class Trainer(Generic[M]):
             first, size = first + len(parts[-1]), size - len(parts[-1])
         return torch.cat(parts)
 
-    def _images(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The images of these numbers, and their labels, on the network's device."""
-        index, device = index.to(self.data.images.device), self.model.device
-        labels = None if self._num_classes is None else self.data.labels[index].to(device)
-        return self.data.images[index].to(device), labels
+    def _images(self, data: ImageSet, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images of these numbers as float32, and their labels, on the network's device."""
+        index, device = index.to(data.images.device), self.model.device
+        labels = None if self._num_classes is None or data.labels is None else data.labels[index].to(device)
+        images = data.images[index].to(device)
+        return to_unit_range(images) if images.dtype == torch.uint8 else images, labels
 
     def _augment(self, images: Tensor, labels: Tensor | None, own: slice) -> tuple[Tensor, Tensor | None]:
         """Mirror images and drop labels at random.
@@ -280,7 +306,6 @@ class Trainer(Generic[M]):
             own: where they lie in the batch.
         """
         size = self.options.batch_size
-        images = to_unit_range(images) if images.dtype == torch.uint8 else images
         if self.options.flip:
             mirrored = torch.rand(size, 1, 1, 1, device=images.device)[own] < 0.5
             images = torch.where(mirrored, images.flip(3), images)
@@ -296,6 +321,19 @@ class Trainer(Generic[M]):
         if self.options.lr_schedule == "constant":
             return self.options.lr
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _check_fits(data: ImageSet, image_shape: tuple[int, ...], num_classes: int | None) -> None:
+    """A ValueError where a network cannot be trained on the data."""
+    if tuple(data.images.shape[1:]) != image_shape:
+        raise ValueError(f"the network takes images of shape {image_shape}; the data has {tuple(data.images.shape[1:])}")
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise ValueError("the network is class-conditional, but the data has no labels")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}; the data has {low}..{high}")
 
 
 def _fits(found: dict[str, Tensor], like: dict[str, Tensor]) -> bool:

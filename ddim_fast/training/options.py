@@ -28,6 +28,8 @@ class TrainingOptions:
         ema: decay of the averaged weights, which are the ones that are sampled.
         ema_snapshots: keep two more averages, for ``Trainer.write_snapshot`` to be called every so many steps, or None.
         grad_clip: largest norm of the gradient.
+        skip_bad_steps: steps whose loss or gradient may be infinite or NaN, in the whole run. Such a step never changes the
+            weights; one more ends a run of ``python -m ddim_fast.train``.
         min_snr_gamma: see :class:`ddim_fast.training.loss.DenoisingLoss`; None for the plain loss.
         label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
         flip: mirror half of the images, left to right.
@@ -48,6 +50,7 @@ class TrainingOptions:
     ema: float = 0.9999
     ema_snapshots: int | None = None
     grad_clip: float = 1.0
+    skip_bad_steps: int = 0
     min_snr_gamma: float | None = None
     label_dropout: float = 0.1
     flip: bool = True
@@ -66,6 +69,7 @@ class TrainingOptions:
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
             ("ema_snapshots", self.ema_snapshots is None or self.ema_snapshots >= 1, "at least 1"),
             ("grad_clip", self.grad_clip > 0, "positive"),
+            ("skip_bad_steps", self.skip_bad_steps >= 0, "at least 0"),
             ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "positive"),
             ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
         ):

@@ -11,6 +11,7 @@ import sys
 _PROGRAM = """
 import os, sys
 import torch, torch._dynamo  # which optimizers and DistributedDataParallel import at first use
+from ddim_fast.data.images import ImageSet
 from ddim_fast.io.processes import Processes
 from tests.training.test_loop import make_data, make_model, make_trainer
 
@@ -23,6 +24,8 @@ def train(layout, rank, count, accumulate, port):
         trainer = make(processes, accumulate)
         steps = [[float(step.loss), float(step.grad_norm)] for step in trainer.run()]
         state = {"steps": steps, "model": trainer.model.state_dict(), "ema": trainer.ema.state_dict()}
+        if trainer.held_out is not None:
+            state["validation"] = trainer.validation_loss()
         torch.save(state, f"{folder}/{layout}-{rank}.pt")
         processes.wait()
 

@@ -1,5 +1,7 @@
 """A batch that several processes share, or that is computed in slices."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,8 +13,18 @@ from tests.training.test_loop import make_data, make_model, make_trainer
 PLAIN = """
 def make(processes, accumulate):
     options = dict(steps=50, batch_size=12, accumulate=accumulate, flip=True, label_dropout=0.3, lr_schedule="cosine", ema=0.9)
+    options["held_out"] = make_data(200, labels=[i % 3 for i in range(200)])
     model = make_model(processes.rank, num_classes=3)  # the first process's weights become all's
     return make_trainer(make_data(10, labels=[i % 3 for i in range(10)]), model, processes=processes, **options)
+"""
+
+# The second of two processes meets an image that is not finite, in step 2 of an epoch of two.
+NOT_FINITE = """
+def make(processes, accumulate):
+    data = ImageSet(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), None)
+    trainer = make_trainer(data, processes=processes, steps=4, batch_size=4, accumulate=accumulate)
+    data.images[trainer.indices(1)[3]] = torch.nan
+    return trainer
 """
 
 DROPOUT = """
@@ -38,9 +50,19 @@ def test_the_weights_do_not_depend_on_the_layout(layouts, tmp_path):
         assert relative_error(first["ema"], one["ema"]) < 1e-5
         torch.testing.assert_close(torch.tensor(first["steps"]), torch.tensor(one["steps"]), rtol=1e-4, atol=0)
         assert first["steps"] != one["steps"]  # it was computed otherwise
+        assert first["validation"] == pytest.approx(one["validation"], rel=1e-5)
         for other in others:  # the same to the bit in all processes
-            assert other["steps"] == first["steps"]
+            assert other["steps"] == first["steps"] and other["validation"] == first["validation"]
             assert all(torch.equal(other["model"][name], tensor) for name, tensor in first["model"].items())
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_passed_over_by_all(tmp_path):
+    trained(NOT_FINITE, [(2, 1)], tmp_path)
+    first, second = (torch.load(tmp_path / f"2x1-{rank}.pt") for rank in range(2))
+    assert [math.isfinite(sum(step)) for step in first["steps"]][:2] == [True, False]
+    assert str(first["steps"]) == str(second["steps"])  # nan is not nan
+    for name, tensor in first["model"].items():
+        assert tensor.isfinite().all() and torch.equal(tensor, second["model"][name])
 
 
 @pytest.mark.slow
