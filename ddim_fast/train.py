@@ -9,6 +9,7 @@ import functools
 import glob
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from .cli.settings import TrainSettings
 from .cli.stored import stored_options
 from .io.files import write_json
 from .io.locks import hold
+from .io.processes import Processes
 from .io.records import RUN
-from .io.stopping import signals
+from .io.stopping import Stopped
 from .jobs.outputs import require_parents
 from .models.checkpoint import AUTOENCODER, packaged_models
 from .models.config import PREDICTION_TYPES, preset_names
@@ -33,6 +35,7 @@ _EXAMPLES = """\
   python -m ddim_fast.train --data photos/ --recipe fast --steps 20000 --out runs/soon
   python -m ddim_fast.train --data spoken-digits/ --preset digits-mel --class-conditional --recipe fast --out runs/digits
   python -m ddim_fast.train --out runs/photos --resume
+  torchrun --nproc-per-node 8 -m ddim_fast.train --data photos/ --batch-size 512 --out runs/photos
   python -m ddim_fast.train --init runs/photos --data more-photos/ --steps 5000 --lr 5e-5 --warmup 100 --out runs/tuned
   python -m ddim_fast.train --init runs/photos --set sample_size=64 --data photos/ --lr 1e-4 --out runs/photos-64
   python -m ddim_fast.train --data faces/ --preset autoencoder --set sample_size=64 --recipe fast --out runs/faces-autoencoder
@@ -77,6 +80,7 @@ def _parser() -> CommandParser:
         type=_absolute,
         help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
     )
+    p.add_argument("--val", metavar="SPEC", type=_absolute, help=_VAL_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
     p.add_argument(
         "--preset",
@@ -99,12 +103,17 @@ def _parser() -> CommandParser:
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="the run's folder, also its checkpoint")
     p.add_argument(
         "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in --out; options not given are the run's own",
+        metavar="auto",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_auto,
+        help="continue from the last checkpoint in --out; options not given are the run's own. auto: begin if there is none",
     )
     how = p.group("training")
     how.add_argument("--steps", metavar="N", type=parse_positive, help=_STEPS_HELP)
-    how.add_argument("--batch-size", metavar="N", type=parse_positive, default=default.batch_size, help="images a step")
+    how.add_argument("--batch-size", metavar="N", type=parse_positive, default=default.batch_size, help=_BATCH_HELP)
+    how.add_argument("--accumulate", metavar="K", type=parse_positive, default=default.accumulate, help=_ACCUMULATE_HELP)
     how.add_argument("--optimizer", choices=("adam", "muon"), default=default.optimizer, help=_OPTIMIZER_HELP)
     how.add_argument("--lr", metavar="X", type=float, default=default.lr, help="peak learning rate")
     how.add_argument("--warmup", metavar="N", type=int, default=default.warmup, help="steps of linear warm-up")
@@ -112,6 +121,7 @@ def _parser() -> CommandParser:
     how.add_argument("--ema", metavar="X", type=float, default=default.ema, help="decay of the averaged weights")
     how.add_argument("--ema-snapshots", metavar="N", type=parse_positive, help=_SNAPSHOTS_HELP)
     how.add_argument("--grad-clip", metavar="X", type=float, default=default.grad_clip, help="largest gradient norm")
+    how.add_argument("--skip-bad-steps", metavar="N", type=int, default=default.skip_bad_steps, help=_SKIP_HELP)
     how.add_argument("--dropout", metavar="X", type=float, help="dropout in the residual blocks (default: the preset's)")
     how.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, help="prediction type of the network (default: the preset's)"
@@ -159,6 +169,12 @@ def _absolute(text: str) -> str:
     return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
 
 
+def _auto(text: str) -> str:
+    if text == "auto":
+        return text
+    raise argparse.ArgumentTypeError(f"it stands alone, or with auto; got {text!r}")
+
+
 def _model(text: str) -> str:
     return text if text in packaged_models() else _absolute(text)
 
@@ -186,6 +202,17 @@ _OPTIMIZER_HELP = (
     "adam, or muon: Muon for the hidden layers' weights and Adam for the others; in short runs of a small network it was the "
     "better one, at four times the learning rate"
 )
+_VAL_HELP = (
+    "held-out images, as --data: each checkpoint's loss on them goes to stats.jsonl as val_loss, and the best one to OUT/best"
+)
+_SKIP_HELP = (
+    "let N steps of the run pass whose loss or gradient is infinite or NaN; they change no weights, and OUT/bad_steps.jsonl "
+    "lists their images. One more ends the run"
+)
+_BATCH_HELP = "images a step, in all processes together"
+_ACCUMULATE_HELP = (
+    "compute each batch in K slices, one after the other, for less memory; the result is the same but for rounding"
+)
 _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length (default: none)"
 )
@@ -206,57 +233,103 @@ def _recipe_help() -> str:
 
 def main() -> None:
     parser = _parser()
+    with Processes() as processes:
+        settings, parser.hint, defaults = processes.from_first(lambda: _claimed(parser, processes.count))
+        parser.set_defaults(**defaults)
+        stopped = _train(parser, settings, processes)
+        if stopped is not None:
+            processes.wait()  # torchrun would end the first one with those that have ended
+            raise Stopped(stopped)
+
+
+def _claimed(parser: CommandParser, count: int) -> tuple[TrainSettings, str, dict[str, Any]]:
+    """The settings of a run whose folder is now this process's, and the parser's hint and defaults, which depend on the run."""
     settings = _settings(parser)
+    with parser.usage_errors():
+        TrainingOptions(batch_size=settings.batch_size, accumulate=settings.accumulate).slice_size(count)
+        if count > 1 and settings.device.startswith("cuda:"):
+            raise ValueError(f"--device {settings.device}: each of {count} processes needs a GPU of its own; use --device cuda")
     hold(settings.out, f"--out {settings.out}")
     _check_out(parser, settings.out, settings.resume)  # by now there may be another run
-    with notice("loading PyTorch", settings.quiet):
-        from .cli.trainers import describe_run, find_start, make_trainer, save_grid  # these import more than --help needs
+    return settings, parser.hint, {name: parser.get_default(name) for name in vars(settings)}
+
+
+def _train(parser: CommandParser, settings: TrainSettings, processes: Processes) -> int | None:
+    """Train; returns the signal that ended the run, or None."""
+    with notice("loading PyTorch", settings.quiet or not processes.is_first):
+        # These import more than --help needs.
+        from .cli.trainers import describe_run, find_device, find_start, make_trainer, save_grid
         from .jobs.training import run_training
         from .models.autoencoder import Autoencoder
-        from .ops.devices import pick_device
-        from .training.checkpoints import recover, remove_run_remains
 
-    remove_run_remains(settings.out)
-    if settings.resume and (line := recover(settings.out)) is not None:
-        print(f"warning: {line}", file=sys.stderr)
+    processes.from_first(lambda: _mend(settings))
     is_default = settings.steps is None
-    if is_default:
-        with parser.usage_errors():
-            device = pick_device(settings.device)
-        settings = dataclasses.replace(settings, steps=_default_steps(settings.recipe, device.type))
-    settings, start = find_start(parser, settings)
-    trainer, codec, seen = make_trainer(parser, settings, start)
-    if not settings.quiet:
-        print(describe_run(settings, trainer, is_default), file=sys.stderr)
+
+    def prepare() -> Any:
+        device = find_device(parser, settings, processes)
+        steps = _default_steps(settings.recipe, device.type) if is_default else settings.steps
+        own, start = find_start(parser, dataclasses.replace(settings, steps=steps))
+        return own, *make_trainer(parser, own, start, device, processes)
+
+    settings, trainer, codec, seen = processes.after_first(prepare)
     out = settings.out
-    seen.save(out)
-    write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
-    if codec is not None:
-        codec.autoencoder.save_pretrained(out / AUTOENCODER)
-    stopped = run_training(
-        trainer,
-        out,
-        functools.partial(save_grid, trainer, codec),
-        log_every=settings.log_every,
-        save_every=settings.save_every,
-        sample_every=settings.sample_every,
-        keep=settings.keep,
-        minutes=settings.minutes,
-        quiet=settings.quiet,
-    )
-    if stopped:
+    most, least = processes.largest([trainer.step, -trainer.step])
+    if most != -least:
+        raise ValueError(f"--out {out}: processes find different checkpoints there; name a folder that their machines share")
+    # Torch warns of the layout of 1x1 kernels, which differs in channels_last by name alone.
+    if processes.count > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    if processes.is_first:
+        if not settings.quiet:
+            print(describe_run(settings, trainer, is_default), file=sys.stderr)
+        seen.save(out)
+        write_json(out / RUN, {name: value for name, value in vars(settings).items() if name not in _PER_CALL})
+        if codec is not None:
+            codec.autoencoder.save_pretrained(out / AUTOENCODER)
+    try:
+        stopped = run_training(
+            trainer,
+            out,
+            functools.partial(save_grid, trainer, codec),
+            log_every=settings.log_every,
+            save_every=settings.save_every,
+            sample_every=settings.sample_every,
+            keep=settings.keep,
+            minutes=settings.minutes,
+            quiet=settings.quiet,
+            validation=settings.val or "",
+        )
+    except RuntimeError as error:
+        if not processes.is_lost(error):
+            raise
+        kept = f"{out} keeps its last checkpoint" if (out / TRAINING_STATE).is_file() else "there is no checkpoint yet"
+        raise RuntimeError(
+            f"another process of this run has ended, so this one ends too ({kept}; the same command with --resume goes on)"
+        ) from error
+    if not processes.is_first:
+        return stopped
+    if stopped is not None:
         print(
             f"stopped: {out} holds a checkpoint of step {trainer.step}; the same command with --resume goes on", file=sys.stderr
         )
-        signals.check()
-    if isinstance(trainer.model, Autoencoder):
+    elif isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
         print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+    return stopped
 
 
 def _default_steps(recipe: str, device: str) -> int:
     return _CPU_STEPS if device == "cpu" else _STEPS[recipe]
+
+
+def _mend(settings: TrainSettings) -> None:
+    """Remove what a killed run has left, and put the newest whole checkpoint into its place."""
+    from .training.checkpoints import recover, remove_run_remains
+
+    remove_run_remains(settings.out)
+    if settings.resume and (line := recover(settings.out)) is not None:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _settings(parser: CommandParser) -> TrainSettings:
@@ -265,16 +338,15 @@ def _settings(parser: CommandParser) -> TrainSettings:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = parser.error  # type: ignore[method-assign]
     first.add_argument("--out", type=Path, default=Path())
-    first.add_argument("--resume", action="store_true")
+    first.add_argument("--resume", nargs="?", const=True, default=False)
     first.add_argument("--recipe", default="ddpm")
     given = first.parse_known_args()[0]
     record = given.out / RUN
-    stored = _stored(parser, record) if given.resume and record.is_file() else {}
-    parser.set_defaults(**(stored if given.resume else _RECIPES.get(given.recipe, {})))
-    settings = TrainSettings(**vars(parser.parse_args()))
+    resume = given.resume is True or (given.resume == "auto" and record.is_file())
+    stored = _stored(parser, record) if resume and record.is_file() else {}
+    parser.set_defaults(**(stored if resume else _RECIPES.get(given.recipe, {})))
+    settings = TrainSettings(**{**vars(parser.parse_args()), "resume": resume})
     out = settings.out
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("training is one process; start it without torchrun")
     _check_out(parser, out, settings.resume)
     if settings.resume:
         parser.hint = f"options that are not given are those of {record}"

@@ -90,6 +90,7 @@ class TrainSettings:
     """
 
     data: str
+    val: str | None
     convert: bool
     preset: str
     init: str | None
@@ -102,12 +103,14 @@ class TrainSettings:
     steps: int | None
     batch_size: int
     optimizer: str
+    accumulate: int
     lr: float
     warmup: int
     lr_schedule: str
     ema: float
     ema_snapshots: int | None
     grad_clip: float
+    skip_bad_steps: int
     dropout: float | None
     prediction_type: str | None
     min_snr_gamma: float | None

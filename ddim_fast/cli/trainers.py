@@ -18,6 +18,7 @@ from ..diffusion.sampler import Sampler
 from ..engine import why_not_compiled
 from ..interop.autoencoder import load_autoencoder
 from ..io.pictures import image_grid, save_image
+from ..io.processes import Processes
 from ..models.audio import AudioConfig
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import AUTOENCODER, load_config, local_model
@@ -36,7 +37,7 @@ from .settings import TrainSettings
 if TYPE_CHECKING:
     from .samplers import AnySampler
 
-__all__ = ["describe_run", "find_start", "make_trainer", "save_grid"]
+__all__ = ["describe_run", "find_device", "find_start", "make_trainer", "save_grid"]
 
 
 def _goes_on(settings: TrainSettings) -> bool:
@@ -73,6 +74,17 @@ def _check_same_data(parser: CommandParser, settings: TrainSettings, now: DataRe
     if added:
         there = count_of(now.images, "images")
         print(f"{now.path} holds {there}, {added} more than before: the run continues with all of them", file=sys.stderr)
+
+
+def find_device(parser: CommandParser, settings: TrainSettings, processes: Processes) -> torch.device:
+    """The device of this process, made ready for it."""
+    with parser.usage_errors():
+        device = pick_device(processes.device_name(settings.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        processes.share_cores()
+    return device
 
 
 def find_start(parser: CommandParser, settings: TrainSettings) -> tuple[TrainSettings, UNet | None]:
@@ -127,16 +139,17 @@ def _latents(settings: TrainSettings) -> str | None:
 
 
 def make_trainer(
-    parser: CommandParser, settings: TrainSettings, start: UNet | None
+    parser: CommandParser, settings: TrainSettings, start: UNet | None, device: torch.device, processes: Processes
 ) -> tuple[Trainer[Any], LatentCodec | None, DataRecord]:
     """The trainer, at a resumed run's last checkpoint; the autoencoder of a latent network, or None; and the record of the
     data.
 
     Args:
         settings, start: the results of :func:`find_start`.
+        device: the result of :func:`find_device`.
+        processes: those that share each batch.
     """
     with parser.usage_errors():
-        device = pick_device(settings.device)
         options = _options(settings, device)
         if settings.latents is not None and settings.preset == AUTOENCODER:
             raise ValueError("--latents is for training a network on latents; --preset autoencoder makes the autoencoder")
@@ -144,21 +157,26 @@ def make_trainer(
     trainer: Trainer[Any]
     try:
         if settings.preset == AUTOENCODER:
-            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options)
+            trainer, codec, seen = _autoencoder_trainer(parser, settings, device, options, processes)
         else:
-            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start)
+            trainer, codec, seen = _unet_trainer(parser, settings, device, options, start, processes)
     except FileNotFoundError as error:
         if settings.resume:  # the run's stored data, not the user's option
             raise FileNotFoundError(f"{error} ({parser.hint})") from None
         parser.error(str(error))
     if _goes_on(settings):
         trainer.load(settings.out)
-        trainer.mend(settings.out)
+        if processes.is_first:
+            trainer.mend(settings.out)
     return trainer, codec, seen
 
 
 def _autoencoder_trainer(
-    parser: CommandParser, settings: TrainSettings, device: torch.device, options: TrainingOptions
+    parser: CommandParser,
+    settings: TrainSettings,
+    device: torch.device,
+    options: TrainingOptions,
+    processes: Processes,
 ) -> tuple[Trainer[Autoencoder], None, DataRecord]:
     with parser.usage_errors():
         if settings.class_conditional:
@@ -171,10 +189,12 @@ def _autoencoder_trainer(
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
     with notice(f"reading {settings.data}", settings.quiet):
-        data = load_images(settings.data, config.in_channels, config.sample_size, labelled=False)
+        size = config.in_channels, config.sample_size
+        data = load_images(settings.data, *size, labelled=False)
+        held_out = None if settings.val is None else load_images(settings.val, *size, labelled=False)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
-    return Trainer(Autoencoder(config).to(device), data, options), None, seen
+    return Trainer(Autoencoder(config).to(device), data, options, processes, held_out), None, seen
 
 
 def _unet_trainer(
@@ -183,6 +203,7 @@ def _unet_trainer(
     device: torch.device,
     options: TrainingOptions,
     start: UNet | None,
+    processes: Processes,
 ) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
@@ -200,7 +221,8 @@ def _unet_trainer(
     weights = None if start is None else start.state_dict()
     labelled = settings.class_conditional or config.num_classes is not None
     with notice(f"reading {settings.data}", settings.quiet):
-        data = _load(settings, config.image_shape if codec is None else image_shape, audio, labelled, config.class_names)
+        shape = config.image_shape if codec is None else image_shape
+        data = _load(settings, settings.data, shape, audio, labelled, config.class_names)
     if labelled and data.labels is None:
         if start is None:
             parser.error(f"--class-conditional: {settings.data} has no label for every image")
@@ -215,8 +237,16 @@ def _unet_trainer(
     _check_same_data(parser, settings, seen)
     _check_same_network(parser, settings, config)
     config = _with_names(settings, config, data)
+    held_out = None
+    if settings.val is not None:
+        with notice(f"reading {settings.val}", settings.quiet):
+            names = config.class_names or data.class_names
+            held_out = _load(settings, settings.val, shape, audio, config.num_classes is not None, names)
+        if config.num_classes is not None and held_out.labels is None:
+            parser.error(f"--val: {settings.val} has no label for every image; name images with the classes of --data")
     if codec is not None:
         with notice(f"encoding {len(data):,} images as latents", settings.quiet):
+            held_out = None if held_out is None else encoded(held_out, codec, False)
             data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
@@ -224,22 +254,23 @@ def _unet_trainer(
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
-    return Trainer(model.to(device), data, options), codec, seen
+    return Trainer(model.to(device), data, options, processes, held_out), codec, seen
 
 
 def _load(
     settings: TrainSettings,
+    spec: str,
     image_shape: tuple[int, int, int],
     audio: AudioConfig | None,
     labelled: bool,
     class_names: tuple[str, ...] | None,
 ) -> ImageSet:
-    """The data, with classes numbered as in the network that training starts from."""
+    """The data at ``spec``, with classes numbered as in the network that training starts from."""
     if audio is None:
-        return load_images(settings.data, *image_shape[:2], labelled=labelled, class_names=class_names)
+        return load_images(spec, *image_shape[:2], labelled=labelled, class_names=class_names)
     from ..data.sounds import load_sound_images
 
-    return load_sound_images(settings.data, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
+    return load_sound_images(spec, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
 
 
 def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> UNetConfig:
@@ -275,10 +306,15 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     elif options.steps <= options.warmup:
         steps += f"; all within the warm-up of {options.warmup:,}: use --recipe fast for short runs"
     resized = "" if trainer.data.resized is None else f"{trainer.data.resized}\n"
+    slices = trainer.processes.count * options.accumulate
+    share = "" if slices == 1 else f" in {slices} slices of {options.batch_size // slices}"
+    dropout = ""
+    if slices > 1 and isinstance(trainer.model, UNet) and trainer.model.config.dropout:
+        dropout = f"dropout: drawn for each slice, so the weights are those of {slices} slices; --dropout 0 gives one's\n"
     return (
         f"{describe_model(network, [trainer.model], dtype, device)}\n"
-        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step\n{resized}"
-        f"steps: {steps}"
+        f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step{share}\n"
+        f"{resized}{dropout}steps: {steps}"
     )
 
 

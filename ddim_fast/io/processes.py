@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +19,9 @@ T = TypeVar("T")
 # Processes wait for the slowest one at the end, but not for a failed one: torchrun ends all, and a lost connection is an error.
 _PATIENCE = timedelta(days=7)
 
+# In what torch's backends say when a connection breaks.
+_LOST = ("gloo/", "nccl", "connection closed by peer", "connection reset by peer")
+
 
 def cpu_threads() -> int:
     """The number of threads outside of torch: OMP_NUM_THREADS, as in torch, or the number of cores."""
@@ -29,7 +34,11 @@ def _cores() -> int:
 
 
 class Processes:
-    """A context in which processes share work. Their number is in the environment of torchrun; without it there is one.
+    """A context in which processes share work. Their number is in the environment of torchrun; without it there is one. Of
+    several that fail, the first one says why, and the others end silently.
+
+    Args:
+        alone: this process by itself, whatever the environment says.
 
     Attributes:
         count: the number of processes.
@@ -37,8 +46,8 @@ class Processes:
         local_rank: its number on this machine.
     """
 
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, alone: bool = False) -> None:
+        self.count = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank)) if self.count > 1 else 0
         self._done = 0
@@ -54,9 +63,15 @@ class Processes:
             self._store = dist.PrefixStore("ddim_fast", store)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.count > 1:
-            self._dist.destroy_process_group()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.count == 1:
+            return
+        is_told = isinstance(error, Exception) and not self._is_first_to_fail()
+        self._dist.destroy_process_group()
+        if is_told:
+            sys.exit(1)
+        if self.is_lost(error):
+            raise RuntimeError("another process of this run has ended") from error
 
     @property
     def is_first(self) -> bool:
@@ -101,6 +116,51 @@ class Processes:
         if message[1]:
             sys.exit(1)
         return message[0]
+
+    def after_first(self, make: Callable[[], T]) -> T:
+        """The result of ``make`` in each process: in the first one, then in the others, whose stderr is shown only where it
+        raises. If it raises in the first one, they exit silently."""
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        if not self.is_first:
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(said):
+                    made.append(make())
+            except BaseException:
+                self._is_first_to_fail()  # said here
+                sys.stderr.write(said.getvalue())
+                raise
+        self.wait()
+        return made[0]
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes, which wait for one another."""
+        return self._combined(values, "MAX")
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over all processes, in float64; they wait for one another."""
+        return self._combined([float(value) for value in values], "SUM")
+
+    def _combined(self, values: Sequence[T], operation: str) -> list[T]:
+        if self.count == 1:
+            return list(values)
+        import torch
+
+        dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+        tensor = torch.tensor(values, dtype=dtype)
+        self._dist.all_reduce(tensor, getattr(self._dist.ReduceOp, operation))
+        return tensor.tolist()
+
+    def is_lost(self, error: BaseException | None) -> bool:
+        """Whether an error says that another process has ended."""
+        return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)
+
+    def _is_first_to_fail(self) -> bool:
+        try:
+            return self._store.add("failed", 1) == 1
+        except RuntimeError:  # torchrun itself has ended
+            return True
 
     def add_done(self, amount: int) -> int:
         """Count work done; returns the work of all processes so far."""

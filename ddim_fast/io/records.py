@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 __all__ = [
+    "BAD_STEPS",
     "COMPARISON",
     "FILM",
     "GRID",
@@ -25,8 +26,8 @@ OVERVIEWS = (GRID, SPECTROGRAMS, COMPARISON, FILM)
 # The record's name in version 0.1.
 _FORMER = ("sampling.json", "restoration.json", "video.json", "interpolation.json", "edit.json", "errors.json")
 
-# A training's options, losses, and folder of sample grids.
-RUN, STATS, SAMPLES = "train.json", "stats.jsonl", "samples"
+# A training's options, losses, steps without a finite loss, and folder of sample grids.
+RUN, STATS, BAD_STEPS, SAMPLES = "train.json", "stats.jsonl", "bad_steps.jsonl", "samples"
 
 
 def is_overview(path: Path) -> bool:

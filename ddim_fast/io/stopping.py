@@ -130,7 +130,7 @@ class Signals:
             if number[0] not in self._before:
                 continue
             came += 1
-            if came == 1 and self._what is not None:
+            if came == 1 and self._what is not None and os.environ.get("RANK", "0") == "0":  # torchrun hands it to all
                 again = "Ctrl-C" if number[0] == signal.SIGINT else signal.Signals(number[0]).name
                 print(f"\nstopping after this {self._what}; {again} again ends at once", file=sys.stderr, flush=True)
             self._answered.set()

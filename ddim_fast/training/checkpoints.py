@@ -5,21 +5,26 @@ A training state is a zip archive, which has a checksum of each of its files; so
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zipfile
 from pathlib import Path
 
-from ..io.files import atomic_folder, atomic_write, remove_remains
+from ..io.files import atomic_folder, atomic_write, read_json, remove_remains, write_json
 from ..io.records import SAMPLES
 from ..models.checkpoint import AUDIO, AUTOENCODER, SNAPSHOTS, WEIGHTS
 from ..models.weights import read_pickle
 from .options import CHECKPOINTS, TRAINING_STATE
 
-__all__ = ["kept", "prune", "recover", "remove_run_remains", "set_aside"]
+__all__ = ["keep_best", "kept", "prune", "recover", "remove_run_remains", "set_aside"]
 
 # In the order in which they are put back: a run that is killed meanwhile still finds the state damaged, and begins again.
 _FILES = ("config.json", AUDIO, f"{WEIGHTS}.safetensors", TRAINING_STATE)
+
+# The folder, in that of a run, of the checkpoint with the lowest validation loss; its successor until that is whole; and the
+# record in it.
+_BEST, _NEXT_BEST, _VALIDATION = "best", "best.next", "validation.json"
 
 
 def kept(out: Path) -> dict[int, Path]:
@@ -37,10 +42,39 @@ def set_aside(out: Path, step: int) -> None:
     with atomic_folder(folder) as new:
         for name in _FILES:
             if (out / name).is_file():
-                try:
-                    os.link(out / name, new / name)
-                except OSError:
-                    shutil.copy2(out / name, new / name)
+                _link(out / name, new / name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def keep_best(out: Path, step: int, loss: float, data: str) -> None:
+    """Keep the checkpoint in ``out``, which is of ``step``, as ``best``, a model to sample from, where its validation loss is
+    lower than that of the one there, or that one's was on other data."""
+    _finish_best(out)
+    best = out / _BEST
+    before = read_json(best / _VALIDATION) if (best / _VALIDATION).is_file() else {}
+    if before.get("data") == data and not loss < before.get("val_loss", math.inf):
+        return
+    with atomic_folder(out / _NEXT_BEST) as new:
+        for name in _FILES:
+            if name != TRAINING_STATE and (out / name).is_file():
+                _link(out / name, new / name)
+        if (out / AUTOENCODER).is_dir():
+            shutil.copytree(out / AUTOENCODER, new / AUTOENCODER, copy_function=_link)
+        write_json(new / _VALIDATION, {"step": step, "val_loss": loss, "data": data})
+    _finish_best(out)
+
+
+def _finish_best(out: Path) -> None:
+    """Put a whole new best checkpoint into the place of the former."""
+    if (out / _NEXT_BEST).is_dir():
+        shutil.rmtree(out / _BEST, ignore_errors=True)
+        os.replace(out / _NEXT_BEST, out / _BEST)
 
 
 def prune(out: Path, count: int) -> None:
@@ -83,7 +117,8 @@ def remove_run_remains(out: Path) -> None:
     """Remove half-written files of processes that were killed; no other one may be writing there."""
     endings = (".json", ".jsonl", ".safetensors", ".pt", ".png")
     for folder in (out, *(out / name for name in (SAMPLES, SNAPSHOTS, AUTOENCODER, CHECKPOINTS))):
-        remove_remains(folder, lambda name: name.endswith(endings) or name.isdecimal())
+        remove_remains(folder, lambda name: name.endswith(endings) or name.isdecimal() or name == _NEXT_BEST)
+    _finish_best(out)
 
 
 def _problem(state: Path) -> str | None:

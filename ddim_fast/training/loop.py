@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from ..data.images import ImageSet, to_unit_range
 from ..diffusion.schedule import NoiseSchedule
 from ..io.files import atomic_write, errors_name_file
+from ..io.processes import Processes
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import WEIGHTS, save_checkpoint
 from ..models.unet import UNet
 from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
+from .distributed import SharedLoss
 from .ema import EMA
 from .loss import AutoencoderLoss, DenoisingLoss
 from .muon import Muon
@@ -30,12 +32,16 @@ from .options import TRAINING_STATE, TrainingOptions
 
 __all__ = ["TRAINING_STATE", "Trainer", "TrainingOptions", "TrainingStep"]
 
+# Held-out images whose random numbers are drawn together.
+_HELD_OUT_AT_ONCE = 64
+
 M = TypeVar("M", UNet, Autoencoder)
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """The report of one step. ``loss`` and ``grad_norm`` are 0-dim tensors on the device: reading them waits for it."""
+    """The report of one step. ``loss`` and ``grad_norm``, of the whole batch, are 0-dim float32 tensors on the device: reading
+    them waits for it. Where one of them is not finite, the step has changed no weights."""
 
     step: int
     loss: Tensor
@@ -47,28 +53,36 @@ class Trainer(Generic[M]):
     """Trains ``model``, a U-Net or an autoencoder, on ``data``; iterate :meth:`run`.
 
     Every random number of step n comes from a generator seeded by (seed, n), so a run that stops and resumes equals one
-    that never stopped.
+    that never stopped. Each process draws the numbers of the whole batch, and computes its share of the images: an image has
+    the same noise, timestep, label and mirroring whatever the number of processes and of slices. Dropout inside the network is
+    drawn for a slice; it depends on the number of slices of a batch in all processes.
+
+    Args:
+        processes: those that share each batch, with the same model, data and options; None is this one alone.
+        held_out: images for :meth:`validation_loss`.
 
     Raises:
-        ValueError: the labels do not fit the network, or the data is not the network's size.
+        ValueError: the labels do not fit the network, the data is not the network's size, or a batch does not divide among the
+            processes.
     """
 
-    def __init__(self, model: M, data: ImageSet, options: TrainingOptions) -> None:
-        config = model.config
-        self._num_classes = config.num_classes if isinstance(model, UNet) else None
-        if tuple(data.images.shape[1:]) != config.image_shape:
-            raise ValueError(
-                f"the network takes images of shape {config.image_shape}; the data has {tuple(data.images.shape[1:])}"
-            )
-        if self._num_classes is not None:
-            if data.labels is None:
-                raise ValueError("the network is class-conditional, but the data has no labels")
-            low, high = int(data.labels.min()), int(data.labels.max())
-            if low < 0 or high >= self._num_classes:
-                raise ValueError(f"labels must be in 0..{self._num_classes - 1}; the data has {low}..{high}")
+    def __init__(
+        self,
+        model: M,
+        data: ImageSet,
+        options: TrainingOptions,
+        processes: Processes | None = None,
+        held_out: ImageSet | None = None,
+    ) -> None:
+        self._num_classes = model.config.num_classes if isinstance(model, UNet) else None
+        for images in (data, *([] if held_out is None else [held_out])):
+            _check_fits(images, model.config.image_shape, self._num_classes)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data.to(model.device)
+        self.held_out = None if held_out is None else held_out.to(model.device)
         self.options = options
+        self.processes = Processes(alone=True) if processes is None else processes
+        self._slice_size = options.slice_size(self.processes.count)
         self.step = 0
         self.ema = EMA(model, options.ema)
         self._averages = None if options.ema_snapshots is None else PowerAverages(model)
@@ -77,7 +91,7 @@ class Trainer(Generic[M]):
             self.optimizer = Muon(model, options.lr)
         else:
             self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-        self._loss = self._make_loss().to(model.device)
+        self._loss: Any = self._make_loss().to(model.device)
         # On a GPU as CUDA graphs: launching the step's thousand kernels from Python takes longer than they run.
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True, mode=mode) if options.compile else self._loss_of
@@ -89,23 +103,69 @@ class Trainer(Generic[M]):
         total=trainer.options.steps)`` shows a progress bar."""
         self.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.options.accumulate > 1:
+            # A slice's gradient may lie in memory that the next slice's CUDA graph writes, so it is added up elsewhere.
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        shared = None if self.processes.count == 1 else SharedLoss(self.model, self._loss_of_batch, self.processes.count)
         while self.step < self.options.steps:
-            images, labels = self._batch(self.step)
-            torch.manual_seed(_mix(self.options.seed, self.step))
-            torch.compiler.cudagraph_mark_step_begin()
-            loss = self._loss_of_batch(*self._augment(images, labels))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = self._backward(shared)
             grad_norm = nn.utils.clip_grad_norm_(parameters, self.options.grad_clip)
             lr = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            # With this a fused optimizer changes nothing, as after an overflow of torch.amp; it is read on the device alone.
+            self.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             self.ema.update(self.step)
             if self._averages is not None:
                 self._averages.update(self.step)
             self.step += 1
-            yield TrainingStep(self.step, loss.detach(), grad_norm, lr)
+            yield TrainingStep(self.step, loss, grad_norm, lr)
+
+    def _backward(self, shared: SharedLoss | None) -> Tensor:
+        """Leave the gradient of the present step's batch in the parameters; returns its loss."""
+        size, slices = self.options.batch_size, self.options.accumulate
+        rank, share = self.processes.rank, slices * self._slice_size
+        own = slice(rank * share, (rank + 1) * share)
+        images, labels = self._images(self.data, self.indices(self.step)[own])
+        torch.manual_seed(_mix(self.options.seed, self.step))
+        images, labels = self._augment(images, labels, own)
+        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size))
+        self.optimizer.zero_grad(set_to_none=slices == 1)
+        total = torch.zeros((), device=images.device)
+        for k, part in enumerate(self._slices(images, labels, drawn)):
+            if self._slice_size < size:
+                torch.manual_seed(_mix(_mix(self.options.seed, self.step), rank * slices + k))  # of the dropout
+            torch.compiler.cudagraph_mark_step_begin()
+            with contextlib.nullcontext() if shared is None else shared.only_here(k < slices - 1):
+                loss = (self._loss_of_batch if shared is None else shared)(*part) / slices
+                loss.backward()
+            total += loss.detach()
+        return total if shared is None else shared.mean(total)
+
+    def _slices(
+        self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
+        """What is computed at once: images, their labels and their random numbers."""
+        for start in range(0, len(images), self._slice_size):
+            part = slice(start, start + self._slice_size)
+            yield images[part], None if labels is None else labels[part], tuple(numbers[part] for numbers in drawn)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The loss of the averaged weights on the held-out images, which the processes share. Each image has the same timestep
+        and noise in every call, whatever the seed, the batch size and the number of processes."""
+        assert self.held_out is not None
+        model, count, total = self.averaged_model(), len(self.held_out), 0.0
+        for start in self.processes.share(range(0, count, _HELD_OUT_AT_ONCE)):
+            numbers = torch.arange(start, min(start + _HELD_OUT_AT_ONCE, count))
+            images, labels = self._images(self.held_out, numbers)
+            torch.manual_seed(_mix(-1, start))
+            drawn = self._loss.draw(model, images, len(images))
+            for part in self._slices(images, labels, drawn):
+                total += self._loss_of(*part, model).item() * len(part[0])
+        return self.processes.total([total])[0] / count
 
     def averaged_model(self) -> M:
         """A copy of the network with the averaged weights, in eval mode."""
@@ -214,19 +274,22 @@ class Trainer(Generic[M]):
             for weights in (self.model.state_dict(), self.ema.state_dict()):
                 weights[name].copy_(getattr(averaged, name))
 
-    def _make_loss(self) -> nn.Module:
+    def _make_loss(self) -> AutoencoderLoss | DenoisingLoss:
         if isinstance(self.model, Autoencoder):
             return AutoencoderLoss()
         config = self.model.config
         return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)
 
-    def _loss_of(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def _loss_of(
+        self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...], model: nn.Module | None = None
+    ) -> Tensor:
         autocast = torch.autocast(images.device.type, torch.bfloat16) if self.options.bf16 else contextlib.nullcontext()
         with autocast:
-            return self._loss(self.model, images, labels)
+            return self._loss(self.model if model is None else model, images, labels, drawn)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The images of step ``step``: the data in a new order each epoch, batches running on across its end."""
+    def indices(self, step: int) -> Tensor:
+        """The numbers of the images in the batch of ``step``, counted from 0: int64 (batch_size,), on the CPU. The data has a
+        new order each epoch, and batches run on across its end."""
         first, size = step * self.options.batch_size, self.options.batch_size
         parts = []
         while size:
@@ -236,18 +299,27 @@ class Trainer(Generic[M]):
                 self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator)
             parts.append(self._order[start : start + size])
             first, size = first + len(parts[-1]), size - len(parts[-1])
-        index = torch.cat(parts).to(self.data.images.device)
-        device = self.model.device
-        labels = None if self._num_classes is None else self.data.labels[index].to(device)
-        return self.data.images[index].to(device), labels
+        return torch.cat(parts)
 
-    def _augment(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        images = to_unit_range(images) if images.dtype == torch.uint8 else images
+    def _images(self, data: ImageSet, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images of these numbers as float32, and their labels, on the network's device."""
+        index, device = index.to(data.images.device), self.model.device
+        labels = None if self._num_classes is None or data.labels is None else data.labels[index].to(device)
+        images = data.images[index].to(device)
+        return to_unit_range(images) if images.dtype == torch.uint8 else images, labels
+
+    def _augment(self, images: Tensor, labels: Tensor | None, own: slice) -> tuple[Tensor, Tensor | None]:
+        """Mirror images and drop labels at random.
+
+        Args:
+            own: where they lie in the batch.
+        """
+        size = self.options.batch_size
         if self.options.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            mirrored = torch.rand(size, 1, 1, 1, device=images.device)[own] < 0.5
             images = torch.where(mirrored, images.flip(3), images)
         if labels is not None and self._num_classes is not None and self.options.label_dropout:
-            dropped = torch.rand(len(labels), device=labels.device) < self.options.label_dropout
+            dropped = torch.rand(size, device=labels.device)[own] < self.options.label_dropout
             labels = torch.where(dropped, self._num_classes, labels)
         return images, labels
 
@@ -263,6 +335,19 @@ class Trainer(Generic[M]):
 def _kinds(group: dict[str, Any]) -> tuple[str, ...]:
     """What the optimizer keeps of each parameter in a group of its."""
     return ("momentum_buffer",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
+
+
+def _check_fits(data: ImageSet, image_shape: tuple[int, ...], num_classes: int | None) -> None:
+    """A ValueError where a network cannot be trained on the data."""
+    if tuple(data.images.shape[1:]) != image_shape:
+        raise ValueError(f"the network takes images of shape {image_shape}; the data has {tuple(data.images.shape[1:])}")
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise ValueError("the network is class-conditional, but the data has no labels")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}; the data has {low}..{high}")
 
 
 def _fits(found: dict[str, Tensor], like: dict[str, Tensor]) -> bool:

@@ -12,6 +12,9 @@ from ..models.autoencoder import Autoencoder
 
 __all__ = ["AutoencoderLoss", "DenoisingLoss"]
 
+# The random numbers of a batch, one tensor a kind, whose first dimension is that of the images.
+Drawn = tuple[Tensor, ...]
+
 
 class DenoisingLoss(nn.Module):
     """Mean squared error of the network's prediction at random timesteps (Ho et al. 2020, eq. 14), optionally with the
@@ -44,15 +47,21 @@ class DenoisingLoss(nn.Module):
             weight = np.nan_to_num(capped * np.square(to_x0), nan=0.0)
         self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
 
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        """The loss of one batch, a 0-dim fp32 tensor. Timesteps and noise come from torch's default generator.
+    def draw(self, model: nn.Module, images: Tensor, size: int) -> Drawn:
+        """Timesteps and noise of ``size`` images like ``images``, from torch's default generator: int64 (size,) and float32
+        (size, C, H, W) in the images' memory format."""
+        timesteps = torch.randint(len(self.signal), (size,), device=images.device)
+        return timesteps, _normal((size, *images.shape[1:]), images)
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None, drawn: Drawn | None = None) -> Tensor:
+        """The loss of one batch, a 0-dim fp32 tensor.
 
         Args:
             images: (N, C, H, W) float32 in [-1, 1].
             labels: (N,) int64, or None.
+            drawn: the random numbers of these images, from :meth:`draw`; None draws them.
         """
-        timesteps = torch.randint(len(self.signal), (images.shape[0],), device=images.device)
-        noise = torch.randn_like(images)
+        timesteps, noise = self.draw(model, images, len(images)) if drawn is None else drawn
         signal, sigma = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
         prediction = model(signal * images + sigma * noise, timesteps, labels).float()
         target = training_target(self.prediction_type, images, noise, signal, sigma)
@@ -72,13 +81,33 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.kl_weight = kl_weight
 
-    def forward(self, model: Autoencoder, images: Tensor, labels: Tensor | None) -> Tensor:
-        """The loss of one batch, a 0-dim fp32 tensor. Noise comes from torch's default generator; labels are not used."""
+    def draw(self, model: Autoencoder, images: Tensor, size: int) -> Drawn:
+        """The noise of the latents of ``size`` images like ``images``, from torch's default generator: float32 (size, latent
+        channels, h, w)."""
+        config = model.config
+        side = config.sample_size // config.factor
+        return (_normal((size, config.latent_channels, side, side), images),)
+
+    def forward(self, model: Autoencoder, images: Tensor, labels: Tensor | None, drawn: Drawn | None = None) -> Tensor:
+        """The loss of one batch, a 0-dim fp32 tensor; labels are not used.
+
+        Args:
+            images: (N, C, H, W) float32 in [-1, 1].
+            drawn: the random numbers of these images, from :meth:`draw`; None draws them.
+        """
         mean, log_variance = (part.float() for part in model.posterior(images))
-        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        (noise,) = (torch.randn_like(mean),) if drawn is None else drawn
+        latents = mean + torch.exp(0.5 * log_variance) * noise
         error = (model.decoder(latents).float() - images).abs().mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return error + self.kl_weight * divergence
+
+
+def _normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Normal numbers in the memory format of ``like``, in whose order they are drawn."""
+    is_last = like.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    return torch.empty(shape, device=like.device, memory_format=memory_format).normal_()
 
 
 def _fp32(table: np.ndarray) -> Tensor:

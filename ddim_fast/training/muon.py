@@ -36,13 +36,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
+        """Update all parameters; none where the attribute ``found_inf``, a () float32 tensor, is 1, as of fused optimizers."""
+        found: Tensor | None = getattr(self, "found_inf", None)
         for matrix, p in zip(self._matrices, self._filters, strict=True):
             matrix.grad = None if p.grad is None else _matrix(p.grad).reshape(matrix.shape)
+            if found is not None and matrix.grad is not None:
+                matrix.grad = torch.where(found.bool(), 0.0, matrix.grad)
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in self._matrices if self.state.get(matrix)]
+        before = [] if found is None else [(found.bool(), t, t.clone()) for t in (*self._matrices, *buffers)]
+        self._adam.found_inf = found  # type: ignore[attr-defined]
         # What load_state_dict has replaced.
         for optimizer, group in zip((self._adam, self._muon), self.param_groups, strict=True):
             optimizer.param_groups, optimizer.state = [group], self.state
             optimizer.step()
+        for is_bad, tensor, kept in before:
+            tensor.copy_(torch.where(is_bad, kept, tensor))
 
 
 def _matrix(filters: Tensor) -> Tensor:

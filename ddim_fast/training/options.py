@@ -20,7 +20,8 @@ class TrainingOptions:
 
     Attributes:
         steps: optimiser steps in all.
-        batch_size: images a step.
+        batch_size: images a step, in all processes together.
+        accumulate: compute the gradient of a batch in so many slices, one after the other, for less memory.
         optimizer: ``adam``, or ``muon``: see :class:`ddim_fast.training.muon.Muon`.
         lr: peak learning rate.
         warmup: steps of linear warm-up.
@@ -28,6 +29,8 @@ class TrainingOptions:
         ema: decay of the averaged weights, which are the ones that are sampled.
         ema_snapshots: keep two more averages, for ``Trainer.write_snapshot`` to be called every so many steps, or None.
         grad_clip: largest norm of the gradient.
+        skip_bad_steps: steps whose loss or gradient may be infinite or NaN, in the whole run. Such a step never changes the
+            weights; one more ends a run of ``python -m ddim_fast.train``.
         min_snr_gamma: see :class:`ddim_fast.training.loss.DenoisingLoss`; None for the plain loss.
         label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
         flip: mirror half of the images, left to right.
@@ -42,12 +45,14 @@ class TrainingOptions:
     steps: int = 800_000
     batch_size: int = 128
     optimizer: str = "adam"
+    accumulate: int = 1
     lr: float = 2e-4
     warmup: int = 5000
     lr_schedule: str = "constant"
     ema: float = 0.9999
     ema_snapshots: int | None = None
     grad_clip: float = 1.0
+    skip_bad_steps: int = 0
     min_snr_gamma: float | None = None
     label_dropout: float = 0.1
     flip: bool = True
@@ -60,14 +65,29 @@ class TrainingOptions:
             ("steps", self.steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("optimizer", self.optimizer in ("adam", "muon"), "adam or muon"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
             ("lr", 0 < self.lr < math.inf, "positive"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("lr_schedule", self.lr_schedule in ("constant", "cosine"), "constant or cosine"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
             ("ema_snapshots", self.ema_snapshots is None or self.ema_snapshots >= 1, "at least 1"),
             ("grad_clip", self.grad_clip > 0, "positive"),
+            ("skip_bad_steps", self.skip_bad_steps >= 0, "at least 0"),
             ("min_snr_gamma", self.min_snr_gamma is None or self.min_snr_gamma > 0, "positive"),
             ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
+        self.slice_size(1)
+
+    def slice_size(self, processes: int) -> int:
+        """The images that one of so many processes computes at once.
+
+        Raises:
+            ValueError: a batch does not divide into such slices.
+        """
+        slices = processes * self.accumulate
+        if self.batch_size % slices:
+            why = [f"{processes} processes"] * (processes > 1) + [f"accumulate {self.accumulate}"] * (self.accumulate > 1)
+            raise ValueError(f"batch_size must be a multiple of {slices}, for {' and '.join(why)}; got {self.batch_size}")
+        return self.batch_size // slices

@@ -103,6 +103,8 @@ WITHOUT_DATA = {
     "training-recipes: Prediction type and min-SNR weights, 1": "models of some minutes, which were not kept",
     "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 1": "the first stage's loss by timestep",
     "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 2": "timesteps of an earlier fit to the second stage",
+    "training-recipes: Muon beside Adam, 1": "networks of 200 steps, which were not kept",
+    "training-recipes: Muon beside Adam, 2": "networks of 200 steps, which were not kept",
     "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
     "audio: Figures, 1": "to be measured again by benchmarks/audio_recognition.py",

@@ -97,6 +97,38 @@ def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     assert names(tmp_path / "parts") == {*FILES, "checkpoints"} and names(tmp_path / "parts" / "checkpoints") == {"0000004"}
 
 
+def test_a_scheduler_gives_the_same_command_until_the_run_is_finished(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--recipe=fast", "--out"]
+    assert run_train(*start, tmp_path / "whole", "--steps=4")[0] == 0
+    again = [*start, tmp_path / "parts", "--resume", "auto", "--steps=4"]
+    assert run_train(*again, "--minutes=1e-9")[0] == 0  # there was no run
+    assert torch.load(tmp_path / "parts" / "training_state.pt")["step"] == 1
+    for _ in range(2):  # the second one finds it finished
+        code, out, err = run_train(*again)
+        assert (code, err) == (0, "") and "trained to step 4" in out
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+    assert [json.loads(line)["step"] for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()] == [1, 2, 4]
+    (tmp_path / "parts" / "train.json").unlink()
+    code, _, err = run_train(*again)
+    assert code == 2
+    assert_one_line(err, "holds a checkpoint already, which is no run's")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_by_the_same_command(photos, tmp_path, run_train):
+    again = ["--data", photos, *RUN, "--steps=3", "--resume=auto", "--out", tmp_path / "run"]
+    assert run_train(*again, "--lr=1e30")[0] == 1
+    assert run_train(*again)[::2] == (0, "")
+    assert run_train("--data", photos, *RUN, "--steps=3", "--out", tmp_path / "fresh")[0] == 0
+    assert weights_in(tmp_path / "run") == weights_in(tmp_path / "fresh")
+
+
+def test_processes_that_do_not_share_a_folder_do_not_train(photos, tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr("ddim_fast.io.processes.Processes.largest", lambda self, values: [5, 0])  # one is at step 5, one at 0
+    code, _, err = run_train("--data", photos, *RUN, "--steps=1", "--out", tmp_path / "run")
+    assert code == 1
+    assert_one_line(err, f"error: --out {tmp_path}/run: processes find different checkpoints there", "share")
+
+
 @pytest.mark.parametrize(
     "options,part",
     [
@@ -206,13 +238,6 @@ def test_without_a_compiler_the_step_is_not_compiled(photos, tmp_path, run_train
     assert json.loads((out / "train.json").read_text())["compile"]  # elsewhere the run goes on compiled
 
 
-def test_training_under_torchrun_is_refused(photos, tmp_path, run_train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = run_train("--data", photos, *RUN, "--out", tmp_path / "run")
-    assert code == 2
-    assert_one_line(err, "training is one process")
-
-
 def test_a_schedule_of_few_timesteps_has_a_grid(photos, tmp_path, run_train):
     options = [*RUN[:-7], "num_train_timesteps=10", *RUN[-7:]]
     code, _, err = run_train("--data", photos, *options, "--steps=1", "--out", tmp_path / "run")
@@ -293,7 +318,9 @@ def test_names_where_training_begins_with_a_model(folders, names, labels, photos
     for folder, own in zip(folders, sorted(photos.iterdir()), strict=False):
         shutil.copytree(own, tmp_path / "data" / folder)
     seen, init = [], Trainer.__init__
-    monkeypatch.setattr(Trainer, "__init__", lambda self, model, data, rest: seen.append(data) or init(self, model, data, rest))
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, model, data, *rest: seen.append(data) or init(self, model, data, *rest)
+    )
     options = ["--init", tmp_path / "init", "--data", tmp_path / "data", *RUN[len(NETWORK) :], "--steps=1"]
     assert run_train(*options, "--out", tmp_path / "run")[0] == 0
     assert UNet.from_pretrained(tmp_path / "run").config.class_names == names
@@ -362,7 +389,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(photos, tmp_path, ru
     assert (code, stdout) == (1, "")
     assert_one_line(err, "error: the loss became ", "lower --lr", f"{out} keeps the checkpoint of step 2")
     assert {name: (out / name).read_bytes() for name in before} == before
-    assert names(out) == FILES
+    assert names(out) == FILES | {"bad_steps.jsonl"}
     json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
 
 
@@ -371,7 +398,7 @@ def test_a_run_that_diverges_at_once_leaves_no_checkpoint(photos, tmp_path, run_
     code, _, err = run_train("--data", photos, *RUN, "--steps=6", "--lr=1e30", "--out", out)
     assert code == 1
     assert_one_line(err, "error: the loss became ", "(there is no checkpoint yet)")
-    assert names(out) == {"train.json", "data.json", "stats.jsonl"}
+    assert names(out) == {"train.json", "data.json", "bad_steps.jsonl"}
 
 
 def test_a_gradient_that_is_not_finite_does_not_replace_the_last_checkpoint(photos, tmp_path, run_train, monkeypatch):
@@ -386,8 +413,73 @@ def test_a_gradient_that_is_not_finite_does_not_replace_the_last_checkpoint(phot
     out = tmp_path / "run"
     code, _, err = run_train("--data", photos, *RUN, "--save-every=1", "--steps=3", "--out", out)
     assert code == 1
-    assert_one_line(err, "error: the gradient's norm became inf by step 3", f"{out} keeps the checkpoint of step 2")
+    report = "error: the gradient's norm became inf at step 3 (loss "
+    assert_one_line(err, report, f"gradient norm inf, images in {out}/bad_steps.jsonl", f"{out} keeps the checkpoint of step 2")
     assert UNet.from_pretrained(out).conv_in.weight.isfinite().all()
+    (line,) = map(json.loads, (out / "bad_steps.jsonl").read_text().splitlines())
+    assert line.pop("loss") > 0 and len(set(line.pop("images")) & set(range(8))) == 4
+    assert line == {"step": 3, "grad_norm": "inf"}
+
+
+def test_some_steps_that_are_not_finite_may_pass(photos, tmp_path, run_train, monkeypatch):
+    backward = Trainer._backward
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--skip-bad-steps=2", "--save-every=2"]
+
+    def spoilt(trainer, shared):
+        return backward(trainer, shared) * (torch.nan if trainer.step in (1, 3, 6) else 1)
+
+    monkeypatch.setattr(Trainer, "_backward", spoilt)
+    out = tmp_path / "run"
+    assert run_train(*start, "--steps=3", "--out", out)[::2] == (0, "")
+    code, _, err = run_train("--out", out, "--resume", "--steps=9", "--device=cpu", "--quiet")
+    assert code == 1
+    assert_one_line(err, "error: the loss became nan at step 7 (loss nan", f"{out} keeps the checkpoint of step 6")
+    assert [json.loads(line)["step"] for line in (out / "bad_steps.jsonl").read_text().splitlines()] == [2, 4, 7]
+    stats = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in stats] == [2, 3, 4, 6]
+    assert stats[2]["loss"] is None and all(0 < line["loss"] < 2 for line in (*stats[:2], stats[3]))  # step 4 had a line alone
+    more = ["--out", out, "--resume", "--steps=9", "--device=cpu", "--quiet"]
+    assert run_train(*more, "--skip-bad-steps=3")[::2] == (0, "")  # the third is met again, and counted once
+    assert [json.loads(line)["step"] for line in (out / "bad_steps.jsonl").read_text().splitlines()] == [2, 4, 7]
+    assert UNet.from_pretrained(out).conv_in.weight.isfinite().all()
+
+
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(photos, tmp_path, run_train, monkeypatch):
+    out, values = tmp_path / "run", iter([3.0, 1.0, 2.0, 1.5, 0.5, 2.5])
+    monkeypatch.setattr(Trainer, "validation_loss", lambda trainer: next(values))
+    start = ["--data", photos, *RUN, "--lr-schedule=constant", "--val", photos / "class-0", "--save-every=1"]
+    assert run_train(*start, "--steps=3", "--out", out)[0] == 0
+    assert names(out / "best") == {"config.json", "model.safetensors", "validation.json"}
+    record = json.loads((out / "best" / "validation.json").read_text())
+    assert record == {"step": 2, "val_loss": 1.0, "data": str(photos / "class-0")}
+    assert weights_in(out / "best") == weights_in(out / "checkpoints" / "0000002") != weights_in(out)
+    stats = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [line["val_loss"] for line in stats] == [3.0, 1.0, 2.0]
+    more = ["--out", out, "--resume", "--device=cpu", "--quiet"]
+    for steps, val, best in ((4, [], 2), (5, [], 5), (6, ["--val", photos / "class-1"], 6)):  # the last on other images
+        assert run_train(*more, f"--steps={steps}", *val)[::2] == (0, "")
+        assert json.loads((out / "best" / "validation.json").read_text())["step"] == best
+    assert weights_in(out / "best") == weights_in(out)
+    assert not (out / "best.next").exists()
+
+
+def test_validation_follows_the_training_and_does_not_change_it(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--class-conditional", "--ema=0.5", "--log-every=10", "--save-every=4", "--steps=12"]
+    assert run_train(*start, "--val", photos, "--out", tmp_path / "run")[::2] == (0, "")
+    assert run_train(*start, "--out", tmp_path / "without")[0] == 0
+    assert weights_in(tmp_path / "run") == weights_in(tmp_path / "without")
+    stats = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in stats] == [4, 8, 10, 12]
+    first, second, none, last = (line.get("val_loss") for line in stats)
+    assert first > second > last > 0 and none is None
+    assert Sampler(tmp_path / "run" / "best", steps=2).sample(seeds=[0], labels=[1]).isfinite().all()
+
+
+def test_held_out_images_without_the_classes_of_the_data_are_refused(photos, tmp_path, run_train):
+    start = ["--data", photos, *RUN, "--class-conditional", "--val", photos / "class-0", "--steps=1"]
+    code, _, err = run_train(*start, "--out", tmp_path / "run")
+    assert code == 2
+    assert_one_line(err, "--val:", "class-0 has no label for every image", "the classes of --data")
 
 
 def test_damage_found_on_resuming_is_one_line_and_exit_code_1(photos, tmp_path, run_train):

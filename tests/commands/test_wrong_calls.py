@@ -1026,6 +1026,10 @@ train --data photos --out new --preset autoencoder --dropout 0.1
     2 --dropout is for diffusion models, not for an autoencoder
 train --out new --resume
     2 --resume: there is no run in new
+train --out run --resume again
+    2 argument --resume: it stands alone, or with auto; got 'again'
+train --out new --resume auto
+    2 --data is required
 train --out small --resume
     2 --resume: there is no run in small
 train --out run --resume --recipe fast
@@ -1038,8 +1042,10 @@ train --out run --resume --init small
     2 --set attention_resolutions describes a network, and --init small is one; only its sample_size can grow
 train --out run --resume --preset cifar10-64
     2 --resume: the network of this run has in_channels 1, not 3; train another in another --out
-WORLD_SIZE=2 train --data photos --out new
-    2 training is one process; start it without torchrun
+train --data photos --out new --accumulate 3
+    2 --batch-size must be a multiple of 3, for accumulate 3; got 128
+train --data photos --out new --accumulate 0
+    2 argument --accumulate: '0' is not a positive whole number
 train --data tone.wav --out new --preset digits-mel
     1 tone.wav has 4000 samples a second, the model's sounds have 8000; --convert resamples it
 train --data photos --out new --preset digits-mel

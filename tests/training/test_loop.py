@@ -27,14 +27,14 @@ def make_model(seed: int = 0, **fields) -> UNet:
     return UNet(UNetConfig(**{**TINY, "dropout": 0.0, **fields}))
 
 
-def make_data(count: int, labels=None) -> ImageSet:
-    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+def make_data(count: int, labels=None, channels: int = 1) -> ImageSet:
+    images = torch.randint(0, 256, (count, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     return ImageSet(images, None if labels is None else torch.tensor(labels))
 
 
-def make_trainer(data: ImageSet, model: UNet | None = None, **options) -> Trainer:
+def make_trainer(data: ImageSet, model: UNet | None = None, processes=None, held_out=None, **options) -> Trainer:
     options = {"steps": 5, "batch_size": 4, "lr": 1e-3, "warmup": 0, "flip": False, **options}
-    return Trainer(model or make_model(), data, TrainingOptions(**options))
+    return Trainer(model or make_model(), data, TrainingOptions(**options), processes, held_out)
 
 
 def run(trainer: Trainer, steps: int | None = None) -> list:
@@ -181,6 +181,56 @@ def test_gradients_are_clipped_and_their_norm_reported():
         assert norm == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_no_weights(accumulate):
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[5] = torch.nan
+    trainer = make_trainer(ImageSet(images, None), accumulate=accumulate, steps=6)
+
+    def state():
+        moments = trainer.optimizer.state_dict()["state"]
+        return {**trainer.model.state_dict(), **{f"{i} {k}": v for i, m in moments.items() for k, v in m.items()}}
+
+    bad, before = 0, {}
+    for step in trainer.run():
+        if 5 in trainer.indices(step.step - 1):
+            assert step.loss.isnan()
+            assert_equal_states(state(), before)
+            bad += 1
+        else:
+            assert step.loss.isfinite() and step.grad_norm.isfinite()
+            assert not before or not torch.equal(state()["conv_out.bias"], before["conv_out.bias"])
+        before = {name: tensor.clone() for name, tensor in state().items()}
+    assert bad == 3  # once an epoch
+    assert all(tensor.isfinite().all() for tensor in before.values())
+    assert all(tensor.isfinite().all() for tensor in trainer.ema.state_dict().values())
+
+
+def test_the_validation_loss_is_that_of_the_averages_with_noise_that_stays():
+    data, held_out = make_data(6, labels=[0, 1] * 3), make_data(70, labels=[0, 1] * 35)
+    options = {"batch_size": 6, "steps": 4, "ema": 0.9, "held_out": held_out}
+    trainers = [
+        make_trainer(data, make_model(num_classes=2, dropout=0.5), seed=seed, accumulate=accumulate, **options)
+        for seed, accumulate in ((0, 1), (1, 3))
+    ]
+    values = [trainer.validation_loss() for trainer in trainers]
+    assert values[0] == trainers[0].validation_loss() == pytest.approx(values[1], rel=1e-6)
+    assert values[0] == pytest.approx(1, abs=0.1)  # a fresh network says zero, and noise has variance one
+    run(trainers[0])
+    own = trainers[0].validation_loss()
+    assert own < 0.99 * values[0]
+    trainers[0].model.load_state_dict(trainers[0].ema.state_dict())
+    assert trainers[0].validation_loss() == own
+    with torch.no_grad():
+        trainers[0].ema.shadow["conv_out.bias"] += 1
+    assert trainers[0].validation_loss() > own + 0.5
+
+
+def test_held_out_images_fit_the_network_too():
+    with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\); the data has \(3, 8, 8\)"):
+        make_trainer(make_data(4), held_out=make_data(4, channels=3))
+
+
 def test_a_checkpoint_is_the_average_and_samples(tmp_path):
     trainer = make_trainer(make_data(8, labels=[0, 1] * 4), make_model(num_classes=2), ema=0.9)
     run(trainer)
@@ -301,6 +351,8 @@ def test_data_that_does_not_fit_the_network_is_refused(data, fields, message):
         ("lr_schedule", "linear"),
         ("ema", 1.0),
         ("ema", -0.1),
+        ("accumulate", 0),
+        ("skip_bad_steps", -1),
         ("grad_clip", 0.0),
         ("grad_clip", -1.0),
         ("grad_clip", math.nan),

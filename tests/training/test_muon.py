@@ -74,6 +74,28 @@ def test_a_state_of_adam_is_refused(make_trainer, tmp_path):
         make_trainer().load(tmp_path)
 
 
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(make_trainer, good):
+    """Whether or not there was momentum before."""
+    trainer = make_trainer()
+    steps = trainer.run()
+    for _ in range(good):
+        next(steps)
+
+    def state():
+        kept = [t for of in trainer.optimizer.state_dict()["state"].values() for t in of.values() if t.any()]
+        return [t.clone() for t in (*trainer.model.parameters(), *kept)]
+
+    before = state()
+    with torch.no_grad():
+        trainer.data.images[:] = 0
+        lost = trainer._loss_of_batch
+        trainer._loss_of_batch = lambda *arguments: lost(*arguments) * torch.nan
+    assert next(steps).loss.isnan()
+    after = state()
+    assert len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_gradients_are_cleared(make_trainer):
     trainer = make_trainer()
     next(trainer.run())
