@@ -33,6 +33,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _attempt() -> str:
+    """The number of the attempt that torchrun has begun after failures: its store has the addresses of those before, too. The
+    torchruns of several machines count for themselves."""
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
+
+
 class Processes:
     """A context in which processes share work. Their number is in the environment of torchrun; without it there is one. Of
     several that fail, the first one says why, and the others end silently.
@@ -59,6 +66,7 @@ class Processes:
             dist: Any = torch.distributed  # mypy does not see all of its names
             self._dist = dist
             store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            store = dist.PrefixStore(_attempt(), store)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
             self._store = dist.PrefixStore("ddim_fast", store)
         return self

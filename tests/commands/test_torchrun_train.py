@@ -57,7 +57,7 @@ def torchrun(tmp_path):
         starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *launch]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [str(word) for word in [*starter, script, *arguments]]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
         return result.returncode, result.stderr
 
     return run
