@@ -346,7 +346,7 @@ def _fit(
         return {"seeds": seeds, "labels": labels, "progress": not evaluation.is_silent}
 
     def write(timesteps: dict[str, dict[int, list[int]]], coefficients: dict[int, list[list[float]]], **settings: Any) -> None:
-        calibration.update(settings, ddim_fast=__version__)
+        calibration.update(settings)
         print(f"wrote {save_timesteps(path, timesteps, calibration, coefficients)}")
         model.fitted_timesteps, model.fitted_coefficients = timesteps, coefficients
 
@@ -354,7 +354,13 @@ def _fit(
         if arguments.fit_timesteps:
             given = options(_CALIBRATION_SEEDS)
             fitted = {**(model.fitted_timesteps or {}), **fit_timesteps(model, **given)}
-            write(fitted, model.fitted_coefficients or {}, seeds=_ends(_CALIBRATION_SEEDS), labels=given["labels"])
+            write(
+                fitted,
+                model.fitted_coefficients or {},
+                seeds=_ends(_CALIBRATION_SEEDS),
+                labels=given["labels"],
+                ddim_fast=__version__,
+            )
         condition = _guidance(arguments)
         guided = condition if guide is None else {**condition, "guide": arguments.guide}
         for steps in arguments.fit_solver or []:
@@ -366,7 +372,13 @@ def _fit(
             before, coefficients = model.fitted_timesteps or {}, model.fitted_coefficients or {}
             timesteps = {**before, FITTED: {**before.get(FITTED, {}), steps: solver.timesteps}}
             distances = [solver.before, solver.after]
-            record = {"seeds": _ends(_SOLVER_SEEDS), "teacher steps": arguments.teacher_steps, "distances": distances, **guided}
+            record = {
+                "seeds": _ends(_SOLVER_SEEDS),
+                "teacher steps": arguments.teacher_steps,
+                "distances": distances,
+                **guided,
+                "ddim_fast": __version__,
+            }
             solvers = {**calibration.get(FITTED, {}), str(steps): record}
             write(timesteps, {**coefficients, steps: solver.coefficients}, **{FITTED: solvers})
         return model.fitted_timesteps, model.fitted_coefficients
