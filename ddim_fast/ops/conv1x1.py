@@ -26,10 +26,10 @@ def conv1x1(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     right = weight.flatten(1).t()
     if added is None:
         rows = _rows(x) @ right
-    elif torch.is_grad_enabled():
-        rows = torch.addmm(_rows(added), _rows(x), right)
-    else:
+    elif not torch.is_grad_enabled() and added.dtype == x.dtype == weight.dtype:
         rows = _rows(added).addmm_(_rows(x), right)  # without the copy that addmm makes of what it adds to
+    else:  # autocast, under which dtypes differ, makes them one here, but not in place
+        rows = torch.addmm(_rows(added), _rows(x), right)
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 

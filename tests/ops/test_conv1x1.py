@@ -22,3 +22,13 @@ def test_gradients_are_those_of_the_convolution(layout):
     weight, other = torch.randn(4, 6, 1, 1, dtype=torch.float64), torch.randn(2, 4, 5, 3, dtype=torch.float64)
     tensors = [x.requires_grad_(), weight.requires_grad_(), other.to(memory_format=layout).requires_grad_()]
     assert torch.autograd.gradcheck(conv1x1, tensors)
+
+
+@torch.no_grad()
+def test_dtypes_that_autocast_makes_one():
+    x = torch.randn(2, 6, 5, 3).to(memory_format=torch.channels_last)
+    weight, other = torch.randn(4, 6, 1, 1), torch.randn(2, 4, 5, 3).to(torch.bfloat16, memory_format=torch.channels_last)
+    kept = other.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = conv1x1(x, weight, other)
+    torch.testing.assert_close(result.float(), F.conv2d(x, weight) + kept.float(), atol=0.05, rtol=0.05)

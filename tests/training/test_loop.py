@@ -206,6 +206,15 @@ def test_a_step_that_is_not_finite_changes_no_weights(accumulate):
     assert all(tensor.isfinite().all() for tensor in trainer.ema.state_dict().values())
 
 
+def test_the_validation_loss_in_bfloat16_is_near_float32s():
+    data, held_out = make_data(6, labels=[0, 1] * 3), make_data(8, labels=[0, 1] * 4)
+    values = [
+        make_trainer(data, make_model(num_classes=2), batch_size=6, held_out=held_out, bf16=bf16).validation_loss()
+        for bf16 in (False, True)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=0.01)
+
+
 def test_the_validation_loss_is_that_of_the_averages_with_noise_that_stays():
     data, held_out = make_data(6, labels=[0, 1] * 3), make_data(70, labels=[0, 1] * 35)
     options = {"batch_size": 6, "steps": 4, "ema": 0.9, "held_out": held_out}
