@@ -81,3 +81,34 @@ def test_a_process_that_fails_ends_the_run(script, failing):
     )
     assert run.returncode != 0 and "done" not in run.stdout
     assert run.stderr.count("ZeroDivisionError: division by zero") == ("from_first" in failing)
+
+
+def test_the_others_follow_the_first_and_say_nothing(script):
+    run = torchrun(
+        script("""
+            def make():
+                sys.stderr.write(f"said by {processes.rank}\\n")
+                return processes.rank
+
+            with Processes() as processes:
+                assert processes.after_first(make) == processes.rank
+                assert processes.largest([processes.rank, -processes.rank]) == [1, 0]
+                assert processes.total([0.5, processes.rank]) == [1.0, 1.0]
+        """)
+    )
+    assert run.returncode == 0 and run.stderr.count("said by 0") == 1 and "said by 1" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("failing", ["True", "processes.rank == 1"])
+def test_of_several_that_fail_one_says_why(script, failing):
+    run = torchrun(
+        script(f"""
+            with Processes() as processes:
+                processes.wait()
+                if {failing}:
+                    raise ValueError("the cause")
+                processes.wait()
+        """)
+    )
+    assert run.returncode != 0
+    assert run.stderr.count("ValueError: the cause") == 1 and "has ended" not in run.stderr
