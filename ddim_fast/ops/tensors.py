@@ -85,7 +85,7 @@ def explain_refusal(
         TypeError: an argument is no tensor, or no number.
         ValueError: a tensor is not dense or not of a floating-point dtype, or ``error`` is a ValueError.
     """
-    if str(error).startswith(f"{operator}: "):  # of a call inside this one
+    if isinstance(error, ValueError) and operator in str(error):  # of a call inside this one, or of what can serve it
         return
     tensors = {name: value for name, value in {**required, **optional}.items() if name in required or value is not None}
     for name, value in tensors.items():

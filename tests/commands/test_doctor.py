@@ -28,7 +28,7 @@ def test_it_says_why_something_does_not_serve(run, monkeypatch):
     monkeypatch.setattr(native, "why_not", "there was no compiler")
     _, out, _ = run()
     assert "  C++ operators  there was no compiler\n" in out
-    assert "  conv3x3 float32           PyTorch; not native: there was no compiler\n" in out
+    assert "  conv3x3 float32           PyTorch; not native: there was no compiler; not triton: " in out
 
 
 def test_it_names_the_extras_that_are_missing(run, monkeypatch):
