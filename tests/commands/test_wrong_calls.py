@@ -749,7 +749,11 @@ restore_sounds photos/a.png --model voices --cutoff 500
 
 evaluate
     2 nothing to measure: give --reference, --trajectory-error, --reconstruction, --loss, --fit-timesteps,
-      --fetch-inception
+      --fit-solver, --fetch-inception
+evaluate --fit-solver 1 --model small
+    2 --fit-solver 1: the steps are at least 2 and fewer than --teacher-steps 20
+evaluate --trajectory-error --solver fitted --steps 5 --model small
+    2 --solver fitted: none has been fitted to this model; fit one by python -m ddim_fast.evaluate --fit-solver
 evaluate --trajectory-eror --model small
     2 unrecognized arguments: --trajectory-eror; did you mean --trajectory-error?
 evaluate --loss --model small
@@ -850,9 +854,9 @@ export
 export --to onnx --model small
     2 the following arguments are required: --out
 export --to tensorrt --model small --out new
-    2 argument --to: invalid choice: 'tensorrt'; there are checkpoint, diffusers, onnx
+    2 argument --to: invalid choice: 'tensorrt'; there are checkpoint, stage, diffusers, onnx
 export --to onxx --model small --out new
-    2 argument --to: invalid choice: 'onxx'; did you mean 'onnx'? There are checkpoint, diffusers, onnx
+    2 argument --to: invalid choice: 'onxx'; did you mean 'onnx'? There are checkpoint, stage, diffusers, onnx
 export --to diffusers --model small --out new
     2 --model small has 10 classes, and a DDIMPipeline gives its network none: choose one by --class N or --class none;
       --class all writes the network with all, for loops of your own
@@ -873,7 +877,7 @@ export --to diffusers --model small --out notes/new --class all
 export --to diffusers --model small --out new --class all --steps 5
     2 --steps is an option of --to onnx
 export --to diffusers --model small --out new --class all --dtype float16
-    2 --dtype is an option of --to checkpoint and --to onnx
+    2 --dtype is an option of --to checkpoint and --to stage and --to onnx
 export --to diffusers --model voices --out new --class all
     2 --model voices makes sounds; what its images mean as sound has no place in a DDIMPipeline
 export --to diffusers --model latent --out new
