@@ -207,7 +207,8 @@ def _prepare_native(request: _Weight) -> Prepared:
         native.module.prepare_conv3x3(*addresses, *channels, dtype == torch.bfloat16, tile)
         return (prepared,)
     steps = (127 / limits.float()).contiguous()
-    scales = steps, torch.empty(16, channels[0]), torch.empty(16, channels[0], dtype=torch.int32)
+    floats, integers = (torch.empty(16, channels[0], dtype=dtype) for dtype in (torch.float32, torch.int32))
+    scales = steps, floats, integers
     native.module.prepare_conv3x3(*addresses, *channels, False, tile, scales=[t.data_ptr() for t in scales])
     return prepared, *scales
 
