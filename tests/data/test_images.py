@@ -423,7 +423,9 @@ def test_an_image_that_claims_to_be_gigantic_is_named(tmp_path):
     header = bytearray(encoded(pixels(0, 8, 8, 3), "bmp"))
     header[18:26] = struct.pack("<II", 100_000, 100_000)
     (tmp_path / "a.bmp").write_bytes(header)
-    with pytest.raises(ValueError, match=r"a\.bmp: not a readable image .*; copy or download it again, or save it smaller, as PNG$"):
+    with pytest.raises(
+        ValueError, match=r"a\.bmp: not a readable image .*; copy or download it again, or save it smaller, as PNG$"
+    ):
         load_images(str(tmp_path), 3, 8)
 
 
