@@ -212,16 +212,16 @@ def whitening(images: Tensor, share: float) -> Callable[[Tensor], Tensor]:
         share: from 0 to 1.
     """
     height, width = images.shape[-2:]
-    rows, columns = _cosines(height), _cosines(width)
+    rows, columns = _cosines(height).to(images.device), _cosines(width).to(images.device)
 
     def transform(x: Tensor) -> Tensor:
         return rows @ x @ columns.T
 
     frequency = np.hypot(np.arange(height)[:, None] / height, np.arange(width) / width)
     band = np.round(frequency * max(height, width)).astype(np.int64)
-    power = transform(images).double().square().mean(dim=(0, 1)).numpy()
+    power = transform(images).double().square().mean(dim=(0, 1)).cpu().numpy()
     power = np.bincount(band.ravel(), power.ravel()) / np.maximum(np.bincount(band.ravel()), 1)
-    weight = torch.from_numpy(np.maximum(power, _ROUNDING)[band] ** (-share / 2)).float()
+    weight = torch.from_numpy(np.maximum(power, _ROUNDING)[band] ** (-share / 2)).float().to(images.device)
     return lambda x: transform(x) * weight
 
 

@@ -112,13 +112,13 @@ def fit_solver(
             _Images(denoiser, noise[part], None if classes is None else classes[part], condition, whiten, images[part])
             for part in (slice(half), slice(half, None))
         )
-        reached, damping, best = on.distance(numbers), 1e-2, numbers
+        reached, damping, best, equations = on.distance(numbers), 1e-2, numbers.copy(), None
         before = after = held_out.distance(numbers)
         for i in range(iterations):
             if free[0, 0] and i >= _MOVING * iterations:
                 numbers[:, 0] = distinct(numbers[::-1, 0].round().astype(np.int64), last + 1)[::-1]
-                free[:, 0], reached = False, on.distance(numbers)
-            hessian, gradient = on.normal_equations(numbers, free)
+                free[:, 0], reached, equations = False, on.distance(numbers), None
+            hessian, gradient = equations = equations or on.normal_equations(numbers, free)
             tried = []
             for factor in _DAMPINGS:
                 diagonal = np.diag(hessian)
@@ -130,7 +130,7 @@ def fit_solver(
                 tried.append((on.distance(moved), factor * damping, moved))
             nearest = min(tried, key=lambda attempt: attempt[0])
             if nearest[0] < reached:
-                reached, damping, numbers = nearest
+                (reached, damping, numbers), equations = nearest, None
             else:
                 damping *= max(_DAMPINGS)
             if not free[0, 0] and (distance := held_out.distance(numbers)) < after:
@@ -173,7 +173,7 @@ class _Images:
         """J^T J and J^T r of the distances r by the free numbers. Images are weighted by the inverses of their distances, so
         that the sum of squares falls as the mean distance does."""
         path = self._path(numbers)
-        missed = self._missed(path[-1][0])
+        made, missed = self._whiten(path[-1][0][0]).flatten(1), self._missed(path[-1][0])
         weight = missed.square().mean(1).rsqrt().sqrt()[:, None]
         rows = []
         for i, ((state, output), may) in enumerate(zip(path, free, strict=False)):
@@ -190,7 +190,7 @@ class _Images:
             end = tuple(torch.cat(tensors) for tensors in zip(*moved, strict=True))
             for row in numbers[i + 1 :]:
                 end = self._solver.combine(end, self._predict(end[0], row[0]), row[1:].tolist())
-            change = self._whiten(end[0]).flatten(1).unflatten(0, (len(columns), -1)) - self._whiten(path[-1][0][0]).flatten(1)
+            change = self._whiten(end[0]).flatten(1).unflatten(0, (len(columns), -1)) - made
             rows.append((weight * change).flatten(1) / torch.tensor(moves, device=change.device)[:, None])
         jacobian, r = torch.cat(rows).double(), (weight * missed).flatten().double()
         return (jacobian @ jacobian.T).cpu().numpy(), (jacobian @ r).cpu().numpy()
