@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..engine import inference
-from ..io.progress import Bar
+from ..io.progress import Bar, tell
 from ..models.config import DiffusionModel
 from .adaptive import whitening
 from .denoiser import Denoiser
@@ -98,7 +98,7 @@ def fit_solver(
     )
     condition: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval}
     noise = teacher.noise(seeds)
-    images = teacher.sample(x_T=noise, labels=labels, batch_size=_BATCH, **condition)
+    images = teacher.sample(x_T=noise, labels=labels, batch_size=_BATCH, progress=progress, **condition)
     whiten, half = whitening(images, 1.0), len(seeds) // 2
     classes = None if labels is None else torch.tensor(labels, device=denoiser.device)
     last = denoiser.config.num_train_timesteps - 1
@@ -107,9 +107,10 @@ def fit_solver(
     numbers = np.column_stack([start.timesteps, start.solver.table.astype(np.float64)])
     free = np.ones(numbers.shape, dtype=bool)
     free[-1, 1:] = False  # the last step ends at the network's own x_0: other sums leave noise in even areas
+    cost = half * steps * (5 * steps + len(_DAMPINGS) + 1)  # about the evaluations of an iteration
     with Bar(iterations, "iterations", shown=progress) as bar:
         on, held_out = (
-            _Images(denoiser, noise[part], None if classes is None else classes[part], condition, whiten, images[part])
+            _Images(denoiser, noise[part], None if classes is None else classes[part], condition, whiten, images[part], cost)
             for part in (slice(half), slice(half, None))
         )
         reached, damping, best, equations = on.distance(numbers), 1e-2, numbers.copy(), None
@@ -148,6 +149,7 @@ class _Images:
         condition: guidance and its interval.
         whiten: the linear map after which distances are measured.
         wanted: (N, C, H, W), the teacher's images.
+        cost: the evaluations that a progress bar counts as 1.
     """
 
     def __init__(
@@ -158,9 +160,10 @@ class _Images:
         condition: dict[str, Any],
         whiten: Callable[[Tensor], Tensor],
         wanted: Tensor,
+        cost: int,
     ) -> None:
         self._denoiser, self._labels, self._condition = denoiser, labels, condition
-        self._noise, self._whiten, self._wanted = noise, whiten, whiten(wanted)
+        self._noise, self._whiten, self._wanted, self._cost = noise, whiten, whiten(wanted).flatten(1), cost
         self._solver = Fitted(np.zeros((1, 9)))
         self._first = torch.zeros((), dtype=torch.int64, device=noise.device)
 
@@ -206,7 +209,7 @@ class _Images:
 
     def _missed(self, end: State) -> Tensor:
         """(N, C H W), the whitened difference to the wanted images."""
-        return (self._whiten(end[0]) - self._wanted).flatten(1)
+        return self._whiten(end[0]).flatten(1) - self._wanted
 
     def _predict(self, x: Tensor, timestep: float) -> Tensor:
         """The denoiser's prediction for the noise's images, or for several times as many."""
@@ -216,6 +219,7 @@ class _Images:
             there = torch.full((len(of),), timestep, device=x.device)
             conditions = self._denoiser.conditions_each(there, None if labels is None else labels[of], **self._condition)
             outputs.append(self._denoiser(x[of], conditions, self._first)[0])
+            tell(len(of) / self._cost)
         return torch.cat(outputs)
 
 
