@@ -129,6 +129,7 @@ def _parser() -> CommandParser:
     how.add_argument(
         "--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors use 5 (default: unweighted)"
     )
+    how.add_argument("--consistency", action="store_true", help=_CONSISTENCY_HELP)
     how.add_argument(
         "--label-dropout",
         metavar="X",
@@ -208,6 +209,9 @@ _VAL_HELP = (
 _SKIP_HELP = (
     "let N steps of the run pass whose loss or gradient is infinite or NaN; they change no weights, and OUT/bad_steps.jsonl "
     "lists their images. One more ends the run"
+)
+_CONSISTENCY_HELP = (
+    "tune the diffusion model of --init to lead from noise to images in one or two steps, for sample --solver consistency"
 )
 _BATCH_HELP = "images a step, in all processes together"
 _ACCUMULATE_HELP = (

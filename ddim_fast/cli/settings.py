@@ -114,6 +114,7 @@ class TrainSettings:
     dropout: float | None
     prediction_type: str | None
     min_snr_gamma: float | None
+    consistency: bool
     label_dropout: float
     flip: bool | None
     dtype: str

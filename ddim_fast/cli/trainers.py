@@ -183,7 +183,7 @@ def _autoencoder_trainer(
             raise ValueError("--class-conditional is for diffusion models, not for an autoencoder")
         if options.ema_snapshots is not None:
             raise ValueError("--ema-snapshots is for diffusion models, not for an autoencoder")
-        for name in ("dropout", "optimizer", "prediction_type", "min_snr_gamma"):
+        for name in ("consistency", "dropout", "optimizer", "prediction_type", "min_snr_gamma"):
             if getattr(settings, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, not for an autoencoder")
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
@@ -207,6 +207,10 @@ def _unet_trainer(
 ) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
+        if settings.consistency and start is None:
+            raise ValueError("--consistency tunes a diffusion model; name it by --init")
+        if settings.consistency and settings.dropout:
+            raise ValueError(f"--dropout {settings.dropout}: --consistency compares outputs of the network, which it changes")
         overrides = _overrides(settings) if start is None else {}
         if settings.latents is not None:
             copied = settings.out / AUTOENCODER
@@ -216,7 +220,8 @@ def _unet_trainer(
         if start is None:
             config, audio = UNetConfig.preset(settings.preset, **overrides), AudioConfig.preset(settings.preset)
         else:
-            dropout = start.config.dropout if settings.dropout is None else settings.dropout
+            kept = 0.0 if settings.consistency else start.config.dropout
+            dropout = kept if settings.dropout is None else settings.dropout
             config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
     weights = None if start is None else start.state_dict()
     labelled = settings.class_conditional or config.num_classes is not None

@@ -168,6 +168,15 @@ class DDPM(DDIMUpdate):
         super().__init__([posterior_coefficients(a, b, prediction_type) for a, b in _pairs(alphas_cumprod)], clip)
 
 
+class Consistency(DDIMUpdate):
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1), for a model of ``train --consistency``: each step leads to
+    x_0 and adds new noise of the next level."""
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        rows = [step_coefficients(a, b, 0.0, prediction_type) for a, b in _pairs(alphas_cumprod)]
+        super().__init__([row._replace(prev_from_eps=0.0, sigma=row.prev_from_eps) for row in rows], clip)
+
+
 class _MultiStep:
     """Solvers in the log signal-to-noise ratio that use x_0 predictions of the present and earlier steps."""
 
@@ -297,7 +306,14 @@ class Fitted(_Corrected):
 # The solver whose timesteps and coefficients come with the model.
 FITTED = "fitted"
 
-SOLVERS: dict[str, Any] = {"ddim": DDIM, "ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus2M, "unipc": UniPC, FITTED: Fitted}
+SOLVERS: dict[str, Any] = {
+    "ddim": DDIM,
+    "ddpm": DDPM,
+    "dpm-solver++": DPMSolverPlusPlus2M,
+    "unipc": UniPC,
+    FITTED: Fitted,
+    "consistency": Consistency,
+}
 
 
 def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:

@@ -26,7 +26,7 @@ from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
 from .distributed import SharedLoss
 from .ema import EMA
-from .loss import AutoencoderLoss, DenoisingLoss
+from .loss import AutoencoderLoss, ConsistencyLoss, DenoisingLoss
 from .muon import Muon
 from .options import TRAINING_STATE, TrainingOptions
 
@@ -131,7 +131,7 @@ class Trainer(Generic[M]):
         images, labels = self._images(self.data, self.indices(self.step)[own])
         torch.manual_seed(_mix(self.options.seed, self.step))
         images, labels = self._augment(images, labels, own)
-        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size))
+        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size, self.step / self.options.steps))
         self.optimizer.zero_grad(set_to_none=slices == 1)
         total = torch.zeros((), device=images.device)
         for k, part in enumerate(self._slices(images, labels, drawn)):
@@ -162,7 +162,7 @@ class Trainer(Generic[M]):
             numbers = torch.arange(start, min(start + _HELD_OUT_AT_ONCE, count))
             images, labels = self._images(self.held_out, numbers)
             torch.manual_seed(_mix(-1, start))
-            drawn = self._loss.draw(model, images, len(images))
+            drawn = self._loss.draw(model, images, len(images), 1.0)
             for part in self._slices(images, labels, drawn):
                 total += self._loss_of(*part, model).item() * len(part[0])
         return self.processes.total([total])[0] / count
@@ -274,11 +274,14 @@ class Trainer(Generic[M]):
             for weights in (self.model.state_dict(), self.ema.state_dict()):
                 weights[name].copy_(getattr(averaged, name))
 
-    def _make_loss(self) -> AutoencoderLoss | DenoisingLoss:
+    def _make_loss(self) -> AutoencoderLoss | ConsistencyLoss | DenoisingLoss:
         if isinstance(self.model, Autoencoder):
             return AutoencoderLoss()
         config = self.model.config
-        return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)
+        schedule = NoiseSchedule.from_config(config)
+        if self.options.consistency:
+            return ConsistencyLoss(schedule, config.prediction_type)
+        return DenoisingLoss(schedule, config.prediction_type, self.options.min_snr_gamma)
 
     def _loss_of(
         self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...], model: nn.Module | None = None

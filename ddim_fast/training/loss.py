@@ -1,4 +1,4 @@
-"""The losses of training: denoising for a diffusion model, reconstruction for an autoencoder."""
+"""The losses of training: denoising for a diffusion model, consistency for one of few steps, reconstruction for an autoencoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..diffusion.prediction import linear_prediction, training_target
 from ..diffusion.schedule import NoiseSchedule
 from ..models.autoencoder import Autoencoder
 
-__all__ = ["AutoencoderLoss", "DenoisingLoss"]
+__all__ = ["AutoencoderLoss", "ConsistencyLoss", "DenoisingLoss"]
 
 # The random numbers of a batch, one tensor a kind, whose first dimension is that of the images.
 Drawn = tuple[Tensor, ...]
@@ -47,7 +47,7 @@ class DenoisingLoss(nn.Module):
             weight = np.nan_to_num(capped * np.square(to_x0), nan=0.0)
         self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
 
-    def draw(self, model: nn.Module, images: Tensor, size: int) -> Drawn:
+    def draw(self, model: nn.Module, images: Tensor, size: int, done: float = 0.0) -> Drawn:
         """Timesteps and noise of ``size`` images like ``images``, from torch's default generator: int64 (size,) and float32
         (size, C, H, W) in the images' memory format."""
         timesteps = torch.randint(len(self.signal), (size,), device=images.device)
@@ -68,6 +68,78 @@ class DenoisingLoss(nn.Module):
         return (self.weight[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
 
 
+class ConsistencyLoss(nn.Module):
+    """Difference of the network's x_0 at two noise levels of the same image and noise, of which the lower one is the target
+    (Song et al. 2023), with the noise levels and weights of easy consistency tuning (Geng et al. 2024): the two levels begin
+    far apart, which is denoising for the lowest ones, and close up during the training. The network then leads from every noise
+    level to the image in one step.
+
+    Noise levels are sigma = sqrt(1 / alphas_cumprod - 1): log-normal with mean -1.1 and standard deviation 2, at the next
+    timestep of the schedule. The lower one is (1 - 2^-k (1 + 8 / (1 + e^sigma))) sigma, or none, in stage k = 1..8 of the
+    training. The difference is sqrt(|x|^2 + c^2) - c with c = 0.00054 sqrt(numbers of an image) (Song and Dhariwal 2024, eq. 8),
+    over that of the two sigma.
+
+    Args:
+        schedule: the noise schedule.
+        prediction_type: what the network predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+
+    _STAGES = 8
+    _MEAN, _STD = -1.1, 2.0
+    _CHEAP, _SOFT = 8.0, 0.00054
+
+    levels: Tensor
+    table: Tensor
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str) -> None:
+        super().__init__()
+        bar = schedule.alphas_cumprod
+        if bar[-1] == 0:
+            raise ValueError("consistency needs a schedule without zero terminal SNR: its last noise level is infinite")
+        to_x0 = linear_prediction(prediction_type, np.sqrt(bar), np.sqrt(1 - bar))[:2]
+        # Entry 0 is the image itself, entry t + 1 is timestep t.
+        self.register_buffer("levels", _fp32(np.append(0.0, np.sqrt(1 / bar - 1))))
+        rows = (np.sqrt(bar), np.sqrt(1 - bar), *np.broadcast_arrays(*to_x0, bar)[:2])
+        self.register_buffer("table", _fp32(np.stack([np.append(*ends) for ends in zip((1, 0, 1, 0), rows, strict=True)])))
+
+    def draw(self, model: nn.Module, images: Tensor, size: int, done: float = 0.0) -> Drawn:
+        """The entries of both noise levels in the tables, and noise, of ``size`` images like ``images``, from torch's default
+        generator: int64 (size,) twice, the higher first, and float32 (size, C, H, W) in the images' memory format.
+
+        Args:
+            done: the share of the training that is done, which decides how far apart the levels are.
+        """
+        sigma = (self._MEAN + self._STD * torch.randn(size, device=images.device)).exp()
+        above = torch.searchsorted(self.levels, sigma).clamp(1, len(self.levels) - 1)
+        sigma = self.levels[above]
+        stage = 1 + min(int(done * self._STAGES), self._STAGES - 1)
+        share = (1 - 0.5**stage * (1 + self._CHEAP * torch.sigmoid(-sigma))).clamp(min=0)
+        # The next entry that is lower than this: another one, or the image itself.
+        below = torch.minimum(torch.searchsorted(self.levels, share * sigma, right=True) - 1, above - 1)
+        return above, below, _normal((size, *images.shape[1:]), images)
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None, drawn: Drawn | None = None) -> Tensor:
+        """The loss of one batch, a 0-dim fp32 tensor.
+
+        Args:
+            images: (N, C, H, W) float32 in [-1, 1].
+            labels: (N,) int64, or None.
+            drawn: the random numbers of these images, from :meth:`draw`; None draws them.
+        """
+        above, below, noise = self.draw(model, images, len(images)) if drawn is None else drawn
+        x0 = self._predict_x0(model, images, labels, noise, above)
+        with torch.no_grad():  # after the other: autocast would keep this one's weights, which have no gradient
+            target = self._predict_x0(model, images, labels, noise, below)
+        soft = self._SOFT * images[0].numel() ** 0.5
+        distance = ((x0 - target).square().sum(dim=(1, 2, 3)) + soft**2).sqrt() - soft
+        return (distance / (self.levels[above] - self.levels[below])).mean()
+
+    def _predict_x0(self, model: nn.Module, images: Tensor, labels: Tensor | None, noise: Tensor, entry: Tensor) -> Tensor:
+        signal, sigma, from_sample, from_output = self.table[:, entry, None, None, None]
+        x = signal * images + sigma * noise
+        return from_sample * x + from_output * model(x, (entry - 1).clamp(min=0), labels).float()
+
+
 class AutoencoderLoss(nn.Module):
     """Mean absolute error of the images from latents drawn at random, and their Kullback-Leibler divergence from the normal
     distribution, in small part, which keeps them smooth (Kingma and Welling 2014; Rombach et al. 2022, section 3.1). Of that
@@ -81,7 +153,7 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.kl_weight = kl_weight
 
-    def draw(self, model: Autoencoder, images: Tensor, size: int) -> Drawn:
+    def draw(self, model: Autoencoder, images: Tensor, size: int, done: float = 0.0) -> Drawn:
         """The noise of the latents of ``size`` images like ``images``, from torch's default generator: float32 (size, latent
         channels, h, w)."""
         config = model.config

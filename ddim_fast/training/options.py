@@ -32,6 +32,7 @@ class TrainingOptions:
         skip_bad_steps: steps whose loss or gradient may be infinite or NaN, in the whole run. Such a step never changes the
             weights; one more ends a run of ``python -m ddim_fast.train``.
         min_snr_gamma: see :class:`ddim_fast.training.loss.DenoisingLoss`; None for the plain loss.
+        consistency: train with :class:`ddim_fast.training.loss.ConsistencyLoss`, for sampling in one or two steps.
         label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
         flip: mirror half of the images, left to right.
         bf16: run the network under bf16 autocast.
@@ -54,6 +55,7 @@ class TrainingOptions:
     grad_clip: float = 1.0
     skip_bad_steps: int = 0
     min_snr_gamma: float | None = None
+    consistency: bool = False
     label_dropout: float = 0.1
     flip: bool = True
     bf16: bool = False
@@ -78,6 +80,8 @@ class TrainingOptions:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
+        if self.consistency and self.min_snr_gamma is not None:
+            raise ValueError("min_snr_gamma is for the denoising loss; consistency has weights of its own")
         self.slice_size(1)
 
     def slice_size(self, processes: int) -> int:
