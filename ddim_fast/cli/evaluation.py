@@ -199,7 +199,7 @@ def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
     if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):
         raise ValueError("--reconstruction needs deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
     if arguments.trajectory_error and (settings["solver"] in ("ddpm", "consistency") or settings["eta"] not in (None, 0)):
-        raise ValueError("--trajectory-error needs a deterministic sampler: --eta 0 and no --solver ddpm")
+        raise ValueError("--trajectory-error needs a deterministic sampler: --eta 0 and neither --solver ddpm nor consistency")
 
 
 def _numbers(arguments: EvaluateSettings, data: ImageSet | None, quality: SampleSet, trajectories: SampleSet) -> str:

@@ -210,7 +210,9 @@ def _unet_trainer(
         if settings.consistency and start is None:
             raise ValueError("--consistency tunes a diffusion model; name it by --init")
         if settings.consistency and settings.dropout:
-            raise ValueError(f"--dropout {settings.dropout}: --consistency compares outputs of the network, which it changes")
+            raise ValueError(
+                f"--dropout {settings.dropout}: --consistency compares outputs of the network, which it changes; leave it out"
+            )
         overrides = _overrides(settings) if start is None else {}
         if settings.latents is not None:
             copied = settings.out / AUTOENCODER

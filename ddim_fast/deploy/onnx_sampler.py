@@ -14,7 +14,7 @@ import numpy as np
 from ..diffusion.guidance import apply_guidance, guided_steps
 from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import DDIMUpdate, State, make_solver
+from ..diffusion.solvers import DDIMUpdate, State, make_solver, network_timesteps
 from ..diffusion.timesteps import choose_fitted, select_timesteps
 from ..diffusion.trajectory import SamplerState
 from ..io.files import errors_name_file
@@ -50,7 +50,7 @@ class OnnxSampler:
     Attributes:
         config: the network.
         image_shape: (C, H, W) of the images.
-        timesteps: (S,) int64 array, noisiest first.
+        timesteps: as of :class:`ddim_fast.Sampler`.
         provider: ONNX Runtime's name of the network's execution provider.
         dtype: the dtype of the network's computation, by name.
         runs_whole: whether all steps are one call, unless they are watched.
@@ -100,7 +100,7 @@ class OnnxSampler:
             schedule = NoiseSchedule.from_config(config)
             spacing, solver = chosen["spacing"], chosen["solver"]
             spacing, coefficients = choose_fitted(spacing, solver, chosen["steps"], self.folder)
-            self.timesteps = select_timesteps(schedule, chosen["steps"], spacing)
+            self.timesteps = network_timesteps(solver, select_timesteps(schedule, chosen["steps"], spacing))
             levels = schedule.levels(self.timesteps)
             self.solver = make_solver(solver, levels, chosen["eta"], config.prediction_type, chosen["clip"], coefficients)
 
@@ -164,6 +164,11 @@ class OnnxSampler:
 
     def _steps(self, batch: Request) -> Iterator[SamplerState]:
         count, solver = len(batch), self.solver
+        if not np.issubdtype(self.timesteps.dtype, np.integer):
+            raise ValueError(
+                "spacings karras and exponential lie between the timesteps that an exported network takes; export the model "
+                "with such a --spacing, and sample it whole: with its own settings, no guidance_interval and no on_step"
+            )
         inputs: dict[str, Any] = {}
         guided_at = guided_steps(self.timesteps, batch.guidance, batch.guidance_interval)
         state: State = (self._start(batch),) * (1 + solver.memory)

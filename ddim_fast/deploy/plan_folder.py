@@ -20,7 +20,7 @@ from ..io.processes import cpu_threads
 from ..models.checkpoint import load_config
 from ..models.config import UNetConfig
 from ..ops import native
-from ..ops.scalars import is_whole
+from ..ops.scalars import is_finite, is_whole
 from .folder import PLAN, check_fields, verify
 
 __all__ = ["FORMAT", "GUIDED", "PLAIN", "WEIGHTS", "PlanFolder", "Run"]
@@ -104,7 +104,7 @@ class PlanFolder:
             if description["batch_size"] < 1 or PLAIN not in description["runs"]:
                 raise ValueError("'batch_size' or 'runs' is damaged; export the model again")
             config: UNetConfig = load_config(path)
-            if not all(is_whole(t) and 0 <= t < config.num_train_timesteps for t in description["timesteps"]):
+            if not all(is_finite(t) and 0 <= t < config.num_train_timesteps for t in description["timesteps"]):
                 raise ValueError("'timesteps' is damaged; export the model again")
         return cls(path, config, description, identity)
 

@@ -33,7 +33,7 @@ class PlanSampler:
     Attributes:
         config: the network.
         image_shape: (C, H, W) of the images.
-        timesteps: (S,) int64 array, noisiest first.
+        timesteps: as of :class:`ddim_fast.Sampler`.
         dtype: the dtype of the network's computation, by name.
 
     Raises:
@@ -50,7 +50,7 @@ class PlanSampler:
         self.folder = PlanFolder.open(Path(folder))
         self.config, description = self.folder.config, self.folder.description
         self.image_shape, self.dtype = self.config.image_shape, description["dtype"]
-        self.timesteps = np.array(description["timesteps"], np.int64)
+        self.timesteps = np.array(description["timesteps"])
         self._turn = threading.Lock()
         _ = self._plain  # an unfit processor is an error now
 

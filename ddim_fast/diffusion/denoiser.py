@@ -150,7 +150,7 @@ class Denoiser:
         """Compute the inputs known before the first step: the embeddings of all timesteps and classes.
 
         Args:
-            timesteps: (S,) int64, in the order of the steps.
+            timesteps: (S,) int64 or float64, in the order of the steps.
             labels: (N,) int64 on the device, or None.
             guidance, guidance_interval, gradient: as of :meth:`ddim_fast.Sampler.sample`, checked.
             clip_sample_range: the clipping of the x_0 for ``gradient``.
@@ -165,8 +165,8 @@ class Denoiser:
         )
         correction = None
         if gradient is not None:
-            levels = self.schedule.alphas_cumprod[timesteps]
-            correction = ClassifierGuidance(gradient, there, levels, self.config.prediction_type, clip_sample_range)
+            levels = self.schedule.levels(timesteps)[:-1]
+            correction = ClassifierGuidance(gradient, there.long(), levels, self.config.prediction_type, clip_sample_range)
         skipped = ~guided_steps(timesteps, guidance, guidance_interval)
         return Prepared(conditions, () if guidance is None else tuple(np.flatnonzero(skipped).tolist()), correction)
 

@@ -203,8 +203,8 @@ class LatentState:
         return self.latent.step
 
     @property
-    def timestep(self) -> int:
-        """The training timestep at which the network was evaluated."""
+    def timestep(self) -> float:
+        """The timestep at which the network was evaluated."""
         return self.latent.timestep
 
     @property

@@ -163,7 +163,7 @@ class Loop(Generic[F]):
         run = self.prepare(request, timesteps, self.solver.table)
         before = run.inputs.x
         for i, (state, output) in enumerate(self.states(self.engine, run)):
-            yield SamplerState(i, int(timesteps[i]), state[0], (self.solver, before, output))
+            yield SamplerState(i, timesteps[i].item(), state[0], (self.solver, before, output))
             before = state[0]
 
     def step(

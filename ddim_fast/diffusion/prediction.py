@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["PredictionCoefficients", "linear_prediction", "prediction_coefficients", "training_target", "x0_and_epsilon"]
+__all__ = [
+    "NO_SIGNAL",
+    "PredictionCoefficients",
+    "linear_prediction",
+    "prediction_coefficients",
+    "training_target",
+    "x0_and_epsilon",
+]
 
 # Below this share there is no signal: divided by its root, values of a sample come near float32's largest.
-_NO_SIGNAL = 1e-60
+NO_SIGNAL = 1e-60
 
 
 class PredictionCoefficients(NamedTuple):
@@ -36,7 +43,7 @@ def prediction_coefficients(alphas_cumprod: Any, prediction_type: str) -> Predic
             floats are checked: reading a tensor would wait for its device.
     """
     a = alphas_cumprod
-    if isinstance(a, float) and prediction_type == "epsilon" and a <= _NO_SIGNAL:
+    if isinstance(a, float) and prediction_type == "epsilon" and a <= NO_SIGNAL:
         raise ValueError(
             f"at zero SNR (alphas_cumprod_t = {a:g}) an epsilon prediction does not determine the image; "
             "use v_prediction or sample"

@@ -25,7 +25,7 @@ from .inversion import Inverter
 from .loop import Loop, calibrate, initial_noise
 from .request import Request
 from .restoration import Restorer
-from .solvers import FITTED, make_solver
+from .solvers import FITTED, make_solver, network_timesteps
 from .timesteps import choose_fitted, select_timesteps
 from .trajectory import LastRun, SamplerState
 
@@ -43,7 +43,7 @@ class Sampler:
         eta: for the ``ddim`` solver: 0 is DDIM, 1 the variance of DDPM, ``"sigma-hat"`` the larger variance.
         spacing: a name of :func:`ddim_fast.select_timesteps`, or the timesteps themselves; or ``adaptive``, the timesteps
             beside the checkpoint that :func:`ddim_fast.diffusion.adaptive.fit_timesteps` fitted to the model and solver.
-        solver: ``ddim``, ``ddpm``, ``dpm-solver++`` or ``unipc``; or ``fitted``: the timesteps, whatever ``spacing`` says, and
+        solver: of :data:`ddim_fast.diffusion.solvers.SOLVERS`; ``fitted`` is the timesteps, whatever ``spacing`` says, and
             coefficients beside the checkpoint, by :func:`ddim_fast.diffusion.fitting.fit_solver`.
         engine: ``eager``; ``compiled``, by torch.compile, with one compilation per batch size; ``captured``, the whole loop in
             one CUDA graph or, on a CPU, one plan of C++ operators; or ``auto``, which is eager.
@@ -56,7 +56,7 @@ class Sampler:
     Attributes:
         denoiser: the network with its guide and dtype.
         image_shape: (C, H, W) of the images.
-        timesteps: (S,) int64 array, noisiest first; not used with a tolerance.
+        timesteps: of the network evaluations, an array, noisiest first; not used with a tolerance.
         needs_one_batch_size: whether every batch size costs a preparation, so that a smaller last batch is better padded.
         runs_whole: whether all steps are one call, unless they are watched.
 
@@ -98,13 +98,13 @@ class Sampler:
 
     def __repr__(self) -> str:
         spacing = self._spacing if isinstance(self._spacing, str) else "listed"
-        way = f"{len(self.timesteps)} steps {spacing}" if self.tolerance is None else f"tolerance {self.tolerance}"
-        reuse = f", reuse {self.reuse}" if self.reuse > 1 else ""
-        eta = f", eta {self.eta}" if self._solver == "ddim" else ""
-        return f"Sampler({self.denoiser!r}, {self._solver}, {way}{eta}{reuse}, {self.engine})"
+        way = f"{len(self._visited)} steps {spacing}" if self.tolerance is None else f"tolerance {self.tolerance}"
+        way += (f", eta {self.eta}" if self._solver == "ddim" else "") + (f", reuse {self.reuse}" if self.reuse > 1 else "")
+        return f"Sampler({self.denoiser!r}, {self._solver}, {way}, {self.engine})"
 
     def _visit(self, timesteps: np.ndarray) -> None:
-        self.timesteps, levels = timesteps, self.schedule.levels(timesteps)
+        self._visited, self.timesteps = timesteps, network_timesteps(self._solver, timesteps)
+        levels = self.schedule.levels(self.timesteps)
         self.solver = make_solver(self._solver, levels, self.eta, self.config.prediction_type, self._clip, self._coefficients)
         self._loop = Loop(self.denoiser, self.solver, self._engine, self.reuse)
         self._inverter = Inverter(self._loop, timesteps)
@@ -134,7 +134,7 @@ class Sampler:
         """This sampler with a new engine, without compiled or captured code. It shares the denoiser, not the solver."""
         other = copy.copy(self)
         other._engine, other._later = make_engine(self.engine, self.device), {}
-        other._visit(self.timesteps)
+        other._visit(self._visited)
         return other
 
     @property
@@ -226,7 +226,7 @@ class Sampler:
         Raises:
             ValueError: the images do not fit the network or the seeds.
         """
-        request, level = self.check(seeds=seeds, x_T=images), float(self.schedule.alphas_cumprod[self.timesteps[0]])
+        request, level = self.check(seeds=seeds, x_T=images), float(self.schedule.levels(self.timesteps)[0])
         return math.sqrt(level) * request.x_T + math.sqrt(1 - level) * self.noise(seeds)
 
     def encode(self, images: Tensor, *, exact: bool = False, **options: Any) -> Tensor:

@@ -60,8 +60,12 @@ class NoiseSchedule:
         return len(self.betas)
 
     def levels(self, timesteps: np.ndarray) -> np.ndarray:
-        """(S + 1,) float64, alphas_cumprod at the timesteps of a run and after its last step, where no noise is left."""
-        return np.append(self.alphas_cumprod[timesteps], 1.0)
+        """(S + 1,) float64, alphas_cumprod at the timesteps of a run and after its last step, where no noise is left. Between
+        training timesteps the log signal-to-noise ratio is interpolated."""
+        if np.issubdtype(timesteps.dtype, np.integer):
+            return np.append(self.alphas_cumprod[timesteps], 1.0)
+        log_snr = np.interp(timesteps, np.arange(self.num_train_timesteps), self.log_snr)
+        return np.append(1 / (1 + np.exp(-log_snr)), 1.0)
 
     @property
     def log_snr(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Solvers: DDIM, DDPM, DPM-Solver++(2M), UniPC, and solvers fitted to a model.
+"""Solvers: DDIM, DDPM, DPM-Solver++(2M) and (3M), UniPC, Heun's, consistency sampling, and solvers fitted to a model.
 
 All coefficients are computed in float64 when the solver is created, and stored in one float32 table, one row per step. So each
 step is the same few multiply-adds over the images, and the step number may be a tensor that the host never reads.
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from .prediction import prediction_coefficients
+from .prediction import NO_SIGNAL, prediction_coefficients
 from .step import StepCoefficients, check_eta, posterior_coefficients, step_coefficients
 
-__all__ = ["FITTED", "SOLVERS", "DDIMUpdate", "Fitted", "Solver", "StepFunction", "UniPC", "make_solver"]
+__all__ = ["FITTED", "SOLVERS", "DDIMUpdate", "Fitted", "Solver", "StepFunction", "UniPC", "make_solver", "network_timesteps"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def make_solver(
 
     Args:
         name: one of :data:`SOLVERS`.
-        alphas_cumprod: (S + 1,) float64, the noise level at each step and after the last.
+        alphas_cumprod: (S + 1,) float64, the noise level at each of the :func:`network_timesteps` and after the last.
         eta: see :func:`step_coefficients`; for ``ddim`` only, 0 with the others.
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
         clip_sample_range: clip x_0 to [-r, r] at each step; None does not clip.
@@ -169,8 +169,8 @@ class DDPM(DDIMUpdate):
 
 
 class Consistency(DDIMUpdate):
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1), for a model of ``train --consistency``: each step leads to
-    x_0 and adds new noise of the next level."""
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1), for a model of ``train --consistency``: each step leads
+    to x_0 and adds new noise of the next level."""
 
     def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
         rows = [step_coefficients(a, b, 0.0, prediction_type) for a, b in _pairs(alphas_cumprod)]
@@ -237,6 +237,43 @@ class DPMSolverPlusPlus2M(_MultiStep):
         return from_x * x + from_x0 * x0 + from_previous * previous, x0
 
 
+class DPMSolverPlusPlus3M(_MultiStep):
+    """DPM-Solver++(3M): the third order of Lu et al. 2022b (appendix B.3) from the two x_0 before. The first and last steps are
+    of first order, the second of second, and so is the last but one of fewer than 15, as in diffusers."""
+
+    memory = 2
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__(alphas_cumprod, eta, prediction_type, clip)
+        rows = []
+        for i in range(self.steps):
+            order = min(i + 1, self.steps - i if self.steps < 15 or i == self.steps - 1 else 3, 3)
+            a, b = self._first_order(i)
+            # Of (x_0 at i) - (x_0 at i - 1) over its log-SNR distance, and of its change over that of the two.
+            slope = bend = 0.0
+            ratio, ratio_before = (self._ratio(i) if order > 1 else 1.0), 1.0
+            if order == 2:
+                slope = 0.5 * b
+            elif order == 3:
+                h = float(self._lambda[i + 1] - self._lambda[i])
+                ratio_before = float((self._lambda[i - 1] - self._lambda[i - 2]) / h)
+                alpha, shrink = float(self._alpha[i + 1]), np.expm1(-h)
+                second, third = alpha * (shrink / h + 1), alpha * (0.5 - (shrink + h) / h**2)
+                slope, bend = second, (second * ratio + third) / (ratio + ratio_before)
+            newest, oldest = (slope + bend) / ratio, bend / ratio_before
+            rows.append((*self._prediction[i], a, b + newest, -newest - oldest, oldest))
+        self.table = np.array(rows, dtype=np.float32)
+
+    def start(self, x: Tensor) -> State:
+        return x, x.new_zeros(x.shape), x.new_zeros(x.shape)
+
+    def combine(self, state: State, output: Any, row: Sequence[Any], noise: Any = None) -> State:
+        x, previous, older = state
+        from_sample, from_output, from_x, from_x0, from_previous, from_older = row
+        x0 = _predict_x0(from_sample, from_output, x, output, self.clip)
+        return from_x * x + from_x0 * x0 + from_previous * previous + from_older * older, x0, previous
+
+
 class _Corrected(_MultiStep):
     """Solvers whose network evaluations also correct the step that led to them.
 
@@ -288,6 +325,31 @@ class UniPC(_Corrected):
         return float(b_1 - rho), float(rho / ratio)
 
 
+class Heun(_Corrected):
+    """Heun's method in sigma / alpha, of second order without memory (the deterministic sampler of Karras et al. 2022,
+    algorithm 1): DDIM's step to a timestep, a network evaluation there that corrects it, and another one of the corrected x.
+    The last step is DDIM's."""
+
+    needs_distinct_timesteps = False  # each but the first is there twice: see network_timesteps
+
+    def __init__(self, alphas_cumprod: np.ndarray, eta: float | str, prediction_type: str, clip: float | None) -> None:
+        super().__init__(alphas_cumprod, eta, prediction_type, clip)
+        if self.steps % 2 == 0 or np.any(alphas_cumprod[1:-1:2] != alphas_cumprod[2:-1:2]):
+            raise ValueError("the heun solver evaluates the network twice at each timestep but the first")
+        if np.any(np.diff(alphas_cumprod[::2]) <= 0):
+            raise ValueError("the heun solver needs timesteps without repeats; choose another spacing")
+        rows = [(*self._prediction[0], 1.0, 0.0, 0.0, 0.0, *self._first_order(0), 0.0)]
+        for i in range(1, self.steps, 2):
+            shrink, from_x0 = self._first_order(i - 1)
+            half = 0.0  # without a signal there is no slope to correct with
+            if alphas_cumprod[i - 1] > NO_SIGNAL:
+                half = 0.5 * (self._alpha[i] - self._sigma[i - 1] / self._alpha[i - 1] * self._alpha[i] ** 2 / self._sigma[i])
+            corrector = (shrink, from_x0 + half, 0.0, -half)
+            rows.append((*self._prediction[i], *corrector, 1.0, 0.0, 0.0))
+            rows.append((*self._prediction[i], 1.0, 0.0, 0.0, 0.0, *self._first_order(i + 1), 0.0))
+        self.table = np.array(rows, dtype=np.float32)
+
+
 class Fitted(_Corrected):
     """The steps of UniPC with coefficients and timesteps that :func:`ddim_fast.diffusion.fitting.fit_solver` fitted to a model.
 
@@ -310,10 +372,21 @@ SOLVERS: dict[str, Any] = {
     "ddim": DDIM,
     "ddpm": DDPM,
     "dpm-solver++": DPMSolverPlusPlus2M,
+    "dpm-solver++3m": DPMSolverPlusPlus3M,
     "unipc": UniPC,
+    "heun": Heun,
     FITTED: Fitted,
     "consistency": Consistency,
 }
+
+
+def network_timesteps(solver: str, timesteps: np.ndarray) -> np.ndarray:
+    """The timesteps of a run's network evaluations: its own, but of ``heun`` each twice, except the first.
+
+    Args:
+        timesteps: (S,), falling.
+    """
+    return np.concatenate([timesteps[:1], np.repeat(timesteps[1:], 2)]) if solver == "heun" else timesteps
 
 
 def _pairs(alphas_cumprod: np.ndarray) -> list[tuple[float, float]]:

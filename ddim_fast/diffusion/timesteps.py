@@ -36,6 +36,10 @@ def select_timesteps(
         round(i (T - 1) / (S - 1))
     log-snr
         uniform in the log signal-to-noise ratio (Lu et al. 2022, DPM-Solver)
+    karras, exponential
+        between the training timesteps, float64: sigma^(1/7) (Karras et al. 2022, eq. 5) or log(sigma) is uniform from the
+        highest noise to the lowest, where sigma = sqrt(1 / alphas_cumprod - 1); the network has to take such timesteps, as
+        :class:`ddim_fast.UNet` does
     ermongroup-uniform, ermongroup-quad
         the lists of the DDIM authors' code. ``range(0, T, T // S)`` has more than S timesteps if S does not divide T.
         ``int(linspace(0, sqrt(0.8 T), S)^2)`` starts at t = 0.8 T and can repeat timesteps near 0; a repeated one is a step
@@ -51,10 +55,10 @@ def select_timesteps(
             timesteps of a list are left out. None is the whole schedule.
 
     Returns:
-        (S,) int64, falling.
+        (S,) falling; int64, but float64 for ``karras`` and ``exponential``.
 
     Raises:
-        ValueError: the spacing is unknown, S is impossible for it, or the list has repeated timesteps.
+        ValueError: the spacing is unknown, S is impossible for it or for the schedule, or the list has repeated timesteps.
     """
     total = schedule.num_train_timesteps
     steps, start = plain(steps), plain(start)
@@ -74,6 +78,8 @@ def select_timesteps(
         raise ValueError(f"unknown spacing {spacing!r}; there are {', '.join((*SPACINGS, ADAPTIVE))}")
     if not is_whole(steps) or not 1 <= steps <= total:
         raise ValueError(f"steps must be a whole number from 1 to {total}, the number of training timesteps; got {steps!r}")
+    if spacing in _CONTINUOUS:
+        return _between(schedule, steps, _CONTINUOUS[spacing])[::-1].copy()
     if spacing.startswith("ermongroup"):
         return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)
     return distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
@@ -142,6 +148,17 @@ def _log_snr(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     return np.abs(targets[:, None] - log_snr[None, :]).argmin(axis=1)
 
 
+def _between(schedule: NoiseSchedule, steps: int, scale: tuple[Any, Any]) -> np.ndarray:
+    """Timesteps between those of training, rising: uniform in ``scale[0](sigma)``; ``scale[1]`` is its inverse."""
+    log_sigma = -0.5 * schedule.log_snr
+    if not np.all(np.isfinite(log_sigma)):
+        raise ValueError("spacings karras and exponential need a schedule whose last noise level is finite; use trailing")
+    scaled, unscaled = scale
+    low, high = scaled(np.exp(log_sigma[[0, -1]]))
+    sigma = unscaled(np.linspace(low, high, steps)) if steps > 1 else np.exp(log_sigma[-1:])
+    return np.interp(np.log(sigma), log_sigma, np.arange(schedule.num_train_timesteps))
+
+
 def _ermongroup_uniform(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     total = schedule.num_train_timesteps
     return np.arange(0, total, total // steps)
@@ -161,7 +178,12 @@ _SPACINGS = {
     "ermongroup-uniform": _ermongroup_uniform,
     "ermongroup-quad": _ermongroup_quad,
 }
-SPACINGS = tuple(_SPACINGS)
+# Spacings between the training timesteps: what is uniform in sigma, and sigma from it.
+_CONTINUOUS: dict[str, tuple[Any, Any]] = {
+    "karras": (lambda sigma: sigma ** (1 / 7), lambda root: root**7),
+    "exponential": (np.log, np.exp),
+}
+SPACINGS = (*_SPACINGS, *_CONTINUOUS)
 
 # Added before a floor, so that rounding does not take a whole product to the integer below.
 _ROUNDING = 1e-9

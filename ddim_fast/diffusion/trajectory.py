@@ -20,13 +20,13 @@ class SamplerState:
 
     Attributes:
         step: the number of the step, from 0.
-        timestep: the training timestep at which the network was evaluated.
+        timestep: the timestep at which the network was evaluated, an int where it is one of training.
         x: (N, C, H, W) float32, the sample after the step; after the last one, the images. A tensor, or an array from a sampler
             of arrays.
     """
 
     step: int
-    timestep: int
+    timestep: float
     x: Tensor
     _evaluation: tuple[Solver, Any, Any] = field(repr=False)
 

@@ -140,6 +140,10 @@ class _FastScheduler(SchedulerMixin):  # type: ignore[misc]  # diffusers' classe
         """The timesteps of compat="exact", rising."""
         spacing = self.config.timestep_spacing if timesteps is None else timesteps
         chosen = select_timesteps(NoiseSchedule.from_betas(self.betas), steps, spacing)
+        if not np.issubdtype(chosen.dtype, np.integer):
+            raise ValueError(
+                f"timestep_spacing {spacing!r} lies between the training timesteps, which a DDIMScheduler has; use log-snr"
+            )
         if timesteps is None and spacing == "leading":
             chosen += self.config.steps_offset
             if chosen[0] >= len(self.betas):

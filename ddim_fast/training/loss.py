@@ -1,4 +1,4 @@
-"""The losses of training: denoising for a diffusion model, consistency for one of few steps, reconstruction for an autoencoder."""
+"""The losses of training: denoising, or consistency, for a diffusion model; reconstruction for an autoencoder."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class ConsistencyLoss(nn.Module):
 
     Noise levels are sigma = sqrt(1 / alphas_cumprod - 1): log-normal with mean -1.1 and standard deviation 2, at the next
     timestep of the schedule. The lower one is (1 - 2^-k (1 + 8 / (1 + e^sigma))) sigma, or none, in stage k = 1..8 of the
-    training. The difference is sqrt(|x|^2 + c^2) - c with c = 0.00054 sqrt(numbers of an image) (Song and Dhariwal 2024, eq. 8),
-    over that of the two sigma.
+    training. The difference is sqrt(|x|^2 + c^2) - c with c = 0.00054 sqrt(numbers of an image) (Song and Dhariwal 2024, eq.
+    8), over that of the two sigma.
 
     Args:
         schedule: the noise schedule.

@@ -99,9 +99,9 @@ sample --model small --eta -0.1
 sample --model small --eta sigmahat
     2 argument --eta: 'sigmahat' is neither a number in [0, 1] nor 'sigma-hat'
 sample --model small --solver ddmi
-    2 argument --solver: invalid choice: 'ddmi'; did you mean 'ddpm'? There are ddim, ddpm, dpm-solver++, unipc
+    2 argument --solver: invalid choice: 'ddmi'; did you mean 'ddpm'? There are ddim, ddpm, dpm-solver++, ... heun
 sample --model small --solver euler
-    2 argument --solver: invalid choice: 'euler'; there are ddim, ddpm, dpm-solver++, unipc
+    2 argument --solver: invalid choice: 'euler'; there are ddim, ddpm, dpm-solver++, ... heun
 sample --model small --solver unipc --eta 1
     2 --eta is an option of the ddim solver; unipc takes eta = 0 only (got 1.0)
 sample --model small --spacing quadratik
@@ -798,11 +798,11 @@ evaluate --trajectory-error --model truncated
     1 truncated/model.safetensors: not a whole safetensors file (... incomplete metadata, file not fully covered); copy or
       download it again
 evaluate --trajectory-error --model small --solver euler
-    2 argument --solver: unknown name 'euler'; there are ddim, ddpm, dpm-solver++, unipc
+    2 argument --solver: unknown name 'euler'; there are ddim, ddpm, dpm-solver++, ... heun
 evaluate --trajectory-error --model small --spacing quadratik
     2 argument --spacing: unknown name 'quadratik'; there are linear, quadratic, ...
 evaluate --trajectory-error --model small --eta 0,1
-    2 --trajectory-error needs a deterministic sampler: --eta 0 and no --solver ddpm
+    2 --trajectory-error needs a deterministic sampler: --eta 0 and neither --solver ddpm nor consistency
 evaluate --trajectory-error --model small --eta much
     2 argument --eta: 'much' is neither a number in [0, 1] nor 'sigma-hat'
 evaluate --trajectory-error --model small --solver unipc --eta 1
@@ -845,7 +845,7 @@ evaluate --trajectory-error --model small --batch-size 0
 evaluate --trajectory-error --modle small
     2 unrecognized arguments: --modle small; did you mean --model?
 evaluate --reference photos --solver euler
-    2 argument --solver: unknown name 'euler'; there are ddim, ddpm, dpm-solver++, unipc
+    2 argument --solver: unknown name 'euler'; there are ddim, ddpm, dpm-solver++, ... heun
 
 # export
 
@@ -977,6 +977,12 @@ train --data photos --out new --min-snr-gamma 0
     2 --min-snr-gamma must be positive; got 0.0
 train --data photos --out new --min-snr-gamma nan
     2 --min-snr-gamma must be positive; got nan
+train --data photos --out new --steps 1 --consistency
+    2 --consistency tunes a diffusion model; name it by --init
+train --data photos --out new --steps 1 --consistency --init small --dropout 0.1
+    2 --dropout 0.1: --consistency compares outputs of the network, which it changes; leave it out
+train --data photos --out new --steps 1 --consistency --init small --min-snr-gamma 5
+    2 --min-snr-gamma is for the denoising loss; consistency has weights of its own
 train --data photos --out new --minutes 0
     2 argument --minutes: a positive number of minutes; got '0'
 train --data photos --out new --minutes nan

@@ -55,6 +55,18 @@ def test_a_guidance_interval_is_that_of_torch(exported, export_folder):
     assert not torch.allclose(guided, torch_sampler.sample(seeds=SEEDS, labels=LABELS, guidance=3.0), atol=1e-2)
 
 
+def test_timesteps_between_those_of_training_are_for_whole_runs(exported, export_folder, tmp_path):
+    with pytest.raises(ValueError, match="karras and exponential lie between the timesteps that an exported network takes"):
+        OnnxSampler(export_folder, spacing="karras").sample(seeds=SEEDS, labels=LABELS)
+    settings = {"steps": 4, "spacing": "karras", "solver": "dpm-solver++3m"}
+    export_onnx(tmp_path / "between", exported.model, **settings)
+    sampler = OnnxSampler(tmp_path / "between")
+    assert sampler.runs_whole
+    assert_same(
+        sampler.sample(seeds=SEEDS, labels=LABELS), Sampler(exported.model, **settings).sample(seeds=SEEDS, labels=LABELS)
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -64,6 +76,9 @@ def test_a_guidance_interval_is_that_of_torch(exported, export_folder):
         {"solver": "unipc"},
         {"solver": "dpm-solver++", "spacing": "log-snr"},
         {"solver": "ddpm", "clip_sample_range": 1.0},
+        {"solver": "heun"},
+        {"solver": "dpm-solver++3m", "steps": 6},
+        {"solver": "consistency"},
     ],
     ids=str,
 )

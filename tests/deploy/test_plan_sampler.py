@@ -72,6 +72,18 @@ def test_the_same_seeds_give_the_captured_engines_bytes(labels, guidance, model,
     assert np.array_equal(np.concatenate(alone), found)
 
 
+@pytest.mark.parametrize("solver", ["heun", "dpm-solver++3m", "consistency"])
+def test_timesteps_may_lie_between_those_of_training(solver, model, tmp_path):
+    options = {"steps": 4, "solver": solver, "spacing": "karras"}
+    export_plan(
+        tmp_path / "plan", model, **options, batch_size=3, source="small", command="python -m ddim_fast.export --to plan"
+    )
+    sampler, torch_sampler = PlanSampler(tmp_path / "plan"), Sampler(model, **options, engine="captured")
+    assert sampler.timesteps.tolist() == torch_sampler.timesteps.tolist()
+    request = {"seeds": SEEDS, "labels": 7}
+    np.testing.assert_allclose(sampler.sample(**request), torch_sampler.sample(**request).numpy(), atol=1e-4)
+
+
 def test_the_runs_share_their_weights(folder):
     sampler = PlanSampler(folder)
     sampler.sample(seeds=[1], labels=1, guidance=2.0)

@@ -64,7 +64,16 @@ def test_the_unet_agrees_with_torch_whatever_the_batch(exported, session):
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"eta": 1.0}, {"solver": "ddpm", "clip_sample_range": 1.0}, {"solver": "dpm-solver++"}, {"solver": "unipc"}],
+    [
+        {},
+        {"eta": 1.0},
+        {"solver": "ddpm", "clip_sample_range": 1.0},
+        {"solver": "dpm-solver++"},
+        {"solver": "unipc"},
+        {"solver": "dpm-solver++3m"},
+        {"solver": "heun", "spacing": "karras"},
+        {"solver": "consistency"},
+    ],
     ids=lambda s: s.get("solver", "ddim") + ("-eta1" if "eta" in s else ""),
 )
 def test_the_whole_sampler_agrees_with_torch(settings, unroll, exported, session):

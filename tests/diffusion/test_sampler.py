@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,6 +17,7 @@ from ddim_fast.diffusion.denoiser import Denoiser
 from ddim_fast.diffusion.editing import move_along, sdedit
 from ddim_fast.diffusion.interpolation import slerp
 from ddim_fast.diffusion.restoration import TimeTravel
+from ddim_fast.diffusion.solvers import FITTED, SOLVERS
 from ddim_fast.ops import native
 from ddim_fast.ops.noise import INITIAL_NOISE
 
@@ -85,15 +92,20 @@ def test_ddpm_without_clipping_is_eta_one(fake_network):
 @pytest.mark.parametrize("steps", [2, 3, 10, 25])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "solver,scheduler_class", [("dpm-solver++", DPMSolverMultistepScheduler), ("unipc", UniPCMultistepScheduler)]
+    "solver,scheduler_class,order",
+    [
+        ("dpm-solver++", DPMSolverMultistepScheduler, 2),
+        ("dpm-solver++3m", DPMSolverMultistepScheduler, 3),
+        ("unipc", UniPCMultistepScheduler, 2),
+    ],
 )
-def test_multistep_solvers_equal_diffusers(solver, scheduler_class, prediction_type, steps, fake_network):
+def test_multistep_solvers_equal_diffusers(solver, scheduler_class, order, prediction_type, steps, fake_network):
     network = fake_network(prediction_type=prediction_type)
     scheduler = scheduler_class(
         beta_start=1e-4,
         beta_end=0.02,
         prediction_type=prediction_type,
-        solver_order=2,
+        solver_order=order,
         final_sigmas_type="zero",
         timestep_spacing="linspace",
     )
@@ -105,19 +117,49 @@ def test_multistep_solvers_equal_diffusers(solver, scheduler_class, prediction_t
         torch.testing.assert_close(state.x, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["dpm-solver++", "unipc"])
-def test_higher_order_solvers_come_closer_to_the_ode(solver, fake_network):
+@pytest.mark.parametrize("steps", [5, 10, 30])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_heun_between_timesteps_equals_diffusers(spacing, prediction_type, steps, fake_network):
+    network = fake_network(prediction_type=prediction_type)
+    spacings = {f"use_{spacing}_sigmas": True}
+    scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type, **spacings)
+    scheduler.set_timesteps(steps)
+    sampler = Sampler(network, steps=steps, spacing=spacing, solver="heun")
+    np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), rtol=1e-4, atol=1e-3)
+    x = seeded_noise([2, 9], INITIAL_NOISE, SHAPE)
+    theirs = x * (1 + scheduler.sigmas[0] ** 2) ** 0.5  # its samples are those with a signal of 1
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(theirs, t), t.expand(2))
+        theirs = scheduler.step(output, t, theirs).prev_sample
+    torch.testing.assert_close(sampler.sample(x_T=x), theirs, atol=1e-4, rtol=1e-4)
+    assert sampler.evaluations.tolist() == [2 * steps - 1] * 2
+
+
+def test_consistency_sampling_is_new_noise_for_each_x0(fake_network):
+    network = fake_network()
+    sampler = Sampler(network, steps=None, spacing=[999, 300, 50], solver="consistency")
+    (first, second, third), levels = sampler.trajectory(seeds=[5]), sampler.schedule.levels(sampler.timesteps)
+    for step, (state, after) in enumerate(((first, second), (second, third))):
+        noise = seeded_noise([5], step, SHAPE)
+        expected = levels[step + 1] ** 0.5 * state.x0 + (1 - levels[step + 1]) ** 0.5 * noise
+        torch.testing.assert_close(after.before, expected.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(third.x, third.x0, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver,steps", [("dpm-solver++", 20), ("dpm-solver++3m", 20), ("unipc", 20), ("heun", 20)])
+def test_higher_order_solvers_come_closer_to_the_ode(solver, steps, fake_network):
     network = fake_network()
     x = seeded_noise([0], INITIAL_NOISE, SHAPE)
     exact = Sampler(network, steps=1000, spacing="linspace").sample(x_T=x)
     errors = {
-        s: (Sampler(network, steps=20, spacing="log-snr", solver=s).sample(x_T=x) - exact).abs().mean()
-        for s in ("ddim", solver)
+        s: (Sampler(network, steps=n, spacing="log-snr", solver=s).sample(x_T=x) - exact).abs().mean()
+        for s, n in (("ddim", 20), (solver, steps))
     }
     assert errors[solver] < 0.5 * errors["ddim"]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpm-solver++", "unipc"])
+@pytest.mark.parametrize("solver", sorted(SOLVERS.keys() - {FITTED}))
 def test_every_solver_survives_zero_terminal_snr(solver, fake_network):
     network = fake_network(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert torch.isfinite(Sampler(network, steps=8, spacing="trailing", solver=solver).sample(seeds=[0])).all()

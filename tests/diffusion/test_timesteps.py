@@ -71,7 +71,7 @@ def test_an_explicit_list_in_either_direction():
         (0, "linear", "from 1 to 1000.*got 0"),
         (1001, "quadratic", "from 1 to 1000.*got 1001"),
         (2.5, "linear", "whole number"),
-        (10, "karras", "unknown spacing 'karras'"),
+        (10, "cubic", "unknown spacing 'cubic'"),
         (None, [1, 1], "distinct"),
         (None, [1, 1000], "0..999"),
         (None, [], "non-empty"),
@@ -82,3 +82,21 @@ def test_an_explicit_list_in_either_direction():
 def test_impossible_choices_are_named(steps, spacing, message):
     with pytest.raises(ValueError, match=message):
         select_timesteps(SCHEDULE, steps, spacing)
+
+
+@pytest.mark.parametrize("spacing,scale", [("karras", lambda sigma: sigma ** (1 / 7)), ("exponential", np.log)])
+def test_spacings_between_timesteps_are_uniform_in_their_scale(spacing, scale):
+    chosen = select_timesteps(SCHEDULE, 8, spacing)
+    assert chosen.dtype == np.float64 and (chosen[0], chosen[-1]) == pytest.approx((999, 0), abs=1e-9)
+    levels = SCHEDULE.levels(chosen)[:-1]
+    gaps = np.diff(scale(np.sqrt(1 / levels - 1)))
+    np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-6)
+    # At whole timesteps, and between their neighbours elsewhere.
+    np.testing.assert_allclose(SCHEDULE.levels(np.arange(1000.0)), SCHEDULE.levels(np.arange(1000)), rtol=1e-12)
+    assert np.all(levels <= SCHEDULE.levels(np.floor(chosen).astype(int))[:-1] * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_spacings_by_noise_need_a_finite_noise(spacing):
+    with pytest.raises(ValueError, match="need a schedule whose last noise level is finite; use trailing"):
+        select_timesteps(SCHEDULE.rescale_zero_terminal_snr(), 8, spacing)

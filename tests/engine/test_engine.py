@@ -16,7 +16,15 @@ from ddim_fast.engine import fastest_engine, make_engine
 from ddim_fast.engine.compiled import signature
 from ddim_fast.ops import native
 
-SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm-solver++", 0.0), ("unipc", 0.0)]
+SOLVERS = [
+    ("ddim", 0.0),
+    ("ddim", 1.0),
+    ("ddpm", 0.0),
+    ("dpm-solver++", 0.0),
+    ("unipc", 0.0),
+    ("dpm-solver++3m", 0.0),
+    ("heun", 0.0),
+]
 
 
 class Case(NamedTuple):
