@@ -10,7 +10,6 @@ from typing import Any
 
 from .cli.options import (
     ENGINES,
-    GUIDANCE_HELP,
     GUIDE_HELP,
     INTERVAL_HELP,
     MODEL_HELP,
@@ -19,7 +18,7 @@ from .cli.options import (
     add_execution_options,
     check_guidance_options,
 )
-from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, parse_seed, run_command
+from .cli.parser import CommandParser, parse_eta, parse_guidance, parse_integers, parse_positive, parse_seed, run_command
 from .cli.progress import notice
 from .cli.settings import NUM_IMAGES, NUM_TRAJECTORIES, EvaluateSettings
 from .diffusion.solvers import SOLVERS
@@ -70,7 +69,7 @@ def _parser() -> CommandParser:
     sampling.add_argument("--eta", metavar="LIST", type=_etas, default="0", help="eta of the ddim solver: 0,0.5,1")
     sampling.add_argument("--teacher-steps", metavar="N", type=parse_positive, default=20, help=_TEACHER_HELP)
     sampling.add_argument("--tolerance", metavar="LIST", type=_tolerances, default=[], help=_TOLERANCE_HELP)
-    sampling.add_argument("--guidance", metavar="W", type=float, help=GUIDANCE_HELP)
+    sampling.add_argument("--guidance", metavar="W", type=parse_guidance, help=_GUIDANCE_HELP)
     sampling.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
     sampling.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
     add_execution_options(p, ENGINES, batch_size=64)
@@ -101,6 +100,7 @@ _NUM_HELP = (
     f"how many images (default: {NUM_IMAGES} for --reference, {NUM_TRAJECTORIES} for --trajectory-error, all of --images and "
     "--data); the first ones, which are a biased sample of sorted images"
 )
+_GUIDANCE_HELP = "classifier-free guidance scale, or the scale of each step, as 1,3,3,1 (default: none)"
 _SPACING_HELP = f"spacings of the timesteps: {', '.join((*SPACINGS, ADAPTIVE))}"
 _TOLERANCE_HELP = "also measure samplers with an error-controlled step size"
 _INCEPTION_HELP = (

@@ -20,7 +20,7 @@ from .cli.options import (
     check_guidance_options,
     settle_steps,
 )
-from .cli.parser import CommandParser, parse_eta, parse_integers, parse_positive, parse_spacing, run_command
+from .cli.parser import CommandParser, parse_eta, parse_guidance, parse_integers, parse_positive, parse_spacing, run_command
 from .cli.profiling import PROFILE_HELP, check_profile_options
 from .cli.settings import SAMPLES_FOLDER, SampleSettings
 from .diffusion.solvers import SOLVERS
@@ -62,7 +62,7 @@ def _parser() -> CommandParser:
     sampling.add_argument("--eta", metavar="X", type=parse_eta, help=_ETA_HELP)
     sampling.add_argument("--tolerance", metavar="X", type=float, help=_TOLERANCE_HELP)
     sampling.add_argument("--clip", metavar="R", type=float, help=CLIP_HELP)
-    sampling.add_argument("--guidance", metavar="W", type=float, help=_GUIDANCE_HELP)
+    sampling.add_argument("--guidance", metavar="W", type=parse_guidance, help=_GUIDANCE_HELP)
     sampling.add_argument("--guidance-interval", metavar=("LO", "HI"), type=int, nargs=2, help=INTERVAL_HELP)
     sampling.add_argument("--guide", metavar="MODEL", help=GUIDE_HELP)
     sampling.add_argument("--reuse", metavar="N", type=parse_positive, default=1, help=_REUSE_HELP)
@@ -78,7 +78,8 @@ def _parser() -> CommandParser:
 
 
 _GUIDANCE_HELP = (
-    "classifier-free guidance scale for images of a class; 1 is off (default: the best one named by the model's card, if any)"
+    "classifier-free guidance scale for images of a class, or the scale of each step, as 1,3,3,1; 1 is off (default: the best "
+    "one named by the model's card, if any)"
 )
 _ETA_HELP = f"0: DDIM, 1: DDPM's variance, any value between, or {SIGMA_HAT} (default: 0.0)"
 _OUT_HELP = (

@@ -134,7 +134,7 @@ def check_guidance_options(parser: CommandParser, options: Mapping[str, Any]) ->
         parser.error("--guide is what --guidance leads away from; give its scale, such as --guidance 2, as well")
 
 
-def check_some_guided(timesteps: np.ndarray, guidance: float | None, interval: Sequence[int]) -> None:
+def check_some_guided(timesteps: np.ndarray, guidance: float | list[float] | None, interval: Sequence[int]) -> None:
     """A ValueError where --guidance-interval leaves no step to guide."""
     low, high = interval
     if not guided_steps(timesteps, guidance, (low, high)).any() and guidance != 1:

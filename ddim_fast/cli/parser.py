@@ -24,6 +24,7 @@ __all__ = [
     "CommandParser",
     "list_integers",
     "parse_eta",
+    "parse_guidance",
     "parse_integers",
     "parse_positive",
     "parse_seed",
@@ -287,6 +288,16 @@ def _number(text: str) -> float:
 def parse_spacing(text: str) -> str | list[int]:
     """The name of a spacing, or ``"999,500,0"`` -> [999, 500, 0]."""
     return [int(t) for t in text.split(",")] if all(t.strip().isdecimal() for t in text.split(",")) else text
+
+
+def parse_guidance(text: str) -> float | list[float]:
+    """The scale of guidance, or ``"1,3,3,1"`` -> [1.0, 3.0, 3.0, 1.0], of each step.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is no number.
+    """
+    scales = [_number(part) for part in text.split(",")]
+    return scales if len(scales) > 1 else scales[0]
 
 
 def parse_eta(text: str) -> float | str:

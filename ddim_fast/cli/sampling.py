@@ -176,7 +176,7 @@ def _plan_sampler(parser: CommandParser, settings: SampleSettings) -> tuple[Plan
 
 def _decisive(
     settings: SampleSettings, sampler: AnySampler | OnnxSampler | PlanSampler, batches: Batches, checksum: str
-) -> dict[str, str | float | list[int] | None]:
+) -> dict[str, str | float | list[int] | list[float] | None]:
     """The options that decide the images, to compare with an unfinished output's record."""
     return {
         "model": f"sha256:{checksum}",
@@ -279,9 +279,11 @@ def _way(sampler: AnySampler | OnnxSampler | PlanSampler, settings: SampleSettin
         steps = f"to tolerance {sampler.tolerance:g}"
     if settings.guidance in (None, 1):
         return steps
+    guidance = settings.guidance
+    scales = ",".join(f"{scale:g}" for scale in (guidance if isinstance(guidance, list) else [guidance]))
     is_own = settings.guide is None and settings.guidance == sampler.config.guidance
     own = " (the model's own; --guidance 1 turns it off)" if is_own else ""
-    return f"{steps}, guidance {settings.guidance:g}{own}"
+    return f"{steps}, guidance {scales}{own}"
 
 
 def _summary(

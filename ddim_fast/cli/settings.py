@@ -38,7 +38,7 @@ class EvaluateSettings:
     teacher_steps: int
     tolerance: list[float]
     classes: str
-    guidance: float | None
+    guidance: float | list[float] | None
     guidance_interval: list[int] | None
     guide: str | None
     compile: bool
@@ -65,7 +65,7 @@ class SampleSettings:
     seeds: Sequence[int]
     batch_size: int | None
     classes: str
-    guidance: float | None
+    guidance: float | list[float] | None
     guidance_interval: list[int] | None
     guide: str | None
     compile: bool

@@ -113,7 +113,7 @@ class OnnxSampler:
         **request: Any,
     ) -> np.ndarray:
         """Images from seeds or from given noise; arguments as of :meth:`ddim_fast.Sampler.sample`, with arrays for tensors, and
-        no gradient. With a guidance interval the network is called once per step.
+        no gradient. With a guidance interval, or a scale for each step, the network is called once per step.
 
         Returns:
             (N, C, H, W) float32 in [-1, 1], as the network was trained; not clipped.
@@ -127,7 +127,12 @@ class OnnxSampler:
         with Bar(len(checked), shown=progress):
             for batch, count in checked.batches(batch_size):
                 part = images[done : done + count]
-                if self.runs_whole and on_step is None and batch.guidance_interval is None:
+                if (
+                    self.runs_whole
+                    and on_step is None
+                    and batch.guidance_interval is None
+                    and not isinstance(batch.guidance, tuple)
+                ):
                     part[:] = self._whole(batch)
                     tell(count, evaluations=len(self.timesteps))
                 else:
@@ -167,10 +172,11 @@ class OnnxSampler:
         if not np.issubdtype(self.timesteps.dtype, np.integer):
             raise ValueError(
                 "spacings karras and exponential lie between the timesteps that an exported network takes; export the model "
-                "with such a --spacing, and sample it whole: with its own settings, no guidance_interval and no on_step"
+                "with such a --spacing, and sample it with its own settings, one scale of guidance and no on_step"
             )
         inputs: dict[str, Any] = {}
         guided_at = guided_steps(self.timesteps, batch.guidance, batch.guidance_interval)
+        scales = np.full(len(self.timesteps), 1.0 if batch.guidance is None else batch.guidance, np.float32)
         state: State = (self._start(batch),) * (1 + solver.memory)
         for i, (timestep, guided) in enumerate(zip(self.timesteps.tolist(), guided_at, strict=True)):
             x = state[0]
@@ -181,7 +187,7 @@ class OnnxSampler:
             inputs["timesteps"] = np.full(len(inputs["x"]), timestep)
             output = self._network(inputs, inputs["x"].shape)
             if guided:
-                output = apply_guidance(output[:count], output[count:], np.float32(batch.guidance))
+                output = apply_guidance(output[:count], output[count:], scales[i])
             if isinstance(solver, DDIMUpdate):
                 seeds = batch.seeds if solver.stochastic else None
                 state = (ddim_step_numpy(x, output, solver.table[i], solver.clip, seeds=seeds, step=i),)
@@ -202,7 +208,7 @@ class OnnxSampler:
         """The checked arguments of :meth:`sample`. Missing labels of a class-conditional network are "no class"; missing seeds
         are 0, as nothing is drawn from them."""
         x_T = None if x_T is None else host_array(x_T)
-        checked = Request.check(self.config, stochastic=self.solver.stochastic, x_T=x_T, **request)
+        checked = Request.check(self.config, stochastic=self.solver.stochastic, steps=len(self.timesteps), x_T=x_T, **request)
         count, classes, labels = len(checked), self.config.num_classes, checked.labels
         if labels is None and classes is not None:
             labels = np.full(count, classes, np.int64)

@@ -30,7 +30,7 @@ WEIGHTS = "weights.safetensors"
 # The runs: without guidance, and with.
 PLAIN, GUIDED = "plain", "guided"
 
-FORMAT = 1
+FORMAT = 2
 
 # Keys of plan.json.
 _FIELDS = {
@@ -138,7 +138,7 @@ class PlanFolder:
             "x": np.zeros((count, *shape), np.float32),
             "seeds": np.zeros(count, np.int64),
             "labels": np.zeros(2 * count if run["guided"] else count, np.int64),
-            "scale": np.zeros(1, np.float32),
+            "scale": np.zeros(len(self.description["timesteps"]), np.float32),
         }
         segments = [np.zeros(size, np.uint8)]
         for segment in run["segments"]:

@@ -105,11 +105,10 @@ class PlanSampler:
 
     def _request(self, x_T: Any = None, **request: Any) -> Request:
         x_T = None if x_T is None else host_array(x_T)
-        checked = Request.check(self.config, stochastic=self.folder.description["stochastic"], x_T=x_T, **request)
+        stochastic = self.folder.description["stochastic"]
+        checked = Request.check(self.config, stochastic=stochastic, steps=len(self.timesteps), x_T=x_T, **request)
         if checked.guidance_interval is not None or checked.gradient is not None:
-            raise ValueError(
-                "a plan guides all steps alike, by labels; sample with another engine for an interval or a gradient"
-            )
+            raise ValueError("a plan guides by labels in every step; sample with another engine for an interval or a gradient")
         return replace(checked, guidance=None) if self.config.num_classes is None else checked
 
     @functools.cached_property

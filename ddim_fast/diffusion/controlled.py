@@ -87,6 +87,7 @@ def sample_controlled(
 
     def evaluate(x: Tensor, timesteps: Tensor, which: Tensor) -> Tensor:
         labels = None if request.labels is None else request.labels[which]
+        assert not isinstance(request.guidance, tuple)  # Request.check refuses it where steps are not shared
         conditions = denoiser.conditions_each(timesteps, labels, request.guidance, request.guidance_interval)
         return denoiser(x, conditions, index)[0]
 

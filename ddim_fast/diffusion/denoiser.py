@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.config import DiffusionModel
 from ..models.unet import UNet
-from .guidance import ClassifierGuidance, Gradient, apply_guidance, check_guide, guided_steps
+from .guidance import ClassifierGuidance, Gradient, Scale, apply_guidance, check_guide, guided_steps
 from .network import Network, NetworkConditions, with_labels
 from .schedule import NoiseSchedule
 
@@ -21,7 +21,7 @@ __all__ = ["Conditions", "Denoiser", "Prepared"]
 
 class Conditions(NamedTuple):
     """The inputs of a prediction beside x: the precomputed timestep and class embeddings of the network and of its guide, and
-    the guidance scale, a float32 tensor that broadcasts against x, or None without guidance."""
+    the scales of guidance, (S, ...) float32, each of which broadcasts against x; or None without guidance."""
 
     network: NetworkConditions
     guide: NetworkConditions = ()
@@ -142,7 +142,7 @@ class Denoiser:
         self,
         timesteps: np.ndarray,
         labels: Tensor | None,
-        guidance: float | None = None,
+        guidance: Scale | None = None,
         guidance_interval: tuple[int, int] | None = None,
         gradient: Gradient | None = None,
         clip_sample_range: float | None = None,
@@ -161,7 +161,7 @@ class Denoiser:
         conditions = Conditions(
             self._network.conditions(there, labels, guided=guidance is not None and guide is None),
             () if guide is None else guide.conditions(there, labels, guided=False),
-            None if guidance is None else torch.tensor(guidance, dtype=torch.float32, device=self.device),
+            None if guidance is None else torch.from_numpy(np.full(len(timesteps), guidance, np.float32)).to(self.device),
         )
         correction = None
         if gradient is not None:
@@ -178,10 +178,12 @@ class Denoiser:
         own = self._network.conditions_each(timesteps, labels, guidance is not None and guide is None)
         if guidance is None:
             return Conditions(own)
-        scale = torch.where(guided_steps(timesteps, guidance, guidance_interval), guidance, 1.0).float()[:, None, None, None]
-        return Conditions(own, () if guide is None else guide.conditions_each(timesteps, labels, False), scale)
+        scale = torch.where(guided_steps(timesteps, guidance, guidance_interval), guidance, 1.0).float()
+        return Conditions(
+            own, () if guide is None else guide.conditions_each(timesteps, labels, False), scale[None, :, None, None, None]
+        )
 
-    def evaluations(self, timesteps: np.ndarray, guidance: float | None, guidance_interval: tuple[int, int] | None) -> int:
+    def evaluations(self, timesteps: np.ndarray, guidance: Scale | None, guidance_interval: tuple[int, int] | None) -> int:
         """The number of network evaluations per image in a run; evaluations of a guide are not counted."""
         again = 0 if self._guide is not None else int(guided_steps(timesteps, guidance, guidance_interval).sum())
         return len(timesteps) + again
@@ -191,11 +193,13 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor | None]:
         """The guided prediction and the deep features at step ``index``: arguments and results as of :meth:`Network.__call__`,
         with conditions as :meth:`prepare` returns them."""
-        scale = conditions.scale
-        if scale is None or conditions.guide:
+        if conditions.scale is None:
+            return self._network(x, conditions.network, index, deep)
+        scale = conditions.scale.index_select(0, index.reshape(1))[0]
+        if conditions.guide:
             output, deep = self._network(x, conditions.network, index, deep)
             guide: Any = self._guide
-            return output if scale is None else apply_guidance(guide(x, conditions.guide, index)[0], output, scale), deep
+            return apply_guidance(guide(x, conditions.guide, index)[0], output, scale), deep
         # One network call on both halves, without and with the labels.
         output, deep = self._network(torch.cat([x, x]), conditions.network, index, deep)
         unlabelled, labelled = output.chunk(2)

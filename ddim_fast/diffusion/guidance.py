@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassifierGuidance",
     "Gradient",
+    "Scale",
     "apply_guidance",
     "check_guidance",
     "check_guide",
@@ -36,6 +37,9 @@ Gradient: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 # Torch's or numpy's.
 Array: TypeAlias = Any
+
+# Of guidance: one for all steps, or one for each.
+Scale: TypeAlias = "float | tuple[float, ...]"
 
 
 class OnDevice(Protocol):
@@ -67,23 +71,26 @@ def apply_guidance(unconditional: Any, conditional: Any, scale: Any) -> Any:
     return unconditional + scale * (conditional - unconditional)
 
 
-def check_guidance(guidance: float | None, labels: Any, with_guide: bool = False) -> float | None:
-    """The guidance scale; None if it changes nothing.
+def check_guidance(guidance: Any, labels: Any, with_guide: bool = False) -> Scale | None:
+    """The guidance scale, or the scales of the steps; None if they change nothing.
 
     Args:
+        guidance: a number, or a list or an array of them; or None.
         with_guide: guidance is away from another network, not towards a label.
 
     Raises:
-        ValueError: it is not a finite number, or there are no labels to guide towards.
+        ValueError: they are not finite numbers, or there are no labels to guide towards.
     """
     guidance = plain(guidance)
-    if guidance is None or (is_finite(guidance) and guidance == 1):
+    listed = (isinstance(guidance, Sequence) and not isinstance(guidance, str)) or hasattr(guidance, "tolist")
+    scales = [plain(scale) for scale in guidance] if listed else [1 if guidance is None else guidance]
+    if not all(map(is_finite, scales)):
+        raise ValueError(f"guidance must be a finite number, or one for each step; got {guidance!r}")
+    if all(scale == 1 for scale in scales):
         return None
-    if not is_finite(guidance):
-        raise ValueError(f"guidance must be a finite number; got {guidance!r}")
     if labels is None and not with_guide:
         raise ValueError(f"guidance {guidance} needs class labels to guide towards")
-    return float(guidance)
+    return tuple(map(float, scales)) if listed else float(scales[0])
 
 
 def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
@@ -104,11 +111,11 @@ def check_guide(config: UNetConfig, guide: UNetConfig) -> None:
         raise ValueError("the guide must be of the same kind as the network: its noise schedule differs")
 
 
-def check_interval(interval: Sequence[int] | None, guidance: float | None, num_train_timesteps: int) -> tuple[int, int] | None:
+def check_interval(interval: Sequence[int] | None, guidance: Any, num_train_timesteps: int) -> tuple[int, int] | None:
     """The guidance interval.
 
     Raises:
-        ValueError: it is not two timesteps in rising order, or there is no guidance.
+        ValueError: it is not two timesteps in rising order, or there is no guidance, or a scale for each step.
     """
     if interval is None:
         return None
@@ -120,19 +127,22 @@ def check_interval(interval: Sequence[int] | None, guidance: float | None, num_t
         )
     if guidance is None:
         raise ValueError("guidance_interval limits guidance; give its scale, guidance, as well")
+    if not isinstance(plain(guidance), (int, float)):
+        raise ValueError("guidance_interval limits a single scale; in a list of scales, 1 leaves a step out")
     return numbers[0], numbers[1]
 
 
-def guided_steps(timesteps: Array, guidance: float | None, interval: tuple[int, int] | None) -> Array:
+def guided_steps(timesteps: Array, guidance: float | Sequence[float] | None, interval: tuple[int, int] | None) -> Array:
     """(S,) bool: whether each step is guided, which takes two evaluations instead of one.
 
     Args:
         timesteps: (S,) timesteps of the run, an array or a tensor.
-        guidance: the scale; None or 1 for none.
+        guidance: the scale, or S of them; None or 1 for none.
         interval: the first and last guided timestep, both included; None for all.
     """
     low, high = (-math.inf, math.inf) if interval is None else interval
-    return (guidance not in (None, 1)) & (timesteps >= low) & (timesteps <= high)
+    guides = np.array(guidance) != 1 if isinstance(guidance, Sequence) else guidance not in (None, 1)
+    return guides & (timesteps >= low) & (timesteps <= high)
 
 
 def likelihood_gradient(log_likelihood: Callable[[Tensor], Tensor], sampler: OnDevice) -> Gradient:

@@ -89,8 +89,12 @@ class Loop(Generic[F]):
         denoiser, x_T = self.denoiser, None if x_T is None else as_tensor(x_T)
         has_guide = denoiser.guide is not None
         request = Request.check(denoiser.config, stochastic=self.solver.stochastic, has_guide=has_guide, x_T=x_T, **asked)
-        if request.guidance_interval is not None and self.reuse > 1 and not has_guide:
-            raise ValueError(f"guidance_interval changes the network's batch between steps; use reuse=1, not {self.reuse}")
+        leaves_out = request.guidance_interval is not None or (isinstance(request.guidance, tuple) and 1 in request.guidance)
+        if leaves_out and self.reuse > 1 and not has_guide:
+            raise ValueError(
+                "guidance_interval, and a scale of 1 for some steps, change the network's batch between steps; use reuse=1, "
+                f"not {self.reuse}"
+            )
         return request.to(denoiser.device)
 
     def prepare(self, request: Request, timesteps: np.ndarray, table: np.ndarray, x: Tensor | None = None) -> Run:

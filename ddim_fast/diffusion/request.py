@@ -14,7 +14,7 @@ from ..io.progress import count_of
 from ..models.config import UNetConfig
 from ..ops.noise import check_seeds
 from ..ops.scalars import is_whole, plain
-from .guidance import Gradient, check_guidance, check_interval
+from .guidance import Gradient, Scale, check_guidance, check_interval
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Request:
         seeds: (N,) int64, or None.
         x_T: (N, C, H, W), or None.
         labels: (N,) int64, or None for no label.
-        guidance: the scale; None if it changes nothing.
+        guidance: the scale, or the scales of the steps; None if they change nothing.
         guidance_interval: the first and last guided timestep, or None.
         gradient: the function of classifier guidance, or None.
     """
@@ -39,7 +39,7 @@ class Request:
     seeds: Any
     x_T: Any = None
     labels: Any = None
-    guidance: float | None = None
+    guidance: Scale | None = None
     guidance_interval: tuple[int, int] | None = None
     gradient: Gradient | None = None
 
@@ -50,10 +50,11 @@ class Request:
         *,
         stochastic: bool,
         has_guide: bool = False,
+        steps: int | None = None,
         seeds: Sequence[int] | Any | None = None,
         x_T: Any = None,
         labels: Any = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
     ) -> Request:
@@ -63,6 +64,7 @@ class Request:
             config: the network.
             stochastic: whether the solver draws noise, which needs seeds.
             has_guide: whether guidance leads away from another network.
+            steps: the number of steps that may each have a scale of guidance; None where all have the same.
 
         Raises:
             ValueError: they do not fit each other or the network; the message names the argument.
@@ -77,11 +79,15 @@ class Request:
         count = len(x_T if seeds is None else seeds)
         if x_T is not None and len(x_T) != count:
             raise ValueError(f"{count_of(count, 'seeds')} for {count_of(len(x_T), 'images')} in x_T; give one each")
+        scale = check_guidance(guidance, labels, has_guide)
+        if isinstance(scale, tuple) and len(scale) != steps:
+            right = "it takes a single scale here" if steps is None else f"give one, or one for each of the {steps} steps"
+            raise ValueError(f"guidance has {count_of(len(scale), 'scales')}; {right}")
         return cls(
             seeds,
             x_T,
             _check_labels(labels, count, config.num_classes),
-            check_guidance(guidance, labels, has_guide),
+            scale,
             check_interval(guidance_interval, guidance, config.num_train_timesteps),
             gradient,
         )

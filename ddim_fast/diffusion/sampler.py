@@ -154,7 +154,7 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         x_T: Tensor | None = None,
         labels: Labels = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         guidance_interval: Sequence[int] | None = None,
         gradient: Gradient | None = None,
         batch_size: int = 64,
@@ -169,7 +169,7 @@ class Sampler:
             x_T: (N, C, H, W) noise or latents to start from.
             labels: class labels, one or N of them, for a class-conditional network; None for no label.
             guidance: scale w of classifier-free guidance, eps_none + w (eps_label - eps_none) (Ho and Salimans 2022), or of
-                guidance away from the ``guide``, with the same label or none. None or 1 is no guidance.
+                guidance away from the ``guide``, with the same label or none; or the scale of each step. 1 is no guidance.
             guidance_interval: (t_low, t_high), the timesteps of the guided steps, both included (Kynkaanniemi et al. 2024,
                 arXiv 2404.07724); None is all.
             gradient: classifier guidance, a :data:`ddim_fast.diffusion.guidance.Gradient`.
@@ -213,7 +213,7 @@ class Sampler:
         """Raise the errors of :meth:`sample` for these arguments, without computing anything; else return them as tensors."""
         if request.get("gradient") is not None:
             require_steps(self.tolerance, "to call a gradient between")
-        return self._loop.request(**request)
+        return self._loop.request(steps=len(self.timesteps) if self.tolerance is None else None, **request)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The x_T (N, C, H, W) of :meth:`sample`."""

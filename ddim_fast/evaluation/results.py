@@ -238,7 +238,9 @@ def _spacing(row: Row) -> str:
 def _guidance(row: Row) -> str:
     interval, guide = (row["settings"].get(name) for name in ("guidance_interval", "guide"))
     limited = "" if interval is None else f" in {interval[0]}-{interval[1]}"
-    return _text("guidance")(row) + limited + ("" if guide is None else f", guide {guide}")
+    scales = row["settings"].get("guidance")
+    text = ",".join(f"{scale:g}" for scale in scales) if isinstance(scales, list) else _text("guidance")(row)
+    return text + limited + ("" if guide is None else f", guide {guide}")
 
 
 def _text(name: str) -> Callable[[Row], str]:

@@ -63,7 +63,7 @@ class Job:
         self,
         sampler: Sampler | LatentSampler | OnnxSampler | PlanSampler,
         batches: Batches,
-        guidance: float | None = None,
+        guidance: float | list[float] | None = None,
         watch: Callable[[int], Callable[[JobStep], None] | None] = lambda k: None,
         guidance_interval: Sequence[int] | None = None,
         convert: Callable[[Any], np.ndarray] = to_uint8,

@@ -146,11 +146,17 @@ sample --model small --class none --guidance 2
 sample --model plain --class cat
     2 --class: the network is unconditional: it has no classes
 sample --model small --guidance nan
-    2 --guidance must be a finite number; got nan
+    2 --guidance must be a finite number, or one for each step; got nan
 sample --model small --guidance inf
-    2 --guidance must be a finite number; got inf
+    2 --guidance must be a finite number, or one for each step; got inf
 sample --model small --guidance strong
     2 argument --guidance: 'strong' is not a number
+sample --model small --guidance 2,3 --steps 3
+    2 --guidance has 2 scales; give one, or one for each of the 3 steps
+sample --model small --guidance 2,,3
+    2 argument --guidance: '' is not a number
+sample --model small --guidance 1,2 --steps 2 --guidance-interval 300 600
+    2 --guidance-interval limits a single scale; in a list of scales, 1 leaves a step out
 sample --model small --guidance 2 --guidance-interval 600 300
     2 --guidance-interval must be two timesteps, the lower one first, from 0 to 999; got [600, 300]
 sample --model small --guidance 2 --guidance-interval 300
@@ -714,7 +720,7 @@ restyle tone.wav --model voices --from ann --to bob --loudness-std loud
 restyle tone.wav --model voices --from ann --to bob --out album
     2 --out album is not empty (holiday.jpg); name a folder that is new or empty
 restyle tone.wav --model voices --from ann --to bob --guidance nan
-    2 --guidance must be a finite number; got nan
+    2 --guidance must be a finite number, or one for each step; got nan
 restyle tone.wav --model voices --form ann --to bob
     2 unrecognized arguments: --form ann; did you mean --from?
 

@@ -55,6 +55,13 @@ def test_a_guidance_interval_is_that_of_torch(exported, export_folder):
     assert not torch.allclose(guided, torch_sampler.sample(seeds=SEEDS, labels=LABELS, guidance=3.0), atol=1e-2)
 
 
+def test_each_step_may_have_a_scale_of_its_own(exported, export_folder):
+    request = {"seeds": SEEDS, "labels": LABELS, "guidance": [1.0, 3.0, 0.5, 2.0]}
+    assert_same(OnnxSampler(export_folder).sample(**request), Sampler(exported.model, steps=4).sample(**request))
+    with pytest.raises(ValueError, match="guidance has 4 scales; give one, or one for each of the 3 steps"):
+        OnnxSampler(export_folder, steps=3).sample(**request)
+
+
 def test_timesteps_between_those_of_training_are_for_whole_runs(exported, export_folder, tmp_path):
     with pytest.raises(ValueError, match="karras and exponential lie between the timesteps that an exported network takes"):
         OnnxSampler(export_folder, spacing="karras").sample(seeds=SEEDS, labels=LABELS)

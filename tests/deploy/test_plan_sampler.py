@@ -72,6 +72,12 @@ def test_the_same_seeds_give_the_captured_engines_bytes(labels, guidance, model,
     assert np.array_equal(np.concatenate(alone), found)
 
 
+def test_each_step_may_have_a_scale_of_its_own(model, folder):
+    request = {"seeds": SEEDS, "labels": 7, "guidance": [1.0, 3.0, 0.5, 2.0]}
+    captured = Sampler(model, **OPTIONS, engine="captured").sample(**request).numpy()
+    np.testing.assert_allclose(PlanSampler(folder).sample(**request), captured, atol=1e-4)
+
+
 @pytest.mark.parametrize("solver", ["heun", "dpm-solver++3m", "consistency"])
 def test_timesteps_may_lie_between_those_of_training(solver, model, tmp_path):
     options = {"steps": 4, "solver": solver, "spacing": "karras"}
@@ -176,7 +182,7 @@ def test_threads_take_turns(folder):
 def test_what_a_plan_cannot_do_is_an_error(folder):
     sampler = PlanSampler(folder)
     for request, message in (
-        ({"seeds": [1], "labels": 3, "guidance": 2.0, "guidance_interval": (10, 500)}, "a plan guides all steps alike"),
+        ({"seeds": [1], "labels": 3, "guidance": 2.0, "guidance_interval": (10, 500)}, "a plan guides by labels in every step"),
         ({"seeds": [1], "on_step": print}, "the steps of a plan cannot be watched"),
         ({"seeds": [1], "labels": 10}, "class 10 is out of range"),
         ({"seeds": [-1]}, "a seed is a whole number"),
@@ -205,7 +211,7 @@ def test_a_changed_file_is_found(copy):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda d: d.update(format=2), "format 2 is not the one of this version, 1; export the model again"),
+        (lambda d: d.update(format=3), "format 3 is not the one of this version, 2; export the model again"),
         (lambda d: d.pop("runs"), "'runs' is missing or damaged"),
         (lambda d: d.update(batch_size=0), "'batch_size' or 'runs' is damaged"),
         (lambda d: d["runs"]["plain"].update(result=1 << 40), "the result lies outside the memory"),

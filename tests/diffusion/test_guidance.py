@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ddim_fast import NoiseSchedule, Sampler, UNetConfig, seeded_noise
+from ddim_fast.diffusion.degradations import Grey
 from ddim_fast.diffusion.guidance import likelihood_gradient
 from ddim_fast.ops.noise import INITIAL_NOISE
 
@@ -178,6 +179,50 @@ def test_outside_of_the_interval_a_step_is_one_without_guidance(small_unet):
     many = sampler.sample(seeds=range(12), labels=[4] * 12, guidance=3.0, guidance_interval=(500, 700))
     few = sampler.sample(seeds=[1], labels=4, guidance=3.0, guidance_interval=(500, 700))
     assert torch.equal(many[1:2], few)
+
+
+@pytest.mark.parametrize("engine", ["eager", "captured"])
+def test_each_step_may_have_a_scale_of_its_own(engine, small_unet):
+    sampler = Sampler(small_unet, steps=4, engine=engine, solver="unipc")
+    request = {"seeds": [0, 1, 2], "labels": [1, 2, 0]}
+    assert torch.equal(sampler.sample(**request, guidance=[3.0] * 4), sampler.sample(**request, guidance=3))
+    low, high = sorted(sampler.timesteps[[1, 2]].tolist())
+    limited = sampler.sample(**request, guidance=3, guidance_interval=(low, high))
+    for scales in ([1, 3, 3, 1], np.array([1, 3, 3, 1.0]), torch.tensor([1.0, 3, 3, 1])):
+        assert torch.equal(sampler.sample(**request, guidance=scales), limited)
+        assert sampler.evaluations.tolist() == [6, 6, 6]
+    assert torch.equal(sampler.sample(**request, guidance=[1] * 4), sampler.sample(**request))
+
+
+def test_the_scales_are_those_of_their_steps(fake_network):
+    network, scales = fake_network(num_classes=4), [2.0, 1.0, 0.5]
+    sampler = Sampler(network, steps=3)
+    states = list(sampler.trajectory(seeds=[0], labels=[3], guidance=scales))
+    for state, scale in zip(states, scales, strict=True):
+        with torch.no_grad():
+            none, label = (network(state.before, torch.tensor([state.timestep]), torch.tensor([y])) for y in (4, 3))
+        torch.testing.assert_close(state.output, none + scale * (label - none), atol=1e-5, rtol=1e-5)
+
+
+def test_scales_are_as_many_as_shared_steps(small_unet):
+    request, images = {"labels": [1], "guidance": [1.0, 2.0, 2.0]}, torch.zeros(1, *small_unet.config.image_shape)
+    with pytest.raises(ValueError, match="guidance has 3 scales; give one, or one for each of the 4 steps"):
+        Sampler(small_unet, steps=4).sample(seeds=[0], **request)
+    sampler = Sampler(small_unet, steps=3)
+    for call in (
+        lambda: sampler.encode(images, **request),
+        lambda: sampler.restore(images[:, :1], Grey(3), seeds=[0], **request),
+        lambda: Sampler(small_unet, steps=3, tolerance=0.1).sample(seeds=[0], **request),
+    ):
+        with pytest.raises(ValueError, match="guidance has 3 scales; it takes a single scale here"):
+            call()
+    with pytest.raises(ValueError, match="in a list of scales, 1 leaves a step out"):
+        sampler.sample(seeds=[0], **request, guidance_interval=(0, 500))
+    with pytest.raises(ValueError, match="a scale of 1 for some steps, change the network's batch"):
+        Sampler(small_unet, steps=3, reuse=2).sample(seeds=[0], **request)
+    for wrong in (["a", 1.0, 2.0], [1.0, float("nan"), 2.0], "123"):
+        with pytest.raises(ValueError, match="guidance must be a finite number, or one for each step"):
+            sampler.sample(seeds=[0], labels=[1], guidance=wrong)
 
 
 @pytest.mark.parametrize("exact", [False, True])
