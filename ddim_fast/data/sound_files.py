@@ -70,11 +70,11 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False, max_bad: 
     waves, labels, places, bad = [], [], [], BadRecords(max_bad)
     for name, data, label in _open(spec):
         try:
-            wave = _decode(name, encoded(name, data, "audio"), config.sample_rate, convert)
+            wave, rate = _decode(name, encoded(name, data, "audio"), config.sample_rate, convert)
         except ValueError as error:
             bad.add(name, error)
             continue
-        waves.append(_fit(wave, config))
+        waves.append(_fit(_mono(name, wave, rate, config.sample_rate, convert), config))
         labels.append(label)
         places.append(name)
     if not waves:
@@ -138,8 +138,8 @@ class _Stream(io.BytesIO):
             return self.tell()
 
 
-def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
-    """(samples,) float32 at ``rate``."""
+def _decode(name: str, data: bytes, rate: int, convert: bool) -> tuple[np.ndarray, int]:
+    """(samples, channels) float32, and the sample rate; ``rate`` is the one that they will be converted to."""
     try:
         with soundfile.SoundFile(_Stream(data)) as sound:
             actual = sound.samplerate
@@ -154,6 +154,11 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
         raise ValueError(f"{name}: the sound is empty; remove the file or record it again")
     if not (np.abs(wave) < 1e30).all():  # larger samples overflow once they are mixed and resampled
         raise ValueError(f"{name}: some samples are NaN, infinite or too large; convert the file again")
+    return wave, actual
+
+
+def _mono(name: str, wave: np.ndarray, actual: int, rate: int, convert: bool) -> np.ndarray:
+    """(samples,) float32 at ``rate``, from (samples, channels) at the rate ``actual``."""
     if not convert and wave.shape[1] != 1:
         raise ValueError(f"{name} has {wave.shape[1]} channels, the model's sounds have one; --convert mixes them down")
     if not convert and actual != rate:
