@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli.options import CONVERT_HELP, EXECUTION, OUTPUT
-from .cli.parser import CommandParser, parse_positive, parse_seed, run_command
+from .cli.parser import CommandParser, parse_count, parse_positive, parse_seed, run_command
 from .cli.progress import notice
 from .cli.settings import TrainSettings
 from .cli.stored import stored_options
@@ -78,10 +78,11 @@ def _parser() -> CommandParser:
         "--data",
         metavar="SPEC",
         type=_absolute,
-        help="a folder of images or sounds, Parquet files, IDX files, or a hub data set of images (owner/name)",
+        help="a folder of images or sounds, Parquet, tar or IDX files, or a hub data set of images (owner/name)",
     )
     p.add_argument("--val", metavar="SPEC", type=_absolute, help=_VAL_HELP)
     p.add_argument("--convert", action="store_true", help=CONVERT_HELP)
+    p.add_argument("--max-bad", metavar="N", type=parse_count, default=0, help=_MAX_BAD_HELP)
     p.add_argument(
         "--preset",
         metavar="NAME",
@@ -167,7 +168,10 @@ def _parser() -> CommandParser:
 
 def _absolute(text: str) -> str:
     """An existing path made absolute, so that it holds from another working directory."""
-    return os.path.abspath(text) if os.path.exists(text) or glob.glob(text) else text
+    from .data.tar import expand_braces  # imports more than --help needs
+
+    first = next(expand_braces(text))
+    return os.path.abspath(text) if os.path.exists(first) or glob.glob(first) else text
 
 
 def _auto(text: str) -> str:
@@ -205,6 +209,9 @@ _OPTIMIZER_HELP = (
 )
 _VAL_HELP = (
     "held-out images, as --data: each checkpoint's loss on them goes to stats.jsonl as val_loss, and the best one to OUT/best"
+)
+_MAX_BAD_HELP = (
+    "leave out up to N images or sounds that cannot be read, of --data and of --val each; OUT/data.json lists those of --data"
 )
 _SKIP_HELP = (
     "let N steps of the run pass whose loss or gradient is infinite or NaN; they change no weights, and OUT/bad_steps.jsonl "

@@ -2,7 +2,8 @@
 # called as `bash benchmarks/gpu/slot_N.sh OUT`, with these variables:
 #   SLOT_SECONDS  the budget (default 780). What does not fit is left to a rerun, which goes on.
 #   WORK          the folder of what a rerun goes on with (default runs/slot_N)
-#   TINY=1        a rehearsal in minutes on a CPU: tiny networks and few images, whose numbers mean nothing
+#   TRAIN_SECONDS of training in a slot that trains (default 480)
+#   TINY=1        a rehearsal in minutes on a CPU: few steps and images, whose numbers mean nothing
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=$(realpath -m "${1:?usage: bash $0 OUT}")
@@ -19,7 +20,7 @@ trap "$stopped" INT TERM
 beside() { (trap "$stopped" TERM && "$@") & } # COMMAND...: in the background; `wait` for it
 
 step() { # NAME SECONDS COMMAND...: once, for at most so long or what is left. The exit status says whether it is done.
-    local name=$1 limit=$2 code=0
+    local name=$1 limit=$2 code=0 begun=$SECONDS
     [ ! -e "$work/done/$name" ] || return 0
     [ -z "$tiny" ] && [ "$limit" -le "$(left)" ] || limit=$(left)
     [ "$limit" -ge 5 ] || { echo "$name: no time is left; a rerun goes on with it"; failed=1; return 1; }
@@ -28,7 +29,7 @@ step() { # NAME SECONDS COMMAND...: once, for at most so long or what is left. T
     timeout --kill-after=20 "$limit" "${@:3}" >> "$results/log.txt" 2>&1 &
     wait $! || code=$?
     [ "$code" -ne 0 ] || touch "$work/done/$name"
-    echo "$name: exit status $code, $(left) s left" | tee -a "$results/log.txt"
+    echo "$name: exit status $code after $((SECONDS - begun)) s, $(left) s left" | tee -a "$results/log.txt"
     give
     [ "$code" -eq 0 ] || failed=1
     return "$code"
@@ -37,8 +38,8 @@ step() { # NAME SECONDS COMMAND...: once, for at most so long or what is left. T
 # The training. A cosine should end with the time, so the first minute and a half, with the compiling in it, measures the speed, and
 # the number of steps follows from that. Until then there are so many steps that the rate is constant; where the compiling took
 # all of that time it stays so, and --minutes ends the run.
-train() { # RUN SECONDS OPTIONS...: goes on where RUN was stopped
-    local run=$1 seconds=$(($2 - 90)) options=("${@:3}" --save-every 2000 --sample-every 1000000 --quiet)
+train() { # RUN OPTIONS...: goes on where RUN was stopped
+    local run=$1 seconds=$((${TRAIN_SECONDS:-480} - 90)) options=("${@:2}" --save-every 2000 --sample-every 1000000 --quiet)
     if [ -n "$tiny" ]; then
         options+=(--batch-size 2 --steps 4 --log-every 1 --dtype float32)
     else
@@ -67,9 +68,13 @@ stage() { # RUN
             tar -C stage -c "$name" stage.json | split -d -b 16000000 - "parts/$name.tar."; done' "$work"
 }
 
-give_parts() { # at most four a run, 64 MB: a rerun gives the next
-    for part in $(ls "$work"/parts/*.tar.* 2> /dev/null | head -n 4); do cp "$part" "$out" && mv "$part" "$work/given"; done
+give_parts() { # as many as fit eight files with the results, and at most four, 64 MB: a rerun gives the next
+    local room=$((8 - $(ls "$results" | wc -l)))
+    for part in $(ls "$work"/parts/*.tar.* 2> /dev/null | head -n $((room < 4 ? room : 4))); do
+        cp "$part" "$out" && mv "$part" "$work/given"
+    done
     echo "parts of the stage left to give: $(ls "$work"/parts/*.tar.* 2> /dev/null | wc -l)"
+    echo "given: $(ls "$out" | wc -l) files, $(cat "$out"/* | wc -c | awk '{printf "%.1f MiB", $1 / 1048576}')"
 }
 
 # FID, and where REFERENCE is a data set KID, precision and recall. Eagerly, a thousand at a time: compiling takes longer than it saves.

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 faces=${FACES:-data/faces-64}
 [ -d "$faces" ] || step split 60 python examples/faces/split.py "${CELEBA:-data/celeba-6k.parquet}" 64 "$faces" || exit 1
 start=${START:-examples/faces/stage/raw}
-train "$work/run" 480 --init "$start" --set sample_size=64 --data "$faces/train" --recipe fast --min-snr-gamma 100 --batch-size 128 \
+train "$work/run" --init "$start" --set sample_size=64 --data "$faces/train" --recipe fast --min-snr-gamma 100 --batch-size 128 \
     --lr 3e-4 --ema 0.999 --seed 1 && stage "$work/run" && {
     if [ -n "$tiny" ]; then
         REFERENCE=$faces/held-out quality unipc "$work/stage/averaged" --solver unipc --steps 10

@@ -1,6 +1,6 @@
 """What no result has chosen on a GPU yet, beside PyTorch's, at each shape at which the network calls it, and the whole network
 with and without: a convolution's bias and residual in one pass (add_bias), an enlarged image's convolution (conv3x3_enlarged),
-and query, key and value from one product (projections).
+a halved image's convolution without a padded copy (downsample), and query, key and value from one product (projections).
 
     python benchmarks/gpu/unet_parts.py --out benchmarks/results/GPU/unet_parts.json
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -37,7 +38,7 @@ from ddim_fast.diffusion.network import Network
 from ddim_fast.ops import measured
 from ddim_fast.ops.conv3x3 import conv3x3, conv3x3_reference, prepare_conv3x3
 
-OPERATORS = ("add_bias", "conv3x3_enlarged", "projections")
+OPERATORS = ("add_bias", "conv3x3_enlarged", "downsample", "projections")
 HEAD_DIM = 64
 
 # A kind is chosen if it is faster in all calls of an evaluation together, and slower at no shape by more than this.
@@ -100,6 +101,20 @@ def convolutions(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[tuple[
         yield operator, count, ([batch, c, k, h, w], "channels_last", calls, exact)
 
 
+def halvings(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Case]]:
+    """The convolutions with stride 2 that pad right and bottom."""
+    for level, block in enumerate(model.down_blocks):
+        if block.downsamplers is None or model.config.downsample_padding:
+            continue
+        module = copy.deepcopy(block.downsamplers[0]).to(DEVICE)
+        shape = [batch, module.conv.in_channels, *model.config.level_size(level)]
+        x = _random(*shape, dtype=dtype)
+        exact = copy.deepcopy(module).double()(x[:2].double())
+        module.to(dtype, memory_format=torch.channels_last)
+        call = functools.partial(module, x)
+        yield "downsample", 1, (shape, "channels_last", {"ours": call, "pytorch": call}, exact)
+
+
 def projections(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Case]]:
     """Query, key and value of several heads from three products or one, with the attention that reads them."""
     for ((_, c, h, w), _, silu, _, _), count in shapes_of(model, 2)["group_norm_silu"].items():
@@ -126,7 +141,7 @@ def projections(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[tuple[s
 def evaluations(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """The network as the sampler has it, with each operator alone and with all."""
     x, index = _random(batch, *model.config.image_shape), torch.tensor(0, device=DEVICE)
-    sets = {"none": (), **{name: (name,) for name in OPERATORS[:2]}, "all": OPERATORS}
+    sets = {"none": (), **{name: (name,) for name in OPERATORS[:3]}, "all": OPERATORS}
     calls, exact = {}, model(x[:2], torch.tensor(500, device=DEVICE))
     for name, operators in sets.items():
         with chosen(operators, dtype):
@@ -167,7 +182,7 @@ def _row(operator: str, shape: Any, memory_format: str, dtype: torch.dtype, call
 def rows(model: UNet, batch: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """A row for each operator and shape. ``ratio``: PyTorch's time over ours; ``error``: of ours, relative to float64."""
     cpu_model = model.cpu()
-    cases = itertools.chain(convolutions(cpu_model, batch, dtype), projections(cpu_model, batch, dtype))
+    cases = itertools.chain(*(find(cpu_model, batch, dtype) for find in (convolutions, halvings, projections)))
     for operator, count, (shape, memory_format, calls, exact) in cases:
         graphs, errors = {}, {}
         for name, call in calls.items():

@@ -255,6 +255,17 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
+def parse_count(text: str) -> int:
+    """A whole number of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return 0 if _digits(text) == 0 else parse_positive(text)
+
+
 def parse_seed(text: str) -> int:
     """The seed of a random number generator.
 

@@ -92,6 +92,7 @@ class TrainSettings:
     data: str
     val: str | None
     convert: bool
+    max_bad: int
     preset: str
     init: str | None
     latents: str | None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.collected import left_out_line
 from ..data.images import ImageSet, load_images, to_unit_range
 from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
@@ -189,9 +190,9 @@ def _autoencoder_trainer(
         config = AutoencoderConfig.from_dict({"sample_size": 64, **_set_fields(settings)})
     _check_same_network(parser, settings, config)
     with notice(f"reading {settings.data}", settings.quiet):
-        size = config.in_channels, config.sample_size
-        data = load_images(settings.data, *size, labelled=False)
-        held_out = None if settings.val is None else load_images(settings.val, *size, labelled=False)
+        shape = config.image_shape
+        data = _load(settings, settings.data, shape, None, False, None)
+        held_out = None if settings.val is None else _load(settings, settings.val, shape, None, False, None)
     seen = DataRecord.of(settings.data, data)
     _check_same_data(parser, settings, seen)
     return Trainer(Autoencoder(config).to(device), data, options, processes, held_out), None, seen
@@ -274,10 +275,14 @@ def _load(
 ) -> ImageSet:
     """The data at ``spec``, with classes numbered as in the network that training starts from."""
     if audio is None:
-        return load_images(spec, *image_shape[:2], labelled=labelled, class_names=class_names)
+        return load_images(
+            spec, *image_shape[:2], labelled=labelled, class_names=class_names, max_bad=settings.max_bad, mapped=True
+        )
     from ..data.sounds import load_sound_images
 
-    return load_sound_images(spec, audio, labelled=labelled, class_names=class_names, convert=settings.convert)
+    return load_sound_images(
+        spec, audio, labelled=labelled, class_names=class_names, convert=settings.convert, max_bad=settings.max_bad
+    )
 
 
 def _with_names(settings: TrainSettings, config: UNetConfig, data: ImageSet) -> UNetConfig:
@@ -312,7 +317,10 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
         steps += f", {trainer.step:,} of them done"
     elif options.steps <= options.warmup:
         steps += f"; all within the warm-up of {options.warmup:,}: use --recipe fast for short runs"
-    resized = "" if trainer.data.resized is None else f"{trainer.data.resized}\n"
+    lines = [trainer.data.resized, left_out_line(settings.data, trainer.data.left_out)]
+    if settings.val is not None and trainer.held_out is not None:
+        lines.append(left_out_line(settings.val, trainer.held_out.left_out))
+    notes = "".join(f"{line}\n" for line in lines if line is not None)
     slices = trainer.processes.count * options.accumulate
     share = "" if slices == 1 else f" in {slices} slices of {options.batch_size // slices}"
     dropout = ""
@@ -321,7 +329,7 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     return (
         f"{describe_model(network, [trainer.model], dtype, device)}\n"
         f"data: {settings.data}, {len(trainer.data):,} images of {shape}, {options.batch_size} a step{share}\n"
-        f"{resized}{dropout}steps: {steps}"
+        f"{notes}{dropout}steps: {steps}"
     )
 
 

@@ -1,29 +1,25 @@
-"""Training images, from a folder, Parquet, IDX or a hub data set, as one uint8 tensor."""
+"""Training images, from a folder, Parquet, tar, IDX or a hub data set, as one uint8 tensor."""
 
 from __future__ import annotations
 
-import glob
-import gzip
+import functools
+import itertools
 import math
-import re
-import struct
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ..io.decoding import decode_image, image_suffixes
-from ..io.files import check_expansion, is_hidden, visible_files, warn_of_skipped, warn_once
-from ..io.progress import count_of
-from ..io.records import is_overview
-from ..models.class_names import named_classes
-from .parquet import parquet_class_names, parquet_files, read_parquet
+from ..io.memory import available_memory
+from .collected import Collected, Entry, Outcome, Unreadable
+from .decoded import DecodedFile
 from .resizing import Resizer, fit_image
+from .sources import Record, Source, image_files, number_classes, open_source
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +36,8 @@ __all__ = [
     "to_unit_range",
 ]
 
-_KINDS = (
-    "unknown kind of file; give a folder, an image file (.png, .jpg or another format of Pillow), a Parquet (.parquet) or IDX "
-    "file (idx3 in its name), or for evaluate a .npz file"
-)
-
 _NO_IMAGES = ": files such as .png or .jpg are needed"
 _SOUNDS = ", but sounds: use --preset digits-mel in train, or a model of sounds in other commands"
-
-# The columns of data sets in the layout of the Hugging Face Hub.
-_IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
 
 # Pillow's modes without colour.
 _GREY = {"1", "L"}
@@ -57,14 +45,16 @@ _GREY = {"1", "L"}
 
 @dataclass
 class ImageSet:
-    """Images in memory.
+    """Images in memory, or in a file that is mapped into it.
 
     Attributes:
-        images: (N, C, H, W) uint8; or float32 for sounds and latents, which are trained on unscaled.
+        images: (N, C, H, W) uint8; or float32 for sounds and latents, which are trained on unscaled. Not to be written to:
+            they may be a file that is mapped read-only.
         labels: (N,) int64 class labels, or None where the data has none.
         places: the origin of each: its file, or the data set's file and a number; empty for images that were not read.
         class_names: the data set's names of its classes, in the order of their numbers, or None.
         resized: how pictures of another size were resized, in words; None where there were none.
+        left_out: the records that could not be read: the place of each, and why.
     """
 
     images: Tensor
@@ -72,6 +62,7 @@ class ImageSet:
     places: Sequence[str] = ()
     class_names: tuple[str, ...] | None = None
     resized: str | None = None
+    left_out: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,7 +74,7 @@ class ImageSet:
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return ImageSet(self.images.to(device), labels, resized=self.resized)
+        return replace(self, images=self.images.to(device), labels=labels)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -103,6 +94,8 @@ def load_images(
     labelled: bool = True,
     class_names: Sequence[str] | None = None,
     resizer: Resizer | None = None,
+    max_bad: int = 0,
+    mapped: bool = False,
 ) -> ImageSet:
     """Read a data set as images of (channels, size, size). Larger pictures are cropped to a square and resized; smaller ones
     are centred in a black frame (28x28 -> 32x32). Sizes may differ if none of the pictures needs the frame.
@@ -116,6 +109,9 @@ def load_images(
             - a Parquet file, a pattern of them, or a folder with some (those named ``train*``, if any), or with
               ``data/train*``, in the layout of the Hugging Face Hub: a column ``image`` (or ``img``) of encoded images,
               optionally ``label`` (or ``fine_label``), whose classes are named where the file's features name them;
+            - a tar file, or a pattern of them such as ``shards-{000..009}.tar``, as WebDataset makes them: an image and
+              optionally its class, as a number or a name, in a ``.cls`` file or as "label" of a ``.json`` file
+              (:mod:`ddim_fast.data.tar`);
             - a folder with ``train-images-idx3-ubyte`` (or ``train-images.idx3-ubyte``) and its labels, each gzipped or not, or
               one such image file (IDX, as MNIST and Fashion-MNIST are distributed);
             - the name of a data set on the Hugging Face Hub (``owner/name``), which needs ``pip install ddim_fast[train]``.
@@ -127,19 +123,36 @@ def load_images(
         class_names: the model's class names. If all folders have such names, they are these classes.
         resizer: resizes pictures to ``size`` and counts those of another size. With a ``how`` of the user's choice, all sizes
             may differ. None is a resizer for training data.
+        max_bad: the number of records that are left out because they cannot be read; one more is an error.
+        mapped: decode images that would take more than a quarter of the memory that is free once into a file in the cache
+            folder (:class:`ddim_fast.data.decoded.DecodedFile`), which is mapped into memory; the same data is read from there
+            afterwards.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
-        ValueError: the file is of another kind, holds no images, damaged ones, or images of different sizes; or the network's
-            images are not square pictures.
+        ValueError: the file is of another kind, holds no images, damaged ones, or images of different sizes; the network's
+            images are not square pictures; or the data has changed since it was decoded into a file.
     """
     if channels not in (1, 3) or not isinstance(size, int):
         raise ValueError(f"{spec!r} cannot be read as images of the network, which have {channels} channels and size {size}")
-    source = _open(spec, num_classes, class_names, labelled, "white")
-    data = _collect(_checked_rows(source, labelled), spec, channels, resizer or Resizer(size), equal)
-    names = _usable(source.class_names)
-    known = data.labels is not None and names is not None and int(data.labels.max()) < len(names)
-    return replace(data, class_names=names) if known else data
+    source = open_source(spec, num_classes, class_names, labelled, "white")
+    resizer = resizer or Resizer(size)
+    fit = functools.partial(_fitted, source, labelled, channels, resizer)
+    work = (functools.partial(fit, record) for record in source.records)
+    check = functools.partial(_check_size, equal, resizer)
+    file = None
+    if mapped:
+        reading = {"equal": equal, "classes": num_classes, "labelled": labelled, "names": class_names, "resize": resizer.how}
+        file = DecodedFile(spec, (channels, size, size), source.files, reading)
+    collected, pixels = _collect(work, check, max_bad, file)
+    if not collected.entries:
+        raise ValueError(f"no images in {spec!r}{_SOUNDS if any(Path(spec).rglob('*.wav')) else _NO_IMAGES}")
+    for entry in collected.entries:
+        resizer.note(entry.place, entry.size)
+    labels, names = _numbered(collected, spec, source, num_classes, class_names)
+    return ImageSet(
+        _as_tensor(pixels), labels, [entry.place for entry in collected.entries], names, resizer.line, collected.bad.found
+    )
 
 
 def native_shape(spec: str) -> tuple[int, int, int]:
@@ -163,18 +176,6 @@ def stored_image(image: Image.Image) -> np.ndarray:
 Row = tuple[str, Image.Image, int | None]
 
 
-class _Source(NamedTuple):
-    """An open data set.
-
-    Attributes:
-        rows: the origin of each image, the image, and its class as stored.
-        class_names: by number, or None.
-    """
-
-    rows: Iterable[tuple[str, Image.Image, Any]]
-    class_names: Sequence[str] | None = None
-
-
 def read_images(
     spec: str,
     num_classes: int | None = None,
@@ -185,109 +186,107 @@ def read_images(
     """The images of a data set one by one, as stored: the origin of each (its file, or the data set's file and a number), the
     image, and its class label or None. ``background`` is as of :func:`ddim_fast.io.decoding.decode_image`; other arguments and
     errors as for :func:`load_images`."""
-    return _checked_rows(_open(spec, num_classes, class_names, labelled, background), labelled)
+    source = open_source(spec, num_classes, class_names, labelled, background)
+    numbers = {name: number for number, name in enumerate(class_names or ())}
+
+    def row(record: Record) -> Row:
+        image, label = record.read()
+        if source.named and isinstance(label, str):
+            label = numbers.get(label)
+        return record.place, image, _checked(label, record.place) if labelled else None
+
+    return map(row, source.records)
 
 
-def _checked_rows(source: _Source, labelled: bool) -> Iterator[Row]:
-    return ((place, image, _checked(label, place) if labelled else None) for place, image, label in source.rows)
+def _fitted(source: Source, labelled: bool, channels: int, resizer: Resizer, record: Record) -> Outcome:
+    """A record in the network's size and colours."""
+    try:
+        image, label = record.read()
+        if not labelled:
+            label = None
+        elif not (source.named and isinstance(label, str)):
+            label = _checked(label, record.place)
+        pixels = fit_image(image, channels, resizer.size, resizer.how or "crop")
+        return Entry(record.place, label, image.size), pixels
+    except (ValueError, OSError) as error:
+        return Unreadable(record.place, error)
 
 
-def _open(spec: str, num_classes: int | None, class_names: Sequence[str] | None, labelled: bool, background: str) -> _Source:
-    path = Path(spec)
-    if path.is_dir():
-        if parquet := parquet_files(path):
-            return _read_parquet(parquet, labelled, background)
-        idx = sorted(p for p in path.glob("*train-images*idx3*") if p.is_file() and not is_hidden(p.name))
-        return _Source(_read_idx(idx[0], labelled)) if idx else _read_folder(path, num_classes, class_names, background)
-    if path.is_file():
-        if path.suffix.lower() == ".parquet":
-            return _read_parquet([path], labelled, background)
-        if "idx3" in path.name:
-            return _Source(_read_idx(path, labelled))
-        if path.suffix.lower() in image_suffixes():
-            return _Source([(str(path), decode_image(str(path), path.read_bytes(), background), None)])
-        raise ValueError(f"{path}: {_KINDS}")
-    if matches := [Path(match) for match in sorted(glob.glob(spec))]:
-        if not all(match.suffix.lower() == ".parquet" for match in matches):
-            raise ValueError(f"{spec!r}: a pattern is for Parquet files, and it matches {matches[0]}; name a folder of images")
-        return _read_parquet(matches, labelled, background)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
-        return _read_hub(spec, background)
-    raise FileNotFoundError(f"no images at {spec!r}: not a folder, an image, Parquet or IDX file, or hub data set (owner/name)")
+def _check_size(equal: bool, resizer: Resizer, first: Entry, entry: Entry) -> None:
+    """A ValueError where an image may not have another size than the first one."""
+    if resizer.how is None and entry.size != first.size and (equal or min(*entry.size, *first.size) < resizer.size):
+        larger = "" if equal else f", or {resizer.size} pixels each way at least"
+        raise ValueError(
+            f"the images of a data set must all have one size{larger}; {first.place} is {first.size[0]}x{first.size[1]} "
+            f"and {entry.place} is {entry.size[0]}x{entry.size[1]}"
+        )
 
 
-def _collect(rows: Iterable[Row], spec: str, channels: int, resizer: Resizer, equal: bool) -> ImageSet:
+def _collect(
+    work: Iterator[Callable[[], Outcome]], check: Callable[[Entry, Entry], None], max_bad: int, file: DecodedFile | None
+) -> tuple[Collected, np.ndarray]:
+    """The records and (N, C, H, W) uint8: in memory, or in ``file`` where they are there already or take too much memory.
+
+    Args:
+        work: decodes one record after the other.
+    """
+    outcomes: deque[Outcome] = deque()
+    if file is None or not file.is_begun:
+        # A quarter, for they are held twice while they are stacked, and other things need memory as well.
+        taken, limit = 0, math.inf if file is None else available_memory() // 4
+        collected = Collected(check, max_bad)
+        for decode in work:
+            outcome = decode()
+            collected.add(outcome)
+            outcomes.append(outcome)
+            taken += 0 if isinstance(outcome, Unreadable) else outcome[1].nbytes
+            if taken > limit:
+                break
+        else:
+            pixels = [outcome[1] for outcome in outcomes if not isinstance(outcome, Unreadable)]
+            return collected, np.stack(pixels) if pixels else np.empty(0, np.uint8)
+    assert file is not None
+    collected = Collected(check, max_bad)
+    return collected, file.load(itertools.chain(_drained(outcomes), work), collected)
+
+
+def _drained(outcomes: deque[Outcome]) -> Iterator[Callable[[], Outcome]]:
+    """As work, what has been decoded, which is given up on the way."""
+    while outcomes:
+        yield functools.partial(_given, outcomes.popleft())
+
+
+def _given(outcome: Outcome) -> Outcome:
+    return outcome
+
+
+def _numbered(
+    collected: Collected, spec: str, source: Source, num_classes: int | None, class_names: Sequence[str] | None
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """The labels as numbers, None unless every record has one, and the classes' names."""
     import torch
 
-    size, mixed = resizer.size, resizer.how is not None
-    images, labels, places = [], [], []
-    first: tuple[str, tuple[int, int]] | None = None
-    for name, image, label in rows:
-        if first is None:
-            first = (name, image.size)
-        if not mixed and image.size != first[1] and (equal or min(*image.size, *first[1]) < size):
-            raise ValueError(
-                f"the images of a data set must all have one size{'' if equal else f', or {size} pixels each way at least'}; "
-                f"{first[0]} is {first[1][0]}x{first[1][1]} and {name} is {image.size[0]}x{image.size[1]}"
-            )
-        images.append(resizer.fit(name, image, channels))
-        labels.append(label)
-        places.append(name)
-    if not images:
-        raise ValueError(f"no images in {spec!r}{_SOUNDS if any(Path(spec).rglob('*.wav')) else _NO_IMAGES}")
-    has_labels = all(label is not None for label in labels)
-    known = torch.tensor(labels) if has_labels else None
-    return ImageSet(torch.from_numpy(np.stack(images)), known, places, resized=resizer.line)
+    labels: list[Any] = [entry.label for entry in collected.entries]
+    if None in labels:
+        return None, None
+    names = source.class_names
+    if strings := {label for label in labels if isinstance(label, str)}:
+        if not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"{spec}: some class labels are numbers and some are names, as {min(strings)!r}")
+        numbers, names = number_classes(sorted(strings), num_classes, class_names)
+        if not numbers:
+            return None, None
+        labels = [numbers[label] for label in labels]
+    names = _usable(names)
+    return torch.tensor(labels), names if names is not None and max(labels) < len(names) else None
 
 
-def _checked(label: Any, name: str) -> int | None:
-    """A class label of the data set, or None."""
-    if label is None or (type(label) is int and label >= 0):
-        return label
-    raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    import torch
 
-
-def _array(image: Image.Image) -> np.ndarray:
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-
-
-def image_files(folder: Path) -> set[Path]:
-    """The images in a folder and its subfolders, without the overviews that commands of this package write."""
-    suffixes = image_suffixes()
-    files = {path for path in visible_files(folder) if not is_overview(path)}
-    images = {path for path in files if path.suffix.lower() in suffixes}
-    if images:  # otherwise an error follows
-        warn_of_skipped(folder, files - images, "images")
-    return images
-
-
-def _read_folder(folder: Path, num_classes: int | None, class_names: Sequence[str] | None, background: str) -> _Source:
-    files = sorted(image_files(folder))
-    classes = {path: path.relative_to(folder).parts[0] for path in files if path.parent != folder}
-    labels, names = _labels(sorted(set(classes.values())), num_classes, class_names)
-    empty = sorted({p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)} - set(classes.values()))
-    if classes and empty:
-        warn_once(f"{folder}: folders without images of their own are not classes: {', '.join(empty)}")
-    rows = (
-        (str(path), decode_image(str(path), path.read_bytes(), background), labels.get(classes.get(path, ""))) for path in files
-    )
-    return _Source(rows, names)
-
-
-def _labels(
-    folders: list[str], num_classes: int | None, class_names: Sequence[str] | None
-) -> tuple[dict[str, int], Sequence[str] | None]:
-    """The class of each folder, as in :func:`load_images`, and the names of all classes if they have any."""
-    named = [named_classes(folder, class_names or ()) for folder in folders]
-    if folders and all(len(numbers) == 1 for numbers in named):
-        return {folder: numbers[0] for folder, numbers in zip(folders, named, strict=True)}, class_names
-    are_numbers = all(map(str.isdecimal, folders))
-    if are_numbers and num_classes is not None and all(int(name) < num_classes for name in folders):
-        return {name: int(name) for name in folders}, None
-    if num_classes not in (None, len(folders)):
-        return {}, None
-    names = sorted(folders, key=int if are_numbers else str)
-    return {name: i for i, name in enumerate(names)}, names
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+        return torch.from_numpy(pixels)
 
 
 def _usable(names: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -299,77 +298,12 @@ def _usable(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(f"{name}/{i}" if counts[name] > 1 else name for i, name in enumerate(names))
 
 
-def _read_parquet(paths: list[Path], labelled: bool, background: str) -> _Source:
-    columns = (_LABELS,) if labelled else ()
-    rows = (
-        (name, decode_image(name, data, background), label[0] if label else None)
-        for name, data, *label in read_parquet(paths, _IMAGES, *columns)
-    )
-    return _Source(rows, parquet_class_names(paths[0], _LABELS) if labelled else None)
+def _checked(label: Any, name: str) -> int | None:
+    """A class label of the data set, or None."""
+    if label is None or (type(label) is int and label >= 0):
+        return label
+    raise ValueError(f"{name}: class labels must be whole numbers from 0; got {label!r}")
 
 
-def _read_idx(path: Path, labelled: bool) -> Iterator[Row]:
-    images = _idx_array(path, rank=3)
-    label_path = _idx_labels(path) if labelled else None
-    labels = None if label_path is None else _idx_array(label_path, rank=1)
-    if labels is not None and len(labels) != len(images):
-        numbers = f"{count_of(len(images), 'images')} but {label_path} has {count_of(len(labels), 'labels')}"
-        raise ValueError(f"{path} has {numbers}; download both again")
-    for i, image in enumerate(images):
-        yield f"{path}, image {i}", Image.fromarray(image), None if labels is None else int(labels[i])
-
-
-def _idx_labels(path: Path) -> Path | None:
-    """The label file beside an image file: the same name, but for the differences between downloads."""
-
-    def key(name: str) -> str:
-        return name.removesuffix(".gz").replace(".", "-")
-
-    wanted = key(path.name).replace("images", "labels").replace("idx3", "idx1")
-    found = sorted(p for p in path.parent.iterdir() if key(p.name) == wanted and p.is_file())
-    alike = [p for p in found if p.suffix == path.suffix]
-    return next(iter(alike or found), None)
-
-
-def _idx_array(path: Path, rank: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0, 0, 8, rank, the big-endian sizes, the data."""
-    stored = path.stat().st_size
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            kind, shape = struct.unpack(">HBB", file.read(4)), struct.unpack(f">{rank}I", file.read(4 * rank))
-            if kind != (0, 8, rank):
-                raise ValueError(f"no IDX header for {rank}-dimensional unsigned bytes")
-            size = math.prod(shape)
-            check_expansion(stored, size)
-            data = file.read(size + 1)
-        if len(data) != size or 0 in shape[1:]:
-            raise ValueError(f"its header says {'x'.join(map(str, shape))}, but its data have another size")
-        return np.frombuffer(data, np.uint8).reshape(shape)
-    except (ValueError, struct.error, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole IDX file ({error}); copy or download it again") from None
-
-
-def _read_hub(name: str, background: str) -> _Source:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"no folder {name!r} here, and loading it from the hub needs: pip install 'ddim_fast[train]'"
-        ) from None
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library also raises exceptions of its dependencies; all mean the same to the user
-        raise ValueError(f"cannot load {name!r} from the hub: {error}") from None
-    image = next((c for c in _IMAGES if c in rows.column_names), None)
-    label = next((c for c in _LABELS if c in rows.column_names), None)
-    if image is None:
-        raise ValueError(f"hub data set {name!r} has no column 'image' (there are {', '.join(rows.column_names)})")
-
-    def read() -> Iterator[tuple[str, Image.Image, Any]]:
-        # Encoded as stored, to be decoded like all others.
-        for i, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
-            place, stored = f"{name}, row {i}", row[image]
-            data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-            yield place, decode_image(place, data, background), row[label] if label else None
-
-    return _Source(read(), getattr(rows.features[label], "names", None) if label else None)
+def _array(image: Image.Image) -> np.ndarray:
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)

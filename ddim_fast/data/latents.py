@@ -38,7 +38,7 @@ def encoded(data: ImageSet, codec: LatentCodec, mirrored: bool) -> ImageSet:
         mirrored: append the latents of the images mirrored left to right, which differ from mirrored latents.
     """
     parts = []
-    for images in (data.images, data.images.flip(3)) if mirrored else (data.images,):
-        parts += [codec.encode(to_unit_range(batch)).cpu() for batch in images.split(256)]
+    for flips in ([], [3]) if mirrored else ([],):
+        parts += [codec.encode(to_unit_range(batch.flip(flips))).cpu() for batch in data.images.split(256)]
     labels = data.labels if data.labels is None or not mirrored else data.labels.repeat(2)
-    return ImageSet(torch.cat(parts), labels, resized=data.resized)
+    return ImageSet(torch.cat(parts), labels, resized=data.resized, left_out=data.left_out)

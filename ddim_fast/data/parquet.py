@@ -10,7 +10,7 @@ from typing import Any
 
 from ..io.files import check_expansion, one_line, visible_files
 
-__all__ = ["parquet_class_names", "parquet_files", "read_parquet"]
+__all__ = ["encoded", "parquet_class_names", "parquet_files", "read_parquet"]
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -31,8 +31,8 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """The rows of Parquet files: a name for messages, the encoded file, and the values of ``columns``, None for missing
-    columns.
+    """The rows of Parquet files: a name for messages, the encoded file, which :func:`encoded` checks, and the values of
+    ``columns``, None for missing columns.
 
     Args:
         paths: the files.
@@ -44,10 +44,23 @@ def read_parquet(paths: list[Path], content: tuple[str, ...], *columns: tuple[st
     """
     for path in paths:
         for row, (value, *others) in enumerate(_records(path, content, *columns)):
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if not isinstance(data, bytes):
-                raise ValueError(f"{path}, row {row}: its column has no encoded {content[0]}")
-            yield f"{path}, row {row}", data, *others
+            yield f"{path}, row {row}", value.get("bytes") if isinstance(value, dict) else value, *others
+
+
+def encoded(place: str, data: Any, kind: str) -> bytes:
+    """The encoded file of a row.
+
+    Args:
+        place: the row, for messages.
+        data: as stored.
+        kind: what it should be, such as "image".
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"{place}: its column has no encoded {kind}")
+    return data
 
 
 def parquet_class_names(path: Path, columns: tuple[str, ...]) -> list[str] | None:

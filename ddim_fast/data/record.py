@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..io.files import errors_name_file, read_json, write_json
@@ -24,12 +25,14 @@ class DataRecord:
         images: the number of images or sounds.
         classes: the number in each class, by its name, in the order of the classes' numbers; None if no class is used.
         files: the size of each file in bytes, by its name inside the data set; empty for a data set on the Hub.
+        left_out: the records that could not be read: the place of each, and why.
     """
 
     path: str
     images: int
     classes: dict[str, int] | None
     files: dict[str, int]
+    left_out: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, spec: str, data: ImageSet) -> DataRecord:
@@ -38,15 +41,16 @@ class DataRecord:
         files: dict[str, int] = {}
         for place in data.places:
             is_file = os.path.isfile(place)
-            file = place if is_file else place.rpartition(", ")[0]  # "train.parquet, row 7"
+            file = place if is_file else re.split(r", (?:row|image) \d+", place)[0]  # "train.parquet, row 7"
             inside = os.path.relpath(file, folder)
             if inside not in files and (is_file or os.path.isfile(file)):
                 files[inside] = os.path.getsize(file)
+        left_out = [list(record) for record in data.left_out]
         if data.labels is None:
-            return cls(spec, len(data), None, files)
+            return cls(spec, len(data), None, files, left_out)
         counts, names = Counter(data.labels.tolist()), data.class_names
         classes = {names[number] if names else str(number): counts[number] for number in range(max(counts) + 1)}
-        return cls(spec, len(data), classes, files)
+        return cls(spec, len(data), classes, files, left_out)
 
     @classmethod
     def load(cls, folder: Path) -> DataRecord | None:
@@ -58,9 +62,15 @@ class DataRecord:
         file = folder / DATA_RECORD
         if not file.is_file():
             return None
-        values = read_json(file)
+        values = {"left_out": [], **read_json(file)}  # which version 0.1 did not record
         with errors_name_file(file):
-            kinds = {"path": _is_text, "images": _is_count, "classes": _are_counts_or_none, "files": _are_counts}
+            kinds = {
+                "path": _is_text,
+                "images": _is_count,
+                "classes": _are_counts_or_none,
+                "files": _are_counts,
+                "left_out": _are_pairs,
+            }
             if values.keys() != kinds.keys() or not all(is_kind(values[name]) for name, is_kind in kinds.items()):
                 raise ValueError("not the record of a run's data; without this file the run goes on with the data as it is")
         return cls(**values)
@@ -112,3 +122,7 @@ def _are_counts(value: object) -> bool:
 
 def _are_counts_or_none(value: object) -> bool:
     return value is None or _are_counts(value)
+
+
+def _are_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 and all(map(_is_text, v)) for v in value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import soundfile
 
 from ..io.files import check_expansion, one_line, visible_files, warn_of_skipped
 from ..models.audio import AudioConfig
-from .parquet import parquet_class_names, parquet_files, read_parquet
+from .collected import BadRecords
+from .parquet import encoded, parquet_class_names, parquet_files, read_parquet
 
 __all__ = ["SoundSet", "load_sounds"]
 
@@ -33,17 +34,19 @@ class SoundSet:
         waves: (N, length) float32 in [-1, 1].
         labels: N class names, or None where the data has none.
         places: the origin of each: its file, or the data set's file and a number.
+        left_out: the records that could not be read: the place of each, and why.
     """
 
     waves: np.ndarray
     labels: list[str] | None
     places: list[str]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.waves)
 
 
-def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundSet:
+def load_sounds(spec: str, config: AudioConfig, convert: bool = False, max_bad: int = 0) -> SoundSet:
     """Read recordings as (length,) samples with the largest at ``config.peak``: longer ones are cropped to their middle,
     shorter ones are centred in silence.
 
@@ -57,24 +60,30 @@ def load_sounds(spec: str, config: AudioConfig, convert: bool = False) -> SoundS
               with it ``speaker``. A label is then "LABEL/SPEAKER", by the names in the file's features, if any.
         convert: mix the channels of a recording down to one, and resample it to the model's rate (by soxr); without it, such
             recordings are refused.
+        max_bad: the number of recordings that are left out because they cannot be read; one more is an error.
 
     Raises:
         FileNotFoundError: there is nothing at ``spec``.
         ValueError: it holds no sounds, damaged ones, or sounds of another rate or number of channels; the message names the
             file.
     """
-    waves, labels, places = [], [], []
+    waves, labels, places, bad = [], [], [], BadRecords(max_bad)
     for name, data, label in _open(spec):
-        waves.append(_fit(_decode(name, data, config.sample_rate, convert), config))
+        try:
+            wave, rate = _decode(name, encoded(name, data, "audio"), config.sample_rate, convert)
+        except ValueError as error:
+            bad.add(name, error)
+            continue
+        waves.append(_fit(_mono(name, wave, rate, config.sample_rate, convert), config))
         labels.append(label)
         places.append(name)
     if not waves:
         raise ValueError(f"no sounds in {spec!r}: files such as .wav or .flac are needed")
     named = [label for label in labels if label is not None]
-    return SoundSet(np.stack(waves), named if len(named) == len(labels) else None, places)
+    return SoundSet(np.stack(waves), named if len(named) == len(labels) else None, places, bad.found)
 
 
-_Row = tuple[str, bytes, str | None]
+_Row = tuple[str, Any, str | None]  # place, encoded sound, label
 
 
 def _open(spec: str) -> Iterator[_Row]:
@@ -129,8 +138,8 @@ class _Stream(io.BytesIO):
             return self.tell()
 
 
-def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
-    """(samples,) float32 at ``rate``."""
+def _decode(name: str, data: bytes, rate: int, convert: bool) -> tuple[np.ndarray, int]:
+    """(samples, channels) float32, and the sample rate; ``rate`` is the one that they will be converted to."""
     try:
         with soundfile.SoundFile(_Stream(data)) as sound:
             actual = sound.samplerate
@@ -145,6 +154,11 @@ def _decode(name: str, data: bytes, rate: int, convert: bool) -> np.ndarray:
         raise ValueError(f"{name}: the sound is empty; remove the file or record it again")
     if not (np.abs(wave) < 1e30).all():  # larger samples overflow once they are mixed and resampled
         raise ValueError(f"{name}: some samples are NaN, infinite or too large; convert the file again")
+    return wave, actual
+
+
+def _mono(name: str, wave: np.ndarray, actual: int, rate: int, convert: bool) -> np.ndarray:
+    """(samples,) float32 at ``rate``, from (samples, channels) at the rate ``actual``."""
     if not convert and wave.shape[1] != 1:
         raise ValueError(f"{name} has {wave.shape[1]} channels, the model's sounds have one; --convert mixes them down")
     if not convert and actual != rate:

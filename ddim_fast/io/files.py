@@ -23,6 +23,7 @@ __all__ = [
     "cache_folder",
     "check_expansion",
     "errors_name_file",
+    "errors_name_place",
     "is_hidden",
     "item_names",
     "numbers",
@@ -45,7 +46,7 @@ _LARGEST_JSON = 2**26
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: written beside its place, flushed to disk, then renamed over it."""
-    with _errors_name_place(path):
+    with errors_name_place(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -93,7 +94,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if exists and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _errors_name_place(folder):
+    with errors_name_place(folder):
         temporary = Path(tempfile.mkdtemp(dir=folder if exists else folder.parent, prefix=f".{folder.name}."))
     try:
         temporary.chmod(0o777 & ~_umask())
@@ -123,8 +124,8 @@ def remove_remains(folder: Path, is_ours: Callable[[str], bool]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_name_place(path: Path) -> Iterator[None]:
-    """Inside, an OSError about the temporary name of ``path`` names ``path``."""
+def errors_name_place(path: Path) -> Iterator[None]:
+    """Inside, an OSError is about ``path``, and names it: it has no name, or a temporary one."""
     try:
         yield
     except OSError as error:

@@ -279,7 +279,51 @@ class Downsample(nn.Module):
         self.conv = Convolution(channels, channels, stride=(1 + is_image, 2), **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return batch_invariant(self.conv, x if self.pad is None else F.pad(x, self.pad), owner=self.conv)
+        if self.pad is None:
+            return batch_invariant(self.conv, x, owner=self.conv)
+        request = _Padded(self, x)
+        if is_traced() or is_observed():
+            return _pad(request)
+        return choose("downsample", DOWNSAMPLING, request).run(request)
+
+
+class _Padded(NamedTuple):
+    """The request to choose between padding an image right and bottom before it is halved, and cropping the result."""
+
+    downsample: Downsample
+    image: Tensor
+
+
+def _pad(request: _Padded) -> Tensor:
+    downsample: Any = request.downsample
+    return batch_invariant(downsample.conv, F.pad(request.image, downsample.pad), owner=downsample.conv)
+
+
+def _crop(request: _Padded) -> Tensor:
+    """The convolution pads by two on all sides, which copies nothing. It begins two pixels earlier, that is one output; the sum
+    with the bias, a pass over the result in any case, leaves that row and column out."""
+
+    def convolve(image: Tensor) -> Tensor:
+        out = F.conv2d(image, conv.weight, None, conv.stride, (2 * down, 2))
+        return out[:, :, down:, 1:] + bias.to(out.dtype)[:, None, None]
+
+    conv: Any = request.downsample.conv
+    down, bias = conv.weight.shape[2] // 2, conv.bias  # signals, images of height 1, are halved in their width alone
+    return batch_invariant(convolve, request.image, owner=conv)
+
+
+def _why_not_cropped(request: _Padded) -> str | None:
+    return why_not_triton(request.image.device)
+
+
+def _cropped_is_faster(request: _Padded) -> bool:
+    return not torch.is_grad_enabled() and is_faster_on_gpu("downsample", request.image.device, request.image.dtype)
+
+
+DOWNSAMPLING = (
+    Implementation("triton", _crop, _why_not_cropped, _cropped_is_faster),
+    *(Implementation(backend, _pad, lambda request: None) for backend in ("native", "cuda", "reference")),
+)
 
 
 class Upsample(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_a_stage_is_trained_measured_and_given_in_parts(slot, inputs, tmp_path):
 
     shutil.rmtree(out)  # as where each call begins with an empty folder
     code, said = slot(2, **inputs)
-    assert (code, said) == (0, "parts of the stage left to give: 0\n")
+    assert code == 0 and re.fullmatch(r"parts of the stage left to give: 0\ngiven: 4 files, 0\.\d MiB\n", said)
     assert (out / "evaluation.json").is_file() and not list(out.glob("*.tar.*"))
 
 
@@ -107,16 +108,34 @@ def test_whole_runs_are_timed_after_the_tests(slot, tmp_path):
     assert list(timed["extra_info"]["images/s"]) == ["eager bf16"]
 
 
-def test_four_parts_are_given_at_a_time(tmp_path):
-    (tmp_path / "work" / "given").mkdir(parents=True)
-    (tmp_path / "work" / "parts").mkdir()
+@pytest.mark.parametrize("results,at_a_time", [(2, 4), (5, 3)])
+def test_parts_and_results_are_at_most_eight_files(tmp_path, results, at_a_time):
+    for folder in ("given", "parts", "results"):
+        (tmp_path / "work" / folder).mkdir(parents=True)
     names = [f"{name}.tar.0{i}" for name in ("averaged", "raw") for i in range(3)]
     for name in names:
-        (tmp_path / "work" / "parts" / name).write_text(name)
-    for given, left in ((names[:4], 2), (names[4:], 0), ([], 0)):
-        command = ["bash", "-c", f"source {SLOTS / 'lib.sh'}; give_parts", "slot", tmp_path / "out"]
+        (tmp_path / "work" / "parts" / name).write_bytes(bytes(2**19))
+    for i in range(results):
+        (tmp_path / "work" / "results" / f"{i}.json").touch()
+    for given, left in ((names[:at_a_time], 6 - at_a_time), (names[at_a_time:], 0), ([], 0)):
+        command = ["bash", "-c", f"source {SLOTS / 'lib.sh'}; give_parts; give", "slot", tmp_path / "out"]
         environment = {**os.environ, "WORK": str(tmp_path / "work")}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert result.stdout == f"parts of the stage left to give: {left}\n"
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == given
+        size = f"given: {len(given)} files, {len(given) / 2:.1f} MiB"
+        assert result.stdout == f"parts of the stage left to give: {left}\n{size}\n"
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.tar.*")) == given
+        assert len(list((tmp_path / "out").iterdir())) == results + len(given) <= 8
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("which,room", [(0, 57), (1, 24)])  # MiB: of two files of CIFAR-10, and of two parts of a stage
+def test_what_travels_with_a_command_leaves_room_for_data(which, room):
+    root = SLOTS.parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("no git checkout")
+    line = re.findall(r"git sparse-checkout set .*", (SLOTS / "README.md").read_text())[which]
+    left_out = [f":(exclude,glob){path}{'**' if path.endswith('/') else ''}" for path in re.findall(r"'!/([^']+)'", line)]
+    command = ["git", "ls-files", "-z", ".", *left_out]
+    files = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    size = sum((root / file).stat().st_size for file in files if (root / file).is_file())
+    assert left_out and size / 2**20 + room < 64

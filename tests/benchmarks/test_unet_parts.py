@@ -37,5 +37,6 @@ def test_it_runs_in_the_interpreter(monkeypatch, capsys, tmp_path, randomise):
     unet_parts.main()
     rows = json.loads(out.read_text())["rows"]
     assert {r["operator"] for r in rows} == {*unet_parts.OPERATORS, "evaluation"}
-    assert [r["with"] for r in rows if r["operator"] == "evaluation"] == ["none", "add_bias", "conv3x3_enlarged", "all"]
+    sets = ["none", "add_bias", "conv3x3_enlarged", "downsample", "all"]
+    assert [r["with"] for r in rows if r["operator"] == "evaluation"] == sets
     assert "For FASTER_ON_GPU in ddim_fast/ops/measured.py:" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -264,6 +265,7 @@ def test_hub_data_is_counted_and_no_folder_of_its_name(run, here, monkeypatch):
     class Rows(list):
         column_names = ("image", "label")
         features = dict.fromkeys(column_names)
+        cache_files = ()
 
         def cast_column(self, name, kind):
             return [{**row, name: {"bytes": encoded(), "path": None}} for row in self]
@@ -365,3 +367,75 @@ def test_a_start_is_found_from_another_working_directory(run, run_here, photos, 
     code, _, error = run("--resume", "--lr=1e-9", "--steps=1", "--device=cpu", "--quiet", where=tmp_path / "elsewhere")
     assert code == 0, error
     assert UNet.from_pretrained(here / "run").config == UNet.from_pretrained(here / "first").config
+
+
+def test_records_that_cannot_be_read_end_a_run_or_are_left_out_and_listed(run, photos, here):
+    (photos / "class-0" / "2.png").write_bytes(b"no image")
+    (photos / "class-1" / "5.png").write_bytes(b"no image either")
+    for options, parts in (
+        ((), [f"{photos}/class-0/2.png: not a readable image"]),
+        (("--max-bad=1",), [f"{photos}/class-1/5.png: not a readable image", "; 2 records cannot be read, and --max-bad is 1"]),
+    ):
+        code, _, error = run("--data", photos, *RUN, "--steps=1", *options)
+        assert code == 1
+        assert_one_line(error, *parts)
+    options = [option for option in RUN if option != "--quiet"]
+    code, _, error = run("--data", photos, "--val", photos, *options, "--steps=1", "--max-bad=2")
+    line = f"{photos}: 2 records that cannot be read left out: {photos}/class-0/2.png; {photos}/class-1/5.png\n"
+    assert code == 0 and error.count(line) == 2  # of --data and of --val
+    record = json.loads((here / "run" / "data.json").read_text())
+    assert [place for place, _ in record["left_out"]] == [f"{photos}/class-0/2.png", f"{photos}/class-1/5.png"]
+    assert record["images"] == 6
+    assert run(*RESUME, "--steps=2")[::2] == (0, "")  # it remembers --max-bad
+    code, _, error = run(*RESUME, "--max-bad=-1", "--steps=3")
+    assert code == 2
+    assert_one_line(error, "--max-bad: '-1' is not a whole number of at least 0")
+
+
+def test_a_recording_that_cannot_be_read_is_left_out(run, recordings, here):
+    (recordings / "0" / "ann" / "0.wav").write_bytes(b"no sound")
+    options = [
+        "--preset=digits-mel",
+        *RUN[len(NETWORK) :],
+        "--set",
+        "base_channels=8",
+        "norm_num_groups=4",
+        "layers_per_block=1",
+    ]
+    code, _, error = run("--data", recordings, *options, "--steps=1")
+    assert code == 1
+    assert_one_line(error, "0/ann/0.wav: not a readable sound")
+    code, _, error = run("--data", recordings, *options, "--steps=1", "--max-bad=20")
+    assert code == 1  # of another rate, which is no damage
+    assert_one_line(error, "0/ann/1.wav has 4000 samples a second", "--convert")
+    code, _, error = run("--data", recordings, *options, "--steps=1", "--max-bad=1", "--convert")
+    assert code == 0, error
+    record = json.loads((here / "run" / "data.json").read_text())
+    assert record["images"] == 11 and record["left_out"][0][0].endswith("0/ann/0.wav")
+
+
+def test_a_run_on_shards_larger_than_memory_equals_one_in_memory(run, photos, here, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    for shard in range(2):
+        with tarfile.open(here / f"photos-{shard:03d}.tar", "w") as archive:
+            for file in sorted((photos / f"class-{shard}").iterdir()):
+                archive.add(file, file.name)
+                (here / "label").write_text(f"class-{shard}")
+                archive.add(here / "label", f"{file.stem}.cls")
+    start(run, "photos-{000..001}.tar", "--class-conditional")
+    assert not (here / "cache").exists()
+    (here / "run").rename(here / "from-memory")
+    monkeypatch.setattr("ddim_fast.data.images.available_memory", lambda: 0)
+    options = ("--data", "photos-{000..001}.tar", *RUN, "--class-conditional", "--steps=1")
+    code, _, error = run(*options)
+    assert code == 0
+    assert_one_line(error, f"{here}/photos-{{000..001}}.tar is decoded once, into {here}/cache/ddim_fast/decoded/")
+    assert weights_in(here / "run") == weights_in(here / "from-memory")
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert config["class_names"] == ["class-0", "class-1"]
+    assert run(*RESUME, "--steps=2", where=here.parent)[::2] == (0, "")
+    with open(here / "photos-001.tar", "ab") as file:
+        file.write(bytes(512))
+    code, _, error = run(*RESUME, "--steps=3")
+    assert code == 1
+    assert_one_line(error, "has changed since it was decoded into", "photos-001.tar', of 1 files; remove that folder")

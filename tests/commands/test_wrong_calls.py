@@ -397,7 +397,7 @@ sample --model no-classes
 reconstruct
     2 the following arguments are required: IMAGES
 reconstruct nowhere --model small
-    2 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 reconstruct empty --model small
     2 no images in 'empty': files such as .png or .jpg are needed
 reconstruct notes --model small
@@ -508,7 +508,7 @@ edit photos --model small --strength 0.5 --guidance 2
 edit photos --model voices --strength 0.5
     2 --model voices is a model of sounds, not of pictures: see python -m ddim_fast.restyle
 edit nowhere --model small --strength 0.5
-    2 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 edit --model small --strength 0.5
     2 the following arguments are required: IMAGES
 edit photos --model small --strength 0.5 --out album
@@ -527,7 +527,7 @@ interpolate seed:1 seed:x --model small
 interpolate seed:1 seed:99999999999999999999 --model small
     2 a seed is a whole number from 0 to 2^63 - 1; got 99999999999999999999
 interpolate 1 2 --model small
-    2 no images at '1': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at '1': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 interpolate seed:1 photos --model small
     2 an end is one file or a seed; 'photos' holds 2
 interpolate seed:1 text.png --model small
@@ -617,7 +617,7 @@ restore photos --model small --task inpaint --rectangle 1,2,3
 restore photos --model small --task inpaint --rectangle 10,0,7,2
     2 the rectangle 10,0,7,2 (left, top, width, height) does not lie in an image of 16 pixels by 16
 restore photos --model small --task inpaint --mask nowhere.png
-    2 no images at 'nowhere.png': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere.png': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 restore photos --model small --task inpaint --mask thumbs/a.png
     2 photos/a.png is 16x16 pixels and --mask thumbs/a.png 8x8; a mask has ...
 restore photos --model small --task inpaint --mask black.png
@@ -765,7 +765,7 @@ evaluate --trajectory-eror --model small
 evaluate --loss --model small
     2 --reconstruction and --loss need images that the model was not trained on: --data SPEC
 evaluate --loss --data nowhere --model small
-    2 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 evaluate --loss --data empty --model small
     2 no images in 'empty': files such as .png or .jpg are needed
 evaluate --loss --data text.parquet --model small
@@ -947,7 +947,7 @@ train --data photos --out notes/new --steps 1 --device cpu
 train --data photos --out album --preset cifar --steps 1
     2 argument --preset: invalid choice: 'cifar'; did you mean 'cifar10-64'? There are cifar10-64, ...
 train --data nowhere --out new --steps 1 --set sample_size=8
-    2 no images at 'nowhere': not a folder, an image, Parquet or IDX file, or hub data set (owner/name)
+    2 no images at 'nowhere': not a folder, an image, Parquet, tar or IDX file, or hub data set (owner/name)
 train --data empty --out new --steps 1 --set sample_size=8
     1 no images in 'empty': files such as .png or .jpg are needed
 train --data mixed --out new --steps 1 --set sample_size=16

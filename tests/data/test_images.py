@@ -537,7 +537,7 @@ def test_a_file_of_another_kind_is_named_with_the_kinds_that_are_read(name, tmp_
 
 def test_a_pattern_of_other_files_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(pixels(0, 8, 8)))
-    with pytest.raises(ValueError, match=r"\*\.png': a pattern is for Parquet files, and it matches .*a\.png"):
+    with pytest.raises(ValueError, match=r"\*\.png': a pattern is for Parquet or tar files, and it matches .*a\.png"):
         load_images(str(tmp_path / "*.png"), 3, 8)
 
 
@@ -568,6 +568,7 @@ def test_images_of_the_hub_are_decoded_as_all_others_are(tmp_path, monkeypatch):
     class Rows(list):
         column_names = ("image", "label")
         features = dict.fromkeys(column_names, SimpleNamespace(names=["cat", "dog"]))
+        cache_files = ()
 
         def cast_column(self, name, feature):
             assert name == "image" and feature == "undecoded"

@@ -1,10 +1,13 @@
 """Damaged files of data sets, Parquet, IDX and .npz, and of their statistics."""
 
+import contextlib
 import gzip
 import io
 import json
 import struct
+import tarfile
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -147,8 +150,47 @@ def write_sound_parquet(folder):
     return [folder / "a.parquet"]
 
 
+def write_tar(folder):
+    for name, kind in (("a.tar", tarfile.USTAR_FORMAT), ("b.tar", tarfile.PAX_FORMAT), ("c.tar", tarfile.GNU_FORMAT)):
+        with tarfile.open(folder / name, "w", format=kind) as archive:
+            for i, array in enumerate(PIXELS):
+                key = f"{'long' * 40}é/{i}"
+                for member, data in ((f"{key}.png", encoded(array)), (f"{key}.json", json.dumps({"label": i % 3}).encode())):
+                    header = tarfile.TarInfo(member if kind != tarfile.USTAR_FORMAT else member[-7:])
+                    header.size = len(data)
+                    archive.addfile(header, io.BytesIO(data))
+    return [folder / name for name in ("a.tar", "b.tar", "c.tar")]
+
+
+def read_tar(path):
+    load_images(str(path), 3, 8, max_bad=1)
+
+
+def write_decoded(folder):
+    """What the cache folder keeps of a data set that does not fit into memory."""
+    with (
+        mock.patch("ddim_fast.data.images.available_memory", lambda: 0),
+        mock.patch("ddim_fast.data.decoded._BLOCK", 2 * PIXELS[0].size),
+    ):
+        for i, array in enumerate(PIXELS):
+            (folder / f"{i}.png").write_bytes(encoded(array))
+        load_images(str(folder), 3, 8, mapped=True)
+    found = sorted((folder / ".cache").rglob("*.*"))
+    return [path for path in found if path.is_file()]
+
+
+def read_decoded(path):
+    """The images are the same as when they are decoded anew."""
+    folder = next(parent for parent in path.parents if parent.name == ".cache").parent
+    with contextlib.redirect_stderr(io.StringIO()):
+        images = load_images(str(folder), 3, 8, mapped=True).images
+    assert torch.equal(images, torch.from_numpy(PIXELS).movedim(-1, 1))
+
+
 PARQUET = Fuzzer("Parquet", write_parquet, lambda path: load_images(str(path), 3, 8), mutate_bytes)
 IDX = Fuzzer("IDX", write_idx, read_idx, damage_idx)
+TAR = Fuzzer("tar", write_tar, read_tar, mutate_bytes)
+DECODED = Fuzzer("decoded images", write_decoded, read_decoded, mutate_bytes)
 NPZ = Fuzzer("npz", write_npz, lambda path: read_pictures(str(path)), damage_npz)
 STATISTICS = Fuzzer("statistics", write_statistics, read_statistics, damage_npz)
 CACHED = Fuzzer("cached statistics", write_cached, read_cached, damage_npz)
@@ -164,6 +206,10 @@ def test_a_damaged_idx_file_is_refused_by_name():
     IDX.check(400)
 
 
+def test_a_damaged_tar_file_is_refused_by_name():
+    TAR.check(300)
+
+
 def test_a_damaged_npz_file_is_refused_by_name():
     NPZ.check(400)
 
@@ -172,7 +218,7 @@ def test_damaged_statistics_are_refused_by_name():
     STATISTICS.check(300)
 
 
-@pytest.mark.parametrize("fuzzer", (CACHED, PARTS), ids=lambda fuzzer: fuzzer.name)
+@pytest.mark.parametrize("fuzzer", (CACHED, PARTS, DECODED), ids=lambda fuzzer: fuzzer.name)
 def test_what_is_damaged_and_can_be_made_again_is(fuzzer):
     outcome = fuzzer.run(100)
     assert outcome.read == 100, outcome
@@ -183,4 +229,4 @@ def test_damaged_parquet_of_sounds_is_refused_by_name():
 
 
 if __name__ == "__main__":
-    main(PARQUET, IDX, NPZ, STATISTICS, CACHED, PARTS, SOUNDS)
+    main(PARQUET, IDX, TAR, DECODED, NPZ, STATISTICS, CACHED, PARTS, SOUNDS)

@@ -201,3 +201,14 @@ if __name__ == "__main__":
         for case in CASES:
             check(case, int(sys.argv[1]))
         check_units(int(sys.argv[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norms_of_the_papers_network_read_an_image_once(dtype):
+    """Of cifar10-128, in channels_last: a program holds its groups of a whole image in registers."""
+    pytest.importorskip("triton")
+    from ddim_fast.kernels.group_norm_tiles import FORWARD, choose_geometry
+
+    for channels, side in [(128, 32), (128, 16), (256, 16), (256, 8), (256, 4)]:
+        for skip in (0, 128, 256):
+            assert choose_geometry(channels, skip, side**2, 32, dtype, True, FORWARD).chunks == 1

@@ -38,20 +38,40 @@ def test_is_the_enlargement_and_the_convolution(shape, rows, with_bias, with_res
     torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # on a CPU PyTorch's transposed convolution adds in float16
+def errors(ours, theirs, exact):
+    """The largest and the root mean square error of ours, as multiples of PyTorch's."""
+    ours, theirs = ((t - exact).abs() for t in (ours, theirs))
+    return float(ours.max() / theirs.max()), float(ours.square().mean().sqrt() / theirs.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_is_as_exact_as_pytorch(dtype, narrow):
-    """Whether the sums are rounded once, or are of weights that had been rounded before."""
+    """Whether the sums are rounded once, or are of weights that had been rounded before. In float16 PyTorch serves on a CPU."""
     x, weight, bias, residual = make(2, 64, 64, 8, 8)
     x, residual, weight = x.to(dtype), residual.to(dtype), weight / (3 * 64**0.5)
     weight = weight.to(dtype if narrow else torch.float32)
     exact = conv3x3_reference(x.double(), weight.double(), bias, residual=residual.double(), upsample=True)
     prepared = prepare_conv3x3(weight, dtype)
-    ours = conv3x3(x, weight, bias.float(), residual=residual, upsample=True, prepared=prepared)
+    assert (prepared is None) == (dtype == torch.float16)
+    ours = conv3x3(x, weight.to(dtype), bias.float(), residual=residual, upsample=True, prepared=prepared)
     theirs = conv3x3_reference(x, weight.to(dtype), bias.float(), residual=residual, upsample=True)
     assert ours.dtype == dtype
-    assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    assert max(errors(ours, theirs, exact)) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("channels", [16, 256])
+def test_the_summed_weights_are_as_exact_as_pytorchs_where_products_are_added_in_float32(dtype, narrow, channels):
+    """As tensor cores add them; nothing that follows hides the error."""
+    x, weight, _, _ = make(2, channels, channels, 4, 4)
+    x, weight = x.to(dtype), (weight / (3 * channels**0.5)).to(dtype if narrow else torch.float32)
+    exact = conv3x3_reference(x.double(), weight.double(), upsample=True)
+    (summed,) = prepare_conv3x3(weight.float(), torch.float32)
+    ours = torch.nn.functional.conv_transpose2d(x.float(), summed.to(dtype).float(), stride=2, padding=1).to(dtype)
+    theirs = conv3x3_reference(x.float(), weight.to(dtype).float(), upsample=True).to(dtype)
+    assert max(errors(ours, theirs, exact)) <= 2
 
 
 def test_images_that_keep_their_size_and_gradients_take_the_weights_as_they_are():
@@ -136,11 +156,11 @@ def test_what_does_not_fit_is_named(change, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu_it_is_as_exact_as_pytorch(dtype):
-    x, weight, bias, residual = make(2, 64, 64, 8, 8, device="cuda")
-    x, residual, weight = x.to(dtype), residual.to(dtype), weight.float() / (3 * 64**0.5)
-    exact = conv3x3_reference(x.double(), weight.double(), bias, residual=residual.double(), upsample=True)
-    options = {"residual": residual, "upsample": True}
-    ours = conv3x3(x, weight, bias.float(), prepared=prepare_conv3x3(weight, dtype), **options)
-    theirs = conv3x3_reference(x, weight.to(dtype), bias.float(), **options)
-    assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
+@pytest.mark.parametrize("narrow", [False, True])
+def test_on_a_gpu_it_is_as_exact_as_pytorch(dtype, narrow):
+    x, weight, _, _ = make(2, 64, 64, 8, 8, device="cuda")
+    x, weight = x.to(dtype), (weight / (3 * 64**0.5)).to(dtype if narrow else torch.float32)
+    exact = conv3x3_reference(x.double(), weight.double(), upsample=True)
+    ours = conv3x3(x, weight, upsample=True, prepared=prepare_conv3x3(weight, dtype))
+    theirs = conv3x3_reference(x, weight.to(dtype), upsample=True)
+    assert errors(ours, theirs, exact)[1] <= 2
