@@ -1,18 +1,20 @@
 """Are guided samples what was asked for? A small classifier is trained on the data that the model was trained on, and asked
 what real test images are and what samples of every class are.
 
-    python benchmarks/classified.py --data fashion-mnist/ --test fashion-mnist/t10k-images-idx3-ubyte.gz
+    python benchmarks/classified.py --data fashion-mnist/ --test fashion-mnist/t10k-images-idx3-ubyte.gz --out classified.json
 
-Prints a markdown table, a row a guidance scale. A scale above 1 at which fewer samples are recognised than test images, by more
-than ALLOWED, is an error. --gradients adds rows of samples that a second classifier guides, and --swap 7 9 a table of how many
-test images of class 7 are taken for class 9 once they have been swapped.
+Prints a markdown table, a row a guidance scale, and writes its figures. A scale above 1 at which fewer samples are recognised
+than test images, by more than ALLOWED, is an error. --gradients adds rows of samples that a second classifier guides, and
+--swap 7 9 a table of how many test images of class 7 are taken for class 9 once they have been swapped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,9 @@ from ddim_fast import Sampler, UNet
 from ddim_fast.data.images import ImageSet, load_images, to_unit_range
 from ddim_fast.diffusion.editing import swap_class
 from ddim_fast.diffusion.guidance import likelihood_gradient
+from ddim_fast.io.files import atomic_write
 
-__all__ = ["Classifier", "print_swaps", "recognised", "sample_towards", "train_classifier"]
+__all__ = ["Classifier", "measure_swaps", "recognised", "sample_towards", "train_classifier"]
 
 ALLOWED = 0.10
 STRENGTHS = (0.4, 0.6, 0.8, 1.0)
@@ -80,17 +83,20 @@ def main() -> None:
     p.add_argument("--per-class", type=int, default=100, help="samples a class")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--out", type=Path, help="a JSON file")
     arguments = p.parse_args()
 
     model = UNet.from_pretrained(arguments.model)
     config, classes = model.config, model.config.num_classes
     data, test = (load_images(spec, config.in_channels, config.sample_size) for spec in (arguments.data, arguments.test))
     classifier = train_classifier(data, classes)
+    figures: dict[str, dict[str, list[float]]] = {"recognised": {}, "swapped": {}}
     print(f"| images | all | {' | '.join(map(str, range(classes)))} |\n|---|---|{'---|' * classes}")
 
     def row(name: str, images: Tensor, labels: Tensor) -> float:
         shares = recognised(classifier, images, labels, classes)
         print(f"| {name} | {' | '.join(f'{100 * s:.1f}' for s in [shares.mean(), *shares])} |", flush=True)
+        figures["recognised"][name] = shares.tolist()
         return shares.mean().item()
 
     enough = row(f"{len(test)} test images", to_unit_range(test.images), test.labels) - ALLOWED
@@ -109,7 +115,9 @@ def main() -> None:
         images = sample_towards(sampler, other, seeds, labels, scale)
         row(f"{len(seeds)} samples without labels, classifier guidance {scale:g}", images, labels)
     if arguments.swap is not None:
-        print_swaps(classifier, sampler, test, *arguments.swap, arguments.per_class)
+        figures["swapped"] = measure_swaps(classifier, sampler, test, *arguments.swap, arguments.per_class)
+    if arguments.out is not None:
+        atomic_write(arguments.out, (json.dumps(figures, indent=1) + "\n").encode())
     if too_few:
         sys.exit(f"fewer than {enough:.1%} were recognised at guidance {', '.join(too_few)}")
 
@@ -127,17 +135,22 @@ def sample_towards(sampler: Sampler, classifier: nn.Module, seeds: Sequence[int]
 
 
 @torch.no_grad()
-def print_swaps(classifier: nn.Module, sampler: Sampler, test: ImageSet, source: int, target: int, count: int) -> None:
-    """A table: of images of one class, swapped to another, which share is taken for which, and how far they are from the
-    originals (root mean square, in images of [-1, 1])."""
+def measure_swaps(
+    classifier: nn.Module, sampler: Sampler, test: ImageSet, source: int, target: int, count: int
+) -> dict[str, list[float]]:
+    """By strength: of images of one class, swapped to another, which share is taken for which, and how far they are from the
+    originals (root mean square, in images of [-1, 1]). Printed as a table."""
     images = to_unit_range(test.images[test.labels == source][:count]).contiguous()
     print(f"\n| strength | taken for {source} | taken for {target} | distance |\n|---|---|---|---|")
+    found = {}
     for strength in (0.0, *STRENGTHS):
         swapped = swap_class(sampler, images, source=source, target=target, strength=strength, guidance=2.0).cpu()
         taken = classifier(swapped.clamp(-1, 1)).argmax(1)
-        shares = [100 * (taken == label).double().mean() for label in (source, target)]
-        distance = (swapped - images).square().mean().sqrt()
-        print(f"| {strength:g} | {shares[0]:.0f} | {shares[1]:.0f} | {distance:.3f} |", flush=True)
+        shares = [(taken == label).double().mean().item() for label in (source, target)]
+        distance = (swapped - images).square().mean().sqrt().item()
+        print(f"| {strength:g} | {100 * shares[0]:.0f} | {100 * shares[1]:.0f} | {distance:.3f} |", flush=True)
+        found[f"{strength:g}"] = [*shares, distance]
+    return found
 
 
 if __name__ == "__main__":
