@@ -53,7 +53,7 @@ NOT_MEASURED = {
     "onnx: Choose a precision, 1",
     "onnx: The folder, 1",
     "quality: Published values, 1",
-    "training: Data, 1",
+    "data: Training data, 1",
     "architecture: Architecture, 1",
     "architecture: Rooms, 1",
     "audio: How a sound is an image, 1",
