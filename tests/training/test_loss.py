@@ -137,7 +137,7 @@ def test_a_network_that_leads_from_every_level_to_the_image_is_consistent(predic
 
 
 @pytest.mark.parametrize("below", [0, 300])
-def test_consistency_is_the_distance_of_both_images_over_the_relative_one_of_their_levels(below):
+def test_consistency_is_the_distance_of_both_images_over_that_of_the_levels(below):
     """The oracle is wrong by another number at each timestep; entry 0 is the image itself, whatever the network says."""
     schedule = NoiseSchedule.linear()
     loss, oracle = ConsistencyLoss(schedule, "sample"), Oracle(schedule, "sample", IMAGES)
@@ -147,7 +147,7 @@ def test_consistency_is_the_distance_of_both_images_over_the_relative_one_of_the
     sigma = np.sqrt(1 / schedule.alphas_cumprod - 1)
     numbers, soft = 3 * 5 * 5, 0.00054 * 75**0.5
     distance = (numbers * (0.001 * (700 - below)) ** 2 + soft**2) ** 0.5 - soft
-    expected = distance / (1 - (sigma[below - 1] if below else 0.0) / sigma[699])
+    expected = distance / (sigma[699] - (sigma[below - 1] if below else 0.0))
     assert float(loss(network, IMAGES, None, drawn)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -170,7 +170,7 @@ def test_the_lower_level_is_a_target_without_a_gradient():
         [IMAGES[i] if b == 0 else signal[b - 1] * IMAGES[i] + sigma[b - 1] * drawn[2][i] for i, b in enumerate(drawn[1])]
     )
     gap, soft = x - target, 0.00054 * 75**0.5
-    levels = 1 - loss.levels[drawn[1]] / loss.levels[drawn[0]]
+    levels = loss.levels[drawn[0]] - loss.levels[drawn[1]]
     norms = (gap.square().sum((1, 2, 3)) + soft**2).sqrt()
     expected = ((gap * x).sum((1, 2, 3)) / norms / levels).mean()
     assert float(factor.grad) == pytest.approx(float(expected), rel=1e-4)
