@@ -146,6 +146,9 @@ def _measure_model(parser: CommandParser, arguments: EvaluateSettings, evaluatio
         check_interval(arguments.guidance_interval, arguments.guidance, model.config.num_train_timesteps)
         if arguments.guidance not in (None, 1) and guide is None and model.config.num_classes is None:
             raise ValueError(f"--guidance: {arguments.model} is unconditional, so guidance needs a --guide")
+        for option in ("trajectory_error", "fit_solver"):
+            if isinstance(arguments.guidance, list) and getattr(arguments, option):
+                raise ValueError(f"--{option.replace('_', '-')} compares runs of different steps; give --guidance one scale")
         if arguments.reference is not None:
             network = _feature_network(arguments, evaluation)
             check_reference(arguments.reference, network, model.config.image_shape)
@@ -198,6 +201,9 @@ def _check_settings(arguments: EvaluateSettings, settings: Settings) -> None:
     guided = settings["guidance"] not in (None, 1)
     if arguments.reconstruction and (settings["solver"] != "ddim" or settings["eta"] != 0 or guided):
         raise ValueError("--reconstruction needs deterministic DDIM: --solver ddim, --eta 0, no --tolerance, no --guidance")
+    scales = arguments.guidance
+    if isinstance(scales, list) and len(scales) != settings["steps"]:
+        raise ValueError(f"--guidance has {len(scales)} scales, and --steps {settings['steps']} takes as many as steps")
     if arguments.trajectory_error and (settings["solver"] in ("ddpm", "consistency") or settings["eta"] not in (None, 0)):
         raise ValueError("--trajectory-error needs a deterministic sampler: --eta 0 and neither --solver ddpm nor consistency")
 

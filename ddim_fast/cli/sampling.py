@@ -307,5 +307,6 @@ def _summary(
     guided = guided_steps(sampler.timesteps, settings.guidance, None if interval is None else (interval[0], interval[1]))
     evaluations = count * (steps + guided.sum())
     named = settings.spacing in SPACINGS and steps != settings.steps
-    note = f"{settings.spacing} gives {steps} timesteps for {settings.steps} steps\n" if named else ""
+    giver = "heun" if settings.solver == "heun" else settings.spacing
+    note = f"{giver} gives {steps} timesteps for {settings.steps} steps\n" if named else ""
     return note + f"{made}: {rate}, {evaluations / seconds:.1f} network evaluations/s (warm-up {warm_up:.1f} s)"

@@ -362,6 +362,21 @@ def test_a_solver_is_fitted_and_compared(run, small_config, tmp_path, monkeypatc
     )
 
 
+def test_each_step_may_have_a_scale_of_guidance(run, small_config, photos, tmp_path, tiny_inception):
+    (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
+    UNet(dataclasses.replace(small_config, num_classes=3, sample_size=8, attention_resolutions=())).save_pretrained(
+        tmp_path / "model"
+    )
+    command = ["--model", tmp_path / "model", "--reference", photos, "--inception", tmp_path / "weights", "--num-images", 4]
+    code, _, err = run(*command, "--steps", "2,3", "--guidance", "1,2")
+    assert code == 2 and "--guidance has 2 scales, and --steps 3 takes as many as steps" in err
+    code, out, err = run(*command, "--steps", "2", "--guidance", "1,2")
+    assert code == 0 and "evaluations 3" in out, err
+    assert rows(tmp_path, "quality")[0]["settings"]["guidance"] == [1.0, 2.0]
+    assert "| 1,2 |" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
 def test_fitting_alone_does_not_check_the_default_number_of_steps(run, small_config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = dataclasses.replace(small_config, num_train_timesteps=4, sample_size=8, attention_resolutions=())

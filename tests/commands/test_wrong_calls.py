@@ -823,6 +823,10 @@ evaluate --trajectory-error --model small --steps 5-
     2 argument --steps: '5-' is not a list of whole numbers and ranges such as 0-63 or 1,5,7-9
 evaluate --trajectory-error --model small --seed -1
     2 argument --seed: '-1' is not a whole number from 0 to 2^63 - 1
+evaluate --trajectory-error --model small --steps 2 --guidance 1,2
+    2 --trajectory-error compares runs of different steps; give --guidance one scale
+evaluate --fit-solver 2 --model small --guidance 1,2
+    2 --fit-solver compares runs of different steps; give --guidance one scale
 evaluate --trajectory-error --model small --guidance-interval 300 600
     2 --guidance-interval limits --guidance; give its scale, such as --guidance 2, as well
 evaluate --trajectory-error --model small --guidance 2 --guidance-interval 600 300
