@@ -10,7 +10,7 @@ __all__ = ["Background"]
 
 class Background:
     """A context with one thread, which works while the caller goes on. At most one piece of work is begun: the next one waits
-    for it. The context is left when all is done, after an error, too.
+    for it. The context is left when all is done, after an error or an interrupt, too.
 
     An error of the work is raised, once, by the next call of any method, or at the end of the context."""
 
@@ -22,7 +22,11 @@ class Background:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:  # what is written must be whole before others may write there
+            self.__exit__()
+            raise
         self.finish()
 
     def start(self, work: Callable[[], None]) -> None:
