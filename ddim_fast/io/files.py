@@ -44,7 +44,7 @@ _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume
 _LARGEST_JSON = 2**26
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Replace ``path`` by ``data``: written beside its place, flushed to disk, then renamed over it."""
     with errors_name_place(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

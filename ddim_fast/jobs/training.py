@@ -19,6 +19,7 @@ from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
 from ..training.checkpoints import keep_best, prune, set_aside
 from ..training.loop import Trainer, TrainingStep
+from .background import Background
 from .training_log import TrainingLog
 
 __all__ = ["run_training"]
@@ -48,7 +49,9 @@ def run_training(
         quiet: no progress bar and no estimate.
         validation: the name of the trainer's held-out images; the checkpoint with the lowest loss on them is kept as ``best``.
 
-    Of several processes the first one writes and prints; all stop after the same step.
+    Of several processes the first one writes and prints; all stop after the same step. A checkpoint is copied between two
+    steps and written in the background; an error of that is raised after the next step, and at the end of the run at the
+    latest.
 
     Returns:
         The signal that ended the run, in any of the processes, or None; its last step is then in a checkpoint, too, but has no
@@ -74,13 +77,19 @@ def run_training(
         number, is_late = processes.largest([signals.came or 0, time.perf_counter() > deadline])
         return number or None, bool(is_late)
 
+    def save(val_loss: float | None = None) -> None:
+        writer.finish()  # before the copy, so that there is never a second one in memory
+        writer.start(_saving(trainer, out, saved, keep, val_loss, validation))
+
     with (
         signals.finishing("step"),
+        Background() as writer,
         tqdm(total=options.steps, initial=trainer.step, unit="step", disable=quiet, file=sys.stderr) as bar,
     ):
         estimate = None if quiet else _Estimate(options.steps, bar)
         bar.set_description("compiling" if options.compile else "first step")
         for step in trainer.run():
+            writer.check()
             if log is not None:
                 log.add(step)
             bar.set_description("training", refresh=False)
@@ -102,30 +111,40 @@ def run_training(
                 if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
                     trainer.write_snapshot(out / SNAPSHOTS)
                 if is_saved:
-                    _save(trainer, out, saved, keep)
-                    if "val_loss" in line:
-                        keep_best(out, step.step, line["val_loss"], validation)
+                    save(line.get("val_loss"))
                 if is_shown and not came:
                     bar.set_description("sampling a grid")
                     with redrawn(bar):
                         signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
             if is_saved:
                 saved = step.step
+            if last:
+                writer.finish()
             if (is_saved or is_shown) and not came:
                 came, _ = stopping()  # a signal meanwhile; the others wait here for the first process
             if came and saved < step.step and processes.is_first:
-                _save(trainer, out, saved, keep)
+                save()
             if last or came:
                 break
     return came
 
 
-def _save(trainer: Trainer[Any], out: Path, before: int, keep: int) -> None:
-    """Write a checkpoint, and keep those before it; the last is of step ``before``, or 0 where there is none."""
-    if before and keep > 1:
-        set_aside(out, before)
-    trainer.save(out)
-    prune(out, keep - 1)
+def _saving(
+    trainer: Trainer[Any], out: Path, before: int, keep: int, val_loss: float | None, validation: str
+) -> Callable[[], None]:
+    """A function that writes the trainer's present checkpoint. It keeps those before it, the last of which is of step
+    ``before``, or 0 where there is none, and the best one."""
+    checkpoint = trainer.checkpoint()
+
+    def write() -> None:
+        if before and keep > 1:
+            set_aside(out, before)
+        checkpoint.write(out)
+        prune(out, keep - 1)
+        if val_loss is not None:
+            keep_best(out, checkpoint.state["step"], val_loss, validation)
+
+    return write
 
 
 class _Estimate:

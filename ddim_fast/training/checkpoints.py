@@ -5,19 +5,26 @@ A training state is a zip archive, which has a checksum of each of its files; so
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..io.files import atomic_folder, atomic_write, read_json, remove_remains, write_json
 from ..io.records import SAMPLES
-from ..models.checkpoint import AUDIO, AUTOENCODER, SNAPSHOTS, WEIGHTS
+from ..models.audio import AudioConfig
+from ..models.checkpoint import AUDIO, AUTOENCODER, SNAPSHOTS, WEIGHTS, save_checkpoint
+from ..models.config import AutoencoderConfig, UNetConfig
 from ..models.weights import read_pickle
 from .options import CHECKPOINTS, TRAINING_STATE
 
-__all__ = ["keep_best", "kept", "prune", "recover", "remove_run_remains", "set_aside"]
+__all__ = ["TrainingCheckpoint", "keep_best", "kept", "prune", "recover", "remove_run_remains", "set_aside"]
 
 # In the order in which they are put back: a run that is killed meanwhile still finds the state damaged, and begins again.
 _FILES = ("config.json", AUDIO, f"{WEIGHTS}.safetensors", TRAINING_STATE)
@@ -25,6 +32,24 @@ _FILES = ("config.json", AUDIO, f"{WEIGHTS}.safetensors", TRAINING_STATE)
 # The folder, in that of a run, of the checkpoint with the lowest validation loss; its successor until that is whole; and the
 # record in it.
 _BEST, _NEXT_BEST, _VALIDATION = "best", "best.next", "validation.json"
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A run at one of its steps: what training_state.pt holds, tensors on the CPU, and the network's description."""
+
+    state: dict[str, Any]
+    config: UNetConfig | AutoencoderConfig
+    audio: AudioConfig | None
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
+        buffer = io.BytesIO()
+        torch.save(self.state, buffer)
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: of a process that is killed between the two, Trainer.mend makes the second.
+        atomic_write(folder / TRAINING_STATE, buffer.getbuffer())
+        save_checkpoint(folder, self.config, self.state["ema"], self.audio)
 
 
 def kept(out: Path) -> dict[int, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import math
 import operator
 from collections.abc import Iterator
@@ -17,13 +16,15 @@ from torch import Tensor, nn
 
 from ..data.images import ImageSet, to_unit_range
 from ..diffusion.schedule import NoiseSchedule
-from ..io.files import atomic_write, errors_name_file
+from ..io.files import errors_name_file
 from ..io.processes import Processes
+from ..models.audio import AudioConfig
 from ..models.autoencoder import Autoencoder
 from ..models.checkpoint import WEIGHTS, save_checkpoint
 from ..models.unet import UNet
 from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
+from .checkpoints import TrainingCheckpoint
 from .distributed import SharedLoss
 from .ema import EMA
 from .loss import AutoencoderLoss, ConsistencyLoss, DenoisingLoss
@@ -173,26 +174,23 @@ class Trainer(Generic[M]):
         model.load_state_dict(self.ema.state_dict())
         return model.eval()
 
-    def save(self, folder: Path) -> None:
-        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
+    def checkpoint(self) -> TrainingCheckpoint:
+        """A copy on the CPU of what :meth:`save` writes, as it is now. It may be written while the training goes on."""
         if isinstance(self.model, Autoencoder):
             self._fit_scale()
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "step": self.step,
-                "options": asdict(self.options),
-                "model": self.model.state_dict(),
-                "ema": self.ema.state_dict(),
-                "averages": None if self._averages is None else self._averages.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            buffer,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        # First: of a process that is killed between the two, mend makes the second.
-        atomic_write(folder / TRAINING_STATE, buffer.getvalue())
-        self._save_checkpoint(folder)
+        state = {
+            "step": self.step,
+            "options": asdict(self.options),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "averages": None if self._averages is None else self._averages.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        return TrainingCheckpoint(_copied(state), self.model.config, self._audio)
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
+        self.checkpoint().write(folder)
 
     def mend(self, folder: Path) -> None:
         """Write the averaged weights in ``folder`` anew where they are not those that :meth:`load` has read there: they are
@@ -204,11 +202,11 @@ class Trainer(Generic[M]):
                 return
         except (FileNotFoundError, ValueError):
             pass
-        self._save_checkpoint(folder)
+        save_checkpoint(folder, self.model.config, own, self._audio)
 
-    def _save_checkpoint(self, folder: Path) -> None:
-        audio = self.model.audio if isinstance(self.model, UNet) else None
-        save_checkpoint(folder, self.model.config, self.ema.state_dict(), audio)
+    @property
+    def _audio(self) -> AudioConfig | None:
+        return self.model.audio if isinstance(self.model, UNet) else None
 
     def write_snapshot(self, folder: Path) -> None:
         """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
@@ -333,6 +331,13 @@ class Trainer(Generic[M]):
         if self.options.lr_schedule == "constant":
             return self.options.lr
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _copied(value: Any) -> Any:
+    """The same with copies of the tensors, on the CPU, in dictionaries of any depth."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _kinds(group: dict[str, Any]) -> tuple[str, ...]:

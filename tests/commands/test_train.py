@@ -1,11 +1,15 @@
 import dataclasses
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from PIL import Image
 
 from ddim_fast import Sampler, UNet, train
 from ddim_fast.cli.parser import run_command
+from ddim_fast.jobs.background import Background
 from ddim_fast.models.widening import widen
+from ddim_fast.training.checkpoints import TrainingCheckpoint
 from ddim_fast.training.loop import Trainer
 from tests.helpers.small_runs import NETWORK, RUN, assert_one_line
 
@@ -178,6 +184,68 @@ def test_an_interrupted_run_ends_with_a_checkpoint_of_its_last_step(photos, tmp_
     assert not (tmp_path / "parts" / "samples").exists()
     assert run_train("--out", tmp_path / "parts", "--resume", "--steps", 4, "--device=cpu", "--quiet")[0] == 0
     assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(photos, tmp_path, run_train, monkeypatch):
+    out, write, learning_rate, later = tmp_path / "run", TrainingCheckpoint.write, Trainer._learning_rate, threading.Event()
+
+    def at_step(trainer, step):
+        if step == 3:
+            later.set()
+        return learning_rate(trainer, step)
+
+    def write_later(checkpoint, folder):
+        assert later.wait(60), "training waits for the checkpoint"
+        write(checkpoint, folder)
+
+    monkeypatch.setattr(Trainer, "_learning_rate", at_step)
+    monkeypatch.setattr(TrainingCheckpoint, "write", write_later)
+    assert run_train("--data", photos, *RUN, "--steps=4", "--save-every=2", "--out", out)[0] == 0
+    assert torch.load(out / "training_state.pt")["step"] == 4
+    (before,) = (out / "checkpoints").iterdir()
+    assert before.name == "0000002" and torch.load(before / "training_state.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("failing,last", [(2, 2), (6, 6)])
+def test_a_full_disk_ends_the_run_at_the_next_step_or_at_its_end(failing, last, photos, tmp_path, run_train, monkeypatch):
+    out, write = tmp_path / "run", TrainingCheckpoint.write
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_or_fail(checkpoint, folder):
+        with monkeypatch.context() as patch:
+            if checkpoint.state["step"] == failing:
+                patch.setattr(os, "fsync", fill)
+            write(checkpoint, folder)
+
+    monkeypatch.setattr(TrainingCheckpoint, "write", write_or_fail)
+    monkeypatch.setattr(Background, "check", Background.finish)  # as if steps took longer than writing
+    code, _, err = run_train(
+        "--data", photos, *RUN[:-2], "--log-every=1", "--quiet", "--steps=6", "--save-every=2", "--out", out
+    )
+    assert (code, err) == (1, "error: No space left on device; free some space, or name a place on another disk\n")
+    assert json.loads((out / "stats.jsonl").read_text().splitlines()[-1])["step"] == last
+    assert not list(out.rglob(".*"))
+
+
+def test_a_second_signal_leaves_no_half_of_a_checkpoint(photos, tmp_path, run_train, monkeypatch):
+    """The thread that writes is waited for, before the folder is another process's."""
+    out, write, ended = tmp_path / "run", TrainingCheckpoint.write, []
+
+    def interrupted(checkpoint, folder):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        write(checkpoint, folder)
+        ended.append((folder / ".lock").exists())
+
+    monkeypatch.setattr("ddim_fast.io.stopping._PATIENCE", 60)
+    monkeypatch.setattr(TrainingCheckpoint, "write", interrupted)
+    code, _, err = run_train("--data", photos, *RUN, "--steps=10000", "--save-every=2", "--sample-every=10000", "--out", out)
+    assert code == 143 and "error" not in err
+    assert ended and all(ended) and torch.load(out / "training_state.pt")["step"] >= 2
+    assert not list(out.rglob(".*"))
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(photos, tmp_path, run_train, monkeypatch):

@@ -394,3 +394,16 @@ def test_compiled_training_equals_eager(monkeypatch):
     compiled = run(make_trainer(data, make_model(num_classes=2), compile=True, **options))
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_a_copy_that_later_steps_do_not_change(tmp_path):
+    trainer = make_trainer(make_data(8), ema_snapshots=2)
+    run(trainer, 2)
+    trainer.save(tmp_path / "at-once")
+    checkpoint = trainer.checkpoint()
+    run(trainer, 2)
+    checkpoint.write(tmp_path / "later")
+    for name in ("training_state.pt", "model.safetensors", "config.json"):
+        assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+    trainer.save(tmp_path / "now")
+    assert (tmp_path / "now" / "training_state.pt").read_bytes() != (tmp_path / "later" / "training_state.pt").read_bytes()
