@@ -74,12 +74,14 @@ class Processes:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.count == 1:
             return
-        is_told = isinstance(error, Exception) and not self._is_first_to_fail()
-        self._dist.destroy_process_group()
-        if is_told:
-            sys.exit(1)
-        if self.is_lost(error):
-            raise RuntimeError("another process of this run has ended") from error
+        # torchrun sends SIGTERM to those that are left, and why they end is to be said nevertheless.
+        with contextlib.nullcontext() if error is None else signals.finishing("error"):
+            is_told = isinstance(error, Exception) and not self._is_first_to_fail()
+            self._dist.destroy_process_group()
+            if is_told:
+                sys.exit(1)
+            if self.is_lost(error):
+                raise RuntimeError("another process of this run has ended") from error
 
     @property
     def is_first(self) -> bool:

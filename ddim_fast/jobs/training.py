@@ -69,7 +69,7 @@ def run_training(
             if steps > trainer.step:  # they are about to be made again
                 snapshot.unlink()
         prune(out, keep - 1)
-    came, saved, since = signals.came, trainer.step, time.perf_counter()
+    saved, since = trainer.step, time.perf_counter()
     deadline = since + 60 * (minutes or math.inf)
 
     def stopping() -> tuple[int | None, bool]:
@@ -81,6 +81,14 @@ def run_training(
         writer.finish()  # before the copy, so that there is never a second one in memory
         writer.start(_saving(trainer, out, saved, keep, val_loss, validation))
 
+    def grid() -> Path:
+        return out / SAMPLES / f"{trainer.step:07d}.png"
+
+    def draw() -> None:
+        bar.set_description("sampling a grid")
+        with redrawn(bar):
+            signals.abandon(functools.partial(save_grid, grid()))
+
     with (
         signals.finishing("step"),
         Background() as writer,
@@ -88,6 +96,10 @@ def run_training(
     ):
         estimate = None if quiet else _Estimate(options.steps, bar)
         bar.set_description("compiling" if options.compile else "first step")
+        is_due = trainer.step and (trainer.step % sample_every == 0 or trainer.step == options.steps)
+        if is_due and processes.is_first and not grid().exists():  # the run was stopped while it drew it
+            draw()
+        came, _ = stopping()
         for step in trainer.run():
             writer.check()
             if log is not None:
@@ -113,9 +125,7 @@ def run_training(
                 if is_saved:
                     save(line.get("val_loss"))
                 if is_shown and not came:
-                    bar.set_description("sampling a grid")
-                    with redrawn(bar):
-                        signals.abandon(functools.partial(save_grid, out / SAMPLES / f"{step.step:07d}.png"))
+                    draw()
             if is_saved:
                 saved = step.step
             if last:

@@ -259,12 +259,22 @@ def test_a_second_interrupt_does_not_wait_for_the_step(photos, tmp_path, run_tra
     assert not (tmp_path / "run" / "training_state.pt").exists()
 
 
-def test_an_interrupted_grid_is_given_up_and_the_step_is_kept(photos, tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr("ddim_fast.cli.trainers.save_image", lambda *_: signal.raise_signal(signal.SIGINT))
-    out = tmp_path / "run"
-    code, _, err = run_train("--data", photos, *RUN, "--steps=4", "--sample-every=2", "--out", out)
-    assert code == 130 and f"{out} holds a checkpoint of step 2;" in err
-    assert names(out / "samples") == set() and torch.load(out / "training_state.pt")["step"] == 2
+@pytest.mark.parametrize("every", [2, 4])
+def test_an_interrupted_grid_is_given_up_and_made_when_the_run_goes_on(every, photos, tmp_path, run_train, monkeypatch):
+    start, out = ["--data", photos, *RUN, "--steps=4", f"--sample-every={every}"], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("ddim_fast.cli.trainers.save_image", lambda *_: signal.raise_signal(signal.SIGINT))
+        code, _, err = run_train(*start, "--out", out)
+        assert code == 130 and f"{out} holds a checkpoint of step {every};" in err
+        assert names(out / "samples") == set() and torch.load(out / "training_state.pt")["step"] == every
+        if every == 4:  # the run is finished but for its grid
+            assert run_train(*start, "--resume", "--out", out)[0] == 130 and names(out / "samples") == set()
+    assert run_train(*start, "--resume", "--out", out)[0] == 0
+    assert run_train(*start, "--out", tmp_path / "whole")[0] == 0
+    grids = {f"{step:07d}.png" for step in range(every, 5, every)}
+    assert names(out / "samples") == grids == names(tmp_path / "whole" / "samples")
+    for name in grids:
+        assert (out / "samples" / name).read_bytes() == (tmp_path / "whole" / "samples" / name).read_bytes()
 
 
 def test_a_run_says_what_it_trains_and_how_long_it_takes(photos, tmp_path, run_train, monkeypatch):

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import textwrap
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from ddim_fast.io.processes import Processes
+from ddim_fast.io.stopping import signals
 
 
 def torchrun(script, *arguments) -> subprocess.CompletedProcess:
@@ -112,3 +114,14 @@ def test_of_several_that_fail_one_says_why(script, failing):
     )
     assert run.returncode != 0
     assert run.stderr.count("ValueError: the cause") == 1 and "has ended" not in run.stderr
+
+
+def test_a_lost_process_is_said_though_torchrun_ends_those_that_are_left():
+    class Ending:
+        def destroy_process_group(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    processes = Processes(alone=True)
+    processes.count, processes._dist, processes._is_first_to_fail = 2, Ending(), lambda: True
+    with signals, pytest.raises(RuntimeError, match="another process of this run has ended"):
+        processes.__exit__(RuntimeError, RuntimeError("[gloo/transport] connection closed by peer"), None)
