@@ -24,7 +24,7 @@ SHARED = {
     "--compile": ("train",),
     "--engine": ("sample",),
     "--dtype": ("export", "train"),
-    "--guidance": ("sample",),
+    "--guidance": ("sample", "evaluate"),
     "--guidance-interval": (),
     "--guide": (),
     "--exact": (),
