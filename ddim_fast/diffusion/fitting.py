@@ -68,7 +68,7 @@ def fit_solver(
     *,
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
-    guidance: float | Sequence[float] | None = None,
+    guidance: float | None = None,
     guidance_interval: Sequence[int] | None = None,
     teacher_steps: int = 20,
     iterations: int = 10,
