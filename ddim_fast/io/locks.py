@@ -189,7 +189,7 @@ def _own_name() -> str:
 
 def _holder(path: Path) -> list[str]:
     """What :func:`_own_name` was for the process that wrote ``path``; [] where it does not write it."""
-    for _ in range(10):  # it does so right after it has the lock
+    for _ in range(100):  # it does so right after it has the lock, if it is given the time
         with contextlib.suppress(OSError):
             words = path.read_text(encoding="utf-8", errors="replace").split()
             if len(words) == 3 and words[0].isdecimal():
