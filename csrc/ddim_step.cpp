@@ -9,7 +9,7 @@ namespace {
 
 // Elements that are worth a thread of their own: below two grains, starting a second one costs more than it saves.
 // Drawing noise takes some thirty times as long as the rest.
-constexpr int64_t kGrain = 1 << 19;
+constexpr int64_t kGrain = 1 << 16;
 constexpr int64_t kNoiseGrain = 1 << 14;
 
 // Whole cache lines to each thread, so that no two write to the same one.

@@ -65,10 +65,7 @@ NOT_MEASURED = {
 
 # Measured, wholly or in part, but not committed: the page says so beside the table.
 WITHOUT_DATA = {
-    "diffusers: Speed, 1": "to be measured again by benchmarks/test_drop_in.py -k accelerated",
     "h100/operators: Machine code, 1": "what compilers print; tests/kernels and tests/csrc check the limits",
-    "zen4-two-cores/operators: fast_ddim_step, 1": "older than the kernels: measure again by benchmarks/test_ddim_step.py",
-    "zen4-two-cores/operators: conv3x3, 1": "8-bit products: to be measured again by benchmarks/test_conv3x3.py",
     "training-recipes: The two recipes, 1": "models of some minutes, which were not kept",
     "training-recipes: Prediction type and min-SNR weights, 1": "models of some minutes, which were not kept",
     "training-recipes: A gamma of 5 leaves grain: fashion-mnist, 1": "the first stage's loss by timestep",
@@ -258,8 +255,6 @@ def is_measured(file: str) -> bool:
 
 @makes("diffusers: Speed, 1")
 def _(rows: Rows) -> Expected:
-    if not is_measured("diffusers-accelerated"):
-        return [[row[0], *[None] * 4] for row in rows[1:]]
     groups = ("DDIMPipeline cifar10 batch 1", "DDIMPipeline cifar10 batch 8", "UNet2DConditionModel 32x32 batch 2")
     expected: Expected = []
     for row, group in zip(rows[1:], groups, strict=True):
@@ -411,19 +406,24 @@ def _(rows: Rows) -> Expected:
 
 @makes("zen4-two-cores/operators: fast_ddim_step, 1")
 def _(rows: Rows) -> Expected:
-    if not is_measured("ddim_step-avx512"):
-        return [[row[0], None, None, None] for row in rows[1:]]
     found: dict[tuple[str, str], dict[str, float]] = {}
     for benchmark in result("zen4-two-cores/ddim_step-avx512.json")["benchmarks"]:
         name = benchmark["name"].split("[")[0].removeprefix("test_")
         found[f"{name} {(benchmark['params'] or {}).get('backend', '')}".strip(), benchmark["group"]] = benchmark["extra_info"]
     expected: Expected = []
     for label, *_ in rows[1:]:
-        plain, theirs, ours = (
-            found[name, f"ddim_step batch {label}"]
-            for name in ("fast_ddim_step reference", "diffusers_scheduler", "fast_ddim_step native")
-        )
-        ratios = [f"{other['microseconds'] / ours['microseconds']:.2f}" for other in (plain, theirs)]
+        if "noise" in label:
+            plain, ours = (
+                found[f"fast_ddim_step_guided_clipped_and_stochastic {name}", f"everything batch {numbers(label)[0]}"]
+                for name in ("reference", "native")
+            )
+            ratio = f"{plain['microseconds'] / ours['microseconds']:.2f}"
+            expected.append([label, ratio, "-", "-", f"{ours['share of copy']:.0%}"])
+            continue
+        group = f"ddim_step batch {label}"
+        ours = found["fast_ddim_step native", group]
+        others = (found[name, group] for name in ("fast_ddim_step reference", "compiled_formula", "diffusers_scheduler"))
+        ratios = [f"{other['microseconds'] / ours['microseconds']:.2f}" for other in others]
         expected.append([label, *ratios, f"{ours['share of copy']:.0%}"])
     return expected
 
@@ -434,10 +434,8 @@ def _(rows: Rows) -> Expected:
     return [[label, *cells, ratio_of_8_bits(label)] for label, cells in ratios.items()]
 
 
-def ratio_of_8_bits(label: str) -> str | None:
+def ratio_of_8_bits(label: str) -> str:
     """Our time in bfloat16 over that of 8-bit products."""
-    if not is_measured("conv3x3-avx512"):
-        return None
     channels, out_channels, height, width = numbers(label)[:4]
     enlarged = " enlarged" if "enlarged" in label else ""
     rates = unet("conv3x3-avx512", f"conv3x3 batch 8 {channels} -> {out_channels}, {height}x{width}{enlarged}")
