@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -85,6 +87,21 @@ def state_of(process: int | str) -> dict[str, int]:
     }
 
 
+def heap_in_use() -> int:
+    """Bytes that this process has allocated and not freed: what grows by a leak, but not by fragments."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _MallInfo2
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+class _MallInfo2(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    )
+
+
 def digest_of(results: list[Path]) -> dict[str, str]:
     """Of the files that are to be the same each time, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in results}
@@ -98,10 +115,10 @@ def soak(folder: Path, minutes: float) -> Iterator[dict[str, Any]]:
     model, run_folder, images = folder / "model", folder / "run", folder / "images.npz"
     run(train, f"--data={folder / 'photos'}", *TRAIN, "--out", model)
     run(export, "--to", "plan", "--model", model, "--steps", 4, "--out", folder / "plan")
-    begin, first = time.monotonic(), None
     with serving(folder / "plan") as (server, address):
         answers = {k: ask(address, [k]) for k in range(REQUESTS)}
-        while time.monotonic() - begin < 60 * minutes:
+        begin, first = time.monotonic(), None
+        while first is None or time.monotonic() - begin < 60 * minutes:
             run(train, f"--data={folder / 'photos'}", *TRAIN, "--out", run_folder)
             run(sample, f"--model={model}", *SAMPLE, "--out", images)
             found = digest_of([images, *(run_folder / name for name in ("model.safetensors", "training_state.pt"))])
@@ -114,7 +131,7 @@ def soak(folder: Path, minutes: float) -> Iterator[dict[str, Any]]:
                 "seconds": round(time.monotonic() - begin),
                 "wrong": wrong,
                 "files": len(list(folder.rglob("*"))),
-                "own": state_of("self"),
+                "own": state_of("self") | {"objects": len(gc.get_objects()), "heap_kib": heap_in_use() // 1024},
                 "server": state_of(server),
             }
 
