@@ -63,6 +63,7 @@ def test_no_public_name_is_a_module_too(name):
     assert importlib.util.find_spec(f"ddim_fast.{name}") is None
 
 
+@pytest.mark.slow
 def test_accelerating_and_the_command_restore_live_together():
     code = "import ddim_fast.restore; print(ddim_fast.unaccelerate.__name__, callable(ddim_fast.restore.main))"
     assert _python(code) == "unaccelerate True\n"

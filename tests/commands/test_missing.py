@@ -16,8 +16,10 @@ HIDDEN = "import sys\nsys.modules[{!r}] = None\n"
         ("torch", "torch", ["ddim_fast.evaluate", "--trajectory-error"]),
         ("torch", "torch", ["ddim_fast", "export", "--to", "diffusers", "--out", "new"]),
         ("tqdm", "tqdm", ["ddim_fast.sample"]),  # imported before any option is read
-        ("tqdm", "tqdm", ["ddim_fast", "restyle", "seven.wav", "--to", "7/theo"]),
-        ("tqdm", "tqdm", ["ddim_fast.train", "--data", "photos", "--out", "run", "--device", "cpu"]),
+        pytest.param("tqdm", "tqdm", ["ddim_fast", "restyle", "seven.wav", "--to", "7/theo"], marks=pytest.mark.slow),
+        pytest.param(
+            "tqdm", "tqdm", ["ddim_fast.train", "--data", "p", "--out", "run", "--device", "cpu"], marks=pytest.mark.slow
+        ),
         ("PIL", "pillow", ["ddim_fast.reconstruct", "photos"]),
     ],
 )

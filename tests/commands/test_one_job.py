@@ -106,7 +106,7 @@ def test_of_two_processes_on_one_output_one_is_refused(name, count, make_job, tm
     "name,number",
     [
         ("npz", signal.SIGTERM),
-        ("evaluate", signal.SIGHUP),
+        slow("evaluate", signal.SIGHUP),
         slow("train", signal.SIGTERM),
         slow("train", signal.SIGKILL),
         slow("folder", signal.SIGTERM),
@@ -176,6 +176,7 @@ def test_a_measurement_is_one_process_and_others_go_beside_it(make_job, run_here
     assert run_here(evaluate, *options, "--num-images", 4)[::2] == (0, "")
 
 
+@pytest.mark.slow
 def test_the_ranks_of_torchrun_are_one_job_which_a_signal_ends(make_job, tmp_path):
     job, out = make_job("npz"), tmp_path / "o.npz"
     options = [*job.options[:3], 40, *job.options[4:-1], 400, "--out", out]

@@ -76,6 +76,7 @@ def test_a_run_with_compile_that_is_not_compiled_says_why(options, faster, fast,
     assert run(*command, "--compile", "--quiet", "--out", "quiet")[2] == ""
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_fastest_execution_is_a_slower_one(checkpoint, tmp_path):
     """Where torch.compile would serve, because the native operators do not."""
     out = tmp_path / "out"

@@ -112,6 +112,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_after_a_failure(torchrun, opt
     assert_same_weights(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_one_line(torchrun, options, tmp_path):
     code, told = torchrun(0, 0, *options, "--batch-size=5", "--out", tmp_path / "run")
     lines = [line for line in told.splitlines() if "error: --" in line]

@@ -62,6 +62,7 @@ def test_each_step_may_have_a_scale_of_its_own(exported, export_folder):
         OnnxSampler(export_folder, steps=3).sample(**request)
 
 
+@pytest.mark.slow
 def test_timesteps_between_those_of_training_are_for_whole_runs(exported, export_folder, tmp_path):
     with pytest.raises(ValueError, match="karras and exponential lie between the timesteps that an exported network takes"):
         OnnxSampler(export_folder, spacing="karras").sample(seeds=SEEDS, labels=LABELS)

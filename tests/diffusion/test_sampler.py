@@ -403,7 +403,7 @@ def test_compiled_equals_eager(small_unet):
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_bfloat16_is_near_float32_and_repeats_itself(engine, small_unet):
     options = {"seeds": range(3), "labels": 3, "guidance": 2.0, "batch_size": 3}
     exact = Sampler(small_unet, steps=3, clip_sample_range=1.0).sample(**options)

@@ -111,7 +111,7 @@ class _Euler:
         return self.table[i, 0] * x + self.table[i, 1] * output
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_solver_is_added_in_one_place(engine, monkeypatch, small_unet):
     """As docs/architecture.md says; this one is DDIM in other words."""
     monkeypatch.setitem(SOLVERS, "euler", _Euler)

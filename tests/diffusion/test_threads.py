@@ -50,6 +50,7 @@ def test_evaluations_are_those_of_the_threads_own_call(fake_network):
     assert in_four_threads(count, requests) == [count(seeds) for seeds in requests]
 
 
+@pytest.mark.slow
 def test_a_compiled_sampler_leaves_other_compiled_functions_alone(fake_network):
     """What a user compiles in another thread meanwhile is compiled, and compiled anew."""
     sampler = Sampler(fake_network(), steps=50, engine="compiled")

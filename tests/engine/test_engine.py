@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 ENGINES = [
-    pytest.param(Case("compiled", "cpu"), id="compiled"),
+    pytest.param(Case("compiled", "cpu"), id="compiled", marks=pytest.mark.slow),
     pytest.param(Case("captured", "cpu"), id="captured-cpu"),
     pytest.param(Case("captured", "cuda"), id="captured-cuda", marks=pytest.mark.gpu),
 ]
@@ -156,12 +156,14 @@ def test_a_gradient_cannot_be_captured(fake_network):
         Sampler(fake_network(), steps=2, engine="captured").sample(seeds=[0], gradient=lambda x, t, x0: x)
 
 
+@pytest.mark.slow
 def test_samplers_do_not_count_as_recompilations_of_each_other(fake_network):
     """torch.compile gives up on a function after eight."""
     for steps in range(1, 11):
         Sampler(fake_network(), steps=steps, engine="compiled").sample(seeds=[0])
 
 
+@pytest.mark.slow
 def test_a_capture_is_no_reason_to_recompile(small_unet):
     compiled, captured = (Sampler(small_unet, steps=1, engine=engine) for engine in ("compiled", "captured"))
     images = compiled.sample(seeds=[0])
@@ -203,7 +205,7 @@ def test_no_step_asks_the_host_for_anything(solver, eta, guided, small_config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["eager", "compiled", "captured"])
+@pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "captured"])
 @pytest.mark.parametrize("solver,eta", SOLVERS)
 def test_no_step_waits_for_the_gpu(solver, eta, engine, small_config):
     sampler = Sampler(UNet(small_config).to("cuda"), steps=3, solver=solver, eta=eta, spacing="trailing", engine=engine)
@@ -236,7 +238,7 @@ def test_conditions_are_the_networks_own(small_unet):
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled", "captured"])
+@pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "captured"])
 def test_bfloat16_errs_no_more_than_twice_what_eager_pytorch_does(engine, small_unet, monkeypatch):
     request = {"seeds": range(4), "labels": [1, 2, 3, 4], "guidance": 2.0}
     exact = Sampler(small_unet, steps=4).sample(**request)

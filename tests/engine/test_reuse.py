@@ -78,7 +78,12 @@ def test_a_run_is_the_loop_in_plain_words(reuse, small_unet):
 
 @pytest.mark.parametrize("reuse", [2, 3])
 @pytest.mark.parametrize(
-    "engine,device", [("compiled", "cpu"), ("captured", "cpu"), pytest.param("captured", "cuda", marks=pytest.mark.gpu)]
+    "engine,device",
+    [
+        pytest.param("compiled", "cpu", marks=pytest.mark.slow),
+        ("captured", "cpu"),
+        pytest.param("captured", "cuda", marks=pytest.mark.gpu),
+    ],
 )
 def test_engines_agree(engine, device, reuse, small_unet):
     model = small_unet.to(device)

@@ -224,6 +224,7 @@ def test_what_is_damaged_and_can_be_made_again_is(fuzzer):
     assert outcome.read == 100, outcome
 
 
+@pytest.mark.slow
 def test_damaged_parquet_of_sounds_is_refused_by_name():
     SOUNDS.check(100)
 

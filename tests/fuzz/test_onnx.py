@@ -39,6 +39,7 @@ def mutate(random, data):
 FUZZER = Fuzzer("onnx", write, read, mutate)
 
 
+@pytest.mark.slow
 def test_damaged_exports():
     FUZZER.check(100)
 

@@ -70,7 +70,9 @@ def test_two_processes_share_and_agree(script):
     assert sorted(run.stdout.splitlines()) == ["['from', 0] range(0, 5, 2)", "['from', 0] range(1, 5, 2)"]
 
 
-@pytest.mark.parametrize("failing", ["processes.rank == 1", "processes.from_first(lambda: 1 / 0)"])
+@pytest.mark.parametrize(
+    "failing", ["processes.rank == 1", pytest.param("processes.from_first(lambda: 1 / 0)", marks=pytest.mark.slow)]
+)
 def test_a_process_that_fails_ends_the_run(script, failing):
     run = torchrun(
         script(f"""
@@ -101,7 +103,7 @@ def test_the_others_follow_the_first_and_say_nothing(script):
     assert run.returncode == 0 and run.stderr.count("said by 0") == 1 and "said by 1" not in run.stderr, run.stderr
 
 
-@pytest.mark.parametrize("failing", ["True", "processes.rank == 1"])
+@pytest.mark.parametrize("failing", ["processes.rank == 1", pytest.param("True", marks=pytest.mark.slow)])
 def test_of_several_that_fail_one_says_why(script, failing):
     run = torchrun(
         script(f"""

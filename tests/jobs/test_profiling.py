@@ -69,6 +69,7 @@ def test_nothing_is_left_behind(small_unet, tmp_path):
     assert torch.equal(sampler.sample(**REQUEST), before)
 
 
+@pytest.mark.slow
 def test_kernels_of_torch_compile_are_a_line_of_their_own(fake_network, tmp_path):
     sampler = Sampler(fake_network(num_classes=10), steps=STEPS, engine="compiled")
     before = sampler.sample(**REQUEST)

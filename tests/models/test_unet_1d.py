@@ -83,6 +83,7 @@ def test_eight_bits_are_refused(signals):
         Sampler(signals, steps=4, dtype=torch.int8)
 
 
+@pytest.mark.slow
 def test_it_learns():
     wave = torch.sin(torch.arange(128) / 3).view(32, 4).t()[None, :, None]
     data = ImageSet(torch.cat([wave, -wave]), torch.tensor([0, 1]))
