@@ -73,7 +73,6 @@ WITHOUT_DATA = {
     "training-recipes: Muon beside Adam, 2": "networks of 200 steps, which were not kept",
     "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
-    "audio: Figures, 1": "to be measured again by benchmarks/audio_recognition.py",
     "audio: Figures, 2": "to be measured again by benchmarks/audio_restyle.py",
     "guidance-by-class: Swapped classes, 1": "to be measured again by benchmarks/classified.py --swap",
     "guidance-by-class: Classifier guidance, 1": "to be measured again by benchmarks/classified.py --gradients",
@@ -830,8 +829,6 @@ def _(rows: Rows) -> Expected:
 
 @makes("audio: Figures, 1")
 def _(rows: Rows) -> Expected:
-    if not is_measured("spoken-digits/recognition"):
-        return [[row[0], *[None] * (len(row) - 1)] for row in rows[1:]]
     noted = result("zen4-two-cores/spoken-digits/recognition.json")
     expected: Expected = []
     for label, kind in (("recordings", "real"), ("generated", "generated")):
@@ -1025,8 +1022,6 @@ def sentences_on_onnx() -> list[str]:
 
 
 def sentences_on_audio() -> list[str]:
-    if not is_measured("spoken-digits/recognition"):
-        return []
     real, made = (100 * result("zen4-two-cores/spoken-digits/recognition.json")["accuracy"][k] for k in ("real", "generated"))
     return [
         f"recognise {made:.1f} % of its digits, and {real:.1f} % of real recordings",
