@@ -73,7 +73,6 @@ WITHOUT_DATA = {
     "training-recipes: Muon beside Adam, 2": "networks of 200 steps, which were not kept",
     "training-recipes: Length of the weights' average, 1": "models of some minutes, which were not kept",
     "trajectory-error: Which distance FID follows, 1": "distances of the calibration, and FID of other lists",
-    "audio: Figures, 2": "to be measured again by benchmarks/audio_restyle.py",
     "guidance-by-class: Swapped classes, 1": "to be measured again by benchmarks/classified.py --swap",
     "guidance-by-class: Classifier guidance, 1": "to be measured again by benchmarks/classified.py --gradients",
     "guidance-by-class: Classifier-free guidance, 1": "to be measured again by benchmarks/classified.py",
@@ -245,11 +244,6 @@ def _(rows: Rows) -> Expected:
 
     errors = [f"{small['relative error'][name]:.1e}".replace("0.0e+00", "0") for name in (first, *names)]
     return [[row[0], *cells] for row, cells in zip(rows[1:], (ratios(small), errors, ratios(large)), strict=True)]
-
-
-def is_measured(file: str) -> bool:
-    """False for a file that WITHOUT_DATA waits for: its figures are None then. Take its line away with the file's arrival."""
-    return (RESULTS / f"zen4-two-cores/{file}.json").exists()
 
 
 @makes("diffusers: Speed, 1")
@@ -839,8 +833,6 @@ def _(rows: Rows) -> Expected:
 
 @makes("audio: Figures, 2")
 def _(rows: Rows) -> Expected:
-    if not is_measured("spoken-digits/restyle"):
-        return [[row[0], *[None] * (len(row) - 1)] for row in rows[1:]]
     by_std = result("zen4-two-cores/spoken-digits/restyle.json")["by_std"]
     expected: Expected = []
     for label, *_ in rows[1:]:
