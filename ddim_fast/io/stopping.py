@@ -60,6 +60,7 @@ class Signals:
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._pass_over
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._remember)
@@ -124,6 +125,11 @@ class Signals:
         if not is_first or self._what is None:
             self.check()
 
+    def _pass_over(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """What Python calls with an exception in a destructor: a signal that came there is for the next :meth:`check`."""
+        if unraisable.exc_type is not Stopped:
+            self._hook_before(unraisable)
+
     def _answer(self) -> None:
         came = 0
         while number := self._woken.recv(1):
@@ -139,6 +145,7 @@ class Signals:
 
     def _restore(self) -> None:
         signal.set_wakeup_fd(self._waker_before)
+        sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

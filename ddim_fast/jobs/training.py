@@ -100,7 +100,8 @@ def run_training(
         if is_due and processes.is_first and not grid().exists():  # the run was stopped while it drew it
             draw()
         came, _ = stopping()
-        for step in trainer.run():
+        # Another step would leave that grid out for good.
+        for step in () if came and is_due else trainer.run():
             writer.check()
             if log is not None:
                 log.add(step)

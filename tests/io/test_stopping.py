@@ -57,6 +57,22 @@ def test_outside_of_what_is_finished_a_signal_ends_at_once(capsys):
     assert stop.value.exit_code == 129 and capsys.readouterr().err == ""
 
 
+def test_a_signal_in_a_destructor_ends_the_command_at_the_next_check(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+
+    class Archive:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as stop, signals:
+        Archive()  # Python passes over what a destructor raises
+        signals.check()
+        pytest.fail("it went on")
+    assert stop.value.exit_code == 143 and reported == []
+    assert sys.unraisablehook == reported.append
+
+
 def test_a_second_signal_ends_at_once_what_is_being_made():
     with pytest.raises(Stopped) as stop, signals, signals.finishing("step"):
         signal.raise_signal(signal.SIGTERM)
