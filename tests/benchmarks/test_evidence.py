@@ -1042,7 +1042,7 @@ def sentences_on_sampling() -> list[str]:
     fitted = fid_of("fitted, adaptive", 5)
     assert float(fid_of("unipc, quadratic", 20)) < float(fitted) < float(fid_of("unipc, quadratic", 15))
     return [
-        f"for 5 steps: an FID-512 of {fitted}, between that of UniPC in 15 and in 20 steps.",
+        f"In 5 its FID-512 is {fitted}, between that of UniPC in 15 and in 20 steps.",
         f"a scale of 2.5 gives an FID-512 of {scaled['FID']:.2f} in all steps ({scaled['evaluations']:.0f} evaluations), "
         f"and {limited['FID']:.2f} in timesteps 100 to 700 ({limited['evaluations']:.0f} evaluations).",
         f"A scale of 2 in all steps gives an FID-512 of {away['FID']:.2f}, "
