@@ -551,6 +551,7 @@ def _(rows: Rows) -> Expected:
     return fid_table(rows, "fashion-mnist")
 
 
+@makes("README: How good, 2")
 @makes("quality: How few steps, 1")
 def _(rows: Rows) -> Expected:
     def cell(labels: list[str], steps: int) -> str:
