@@ -645,6 +645,8 @@ def evaluations_of(row: dict[str, Any]) -> str:
     settings, count = row["settings"], f"{row['evaluations']:.3g}"
     if settings.get("guide") is None:
         return count
+    if isinstance(scales := settings["guidance"], list):
+        return f"{count} and {sum(scale != 1 for scale in scales)} of the guide"
     low, high = settings["guidance_interval"]
     return f"{count} and {sum(low <= t <= high for t in quadratic(settings['steps']))} of the guide"
 
@@ -700,6 +702,17 @@ def _(rows: Rows) -> Expected:
         settings = {**solver_settings(label), **guidance_settings(guidance, interval)}
         row = quality("cifar10-64", "0-2047", guide="cifar10-small", **settings)
         expected.append([label, guidance, interval, f"{row['FID']:.2f}"])
+    return expected
+
+
+@makes("cifar10-64: Autoguidance, 3")
+def _(rows: Rows) -> Expected:
+    expected: Expected = []
+    for scales, *_ in rows[1:]:
+        guidance = [float(scale) for scale in scales.split(", ")]
+        settings = {"solver": "unipc", "spacing": "adaptive", "steps": len(guidance), "guidance": guidance}
+        row = quality("cifar10-64", guide="cifar10-small", **settings)
+        expected.append([scales, evaluations_of(row), f"{row['FID']:.2f}"])
     return expected
 
 
