@@ -68,7 +68,7 @@ _STEPS, _CPU_STEPS = {"ddpm": TrainingOptions.steps, "fast": 100_000}, 2000
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 # Options of a single call, not of the run: a resumed run does not remember them.
-_PER_CALL = ("out", "resume", "device", "minutes", "quiet")
+_PER_CALL = ("out", "resume", "device", "shard", "minutes", "quiet")
 
 
 def _parser() -> CommandParser:
@@ -152,6 +152,7 @@ def _parser() -> CommandParser:
     )
     p.add_former_name("--precision", dtype, {"auto": "auto", **_PRECISIONS})
     execution.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
+    execution.add_argument("--shard", action="store_true", help=_SHARD_HELP)
     execution.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
     how.add_argument(
         "--seed", metavar="N", type=parse_seed, default=default.seed, help="seed of weights, order, noise and dropout"
@@ -224,6 +225,10 @@ _BATCH_HELP = "images a step, in all processes together"
 _ACCUMULATE_HELP = (
     "compute each batch in K slices, one after the other, for less memory; the result is the same but for rounding"
 )
+_SHARD_HELP = (
+    "split weights, gradients, Adam's state and averages among torchrun's processes (FSDP2), for a network too large for one "
+    "GPU; checkpoints stay whole"
+)
 _SNAPSHOTS_HELP = (
     "steps between snapshots in OUT/ema, from which ddim_fast.export --ema-length makes averages of any length (default: none)"
 )
@@ -257,7 +262,8 @@ def _claimed(parser: CommandParser, count: int) -> tuple[TrainSettings, str, dic
     """The settings of a run whose folder is now this process's, and the parser's hint and defaults, which depend on the run."""
     settings = _settings(parser)
     with parser.usage_errors():
-        TrainingOptions(batch_size=settings.batch_size, accumulate=settings.accumulate).slice_size(count)
+        names = ("batch_size", "accumulate", "optimizer", "compile", "shard")
+        TrainingOptions(**{name: getattr(settings, name) for name in names}).slice_size(count)
         if count > 1 and settings.device.startswith("cuda:"):
             raise ValueError(f"--device {settings.device}: each of {count} processes needs a GPU of its own; use --device cuda")
     hold(settings.out, f"--out {settings.out}")
@@ -275,9 +281,11 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
 
     processes.from_first(lambda: _mend(settings))
     is_default = settings.steps is None
+    device = processes.after_first(lambda: find_device(parser, settings, processes))
+    if processes.count > 1:
+        processes.group(device.type)  # now, as the processes prepare one after the other
 
     def prepare() -> Any:
-        device = find_device(parser, settings, processes)
         steps = _default_steps(settings.recipe, device.type) if is_default else settings.steps
         own, start = find_start(parser, dataclasses.replace(settings, steps=steps))
         return own, *make_trainer(parser, own, start, device, processes)

@@ -120,6 +120,7 @@ class TrainSettings:
     flip: bool | None
     dtype: str
     compile: bool
+    shard: bool
     device: str
     seed: int
     log_every: int

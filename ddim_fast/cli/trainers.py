@@ -166,9 +166,9 @@ def make_trainer(
             raise FileNotFoundError(f"{error} ({parser.hint})") from None
         parser.error(str(error))
     if _goes_on(settings):
-        trainer.load(settings.out)
+        averaged = trainer.load(settings.out)
         if processes.is_first:
-            trainer.mend(settings.out)
+            trainer.mend(settings.out, averaged)
     return trainer, codec, seen
 
 
@@ -338,19 +338,18 @@ def _grid_sampler(model: UNet) -> Sampler:
     return Sampler(model, steps=min(20, model.config.num_train_timesteps))
 
 
-def save_grid(trainer: Trainer[Any], codec: LatentCodec | None, path: Path) -> None:
+def save_grid(trainer: Trainer[Any], codec: LatentCodec | None, averaged: Any, path: Path) -> None:
     """Write a grid of forty images from the averaged weights, with the same seeds each time to show the progress. An
     autoencoder's grid shows the first images of the data above their reconstructions."""
     path.parent.mkdir(exist_ok=True)
-    if isinstance(trainer.model, Autoencoder):
-        originals = to_unit_range(trainer.data.images[:10])
-        averaged = LatentCodec(trainer.averaged_model())
-        both = torch.cat([originals, averaged.decode(averaged.encode(originals))])
+    if isinstance(averaged, Autoencoder):
+        originals, own_codec = to_unit_range(trainer.data.images[:10]), LatentCodec(averaged)
+        both = torch.cat([originals, own_codec.decode(own_codec.encode(originals))])
         save_image(path, image_grid(both, columns=len(originals)))
         return
-    seeds, num_classes = range(40), trainer.model.config.num_classes
+    seeds, num_classes = range(40), averaged.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    own = _grid_sampler(trainer.averaged_model())
+    own = _grid_sampler(averaged)
     sampler: AnySampler = own if codec is None else LatentSampler(own, codec.autoencoder)
     images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
     save_image(path, image_grid(medium_of(sampler).shown(images)))

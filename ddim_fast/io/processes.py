@@ -58,6 +58,7 @@ class Processes:
         self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank)) if self.count > 1 else 0
         self._done = 0
+        self._on_gpus: Any = None
 
     def __enter__(self) -> Processes:
         if self.count > 1:
@@ -96,6 +97,15 @@ class Processes:
 
         on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
         return f"cuda:{self.local_rank}" if on_gpu else name
+
+    def group(self, device: str) -> Any:
+        """The processes as a group of torch's for tensors on a ``device``, cpu or cuda. All of them call this the first time
+        together; there are more than one."""
+        if device != "cuda":
+            return self._dist.group.WORLD
+        if self._on_gpus is None:  # gloo, by which the processes talk, is slow on GPUs
+            self._on_gpus = self._dist.new_group(backend="nccl")
+        return self._on_gpus
 
     def share_cores(self) -> None:
         """Divide the machine's cores among its processes. torchrun sets OMP_NUM_THREADS to 1 where the user does not set it."""

@@ -17,7 +17,7 @@ from ..io.records import SAMPLES
 from ..io.stopping import signals
 from ..models.checkpoint import SNAPSHOTS
 from ..training.averages import snapshots
-from ..training.checkpoints import keep_best, prune, set_aside
+from ..training.checkpoints import TrainingCheckpoint, keep_best, prune, set_aside
 from ..training.loop import Trainer, TrainingStep
 from .background import Background
 from .training_log import TrainingLog
@@ -28,7 +28,7 @@ __all__ = ["run_training"]
 def run_training(
     trainer: Trainer[Any],
     out: Path,
-    save_grid: Callable[[Path], None],
+    save_grid: Callable[[Any, Path], None],
     *,
     log_every: int,
     save_every: int,
@@ -42,7 +42,7 @@ def run_training(
 
     Args:
         out: the folder of the run.
-        save_grid: writes a picture of the network's present samples to a path.
+        save_grid: writes a picture of a network's samples, the averaged one's, to a path.
         log_every, save_every, sample_every: steps between lines of stats.jsonl, between checkpoints, and between grids.
         keep: the number of checkpoints that stay, see :mod:`ddim_fast.training.checkpoints`.
         minutes: stop after this time.
@@ -79,15 +79,19 @@ def run_training(
 
     def save(val_loss: float | None = None) -> None:
         writer.finish()  # before the copy, so that there is never a second one in memory
-        writer.start(_saving(trainer, out, saved, keep, val_loss, validation))
+        checkpoint = trainer.checkpoint()
+        if checkpoint is not None:
+            writer.start(functools.partial(_write, checkpoint, out, saved, keep, val_loss, validation))
 
     def grid() -> Path:
         return out / SAMPLES / f"{trainer.step:07d}.png"
 
     def draw() -> None:
         bar.set_description("sampling a grid")
-        with redrawn(bar):
-            signals.abandon(functools.partial(save_grid, grid()))
+        averaged = trainer.averaged_model()
+        if processes.is_first:
+            with redrawn(bar):
+                signals.abandon(functools.partial(save_grid, averaged, grid()))
 
     with (
         signals.finishing("step"),
@@ -97,7 +101,7 @@ def run_training(
         estimate = None if quiet else _Estimate(options.steps, bar)
         bar.set_description("compiling" if options.compile else "first step")
         is_due = trainer.step and (trainer.step % sample_every == 0 or trainer.step == options.steps)
-        if is_due and processes.is_first and not grid().exists():  # the run was stopped while it drew it
+        if is_due and not processes.from_first(lambda: grid().exists()) and trainer.takes_part:  # stopped while it was drawn
             draw()
         came, _ = stopping()
         # Another step would leave that grid out for good.
@@ -120,7 +124,7 @@ def run_training(
                 log.write(line)
                 loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
                 bar.set_postfix_str(f"loss {loss}, {line['images_per_s']:.0f} img/s")
-            if processes.is_first:
+            if trainer.takes_part:
                 if options.ema_snapshots is not None and (last or step.step % options.ema_snapshots == 0):
                     trainer.write_snapshot(out / SNAPSHOTS)
                 if is_saved:
@@ -133,29 +137,22 @@ def run_training(
                 writer.finish()
             if (is_saved or is_shown) and not came:
                 came, _ = stopping()  # a signal meanwhile; the others wait here for the first process
-            if came and saved < step.step and processes.is_first:
+            if came and saved < step.step and trainer.takes_part:
                 save()
             if last or came:
                 break
     return came
 
 
-def _saving(
-    trainer: Trainer[Any], out: Path, before: int, keep: int, val_loss: float | None, validation: str
-) -> Callable[[], None]:
-    """A function that writes the trainer's present checkpoint. It keeps those before it, the last of which is of step
-    ``before``, or 0 where there is none, and the best one."""
-    checkpoint = trainer.checkpoint()
-
-    def write() -> None:
-        if before and keep > 1:
-            set_aside(out, before)
-        checkpoint.write(out)
-        prune(out, keep - 1)
-        if val_loss is not None:
-            keep_best(out, checkpoint.state["step"], val_loss, validation)
-
-    return write
+def _write(checkpoint: TrainingCheckpoint, out: Path, before: int, keep: int, val_loss: float | None, validation: str) -> None:
+    """Write a checkpoint. Those before it, the last of which is of step ``before``, or 0 where there is none, are kept, and the
+    best one."""
+    if before and keep > 1:
+        set_aside(out, before)
+    checkpoint.write(out)
+    prune(out, keep - 1)
+    if val_loss is not None:
+        keep_best(out, checkpoint.state["step"], val_loss, validation)
 
 
 class _Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +44,10 @@ class Autoencoder(nn.Module):
         # Set by fit_scale, not trained. They are parameters to be saved and averaged with the others.
         self.latent_mean = nn.Parameter(torch.zeros(config.latent_channels, 1, 1), requires_grad=False)
         self.latent_std = nn.Parameter(torch.ones(config.latent_channels, 1, 1), requires_grad=False)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The modules that run one after the other, in that order."""
+        yield from (*self.encoder.children(), *self.decoder.children())
 
     @property
     def device(self) -> torch.device:

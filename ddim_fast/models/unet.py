@@ -207,6 +207,13 @@ class UNet(nn.Module, ModelHubMixin, library_name="ddim_fast", tags=["diffusion"
         for i, block in enumerate(self.up_blocks):
             yield last - i, block
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """The residual blocks, attentions and resamplings, which hold nearly all parameters. Each is called as a module; of
+        residual blocks, :meth:`condition` reads some parameters before."""
+        for _, level in self._levels():
+            for kind in level.children():
+                yield from kind.children()
+
     def for_inference(self, dtype: torch.dtype, *, batch_invariant: bool = True) -> UNet:
         """A copy that computes in ``dtype``, its weights converted and laid out once for the fastest operators; autocast would
         convert them at each call. Embeddings and the norms' parameters stay float32, which they need; they are small.

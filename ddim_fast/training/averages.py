@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..io.files import errors_name_file
 from ..models.weights import check_finite, read_safetensors, write_safetensors
+from .distributed import held, part_like, whole
 
 __all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length", "snapshots"]
 
@@ -46,7 +47,8 @@ class PowerAverages:
         """Take in the weights after optimiser step number ``step``, counted from 0 (ibid., section 3.1)."""
         for length, average in self._averages.items():
             kept = (1 - 1 / (step + 1)) ** (exponent_of_length(length) + 1)
-            torch._foreach_lerp_(list(average.values()), list(self._weights.values()), 1 - kept)
+            averages, weights = ([held(t.detach()) for t in part.values()] for part in (average, self._weights))
+            torch._foreach_lerp_(averages, weights, 1 - kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, ``length/name``."""
@@ -56,13 +58,18 @@ class PowerAverages:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from averages saved before."""
         for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
+            tensor.copy_(part_like(tensor, state[name]))
 
-    def write_snapshot(self, folder: Path, steps: int) -> None:
-        """Write the averages as they are after ``steps`` steps, in float16, for :func:`average_of_length`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{steps:08d}.safetensors"
-        write_safetensors(path, {name: tensor.half() for name, tensor in self.state_dict().items()})
+    def write_snapshot(self, folder: Path, steps: int, is_writer: bool = True) -> None:
+        """Write the averages as they are after ``steps`` steps, in float16, for :func:`average_of_length`.
+
+        Args:
+            is_writer: whether this is the one that writes, of processes that share the averages and call this together.
+        """
+        tensors = {name: whole(tensor.half()) for name, tensor in self.state_dict().items()}
+        if is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(folder / f"{steps:08d}.safetensors", tensors)
 
 
 class Average(NamedTuple):

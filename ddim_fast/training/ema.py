@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import held, part_like
+
 __all__ = ["EMA"]
 
 
@@ -28,7 +30,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step number ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self._weights.values()), 1 - decay)
+        averages, weights = ([held(t.detach()) for t in part.values()] for part in (self.shadow, self._weights))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights."""
@@ -38,4 +41,4 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from averaged weights saved before."""
         for name, value in self.shadow.items():
-            value.copy_(state[name])
+            value.copy_(part_like(value, state[name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import operator
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from ..models.unet import UNet
 from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
 from .checkpoints import TrainingCheckpoint
-from .distributed import SharedLoss
+from .distributed import ShardedLoss, SharedLoss, part_like, whole
 from .ema import EMA
 from .loss import AutoencoderLoss, ConsistencyLoss, DenoisingLoss
 from .muon import Muon
@@ -63,7 +62,7 @@ class Trainer(Generic[M]):
         held_out: images for :meth:`validation_loss`.
 
     Raises:
-        ValueError: the labels do not fit the network, the data is not the network's size, or a batch does not divide among the
+        ValueError: the labels do not fit the network, the data is not the network's size, or the options not the number of
             processes.
     """
 
@@ -78,13 +77,21 @@ class Trainer(Generic[M]):
         self._num_classes = model.config.num_classes if isinstance(model, UNet) else None
         for images in (data, *([] if held_out is None else [held_out])):
             _check_fits(images, model.config.image_shape, self._num_classes)
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # fully_shard takes contiguous parameters alone.
+        memory_format = torch.contiguous_format if options.shard else torch.channels_last
+        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.data = data.to(model.device)
         self.held_out = None if held_out is None else held_out.to(model.device)
         self.options = options
         self.processes = Processes(alone=True) if processes is None else processes
         self._slice_size = options.slice_size(self.processes.count)
         self.step = 0
+        self._loss: Any = self._make_loss().to(model.device)
+        # On a GPU as CUDA graphs: launching the step's thousand kernels from Python takes longer than they run.
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True, mode=mode) if options.compile else self._loss_of
+        # Before all that is made like the parameters.
+        self._sharded = ShardedLoss(model, self._loss_of_batch, self.processes) if options.shard else None
         self.ema = EMA(model, options.ema)
         self._averages = None if options.ema_snapshots is None else PowerAverages(model)
         self.optimizer: torch.optim.Optimizer
@@ -92,10 +99,6 @@ class Trainer(Generic[M]):
             self.optimizer = Muon(model, options.lr)
         else:
             self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-        self._loss: Any = self._make_loss().to(model.device)
-        # On a GPU as CUDA graphs: launching the step's thousand kernels from Python takes longer than they run.
-        mode = "reduce-overhead" if model.device.type == "cuda" else None
-        self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True, mode=mode) if options.compile else self._loss_of
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -108,10 +111,12 @@ class Trainer(Generic[M]):
             # A slice's gradient may lie in memory that the next slice's CUDA graph writes, so it is added up elsewhere.
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        shared = None if self.processes.count == 1 else SharedLoss(self.model, self._loss_of_batch, self.processes.count)
+        shared: SharedLoss | None = self._sharded
+        if shared is None and self.processes.count > 1:
+            shared = SharedLoss(self.model, self._loss_of_batch, self.processes)
         while self.step < self.options.steps:
             loss = self._backward(shared)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, self.options.grad_clip)
+            grad_norm = whole(nn.utils.clip_grad_norm_(parameters, self.options.grad_clip))
             lr = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -169,13 +174,22 @@ class Trainer(Generic[M]):
         return self.processes.total([total])[0] / count
 
     def averaged_model(self) -> M:
-        """A copy of the network with the averaged weights, in eval mode."""
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.ema.state_dict())
+        """A copy of the network with the averaged weights, in eval mode. With ``shard``, all processes make one together."""
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)
+        model.load_state_dict({name: whole(t).clone() for name, t in self.ema.state_dict().items()}, assign=True)
+        if isinstance(model, UNet):
+            model.audio = self._audio
         return model.eval()
 
-    def checkpoint(self) -> TrainingCheckpoint:
-        """A copy on the CPU of what :meth:`save` writes, as it is now. It may be written while the training goes on."""
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process must call what copies averages or state: the first one, and with ``shard`` all together."""
+        return self.processes.is_first or self.options.shard
+
+    def checkpoint(self) -> TrainingCheckpoint | None:
+        """A copy on the CPU of what :meth:`save` writes, as it is now. It may be written while the training goes on. With
+        ``shard``, all processes make it together; it is None in all but the first."""
         if isinstance(self.model, Autoencoder):
             self._fit_scale()
         state = {
@@ -186,19 +200,22 @@ class Trainer(Generic[M]):
             "averages": None if self._averages is None else self._averages.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        return TrainingCheckpoint(_copied(state), self.model.config, self._audio)
+        copied = _copied(state, self.processes.is_first)
+        return TrainingCheckpoint(copied, self.model.config, self._audio) if self.processes.is_first else None
 
     def save(self, folder: Path) -> None:
-        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from."""
-        self.checkpoint().write(folder)
+        """Write ``folder``: the averaged weights as a checkpoint to sample from, and training_state.pt to go on from. With
+        ``shard``, all processes call it together, and the first one writes."""
+        checkpoint = self.checkpoint()
+        if checkpoint is not None:
+            checkpoint.write(folder)
 
-    def mend(self, folder: Path) -> None:
-        """Write the averaged weights in ``folder`` anew where they are not those that :meth:`load` has read there: they are
-        damaged, or of the checkpoint before."""
-        own = self.ema.state_dict()
+    def mend(self, folder: Path, own: dict[str, Tensor]) -> None:
+        """Write the averaged weights in ``folder`` anew where they are not those that :meth:`load` has read there and
+        returned: they are damaged, or of the checkpoint before."""
         try:
             stored = read_weights(folder, WEIGHTS)[1]
-            if stored.keys() == own.keys() and all(torch.equal(stored[name], own[name].cpu()) for name in own):
+            if stored.keys() == own.keys() and all(torch.equal(stored[name], own[name]) for name in own):
                 return
         except (FileNotFoundError, ValueError):
             pass
@@ -209,12 +226,16 @@ class Trainer(Generic[M]):
         return self.model.audio if isinstance(self.model, UNet) else None
 
     def write_snapshot(self, folder: Path) -> None:
-        """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`."""
+        """Write the averages of :attr:`TrainingOptions.ema_snapshots` as they are now: :mod:`ddim_fast.training.averages`. With
+        ``shard``, all processes call it together, and the first one writes."""
         assert self._averages is not None
-        self._averages.write_snapshot(folder, self.step)
+        self._averages.write_snapshot(folder, self.step, self.processes.is_first)
 
-    def load(self, folder: Path) -> None:
-        """Go on from :meth:`save`.
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Go on from :meth:`save`, whatever the number of processes then and now, with ``shard`` or without.
+
+        Returns:
+            The averaged weights, whole, on the CPU.
 
         Raises:
             FileNotFoundError: there is no training_state.pt.
@@ -256,12 +277,18 @@ class Trainer(Generic[M]):
         if self._averages is not None and averages is None:
             raise ValueError(f"{path}: the run kept no averages for snapshots so far, and an average begins with its run")
         self.step = step
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict({n: part_like(own, state["model"][n]) for n, own in self.model.state_dict().items()})
         self.ema.load_state_dict(state["ema"])
+        for i, values in moments.items():
+            p, kinds = parameters[i]
+            for kind in kinds:
+                if kind != "step":  # as the parameter lies in memory, which fused optimizers take for granted
+                    values[kind] = torch.empty_like(p).copy_(part_like(p, values[kind]))
         # The learning rate is set anew each step, and the groups are otherwise as they were made.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         if self._averages is not None:
             self._averages.load_state_dict(averages)
+        return state["ema"]
 
     def _fit_scale(self) -> None:
         """Has the averaged autoencoder's latents brought to variance 1. The training itself does not use the scale."""
@@ -333,11 +360,15 @@ class Trainer(Generic[M]):
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _copied(value: Any) -> Any:
-    """The same with copies of the tensors, on the CPU, in dictionaries of any depth."""
+def _copied(value: Any, is_kept: bool) -> Any:
+    """The same with whole copies of the tensors, on the CPU, in dictionaries of any depth. Where it is not kept, this process
+    only takes part in making split tensors whole."""
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        return {key: _copied(inner, is_kept) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = whole(value.detach())
+    return value.to("cpu", copy=True) if is_kept else None
 
 
 def _kinds(group: dict[str, Any]) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ class TrainingOptions:
         flip: mirror half of the images, left to right.
         bf16: run the network under bf16 autocast.
         compile: run the loss through torch.compile.
+        shard: split weights, gradients, the optimiser's state and the averages among the processes:
+            :class:`ddim_fast.training.distributed.ShardedLoss`.
         seed: of the order of the images, the noise, the dropout and the initial weights.
 
     Raises:
@@ -60,6 +62,7 @@ class TrainingOptions:
     flip: bool = True
     bf16: bool = False
     compile: bool = False
+    shard: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,14 +85,21 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
         if self.consistency and self.min_snr_gamma is not None:
             raise ValueError("min_snr_gamma is for the denoising loss; consistency has weights of its own")
-        self.slice_size(1)
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("shard splits the matrices that optimizer muon needs whole; use optimizer adam, or leave it out")
+        if self.shard and self.compile:
+            raise ValueError("shard gathers weights amid the step, which compile would compile in one; leave one of them out")
+        if not self.shard:
+            self.slice_size(1)
 
     def slice_size(self, processes: int) -> int:
         """The images that one of so many processes computes at once.
 
         Raises:
-            ValueError: a batch does not divide into such slices.
+            ValueError: a batch does not divide into such slices, or there is one process to ``shard`` among.
         """
+        if self.shard and processes == 1:
+            raise ValueError("shard splits a network among several processes; start them by torchrun --nproc-per-node N")
         slices = processes * self.accumulate
         if self.batch_size % slices:
             why = [f"{processes} processes"] * (processes > 1) + [f"accumulate {self.accumulate}"] * (self.accumulate > 1)

@@ -31,7 +31,7 @@ def picture(path, shade=100):
 @pytest.fixture(autouse=True)
 def quick_samples(monkeypatch):
     """Sampling is most of the time of so short a run."""
-    monkeypatch.setattr("ddim_fast.cli.trainers.save_grid", lambda trainer, codec, path: picture(path))
+    monkeypatch.setattr("ddim_fast.cli.trainers.save_grid", lambda trainer, codec, averaged, path: picture(path))
 
 
 @pytest.fixture

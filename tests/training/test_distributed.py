@@ -42,7 +42,7 @@ def relative_error(state, expected) -> float:
 @pytest.mark.parametrize("layouts", [[(2, 1)], [(1, 4)], pytest.param([(4, 1), (2, 2)], marks=pytest.mark.slow)], ids=str)
 def test_the_weights_do_not_depend_on_the_layout(layouts, tmp_path):
     trained(PLAIN, [(1, 1), *layouts], tmp_path)
-    runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     one = runs["1x1-0"]
     for count, accumulate in layouts:
         first, *others = [runs[f"{count}x{accumulate}-{rank}"] for rank in range(count)]
