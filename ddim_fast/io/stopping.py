@@ -5,6 +5,8 @@ A scheduler warns with SIGTERM or SIGUSR1, a terminal that is closed with SIGHUP
 
 Python runs its handlers of signals between two of its own instructions, and the backward pass of a large network is one that
 lasts for tens of seconds. So a thread answers, which the signal itself wakes.
+
+Those instructions may be in a destructor, where Python prints an error and goes on. Then the thread sends the signal again.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 _PATIENCE = 2.0  # seconds in which a second signal may end the process in order
+_PAUSE = 0.01  # seconds, until a destructor is through
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,19 +53,21 @@ class Signals:
     def __init__(self) -> None:
         self.came: int | None = None
         self._what: str | None = None
+        self._is_ignored = False  # the signal was, by Python
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():
             return self  # they are the main thread's
-        self.came, self._what = None, None
-        self._answered, self._left = threading.Event(), threading.Event()
+        self.came, self._what, self._is_ignored = None, None, False
+        self._main, self._answered, self._left = threading.get_ident(), threading.Event(), threading.Event()
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._remember)
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._send_again
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
         return self
@@ -120,13 +125,24 @@ class Signals:
             raise Stopped(self.came)
 
     def _remember(self, number: int, frame: object) -> None:
-        is_first, self.came = self.came is None, self.came or number
+        is_first, self.came, self._is_ignored = self.came is None or self._is_ignored, self.came or number, False
         if not is_first or self._what is None:
             self.check()
+
+    def _send_again(self, error: sys.UnraisableHookArgs) -> None:
+        """Called by Python with each error that it ignores."""
+        if isinstance(error.exc_value, Stopped):
+            self._is_ignored = True
+            self._waker.send(bytes([error.exc_value.exit_code]))  # wakes the thread, as the number of a signal does
+        else:
+            self._hook_before(error)
 
     def _answer(self) -> None:
         came = 0
         while number := self._woken.recv(1):
+            if number[0] > 128 and not self._left.wait(_PAUSE):
+                signal.pthread_kill(self._main, number[0] - 128)
+                self._woken.recv(1)  # its number, which counts once
             if number[0] not in self._before:
                 continue
             came += 1
@@ -139,6 +155,7 @@ class Signals:
 
     def _restore(self) -> None:
         signal.set_wakeup_fd(self._waker_before)
+        sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

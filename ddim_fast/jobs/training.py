@@ -96,11 +96,12 @@ def run_training(
     ):
         estimate = None if quiet else _Estimate(options.steps, bar)
         bar.set_description("compiling" if options.compile else "first step")
-        is_due = trainer.step and (trainer.step % sample_every == 0 or trainer.step == options.steps)
-        if is_due and processes.is_first and not grid().exists():  # the run was stopped while it drew it
-            draw()
-        came, _ = stopping()
-        for step in trainer.run():
+        came: int | None = None
+        if trainer.step and (trainer.step % sample_every == 0 or trainer.step == options.steps):
+            if processes.is_first and not grid().exists():  # the run was stopped while it drew it
+                draw()
+            came, _ = stopping()
+        for step in () if came else trainer.run():  # after a step more, that grid could not be made
             writer.check()
             if log is not None:
                 log.add(step)

@@ -267,8 +267,8 @@ def test_an_interrupted_grid_is_given_up_and_made_when_the_run_goes_on(every, ph
         code, _, err = run_train(*start, "--out", out)
         assert code == 130 and f"{out} holds a checkpoint of step {every};" in err
         assert names(out / "samples") == set() and torch.load(out / "training_state.pt")["step"] == every
-        if every == 4:  # the run is finished but for its grid
-            assert run_train(*start, "--resume", "--out", out)[0] == 130 and names(out / "samples") == set()
+        code, _, err = run_train(*start, "--resume", "--out", out)  # and once more, before it makes a step
+        assert code == 130 and f"{out} holds a checkpoint of step {every};" in err and names(out / "samples") == set()
     assert run_train(*start, "--resume", "--out", out)[0] == 0
     assert run_train(*start, "--out", tmp_path / "whole")[0] == 0
     grids = {f"{step:07d}.png" for step in range(every, 5, every)}

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -64,6 +65,33 @@ def test_a_second_signal_ends_at_once_what_is_being_made():
             signal.raise_signal(signal.SIGINT)
         signals.check()
     assert stop.value.exit_code == 143  # of the first
+
+
+class Archive:
+    """One that a signal comes amid the end of, where Python raises nothing."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_destructor_ends_it_as_any_other(capsys):
+    hook = sys.unraisablehook
+    with pytest.raises(Stopped) as stop, signals:
+        Archive()
+        time.sleep(5)
+        pytest.fail("it went on")
+    assert stop.value.exit_code == 143 and capsys.readouterr().err == ""
+    assert sys.unraisablehook == hook
+
+
+def test_a_signal_in_a_destructor_does_not_end_the_step_that_is_made_after_it(capsys):
+    made = []
+    with pytest.raises(Stopped), signals, signals.finishing("step"):
+        signals.abandon(Archive)
+        time.sleep(0.5)
+        made.append("step")
+        signals.check()
+    assert made and capsys.readouterr().err == "\nstopping after this step; SIGTERM again ends at once\n"
 
 
 def test_handlers_are_as_before_and_what_is_ignored_stays_so():
