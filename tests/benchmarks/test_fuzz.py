@@ -4,6 +4,7 @@ import json
 import sys
 
 import fuzz
+
 from tests.helpers.fuzzing import Fuzzer
 
 
