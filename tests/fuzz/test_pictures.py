@@ -2,9 +2,11 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from ddim_fast.data.images import load_images
@@ -34,7 +36,9 @@ def read_as_pillow_does(path):
 
 def pillow_decodes(data):
     try:
-        Image.open(io.BytesIO(data)).load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # from there on it is refused
+            Image.open(io.BytesIO(data)).load()
     except Exception:
         return False
     return True
@@ -178,6 +182,14 @@ def test_a_photograph_with_odd_tags_is_read():
 
 def test_a_png_with_odd_chunks_is_refused_by_name_at_most():
     PNGS.check(250)
+
+
+def test_a_picture_of_so_many_pixels_that_pillow_warns_is_refused(tmp_path):
+    parts = dict(chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 2**24, 8, 1, 0, 0, 0, 0))))
+    parts |= {b"IDAT": zlib.compress(bytes(8 * (1 + 2**21))), b"IEND": b""}
+    (tmp_path / "a.png").write_bytes(b"".join(chunk(*part) for part in parts.items()))
+    with pytest.raises(ValueError, match="the most that are decoded"):
+        read_as_pillow_does(tmp_path / "a.png")
 
 
 def test_a_damaged_film_is_refused_by_name():
