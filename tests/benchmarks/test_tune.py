@@ -34,6 +34,7 @@ def test_what_does_not_fit_the_chip_is_not_taken():
         tune.fit(rows(None, None))
 
 
+@pytest.mark.slow
 def test_it_runs_in_the_interpreter(monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton")
     if torch.cuda.is_available():

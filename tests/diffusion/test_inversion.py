@@ -79,6 +79,7 @@ def test_exact_inversion_gives_the_images_back(steps, prediction_type, fake_netw
     assert (plain - images).abs().max() > 0.01, "the inversion by Euler's steps would do as well"
 
 
+@pytest.mark.slow
 def test_exact_inversion_of_the_packaged_model():
     """To rounding in few steps, each image as if it were alone."""
     sampler = Sampler(UNet.from_pretrained("fashion-mnist"), steps=5)

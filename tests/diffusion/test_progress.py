@@ -22,7 +22,7 @@ def told(function, *arguments, **options):
     "options,request_,calls",
     [
         ({}, {}, 2 * 4),
-        ({"engine": "compiled"}, {"batch_size": 5}, 4),
+        pytest.param({"engine": "compiled"}, {"batch_size": 5}, 4, marks=pytest.mark.slow),
         ({"solver": "unipc"}, {"guidance": 2.0}, 2 * 4),
         ({"eta": 1.0}, {"on_step": lambda state: None}, 2 * 4),
     ],

@@ -87,6 +87,7 @@ def test_a_process_that_fails_ends_the_run(script, failing):
     assert run.stderr.count("ZeroDivisionError: division by zero") == ("from_first" in failing)
 
 
+@pytest.mark.slow
 def test_the_others_follow_the_first_and_say_nothing(script):
     run = torchrun(
         script("""
@@ -103,7 +104,8 @@ def test_the_others_follow_the_first_and_say_nothing(script):
     assert run.returncode == 0 and run.stderr.count("said by 0") == 1 and "said by 1" not in run.stderr, run.stderr
 
 
-@pytest.mark.parametrize("failing", ["processes.rank == 1", pytest.param("True", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["True", "processes.rank == 1"])
 def test_of_several_that_fail_one_says_why(script, failing):
     run = torchrun(
         script(f"""

@@ -244,6 +244,7 @@ def test_every_implementation_of_the_operators_gives_the_same_network(backend, s
         torch.testing.assert_close(actual, model(*arguments), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton-interpreter", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
 def test_the_network_trains_on_triton_kernels(backend, small_unet, monkeypatch):
     torch.manual_seed(0)

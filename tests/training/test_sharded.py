@@ -36,7 +36,8 @@ def runs(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("layouts", [[(2, 1)], [(2, 3)], pytest.param([(4, 1), (4, 3)], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("layouts", [[(2, 1), (2, 3)], [(4, 1), (4, 3)]], ids=str)
 def test_the_weights_are_those_of_one_process(layouts, runs):
     found = runs(SHARDED, [(1, 1), *layouts])
     one = found["1x1-0"]
@@ -55,6 +56,7 @@ def test_the_weights_are_those_of_one_process(layouts, runs):
         assert (held < 1.2 * torch.tensor(one["held"]) / count).all()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_in_one_process_is_passed_over_by_all(runs):
     first, second = runs(NOT_FINITE.replace("steps=4", "steps=4, shard=True"), [(2, 1)]).values()
     assert [math.isfinite(sum(step)) for step in first["steps"]][:2] == [True, False]
@@ -63,6 +65,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_passed_over_by_all(runs):
     assert_equal_states(first["model"], second["model"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_shards_and_without(tmp_path):
     for name, make, layouts in (
         ("changing", RESUMED, [(1, 3), (2, 1), (1, 1)]),
