@@ -88,7 +88,7 @@ class TrainingOptions:
         if self.shard and self.optimizer == "muon":
             raise ValueError("shard splits the matrices that optimizer muon needs whole; use optimizer adam, or leave it out")
         if self.shard and self.compile:
-            raise ValueError("shard gathers weights amid the step, which compile would compile in one; leave one of them out")
+            raise ValueError("shard does not go with compile, which needs whole weights; leave one of them out")
         if not self.shard:
             self.slice_size(1)
 

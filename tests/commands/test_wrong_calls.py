@@ -1064,6 +1064,12 @@ train --out run --resume --preset cifar10-64
     2 --resume: the network of this run has in_channels 1, not 3; train another in another --out
 train --data photos --out new --accumulate 3
     2 --batch-size must be a multiple of 3, for accumulate 3; got 128
+train --data photos --out new --shard
+    2 --shard splits a network among several processes; start them by torchrun --nproc-per-node N
+train --data photos --out new --shard --compile
+    2 --shard does not go with compile, which needs whole weights; leave one of them out
+train --data photos --out new --shard --optimizer muon
+    2 --shard splits the matrices that optimizer muon needs whole; use optimizer adam, or leave it out
 train --data photos --out new --accumulate 0
     2 argument --accumulate: '0' is not a positive whole number
 train --data tone.wav --out new --preset digits-mel
