@@ -463,6 +463,8 @@ def found(kind: str, model: str, settings: dict[str, Any]) -> list[dict[str, Any
     usual = {"tolerance": None, "guidance": None, "guidance_interval": None, "guide": None}
     if "solver" in settings:
         usual["eta"] = 0.0
+    if (model, settings.get("seeds")) == ("cifar10-64", "0-511"):  # FID; KID has test images
+        usual["reference"] = "fid-train-stats.npz"
     wanted = usual | settings
     rows = [row for row in evaluations() if (row["kind"], row["model"]) == (kind, model)]
     return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]
@@ -485,11 +487,11 @@ def fitted(model: str, solver: str, steps: int) -> list[int]:
     return json.loads((MODELS / model / "timesteps.json").read_text())["timesteps"][solver][str(steps)]
 
 
-def of_steps(kind: str, model: str, label: str, steps: int, seeds: str) -> dict[str, Any]:
+def of_steps(kind: str, model: str, label: str, steps: int, seeds: str, **more: Any) -> dict[str, Any]:
     """The one row of ``DDIM, quadratic, eta 0.5`` and the like. Adaptive timesteps are those of the packaged model; where they
     are quadratic ones and have no row, that of the quadratic ones."""
     solver, spacing, *eta = label.lower().replace(" spacing", "").split(", ")
-    settings: dict[str, Any] = {"solver": solver, "spacing": spacing, "steps": steps, "seeds": seeds}
+    settings: dict[str, Any] = {"solver": solver, "spacing": spacing, "steps": steps, "seeds": seeds, **more}
     if eta:
         name = eta[0].removeprefix("eta ")
         settings["eta"] = name if name == "sigma-hat" else float(name)
@@ -497,7 +499,7 @@ def of_steps(kind: str, model: str, label: str, steps: int, seeds: str) -> dict[
     if spacing == "adaptive":
         rows = [row for row in rows if row["settings"]["timesteps"] == fitted(model, solver, steps)]
         if not rows and is_quadratic(model, label, steps):
-            return of_steps(kind, model, f"{solver}, quadratic", steps, seeds)
+            return of_steps(kind, model, f"{solver}, quadratic", steps, seeds, **more)
     (row,) = rows
     return row
 
@@ -559,6 +561,18 @@ def _(rows: Rows) -> Expected:
         if label == "consistency":
             return f"{quality(model, solver=label, steps=steps)['FID']:.2f}"
         return f"{of_steps('quality', model, label, steps, '0-511')['FID-512']:.2f}"
+
+    return by_steps(rows, cell)
+
+
+@makes("quality: How few steps, 2")
+def _(rows: Rows) -> Expected:
+    def cell(labels: list[str], steps: int) -> str:
+        model, label = named(labels[0]), labels[0].split(": ")[-1]
+        if label == "consistency":
+            return kid(quality(model, solver=label, steps=steps))
+        more = {"reference": "cifar10-test-2000.npz"} if model == "cifar10-64" else {}
+        return kid(of_steps("quality", model, label, steps, "0-511", **more))
 
     return by_steps(rows, cell)
 
@@ -1035,6 +1049,12 @@ def sentences_on_audio() -> list[str]:
     ]
 
 
+def sentences_on_data() -> list[str]:
+    rates = result("zen4-two-cores/data_loading.json")["images_per_s_per_core"]
+    small, large = (f"{rates[size] / 1000:.0f} thousand of {size}" for size in ("32x32", "64x64"))
+    return [f"from a mapped file: {small} and {large} on a Zen 4 core."]
+
+
 def sentences_on_restoration() -> list[str]:
     means = [json.loads(file.read_text())["overall"] for file in (RESULTS / "zen4-two-cores/restoration").glob("*.json")]
     gains = [m["psnr"] - m["psnr_of_pseudo_inverse"] for m in means]
@@ -1092,6 +1112,7 @@ def sentences_on_quality() -> list[str]:
     ("page", "sentences"),
     [
         ("docs/audio.md", sentences_on_audio),
+        ("docs/data.md", sentences_on_data),
         ("docs/captured.md", sentences_on_captured),
         ("docs/engines.md", sentences_on_engines),
         ("docs/onnx.md", sentences_on_onnx),
