@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..io.files import errors_name_file
 from ..models.weights import check_finite, read_safetensors, write_safetensors
-from .distributed import held, part_like, whole
+from .distributed import average_into, part_like, whole
 
 __all__ = ["LENGTHS", "MAX_LENGTH", "Average", "PowerAverages", "average_of_length", "exponent_of_length", "snapshots"]
 
@@ -47,8 +47,7 @@ class PowerAverages:
         """Take in the weights after optimiser step number ``step``, counted from 0 (ibid., section 3.1)."""
         for length, average in self._averages.items():
             kept = (1 - 1 / (step + 1)) ** (exponent_of_length(length) + 1)
-            averages, weights = ([held(t.detach()) for t in part.values()] for part in (average, self._weights))
-            torch._foreach_lerp_(averages, weights, 1 - kept)
+            average_into(average.values(), self._weights.values(), 1 - kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, ``length/name``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..io.processes import Processes
 
-__all__ = ["ShardedLoss", "SharedLoss", "part_like", "whole"]
+__all__ = ["ShardedLoss", "SharedLoss", "average_into", "part_like", "whole"]
 
 _dist: Any = torch.distributed  # mypy does not see all of its names
 
@@ -93,10 +93,14 @@ class _Loss(nn.Module):
         return self._loss_of(*inputs)
 
 
-def held(tensor: Tensor) -> Tensor:
-    """The part of a split tensor in this process, or the tensor itself, in the same memory. Operators on lists take it, as of
-    DTensors torch finds out anew, whenever a number changes, how the list is split."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def average_into(averages: Iterable[Tensor], tensors: Iterable[Tensor], share: float) -> None:
+    """Move averages towards tensors, which may be split alike, by a share of the way.
+
+    The parts in this process are moved: of DTensors torch would find out anew, with each share, how the list is split."""
+    mine, theirs = (
+        [t.to_local() if isinstance(t, DTensor) else t for t in map(Tensor.detach, of)] for of in (averages, tensors)
+    )
+    torch._foreach_lerp_(mine, theirs, share)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .distributed import held, part_like
+from .distributed import average_into, part_like
 
 __all__ = ["EMA"]
 
@@ -30,8 +30,7 @@ class EMA:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step number ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = ([held(t.detach()) for t in part.values()] for part in (self.shadow, self._weights))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        average_into(self.shadow.values(), self._weights.values(), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights."""
