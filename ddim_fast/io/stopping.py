@@ -88,9 +88,9 @@ class Signals:
         try:
             yield
         finally:
-            self._what = before
             if self.came is not None and self._before:
-                self._answered.wait(_PATIENCE)  # before anything else is said
+                self._answered.wait(_PATIENCE)  # before anything else is said, and while it is known what is finished
+            self._what = before
 
     def each(self, items: Iterable[T], what: str) -> Iterator[T]:
         """The items, each of which is finished where a signal comes; before the next one, the command ends."""

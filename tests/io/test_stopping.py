@@ -1,12 +1,14 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
-from ddim_fast.io.stopping import Stopped, signals
+from ddim_fast.io.stopping import Signals, Stopped, signals
 
 # The main thread is in one long call of C, as in a backward pass: no handler that is written in Python can run.
 BUSY = """
@@ -46,6 +48,22 @@ def test_what_is_being_made_is_finished_and_nothing_after_it():
                 signal.raise_signal(signal.SIGTERM)
             made.append(item)
     assert made == ["a", "b"] and stop.value.exit_code == 143
+
+
+def test_a_signal_at_the_end_of_a_step_is_answered_however_late_the_answer_comes(monkeypatch, capsys):
+    answer = Signals._answer
+
+    def late(self):
+        self._woken.recv(1, socket.MSG_PEEK)
+        time.sleep(0.2)
+        answer(self)
+
+    monkeypatch.setattr(Signals, "_answer", late)
+    with pytest.raises(Stopped), signals:
+        with signals.finishing("step"):
+            signal.raise_signal(signal.SIGTERM)
+        signals.check()
+    assert capsys.readouterr().err == "\nstopping after this step; SIGTERM again ends at once\n"
 
 
 def test_outside_of_what_is_finished_a_signal_ends_at_once(capsys):
