@@ -1,6 +1,7 @@
 """The commands on sounds: train, sample, interpolate, restyle, restore_sounds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ NETWORKS = {
     "mel": {"sample_size": (8, 8), "in_channels": 4},
     "waveform": {"sample_size": (1, 256), "in_channels": 8},
 }
+MADE = {}
 SMALL = {"base_channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1, "attention_resolutions": (4,)}
 
 
@@ -30,12 +32,15 @@ def presets(request, monkeypatch):
 
 
 @pytest.fixture
-def trained(run_here, recordings, here):
-    """The checkpoint of two steps of training."""
-    data = ["--data", recordings, "--preset=digits-mel", "--class-conditional", "--recipe=fast"]
-    run = ["--steps=2", "--batch-size=4", "--device=cpu", "--dtype=float32", "--out", here / "run", "--quiet"]
-    code, _, error = run_here(train, *data, *run)
-    assert code == 0, error
+def trained(run_here, presets, recordings, here, tmp_path_factory):
+    """The checkpoint of two steps of training, which is made once for each kind of sound."""
+    if presets not in MADE:
+        data = ["--data", recordings, "--preset=digits-mel", "--class-conditional", "--recipe=fast"]
+        MADE[presets] = tmp_path_factory.mktemp("trained") / "run"
+        run = ["--steps=2", "--batch-size=4", "--device=cpu", "--dtype=float32", "--out", MADE[presets], "--quiet"]
+        code, _, error = run_here(train, *data, *run)
+        assert code == 0, error
+    shutil.copytree(MADE[presets], here / "run")
     return here / "run"
 
 

@@ -23,21 +23,24 @@ with signals, signals.finishing("step"):
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGUSR1: "SIGUSR1"}
 
 
-@pytest.mark.parametrize("number", NAMES, ids=lambda number: number.name)
-def test_a_signal_is_answered_while_a_step_is_being_made_and_a_second_one_ends_it(number):
-    command = [sys.executable, "-c", BUSY, str(int(number))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_signal_is_answered_while_a_step_is_being_made_and_a_second_one_ends_it():
+    processes = {}
     try:
-        assert process.stdout.readline() == "busy\n"
-        os.kill(process.pid, number)
-        assert process.stderr.readline() == "\n"
-        assert process.stderr.readline() == f"stopping after this step; {NAMES[number]} again ends at once\n"
-        assert process.poll() is None
-        os.kill(process.pid, number)
-        assert process.wait(30) == 128 + number
+        for number in NAMES:  # together: each takes two seconds to end
+            command = [sys.executable, "-c", BUSY, str(int(number))]
+            processes[number] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number, process in processes.items():
+            assert process.stdout.readline() == "busy\n"
+            os.kill(process.pid, number)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline() == f"stopping after this step; {NAMES[number]} again ends at once\n"
+            assert process.poll() is None
+            os.kill(process.pid, number)
+        assert {number: process.wait(30) for number, process in processes.items()} == {n: 128 + n for n in NAMES}
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
 
 
 def test_what_is_being_made_is_finished_and_nothing_after_it():
