@@ -9,6 +9,7 @@ NETWORK = [
     "layers_per_block=1",
     "attention_resolutions=[4]",
     "norm_num_groups=4",
+    "num_train_timesteps=4",  # and as many steps for each grid of samples
 ]
 RUN = [*NETWORK, "--batch-size=4", "--warmup=0", "--lr=1e-3", "--dtype=float32", "--device=cpu", "--log-every=2", "--quiet"]
 
