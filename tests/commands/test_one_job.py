@@ -84,7 +84,7 @@ def place(out, number):
 
 @pytest.mark.parametrize(
     "name,count",
-    [("npz", 10), slow("train", 10), *(slow(name, 100) for name in ("folder", "npz", "film", "restore", "train"))],
+    [("npz", 4), slow("train", 10), *(slow(name, 100) for name in ("folder", "npz", "film", "restore", "train"))],
 )
 def test_of_two_processes_on_one_output_one_is_refused(name, count, make_job, tmp_path):
     job, out = make_job(name), tmp_path / "out" / "#"

@@ -38,7 +38,10 @@ def test_equals_equation_14(prediction_type, fake_network):
     torch.testing.assert_close(sampler.encode(images).double(), x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps,least,most", [(5, 20, 42), (10, 8, 17), (20, 6, 11)])
+@pytest.mark.parametrize(
+    "steps,least,most",
+    [pytest.param(5, 20, 42, marks=pytest.mark.slow), (10, 8, 17), pytest.param(20, 6, 11, marks=pytest.mark.slow)],
+)
 def test_exact_inversion_costs_what_its_help_says(steps, least, most):
     sampler, told = Sampler("fashion-mnist", steps=steps), []
     images = sampler.sample(seeds=[1, 2], labels=[3, 7])

@@ -114,7 +114,10 @@ def test_every_step_leaves_the_noise_of_its_level(travel, noise_std):
         assert evaluated[ends.index((start, end))] == timesteps[start]
 
 
-@pytest.mark.parametrize("operator,gain", [(Downscale(2), 1.0), (CompressedSensing((32, 32), 0.3), 3.0)], ids=["x2", "sensing"])
+@pytest.mark.parametrize(
+    "operator,gain",
+    [pytest.param(Downscale(2), 1.0, id="x2"), pytest.param(CompressedSensing((32, 32), 0.3), 3.0, marks=pytest.mark.slow)],
+)
 def test_the_packaged_model_restores_better_than_the_pseudo_inverse(operator, gain):
     model = UNet.from_pretrained("fashion-mnist")
     labels = [0, 2, 5, 9]

@@ -89,7 +89,7 @@ class TestTraced:
         traced = torch.jit.trace(model, X, check_trace=False)
         close(traced(X + 1), model(X + 1), dtype)
 
-    @pytest.mark.parametrize("mode", ["real", "fake"])
+    @pytest.mark.parametrize("mode", [pytest.param("real", marks=pytest.mark.slow), "fake"])
     @torch.no_grad()
     def test_make_fx(self, network, dtype, mode):
         model = Called(accelerated(network(), dtype))

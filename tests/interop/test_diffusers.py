@@ -88,7 +88,7 @@ def test_loops_have_the_same_bits(prediction_type, spacing, limit):
 def test_every_schedule_has_the_same_bits(schedule, prediction_type):
     config = {**SCHEDULES[schedule], "prediction_type": prediction_type}
     assert_loops_agree(FastDDIMScheduler(**config), DDIMScheduler(**config), steps=13)
-    assert_loops_agree(FastDDIMScheduler(**config), DDIMScheduler(**config), steps=500, eta=0.5, seed=0)
+    assert_loops_agree(FastDDIMScheduler(**config), DDIMScheduler(**config), steps=100, eta=0.5, seed=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 61, 333, 999, 1000])  # diffusers' "trailing" has a 62nd of 61, t = -1

@@ -362,7 +362,7 @@ def test_the_reference_is_the_formula():
     )
 
 
-@pytest.mark.parametrize("forced", ["", "reference", "triton"])
+@pytest.mark.parametrize("forced", ["", "reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_registered_operators_pass_opcheck(forced, layout, monkeypatch):
     if forced == "triton":
