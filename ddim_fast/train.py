@@ -130,7 +130,7 @@ def _parser() -> CommandParser:
     how.add_argument(
         "--min-snr-gamma", metavar="X", type=float, help="min-SNR weighting; its authors use 5 (default: unweighted)"
     )
-    how.add_argument("--consistency", action="store_true", help=_CONSISTENCY_HELP)
+    how.add_argument("--consistency", metavar="T,T", type=_timesteps, help=_CONSISTENCY_HELP)
     how.add_argument(
         "--label-dropout",
         metavar="X",
@@ -185,6 +185,12 @@ def _model(text: str) -> str:
     return text if text in packaged_models() else _absolute(text)
 
 
+def _timesteps(text: str) -> list[int]:
+    if all(part.isdecimal() for part in text.split(",")):
+        return [int(part) for part in text.split(",")]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list of timesteps such as 999,400")
+
+
 def _minutes(text: str) -> float:
     with contextlib.suppress(ValueError):
         if float(text) > 0:
@@ -219,7 +225,8 @@ _SKIP_HELP = (
     "lists their images. One more ends the run"
 )
 _CONSISTENCY_HELP = (
-    "tune the diffusion model of --init to lead from noise to images in one or two steps, for sample --solver consistency"
+    "tune the diffusion model of --init to make images in few steps, at these timesteps alone, such as 999,400; sample with "
+    "--solver consistency --spacing 999,400"
 )
 _BATCH_HELP = "images a step, in all processes together"
 _ACCUMULATE_HELP = (
@@ -334,7 +341,9 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
     elif isinstance(trainer.model, Autoencoder):
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
-        print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}")
+        few = settings.consistency
+        how = "" if few is None else f" --solver consistency --spacing {','.join(map(str, few))}"
+        print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}{how}")
     return stopped
 
 

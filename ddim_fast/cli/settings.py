@@ -115,7 +115,7 @@ class TrainSettings:
     dropout: float | None
     prediction_type: str | None
     min_snr_gamma: float | None
-    consistency: bool
+    consistency: list[int] | None
     label_dropout: float
     flip: bool | None
     dtype: str

@@ -16,6 +16,8 @@ from ..data.latents import encoded, latent_space
 from ..data.record import DATA_RECORD, DataRecord
 from ..diffusion.latent import LatentCodec, LatentSampler
 from ..diffusion.sampler import Sampler
+from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.timesteps import select_timesteps
 from ..engine import why_not_compiled
 from ..interop.autoencoder import load_autoencoder
 from ..io.pictures import image_grid, save_image
@@ -110,9 +112,14 @@ def _load_start(parser: CommandParser, settings: TrainSettings) -> UNet:
                 f"--set {name} describes a network, and --init {settings.init} is one; only its sample_size can grow"
             )
         folder = _start_folder(settings)
+    return _grown(parser, settings, folder)
+
+
+def _grown(parser: CommandParser, settings: TrainSettings, folder: Path) -> UNet:
+    """The model in a folder, for images of the size that is asked for."""
     model = UNet.from_pretrained(folder)  # a damaged model is not a usage error
     own = model.config.sample_size
-    size = fields.get("sample_size", own)
+    size = _set_fields(settings).get("sample_size", own)
     if size == own:
         return model
     if size != 2 * own or model.audio is not None or _latents(settings) is not None:
@@ -208,12 +215,10 @@ def _unet_trainer(
 ) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
-        if settings.consistency and start is None:
+        if settings.consistency is not None and start is None:
             raise ValueError("--consistency tunes a diffusion model; name it by --init")
-        if settings.consistency and settings.dropout:
-            raise ValueError(
-                f"--dropout {settings.dropout}: --consistency compares outputs of the network, which it changes; leave it out"
-            )
+        if settings.consistency is not None and start is not None:
+            select_timesteps(NoiseSchedule.from_config(start.config), None, settings.consistency)  # before the data is read
         overrides = _overrides(settings) if start is None else {}
         if settings.latents is not None:
             copied = settings.out / AUTOENCODER
@@ -223,7 +228,7 @@ def _unet_trainer(
         if start is None:
             config, audio = UNetConfig.preset(settings.preset, **overrides), AudioConfig.preset(settings.preset)
         else:
-            kept = 0.0 if settings.consistency else start.config.dropout
+            kept = 0.0 if settings.consistency is not None else start.config.dropout
             dropout = kept if settings.dropout is None else settings.dropout
             config, audio = dataclasses.replace(start.config, dropout=dropout), start.audio
     weights = None if start is None else start.state_dict()
@@ -258,11 +263,26 @@ def _unet_trainer(
             data, options = encoded(data, codec, options.flip), dataclasses.replace(options, flip=False)
     model = UNet(config)
     with parser.usage_errors():
-        _grid_sampler(model)  # a network that cannot be sampled is refused before training
+        _grid_sampler(model, options)  # a network that cannot be sampled is refused before training
     if weights is not None:
         model.load_state_dict(weights)
     model.audio = audio
-    return Trainer(model.to(device), data, options, processes, held_out), codec, seen
+    teacher = None if settings.consistency is None else _teacher(parser, settings, config).to(device)
+    with parser.usage_errors():
+        return Trainer(model.to(device), data, options, processes, held_out, teacher), codec, seen
+
+
+def _teacher(parser: CommandParser, settings: TrainSettings, config: UNetConfig) -> UNet:
+    """The model of ``--init`` as it was when the run began, without classes where the run has none."""
+    assert settings.init is not None  # it is refused before
+    with parser.usage_errors():
+        folder = local_model(settings.init)
+    teacher = _grown(parser, settings, folder)
+    if config.num_classes is None and teacher.config.num_classes is not None:
+        folded, weights = fold_class(teacher.config, teacher.state_dict(), None)
+        teacher = UNet(folded)
+        teacher.load_state_dict(weights)
+    return teacher
 
 
 def _load(
@@ -333,8 +353,10 @@ def describe_run(settings: TrainSettings, trainer: Trainer[Any], default_steps: 
     )
 
 
-def _grid_sampler(model: UNet) -> Sampler:
+def _grid_sampler(model: UNet, options: TrainingOptions) -> Sampler:
     """The sampler of a training's sample grids."""
+    if options.consistency is not None:
+        return Sampler(model, steps=None, spacing=options.consistency, solver="consistency")
     return Sampler(model, steps=min(20, model.config.num_train_timesteps))
 
 
@@ -349,7 +371,7 @@ def save_grid(trainer: Trainer[Any], codec: LatentCodec | None, averaged: Any, p
         return
     seeds, num_classes = range(40), averaged.config.num_classes
     labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    own = _grid_sampler(averaged)
+    own = _grid_sampler(averaged, trainer.options)
     sampler: AnySampler = own if codec is None else LatentSampler(own, codec.autoencoder)
     images = sampler.sample(seeds=seeds, labels=labels, batch_size=20)
     save_image(path, image_grid(medium_of(sampler).shown(images)))

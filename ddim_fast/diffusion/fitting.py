@@ -29,7 +29,7 @@ from .adaptive import whitening
 from .denoiser import Denoiser
 from .sampler import Sampler
 from .solvers import Fitted, State
-from .timesteps import distinct, select_timesteps
+from .timesteps import distinct, unipc_timesteps
 
 __all__ = ["FittedSolver", "fit_solver"]
 
@@ -94,7 +94,8 @@ def fit_solver(
         raise ValueError(f"a solver is fitted on the noise of 4 seeds or more; got {len(seeds)}")
     denoiser = model if isinstance(model, Denoiser) else Denoiser(model)
     teacher, start = (
-        Sampler(denoiser, steps=None, spacing=_spacing(denoiser, n), solver="unipc") for n in (teacher_steps, steps)
+        Sampler(denoiser, steps=None, spacing=unipc_timesteps(denoiser.model, denoiser.schedule, n), solver="unipc")
+        for n in (teacher_steps, steps)
     )
     condition: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval}
     noise = teacher.noise(seeds)
@@ -221,9 +222,3 @@ class _Images:
             outputs.append(self._denoiser(x[of], conditions, self._first)[0])
             tell(len(of) / self._cost)
         return torch.cat(outputs)
-
-
-def _spacing(denoiser: Denoiser, steps: int) -> list[int]:
-    """Adaptive timesteps of UniPC where the model has them, otherwise quadratic ones."""
-    fitted = (getattr(denoiser.model, "fitted_timesteps", None) or {}).get("unipc", {})
-    return fitted.get(steps) or select_timesteps(denoiser.schedule, steps, "quadratic").tolist()

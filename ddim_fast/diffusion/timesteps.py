@@ -11,7 +11,7 @@ from ..ops.scalars import is_whole, plain
 from .schedule import NoiseSchedule
 from .solvers import FITTED
 
-__all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "distinct", "select_timesteps"]
+__all__ = ["ADAPTIVE", "SPACINGS", "choose_fitted", "distinct", "select_timesteps", "unipc_timesteps"]
 
 # The spacing that does not come from the schedule: timesteps fitted to a model, for :class:`ddim_fast.Sampler`.
 ADAPTIVE = "adaptive"
@@ -83,6 +83,12 @@ def select_timesteps(
     if spacing.startswith("ermongroup"):
         return _SPACINGS[spacing](schedule, steps)[::-1].astype(np.int64)
     return distinct(_SPACINGS[spacing](schedule, steps).astype(np.int64), total)[::-1].copy()
+
+
+def unipc_timesteps(model: Any, schedule: NoiseSchedule, steps: int) -> list[int]:
+    """Timesteps for UniPC, noisiest first: those fitted to the model where it has some, otherwise quadratic ones."""
+    fitted = (getattr(model, "fitted_timesteps", None) or {}).get("unipc", {})
+    return fitted.get(steps) or select_timesteps(schedule, steps, "quadratic").tolist()
 
 
 def choose_fitted(

@@ -60,6 +60,7 @@ class Trainer(Generic[M]):
     Args:
         processes: those that share each batch, with the same model, data and options; None is this one alone.
         held_out: images for :meth:`validation_loss`.
+        teacher: for ``options.consistency``, the network as it was when the training began, on the same device.
 
     Raises:
         ValueError: the labels do not fit the network, the data is not the network's size, or the options not the number of
@@ -73,6 +74,7 @@ class Trainer(Generic[M]):
         options: TrainingOptions,
         processes: Processes | None = None,
         held_out: ImageSet | None = None,
+        teacher: UNet | None = None,
     ) -> None:
         self._num_classes = model.config.num_classes if isinstance(model, UNet) else None
         for images in (data, *([] if held_out is None else [held_out])):
@@ -86,7 +88,7 @@ class Trainer(Generic[M]):
         self.processes = Processes(alone=True) if processes is None else processes
         self._slice_size = options.slice_size(self.processes.count)
         self.step = 0
-        self._loss: Any = self._make_loss().to(model.device)
+        self._loss = self._make_loss(teacher).to(model.device)
         # On a GPU as CUDA graphs: launching the step's thousand kernels from Python takes longer than they run.
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self._loss_of_batch = torch.compile(self._loss_of, fullgraph=True, mode=mode) if options.compile else self._loss_of
@@ -137,7 +139,7 @@ class Trainer(Generic[M]):
         images, labels = self._images(self.data, self.indices(self.step)[own])
         torch.manual_seed(_mix(self.options.seed, self.step))
         images, labels = self._augment(images, labels, own)
-        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size, self.step / self.options.steps))
+        drawn = tuple(numbers[own] for numbers in self._loss.draw(self.model, images, size))
         self.optimizer.zero_grad(set_to_none=slices == 1)
         total = torch.zeros((), device=images.device)
         for k, part in enumerate(self._slices(images, labels, drawn)):
@@ -153,10 +155,11 @@ class Trainer(Generic[M]):
     def _slices(
         self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...]
     ) -> Iterator[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
-        """What is computed at once: images, their labels and their random numbers."""
+        """What is computed at once: images, their labels, and their random numbers with what the loss makes of these."""
         for start in range(0, len(images), self._slice_size):
             part = slice(start, start + self._slice_size)
-            yield images[part], None if labels is None else labels[part], tuple(numbers[part] for numbers in drawn)
+            own, labels_of = images[part], None if labels is None else labels[part]
+            yield own, labels_of, self._loss.complete(own, labels_of, tuple(numbers[part] for numbers in drawn))
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -168,7 +171,7 @@ class Trainer(Generic[M]):
             numbers = torch.arange(start, min(start + _HELD_OUT_AT_ONCE, count))
             images, labels = self._images(self.held_out, numbers)
             torch.manual_seed(_mix(-1, start))
-            drawn = self._loss.draw(model, images, len(images), 1.0)
+            drawn = self._loss.draw(model, images, len(images))
             for part in self._slices(images, labels, drawn):
                 total += self._loss_of(*part, model).item() * len(part[0])
         return self.processes.total([total])[0] / count
@@ -299,14 +302,14 @@ class Trainer(Generic[M]):
             for weights in (self.model.state_dict(), self.ema.state_dict()):
                 weights[name].copy_(getattr(averaged, name))
 
-    def _make_loss(self) -> AutoencoderLoss | ConsistencyLoss | DenoisingLoss:
+    def _make_loss(self, teacher: UNet | None) -> Any:
         if isinstance(self.model, Autoencoder):
             return AutoencoderLoss()
+        if self.options.consistency is not None:
+            assert teacher is not None  # the caller's
+            return ConsistencyLoss(teacher, self.options.consistency, torch.bfloat16 if self.options.bf16 else torch.float32)
         config = self.model.config
-        schedule = NoiseSchedule.from_config(config)
-        if self.options.consistency:
-            return ConsistencyLoss(schedule, config.prediction_type)
-        return DenoisingLoss(schedule, config.prediction_type, self.options.min_snr_gamma)
+        return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)
 
     def _loss_of(
         self, images: Tensor, labels: Tensor | None, drawn: tuple[Tensor, ...], model: nn.Module | None = None

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.loop import Loop
 from ..diffusion.prediction import linear_prediction, training_target
+from ..diffusion.request import Request
 from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.solvers import make_solver
+from ..diffusion.timesteps import select_timesteps, unipc_timesteps
+from ..engine import make_engine
 from ..models.autoencoder import Autoencoder
+from ..models.unet import UNet
 
-__all__ = ["AutoencoderLoss", "ConsistencyLoss", "DenoisingLoss"]
+__all__ = ["AutoencoderLoss", "ConsistencyLoss", "DenoisingLoss", "TrainingLoss"]
 
 # The random numbers of a batch, one tensor a kind, whose first dimension is that of the images.
 Drawn = tuple[Tensor, ...]
 
 
-class DenoisingLoss(nn.Module):
+class TrainingLoss(nn.Module):
+    """What the losses share: random numbers are drawn for the whole batch, and completed for each slice of it."""
+
+    def complete(self, images: Tensor, labels: Tensor | None, drawn: Drawn) -> Drawn:
+        """What :meth:`forward` takes besides the images, from their random numbers; computed without gradients and never
+        compiled."""
+        return drawn
+
+
+class DenoisingLoss(TrainingLoss):
     """Mean squared error of the network's prediction at random timesteps (Ho et al. 2020, eq. 14), optionally with the
     min-SNR weighting of Hang et al. 2023.
 
@@ -47,7 +65,7 @@ class DenoisingLoss(nn.Module):
             weight = np.nan_to_num(capped * np.square(to_x0), nan=0.0)
         self.register_buffer("weight", _fp32(weight if min_snr_gamma is not None else np.ones_like(bar)))
 
-    def draw(self, model: nn.Module, images: Tensor, size: int, done: float = 0.0) -> Drawn:
+    def draw(self, model: nn.Module, images: Tensor, size: int) -> Drawn:
         """Timesteps and noise of ``size`` images like ``images``, from torch's default generator: int64 (size,) and float32
         (size, C, H, W) in the images' memory format."""
         timesteps = torch.randint(len(self.signal), (size,), device=images.device)
@@ -68,56 +86,58 @@ class DenoisingLoss(nn.Module):
         return (self.weight[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
 
 
-class ConsistencyLoss(nn.Module):
-    """Difference of the network's x_0 at two noise levels of the same image and noise, of which the lower one is the target
-    (Song et al. 2023), with the noise levels and weights of easy consistency tuning (Geng et al. 2024): the two levels begin
-    far apart, which is denoising for the lowest ones, and close up during the training. The network then leads from every noise
-    level to the image in one step.
+class ConsistencyLoss(TrainingLoss):
+    """Distance of the network's x_0 to the image at which a teacher arrives in many steps (Luhman and Luhman 2021), at each
+    of the few timesteps at which the network will be sampled: there it becomes the consistency function of Song et al. 2023,
+    which leads to the image in one step.
 
-    Noise levels are sigma = sqrt(1 / alphas_cumprod - 1): log-normal with mean -1.1 and standard deviation 2, at the next
-    timestep of the schedule. The lower one is (1 - 2^-k (1 + 8 / (1 + e^sigma))) sigma, or none, in stage k = 1..8 of the
-    training. The difference is sqrt(|x|^2 + c^2) - c with c = 0.00054 sqrt(numbers of an image) (Song and Dhariwal 2024, eq.
-    8), over that of the two sigma. So low noise has most of the weight; it must have: with weights that were equal over the
-    levels, images drifted to too much contrast, because each level learns from the one below.
+    The teacher goes by UniPC from an image with the noise of the first timestep, in ten steps and those that the timesteps of
+    the network add. The distance is sqrt(|x|^2 + c^2) - c with c = 0.03 sqrt(numbers of an image) (Song and Dhariwal 2024,
+    eq. 8). Consistency training, in which the target is the network's own x_0 at a lower noise level, needs no teacher, but
+    three times as many images made a model of twice the KID.
 
     Args:
-        schedule: the noise schedule.
-        prediction_type: what the network predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        teacher: the network from which the training begins.
+        timesteps: the timesteps at which the network will be sampled, falling.
+        dtype: of the teacher's computation.
+
+    Raises:
+        ValueError: the timesteps are not the network's.
     """
 
-    _STAGES = 8
-    _MEAN, _STD = -1.1, 2.0
-    _CHEAP, _SOFT = 8.0, 0.00054
+    _TEACHER_STEPS = 10
+    _SOFT = 0.03
 
-    levels: Tensor
+    timesteps: Tensor
     table: Tensor
 
-    def __init__(self, schedule: NoiseSchedule, prediction_type: str) -> None:
+    def __init__(self, teacher: UNet, timesteps: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
-        bar = schedule.alphas_cumprod
-        if bar[-1] == 0:
-            raise ValueError("consistency needs a schedule without zero terminal SNR: its last noise level is infinite")
-        to_x0 = linear_prediction(prediction_type, np.sqrt(bar), np.sqrt(1 - bar))[:2]
-        # Entry 0 is the image itself, entry t + 1 is timestep t.
-        self.register_buffer("levels", _fp32(np.append(0.0, np.sqrt(1 / bar - 1))))
-        rows = (np.sqrt(bar), np.sqrt(1 - bar), *np.broadcast_arrays(*to_x0, bar)[:2])
-        self.register_buffer("table", _fp32(np.stack([np.append(*ends) for ends in zip((1, 0, 1, 0), rows, strict=True)])))
+        denoiser = Denoiser(teacher, dtype=dtype)
+        prediction_type, steps = teacher.config.prediction_type, min(self._TEACHER_STEPS, teacher.config.num_train_timesteps)
+        between = [t for t in unipc_timesteps(teacher, denoiser.schedule, steps) if t < timesteps[0]]
+        self._visited = select_timesteps(denoiser.schedule, None, sorted({*timesteps, *between}))
+        levels = denoiser.schedule.levels(self._visited)
+        solver = make_solver("unipc", levels, 0.0, prediction_type, None)
+        self._teacher = Loop(denoiser, solver, make_engine("eager", denoiser.device))
+        own = np.isin(self._visited, timesteps)
+        self._states = np.flatnonzero(own).tolist()
+        bar = levels[:-1][own]
+        self.register_buffer("timesteps", torch.tensor(timesteps))
+        rows = (np.sqrt(bar), np.sqrt(1 - bar), *linear_prediction(prediction_type, np.sqrt(bar), np.sqrt(1 - bar))[:2])
+        self.register_buffer("table", _fp32(np.stack(np.broadcast_arrays(*rows))))
 
-    def draw(self, model: nn.Module, images: Tensor, size: int, done: float = 0.0) -> Drawn:
-        """The entries of both noise levels in the tables, and noise, of ``size`` images like ``images``, from torch's default
-        generator: int64 (size,) twice, the higher first, and float32 (size, C, H, W) in the images' memory format.
+    def draw(self, model: nn.Module, images: Tensor, size: int) -> Drawn:
+        """The noise of ``size`` images like ``images``, from torch's default generator: float32 (size, C, H, W) in the images'
+        memory format."""
+        return (_normal((size, *images.shape[1:]), images),)
 
-        Args:
-            done: the share of the training that is done, which decides how far apart the levels are.
-        """
-        sigma = (self._MEAN + self._STD * torch.randn(size, device=images.device)).exp()
-        above = torch.searchsorted(self.levels, sigma).clamp(1, len(self.levels) - 1)
-        sigma = self.levels[above]
-        stage = 1 + min(int(done * self._STAGES), self._STAGES - 1)
-        share = (1 - 0.5**stage * (1 + self._CHEAP * torch.sigmoid(-sigma))).clamp(min=0)
-        # The next entry that is lower than this: another one, or the image itself.
-        below = torch.minimum(torch.searchsorted(self.levels, share * sigma, right=True) - 1, above - 1)
-        return above, below, _normal((size, *images.shape[1:]), images)
+    def complete(self, images: Tensor, labels: Tensor | None, drawn: Drawn) -> Drawn:
+        """The teacher's trajectories where they pass the K timesteps, float32 (N, K, C, H, W), and their ends, (N, C, H, W)."""
+        signal, sigma = self.table[:2, 0]
+        x = signal * images + sigma * drawn[0]
+        states = [x, *(state.x for state in self._teacher.trajectory(Request(None, x, labels), self._visited))]
+        return torch.stack([states[i] for i in self._states], dim=1), states[-1].clone()
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor | None, drawn: Drawn | None = None) -> Tensor:
         """The loss of one batch, a 0-dim fp32 tensor.
@@ -125,23 +145,22 @@ class ConsistencyLoss(nn.Module):
         Args:
             images: (N, C, H, W) float32 in [-1, 1].
             labels: (N,) int64, or None.
-            drawn: the random numbers of these images, from :meth:`draw`; None draws them.
+            drawn: the trajectories of these images, from :meth:`complete`; None makes them.
         """
-        above, below, noise = self.draw(model, images, len(images)) if drawn is None else drawn
-        x0 = self._predict_x0(model, images, labels, noise, above)
-        with torch.no_grad():  # after the other: autocast would keep this one's weights, which have no gradient
-            target = self._predict_x0(model, images, labels, noise, below)
+        if drawn is None:
+            drawn = self.complete(images, labels, self.draw(model, images, len(images)))
+        starts, ends = drawn
+        count, steps = starts.shape[:2]
+        x = starts.flatten(0, 1).contiguous(memory_format=_memory_format(images))
+        every = None if labels is None else labels.repeat_interleave(steps)
+        output = model(x, self.timesteps.repeat(count), every).float()
+        from_sample, from_output = self.table[2:].repeat(1, count)[..., None, None, None]
+        error = from_sample * x + from_output * output - ends.repeat_interleave(steps, dim=0)
         soft = self._SOFT * images[0].numel() ** 0.5
-        distance = ((x0 - target).square().sum(dim=(1, 2, 3)) + soft**2).sqrt() - soft
-        return (distance / (self.levels[above] - self.levels[below])).mean()
-
-    def _predict_x0(self, model: nn.Module, images: Tensor, labels: Tensor | None, noise: Tensor, entry: Tensor) -> Tensor:
-        signal, sigma, from_sample, from_output = self.table[:, entry, None, None, None]
-        x = signal * images + sigma * noise
-        return from_sample * x + from_output * model(x, (entry - 1).clamp(min=0), labels).float()
+        return ((error.square().sum(dim=(1, 2, 3)) + soft**2).sqrt() - soft).mean()
 
 
-class AutoencoderLoss(nn.Module):
+class AutoencoderLoss(TrainingLoss):
     """Mean absolute error of the images from latents drawn at random, and their Kullback-Leibler divergence from the normal
     distribution, in small part, which keeps them smooth (Kingma and Welling 2014; Rombach et al. 2022, section 3.1). Of that
     paper's loss the perceptual and adversarial parts are left out, which need networks of their own.
@@ -154,7 +173,7 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.kl_weight = kl_weight
 
-    def draw(self, model: Autoencoder, images: Tensor, size: int, done: float = 0.0) -> Drawn:
+    def draw(self, model: Autoencoder, images: Tensor, size: int) -> Drawn:
         """The noise of the latents of ``size`` images like ``images``, from torch's default generator: float32 (size, latent
         channels, h, w)."""
         config = model.config
@@ -178,9 +197,11 @@ class AutoencoderLoss(nn.Module):
 
 def _normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Normal numbers in the memory format of ``like``, in whose order they are drawn."""
-    is_last = like.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
-    return torch.empty(shape, device=like.device, memory_format=memory_format).normal_()
+    return torch.empty(shape, device=like.device, memory_format=_memory_format(like)).normal_()
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    return torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def _fp32(table: np.ndarray) -> Tensor:

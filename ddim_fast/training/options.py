@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["CHECKPOINTS", "TRAINING_STATE", "TrainingOptions"]
@@ -32,7 +33,8 @@ class TrainingOptions:
         skip_bad_steps: steps whose loss or gradient may be infinite or NaN, in the whole run. Such a step never changes the
             weights; one more ends a run of ``python -m ddim_fast.train``.
         min_snr_gamma: see :class:`ddim_fast.training.loss.DenoisingLoss`; None for the plain loss.
-        consistency: train with :class:`ddim_fast.training.loss.ConsistencyLoss`, for sampling in one or two steps.
+        consistency: train with :class:`ddim_fast.training.loss.ConsistencyLoss`, for sampling at these timesteps alone; None to
+            denoise at all of them.
         label_dropout: share of the labels replaced by the null class, for classifier-free guidance.
         flip: mirror half of the images, left to right.
         bf16: run the network under bf16 autocast.
@@ -57,7 +59,7 @@ class TrainingOptions:
     grad_clip: float = 1.0
     skip_bad_steps: int = 0
     min_snr_gamma: float | None = None
-    consistency: bool = False
+    consistency: Sequence[int] | None = None
     label_dropout: float = 0.1
     flip: bool = True
     bf16: bool = False
@@ -83,8 +85,12 @@ class TrainingOptions:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {right}; got {getattr(self, name)!r}")
-        if self.consistency and self.min_snr_gamma is not None:
-            raise ValueError("min_snr_gamma is for the denoising loss; consistency has weights of its own")
+        if self.consistency is not None:
+            if not self.consistency or min(self.consistency) < 0 or list(self.consistency) != sorted({*self.consistency})[::-1]:
+                listed = ",".join(map(str, self.consistency))
+                raise ValueError(f"consistency must be timesteps, falling, such as 999,400; got {listed!r}")
+            if self.min_snr_gamma is not None:
+                raise ValueError("min_snr_gamma is for the denoising loss; consistency weighs all its timesteps alike")
         if self.shard and self.optimizer == "muon":
             raise ValueError("shard splits the matrices that optimizer muon needs whole; use optimizer adam, or leave it out")
         if self.shard and self.compile:

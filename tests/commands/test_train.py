@@ -87,6 +87,19 @@ def test_a_usage_error_of_the_command_is_one_line_and_exit_code_2(tmp_path):
     assert names(tmp_path) == set()
 
 
+def test_consistency_goes_on_with_the_teacher_of_its_beginning(photos, tmp_path, run_train):
+    run_train("--data", photos, *RUN, "--steps=2", "--out", tmp_path / "init")
+    options = ["--init", tmp_path / "init", "--data", photos, *RUN[len(NETWORK) :], "--consistency=3,1", "--steps=4"]
+    code, out, err = run_train(*options, "--out", tmp_path / "whole")
+    assert (code, err) == (0, "") and out.endswith("whole --solver consistency --spacing 3,1\n")
+    run_train(*options, "--accumulate=2", "--out", tmp_path / "sliced")
+    run_train(*options, "--steps=2", "--out", tmp_path / "parts")
+    assert run_train("--resume", "--steps=4", "--out", tmp_path / "parts")[0] == 0
+    assert weights_in(tmp_path / "parts") == weights_in(tmp_path / "whole") != weights_in(tmp_path / "init")
+    whole, sliced = (UNet.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "sliced"))
+    torch.testing.assert_close(sliced, whole, rtol=1e-3, atol=1e-5)
+
+
 def test_resume_goes_on_as_if_never_stopped(photos, tmp_path, run_train):
     start = ["--data", photos, *RUN, "--lr-schedule=constant", "--steps"]
     assert run_train(*start, 6, "--out", tmp_path / "whole")[0] == 0

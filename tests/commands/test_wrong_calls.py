@@ -987,12 +987,16 @@ train --data photos --out new --min-snr-gamma 0
     2 --min-snr-gamma must be positive; got 0.0
 train --data photos --out new --min-snr-gamma nan
     2 --min-snr-gamma must be positive; got nan
-train --data photos --out new --steps 1 --consistency
+train --data photos --out new --steps 1 --consistency 999,400
     2 --consistency tunes a diffusion model; name it by --init
-train --data photos --out new --steps 1 --consistency --init small --dropout 0.1
-    2 --dropout 0.1: --consistency compares outputs of the network, which it changes; leave it out
-train --data photos --out new --steps 1 --consistency --init small --min-snr-gamma 5
-    2 --min-snr-gamma is for the denoising loss; consistency has weights of its own
+train --data photos --out new --steps 1 --consistency high --init small
+    2 argument --consistency: 'high' is not a list of timesteps such as 999,400
+train --data photos --out new --steps 1 --consistency 400,999 --init small
+    2 --consistency must be timesteps, falling, such as 999,400; got '400,999'
+train --data photos --out new --steps 1 --consistency 1000,400 --init small
+    2 timesteps must lie in 0..999; got 400..1000
+train --data photos --out new --steps 1 --consistency 999,400 --init small --min-snr-gamma 5
+    2 --min-snr-gamma is for the denoising loss; consistency weighs all its timesteps alike
 train --data photos --out new --minutes 0
     2 argument --minutes: a positive number of minutes; got '0'
 train --data photos --out new --minutes nan

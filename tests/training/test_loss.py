@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddim_fast import NoiseSchedule
+from ddim_fast import NoiseSchedule, Sampler
+from ddim_fast.diffusion.request import Request
 from ddim_fast.training.loss import ConsistencyLoss, DenoisingLoss
 
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -129,67 +130,70 @@ def test_gamma_must_be_positive(gamma):
 # ---- Consistency ----
 
 
+BATCH = torch.linspace(-1, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
+LABELS = torch.tensor([0, 3, 1, 4])  # the last one is "no label"
+
+
+def consistency(fake_network, timesteps=(990, 400, 30), prediction_type="v_prediction"):
+    teacher = fake_network(prediction_type=prediction_type, num_classes=4)
+    return teacher, ConsistencyLoss(teacher, timesteps, torch.float32)
+
+
+def drawn_by(loss, labels=LABELS):
+    torch.manual_seed(0)
+    return loss.complete(BATCH, labels, loss.draw(nn.Identity(), BATCH, 4))
+
+
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["no labels", "labels"])
+def test_the_teacher_goes_through_the_timesteps_to_the_image(fake_network, labels):
+    teacher, loss = consistency(fake_network)
+    starts, ends = drawn_by(loss, labels)
+    torch.manual_seed(0)
+    level = NoiseSchedule.linear().alphas_cumprod[990]
+    x = level**0.5 * BATCH + (1 - level) ** 0.5 * torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(starts[:, 0], x.float())
+    ten = Sampler(teacher, solver="unipc", steps=10).timesteps.tolist()
+    sampler = Sampler(teacher, solver="unipc", steps=None, spacing=sorted({990, 400, 30, *(t for t in ten if t < 990)}))
+    request = Request(None, x.float(), labels)  # as a sampler's caller could not ask for it: labels, and none
+    states = [*sampler._loop.trajectory(request, sampler.timesteps)]
+    before = {int(t): state.x for t, state in zip(sampler.timesteps[1:], states, strict=False)}
+    assert torch.equal(ends, states[-1].x)
+    assert torch.equal(starts[:, 1], before[400]) and torch.equal(starts[:, 2], before[30])
+    assert not any(t.requires_grad or t.is_inference() for t in (starts, ends))
+
+
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_a_network_that_leads_from_every_level_to_the_image_is_consistent(prediction_type):
-    schedule = NoiseSchedule.linear()
-    oracle = Oracle(schedule, prediction_type, IMAGES)
-    assert float(ConsistencyLoss(schedule, prediction_type)(oracle, IMAGES, None)) < 1e-2
+def test_the_loss_is_the_mean_distance_to_the_teachers_images(fake_network, prediction_type):
+    _, loss = consistency(fake_network, prediction_type=prediction_type)
+    drawn, schedule = drawn_by(loss), NoiseSchedule.linear()
+    ends, seen = drawn[1].repeat_interleave(3, dim=0), []
+
+    def student(error):
+        def network(x, timesteps, labels):
+            seen.append((timesteps.tolist(), labels.tolist()))
+            a = torch.tensor(schedule.alphas_cumprod)[timesteps].view(-1, 1, 1, 1)
+            x0 = ends + error.reshape(-1, 1, 1, 1)
+            eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+            return {"epsilon": eps, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * x0, "sample": x0}[prediction_type]
+
+        return network
+
+    assert float(loss(student(torch.zeros(12)), BATCH, LABELS, drawn)) < 1e-6
+    error, numbers = torch.linspace(0, 0.1, 12), 3 * 8 * 8
+    soft = 0.03 * numbers**0.5
+    expected = ((numbers * error**2 + soft**2).sqrt() - soft).mean()
+    assert float(loss(student(error), BATCH, LABELS, drawn)) == pytest.approx(float(expected), rel=1e-4)
+    assert seen[0] == ([990, 400, 30] * 4, [0, 0, 0, 3, 3, 3, 1, 1, 1, 4, 4, 4])
 
 
-@pytest.mark.parametrize("below", [0, 300])
-def test_consistency_is_the_distance_of_both_images_over_that_of_the_levels(below):
-    """The oracle is wrong by another number at each timestep; entry 0 is the image itself, whatever the network says."""
-    schedule = NoiseSchedule.linear()
-    loss, oracle = ConsistencyLoss(schedule, "sample"), Oracle(schedule, "sample", IMAGES)
-    error = lambda t: 0.001 * (t + 1).reshape(-1, 1, 1, 1)  # noqa: E731
-    network = lambda x, t, labels: oracle(x, t, labels) + error(t)  # noqa: E731
-    drawn = torch.full((4,), 700), torch.full((4,), below), torch.randn(4, 3, 5, 5)
-    sigma = np.sqrt(1 / schedule.alphas_cumprod - 1)
-    numbers, soft = 3 * 5 * 5, 0.00054 * 75**0.5
-    distance = (numbers * (0.001 * (700 - below)) ** 2 + soft**2) ** 0.5 - soft
-    expected = distance / (sigma[699] - (sigma[below - 1] if below else 0.0))
-    assert float(loss(network, IMAGES, None, drawn)) == pytest.approx(expected, rel=1e-4)
+def test_the_teacher_is_not_trained(fake_network):
+    teacher, loss = consistency(fake_network)
+    student = fake_network(prediction_type="v_prediction", num_classes=4)
+    loss(student, BATCH, LABELS).backward()
+    assert student.weight.grad.abs().sum() > 0 and teacher.weight.grad is None
 
 
-def test_the_lower_level_is_a_target_without_a_gradient():
-    schedule, factor = NoiseSchedule.linear(), torch.ones((), requires_grad=True)
-    loss, seen = ConsistencyLoss(schedule, "sample"), []
-
-    def network(x, t, labels):
-        seen.append((torch.is_grad_enabled(), t, x))
-        return factor * x
-
-    drawn = torch.tensor([900, 500, 20, 2]), torch.tensor([700, 100, 0, 1]), torch.randn(4, 3, 5, 5)
-    loss(network, IMAGES, None, drawn).backward()
-    (above_learns, above, x), (below_learns, below, _) = seen
-    assert (above_learns, below_learns) == (True, False)
-    assert above.tolist() == [899, 499, 19, 1] and below.tolist() == [699, 99, 0, 0]
-    # The gradient of the distance by the upper image alone, times its derivative by the factor: x.
-    signal, sigma = (f(torch.from_numpy(schedule.alphas_cumprod.copy())) for f in (torch.sqrt, lambda a: (1 - a).sqrt()))
-    target = torch.stack(
-        [IMAGES[i] if b == 0 else signal[b - 1] * IMAGES[i] + sigma[b - 1] * drawn[2][i] for i, b in enumerate(drawn[1])]
-    )
-    gap, soft = x - target, 0.00054 * 75**0.5
-    levels = loss.levels[drawn[0]] - loss.levels[drawn[1]]
-    norms = (gap.square().sum((1, 2, 3)) + soft**2).sqrt()
-    expected = ((gap * x).sum((1, 2, 3)) / norms / levels).mean()
-    assert float(factor.grad) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_the_levels_close_up_during_the_training():
-    loss = ConsistencyLoss(NoiseSchedule.linear(), "epsilon")
-    ratios = []
-    for done in (0.0, 0.2, 0.6, 0.999, 1.0):
-        torch.manual_seed(0)
-        above, below, noise = loss.draw(nn.Identity(), IMAGES, 20_000, done)
-        assert noise.shape == (20_000, 3, 5, 5) and int(below.min()) == 0 and bool((below < above).all())
-        assert (int(above.min()), int(above.max())) == (1, 1000)
-        high = loss.levels[above] > 20  # where the share is 1 - 2^-k
-        ratios.append(float((loss.levels[below] / loss.levels[above])[high].mean()))
-    assert ratios[0] == pytest.approx(0.5, abs=0.01) and ratios[1] == pytest.approx(0.75, abs=0.01)
-    assert ratios == sorted(ratios) and ratios[-1] == ratios[-2] > 0.97
-
-
-def test_consistency_needs_finite_noise():
-    with pytest.raises(ValueError, match="consistency needs a schedule without zero terminal SNR"):
-        ConsistencyLoss(NoiseSchedule.linear().rescale_zero_terminal_snr(), "v_prediction")
+@pytest.mark.parametrize("timesteps", [(1000, 400), (1000,)])
+def test_the_timesteps_are_the_networks(fake_network, timesteps):
+    with pytest.raises(ValueError, match=r"timesteps must lie in 0\.\.999; got \d+\.\.1000"):
+        consistency(fake_network, timesteps)
