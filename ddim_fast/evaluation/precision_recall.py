@@ -60,4 +60,4 @@ def _without_self(features: Tensor, start: int) -> Tensor:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(N, M) from (N, D) and (M, D)."""
-    return torch.addmm(a.square().sum(1)[:, None] + b.square().sum(1), a, b.T, alpha=-2).clamp(min=0)
+    return torch.addmm(a.square().sum(1)[:, None] + b.square().sum(1), a, b.T, alpha=-2)
