@@ -226,7 +226,7 @@ _SKIP_HELP = (
 )
 _CONSISTENCY_HELP = (
     "tune the diffusion model of --init to make images in few steps, at these timesteps alone, such as 999,400; sample with "
-    "--solver consistency --spacing 999,400"
+    "--solver consistency --spacing adaptive --steps 2"
 )
 _BATCH_HELP = "images a step, in all processes together"
 _ACCUMULATE_HELP = (
@@ -342,7 +342,7 @@ def _train(parser: CommandParser, settings: TrainSettings, processes: Processes)
         print(f"trained to step {trainer.step}; train on its latents with: python -m ddim_fast.train --latents {out}")
     else:
         few = settings.consistency
-        how = "" if few is None else f" --solver consistency --spacing {','.join(map(str, few))}"
+        how = "" if few is None else f" --solver consistency --spacing adaptive --steps {len(few)}"
         print(f"trained to step {trainer.step}; sample with: python -m ddim_fast.sample --model {out}{how}")
     return stopped
 

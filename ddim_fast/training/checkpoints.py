@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ import torch
 from ..io.files import atomic_folder, atomic_write, read_json, remove_remains, write_json
 from ..io.records import SAMPLES
 from ..models.audio import AudioConfig
-from ..models.checkpoint import AUDIO, AUTOENCODER, SNAPSHOTS, WEIGHTS, save_checkpoint
+from ..models.checkpoint import AUDIO, AUTOENCODER, SNAPSHOTS, WEIGHTS, save_checkpoint, save_timesteps, timesteps_file
 from ..models.config import AutoencoderConfig, UNetConfig
 from ..models.weights import read_pickle
 from .options import CHECKPOINTS, TRAINING_STATE
 
-__all__ = ["TrainingCheckpoint", "keep_best", "kept", "prune", "recover", "remove_run_remains", "set_aside"]
+__all__ = ["TrainingCheckpoint", "keep_best", "kept", "prune", "recover", "remove_run_remains", "save_consistency", "set_aside"]
 
 # In the order in which they are put back: a run that is killed meanwhile still finds the state damaged, and begins again.
 _FILES = ("config.json", AUDIO, f"{WEIGHTS}.safetensors", TRAINING_STATE)
@@ -50,6 +51,20 @@ class TrainingCheckpoint:
         # First: of a process that is killed between the two, Trainer.mend makes the second.
         atomic_write(folder / TRAINING_STATE, buffer.getbuffer())
         save_checkpoint(folder, self.config, self.state["ema"], self.audio)
+        save_consistency(folder, self.state["options"])
+
+
+def save_consistency(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write the timesteps of a model of consistency beside its weights in ``folder``, where spacing ``adaptive`` finds them:
+    all of them for as many steps, and the first ones for fewer. Nothing for another model.
+
+    Args:
+        options: of its training, :class:`ddim_fast.training.options.TrainingOptions` as a dictionary.
+    """
+    timesteps = options.get("consistency")
+    if timesteps is not None:
+        runs = {count: list(timesteps[:count]) for count in range(1, len(timesteps) + 1)}
+        save_timesteps(folder, {"consistency": runs}, {"trained": "consistency"})
 
 
 def kept(out: Path) -> dict[int, Path]:
@@ -89,6 +104,8 @@ def keep_best(out: Path, step: int, loss: float, data: str) -> None:
         for name in _FILES:
             if name != TRAINING_STATE and (out / name).is_file():
                 _link(out / name, new / name)
+        if timesteps_file(out).is_file():
+            _link(timesteps_file(out), timesteps_file(new))
         if (out / AUTOENCODER).is_dir():
             shutil.copytree(out / AUTOENCODER, new / AUTOENCODER, copy_function=_link)
         write_json(new / _VALIDATION, {"step": step, "val_loss": loss, "data": data})

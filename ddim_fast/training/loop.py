@@ -23,7 +23,7 @@ from ..models.checkpoint import WEIGHTS, save_checkpoint
 from ..models.unet import UNet
 from ..models.weights import check_finite, read_pickle, read_weights
 from .averages import PowerAverages
-from .checkpoints import TrainingCheckpoint
+from .checkpoints import TrainingCheckpoint, save_consistency
 from .distributed import ShardedLoss, SharedLoss, part_like, whole
 from .ema import EMA
 from .loss import AutoencoderLoss, ConsistencyLoss, DenoisingLoss
@@ -223,6 +223,7 @@ class Trainer(Generic[M]):
         except (FileNotFoundError, ValueError):
             pass
         save_checkpoint(folder, self.model.config, own, self._audio)
+        save_consistency(folder, asdict(self.options))
 
     @property
     def _audio(self) -> AudioConfig | None:

@@ -11,6 +11,7 @@ from ..io.files import atomic_folder, write_json
 from ..models.checkpoint import AUTOENCODER, load_audio, load_config, save_checkpoint
 from ..models.config import UNetConfig
 from ..models.weights import read_pickle
+from .checkpoints import save_consistency
 from .options import TRAINING_STATE
 
 __all__ = ["AVERAGED", "RAW", "write_stage"]
@@ -50,6 +51,7 @@ def write_stage(run: Path, stage: Path, dtype: torch.dtype, max_shard_size: int 
     with atomic_folder(stage) as new:
         for name, tensors in stored.items():
             save_checkpoint(new / name, config, tensors, audio, max_shard_size)
+            save_consistency(new / name, options)
             if (run / AUTOENCODER).is_dir():
                 shutil.copytree(run / AUTOENCODER, new / name / AUTOENCODER)
         write_json(new / "stage.json", record)

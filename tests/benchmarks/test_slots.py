@@ -90,6 +90,15 @@ def test_a_stage_is_trained_measured_and_given_in_parts(slot, inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_a_model_of_two_steps_is_trained_and_measured(slot, inputs, tmp_path):
+    code, said = slot(7, **inputs)
+    assert code == 0, said + (tmp_path / "out" / "log.txt").read_text()
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert [row["settings"]["timesteps"] for row in rows] == [[999], [999, 400]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_operators_tables_are_made(slot, tmp_path):
     code, said = slot(3)
     assert code == 0, said + (tmp_path / "out" / "log.txt").read_text()

@@ -91,7 +91,8 @@ def test_consistency_goes_on_with_the_teacher_of_its_beginning(photos, tmp_path,
     run_train("--data", photos, *RUN, "--steps=2", "--out", tmp_path / "init")
     options = ["--init", tmp_path / "init", "--data", photos, *RUN[len(NETWORK) :], "--consistency=3,1", "--steps=4"]
     code, out, err = run_train(*options, "--out", tmp_path / "whole")
-    assert (code, err) == (0, "") and out.endswith("whole --solver consistency --spacing 3,1\n")
+    assert (code, err) == (0, "") and out.endswith("whole --solver consistency --spacing adaptive --steps 2\n")
+    assert UNet.from_pretrained(tmp_path / "whole").fitted_timesteps == {"consistency": {1: [3], 2: [3, 1]}}
     run_train(*options, "--accumulate=2", "--out", tmp_path / "sliced")
     run_train(*options, "--steps=2", "--out", tmp_path / "parts")
     assert run_train("--resume", "--steps=4", "--out", tmp_path / "parts")[0] == 0
