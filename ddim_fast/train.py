@@ -416,6 +416,9 @@ def _stored(parser: CommandParser, record: Path) -> dict[str, Any]:
         if "precision" in values:
             former = values.pop("precision")
             values["dtype"] = _PRECISIONS.get(former, former)
+        few = values.get("consistency")
+        if isinstance(few, list) and all(type(timestep) is int for timestep in few):
+            values["consistency"] = ",".join(map(str, few))  # as it is given
 
     known = {field.name for field in dataclasses.fields(TrainSettings)} - set(_PER_CALL)
     return stored_options(parser, record, ["--out", str(record.parent)], known, update)

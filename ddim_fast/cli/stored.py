@@ -49,8 +49,6 @@ def _words(name: str, value: Any) -> list[str]:
         return [option] if value else ["--no-flip"] if name == "flip" else []
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return [option, *value] if value else []
-    if isinstance(value, list) and all(type(number) is int for number in value):
-        return [f"{option}={','.join(map(str, value))}"]
     if value is None or isinstance(value, (str, int, float)):
         return [] if value is None else [f"{option}={value}"]
     raise TypeError(f"{name} is {value!r}")
