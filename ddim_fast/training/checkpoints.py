@@ -62,7 +62,7 @@ def save_consistency(folder: Path, options: Mapping[str, Any]) -> None:
         options: of its training, :class:`ddim_fast.training.options.TrainingOptions` as a dictionary.
     """
     timesteps = options.get("consistency")
-    if timesteps is not None:
+    if isinstance(timesteps, (list, tuple)):  # it was True or False in an earlier version
         runs = {count: list(timesteps[:count]) for count in range(1, len(timesteps) + 1)}
         save_timesteps(folder, {"consistency": runs}, {"trained": "consistency"})
 

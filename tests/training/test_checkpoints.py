@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from ddim_fast.training.checkpoints import kept, prune, recover, remove_run_remains, set_aside
+from ddim_fast.training.checkpoints import kept, prune, recover, remove_run_remains, save_consistency, set_aside
 from ddim_fast.training.options import TRAINING_STATE
 
 
@@ -120,3 +120,10 @@ def test_a_checkpoint_that_was_set_aside_stays_as_it_was(run):
         ["config.json", "model.safetensors", TRAINING_STATE]
     )
     assert kept(run).keys() == {2}
+
+
+@pytest.mark.parametrize("consistency", [None, False, True])  # the latter two from the version before
+def test_no_timesteps_are_written_where_none_are_known(consistency, tmp_path):
+    save_consistency(tmp_path, {"consistency": consistency})
+    save_consistency(tmp_path, {})
+    assert not list(tmp_path.iterdir())
