@@ -215,9 +215,9 @@ def _unet_trainer(
 ) -> tuple[Trainer[UNet], LatentCodec | None, DataRecord]:
     codec = None
     with parser.usage_errors():
-        if settings.consistency is not None and start is None:
-            raise ValueError("--consistency tunes a diffusion model; name it by --init")
-        if settings.consistency is not None and start is not None:
+        if settings.consistency is not None:
+            if start is None:
+                raise ValueError("--consistency tunes a diffusion model; name it by --init")
             select_timesteps(NoiseSchedule.from_config(start.config), None, settings.consistency)  # before the data is read
         overrides = _overrides(settings) if start is None else {}
         if settings.latents is not None:
@@ -268,8 +268,7 @@ def _unet_trainer(
         model.load_state_dict(weights)
     model.audio = audio
     teacher = None if settings.consistency is None else _teacher(parser, settings, config).to(device)
-    with parser.usage_errors():
-        return Trainer(model.to(device), data, options, processes, held_out, teacher), codec, seen
+    return Trainer(model.to(device), data, options, processes, held_out, teacher), codec, seen
 
 
 def _teacher(parser: CommandParser, settings: TrainSettings, config: UNetConfig) -> UNet:

@@ -112,6 +112,11 @@ def choose_fitted(
             "solver fitted: none has been fitted to this model; fit one by python -m ddim_fast.evaluate --fit-solver 4,5,6 "
             "--model MODEL"
         )
+    if not runs and solver == "consistency":
+        raise ValueError(
+            "spacing adaptive: solver consistency takes the timesteps that a model was trained for by python -m "
+            "ddim_fast.train --consistency 999,400 --init MODEL; this model was not"
+        )
     if not runs:
         raise ValueError(
             f"spacing adaptive: no timesteps have been fitted to this model and {solver}; fit them once by python -m "

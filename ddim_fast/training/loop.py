@@ -63,8 +63,8 @@ class Trainer(Generic[M]):
         teacher: for ``options.consistency``, the network as it was when the training began, on the same device.
 
     Raises:
-        ValueError: the labels do not fit the network, the data is not the network's size, or the options not the number of
-            processes.
+        ValueError: the labels do not fit the network, the data is not the network's size, the options do not fit the number of
+            processes, or there is no teacher for ``options.consistency``.
     """
 
     def __init__(
@@ -307,7 +307,8 @@ class Trainer(Generic[M]):
         if isinstance(self.model, Autoencoder):
             return AutoencoderLoss()
         if self.options.consistency is not None:
-            assert teacher is not None  # the caller's
+            if teacher is None:
+                raise ValueError("consistency needs a teacher, the network as it was when the training began")
             return ConsistencyLoss(teacher, self.options.consistency, torch.bfloat16 if self.options.bf16 else torch.float32)
         config = self.model.config
         return DenoisingLoss(NoiseSchedule.from_config(config), config.prediction_type, self.options.min_snr_gamma)

@@ -114,6 +114,9 @@ sample --model small --spacing -1,5
     2 argument --spacing: expected one argument
 sample --model small --spacing 900,400,0 --steps 4
     2 --steps 4 does not match the 3 timesteps of --spacing; leave it out
+sample --model small --solver consistency --spacing adaptive --steps 2
+    2 --spacing adaptive: solver consistency takes the timesteps that a model was trained for by python -m
+      ddim_fast.train --consistency 999,400 --init MODEL; this model was not
 sample --model small --spacing adaptive
     2 --spacing adaptive: no timesteps have been fitted to this model and ddim; fit them once by python -m
       ddim_fast.evaluate --fit-timesteps --model MODEL

@@ -235,6 +235,11 @@ def test_the_validation_loss_is_that_of_the_averages_with_noise_that_stays():
     assert trainers[0].validation_loss() > own + 0.5
 
 
+def test_consistency_has_a_teacher():
+    with pytest.raises(ValueError, match="consistency needs a teacher, the network as it was when the training began"):
+        make_trainer(make_data(4), consistency=(999, 400))
+
+
 def test_held_out_images_fit_the_network_too():
     with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\); the data has \(3, 8, 8\)"):
         make_trainer(make_data(4), held_out=make_data(4, channels=3))
